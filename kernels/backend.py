@@ -1,0 +1,35 @@
+"""Chooses which implementation of the operations a model runs on."""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+import torch
+
+BACKENDS = {"reference": "kernels.reference", "native": "kernels.native", "triton": "kernels.fused"}
+
+
+def choose(name: str, device: torch.device) -> ModuleType:
+    """The module whose functions are the operations.
+
+    name: "reference" (the mathematics), "native" (PyTorch's fused primitives), "triton" (our
+    kernels; CUDA only, or any device under Triton's interpreter), or "auto": triton on CUDA, native
+    elsewhere. Raises ValueError for any other name, or for triton where it cannot run.
+    """
+    if name == "auto":
+        name = "triton" if device.type == "cuda" else "native"
+    if name not in BACKENDS:
+        raise ValueError(f"backend {name!r}: accepted are auto, {', '.join(BACKENDS)}")
+    if name != "triton":
+        return importlib.import_module(BACKENDS[name])
+    try:
+        fused = importlib.import_module(BACKENDS[name])
+        from kernels.launch import interpreted
+    except ImportError as missing:
+        raise ValueError(f"backend 'triton' needs the package `triton` ({missing})") from missing
+    if device.type != "cuda" and not interpreted():
+        raise ValueError(
+            f"backend 'triton' runs on cuda, not {device.type}; accepted there: native, reference"
+        )
+    return fused

@@ -1,0 +1,501 @@
+"""The operations of `reference` through PyTorch's own fused primitives, without autograd.
+
+PyTorch's fused operators come in pairs: a forward, and the backward function that autograd would
+call. Here both are called directly. This is what a CPU trains with, and the fallback on any other
+device. Names, shapes and contracts are those of `reference`, where the mathematics is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from kernels import reference
+from kernels.reference import (
+    IGNORE_INDEX,
+    accumulation_dtype,
+    document_starts,
+    split_heads,
+    visible,
+)
+
+__all__ = ["document_starts"]
+
+aten = torch.ops.aten
+
+# ---------------------------------------------------------------------------------- embedding
+
+
+def embedding_forward(tokens: Tensor, token_table: Tensor, position_table: Tensor) -> Tensor:
+    """See `reference.embedding_forward`."""
+    return token_table[tokens].add_(position_table[: tokens.shape[1]])
+
+
+def embedding_backward(
+    dx: Tensor, tokens: Tensor, dtoken_table: Tensor, dposition_table: Tensor
+) -> None:
+    """See `reference.embedding_backward`. Deterministic: `embedding_dense_backward` sorts on CUDA
+    and walks the rows in order on a CPU."""
+    T = tokens.shape[1]
+    wide = dx.to(dtoken_table.dtype)
+    dtoken_table += aten.embedding_dense_backward(wide, tokens, len(dtoken_table), -1, False)
+    dposition_table[:T] += wide.sum(0)
+
+
+# ------------------------------------------------------------------------------------- linear
+
+
+def linear_forward(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """See `reference.linear_forward`."""
+    return torch.nn.functional.linear(x, weight, bias)
+
+
+def linear_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, dweight: Tensor, dbias: Tensor | None = None
+) -> Tensor:
+    """See `reference.linear_backward`."""
+    M, K = weight.shape
+    rows = dy.reshape(-1, M)
+    weight_gradient(rows, x.reshape(-1, K), dweight)
+    if dbias is not None:
+        bias_gradient(rows, dbias)
+    return torch.mm(rows, weight).view(x.shape)
+
+
+def weight_gradient(dy: Tensor, x: Tensor, dweight: Tensor) -> None:
+    """dW += dyᵀ x.   dy (N, M); x (N, K). Adds to dweight (M, K).
+
+    cuBLAS adds bfloat16 products straight into the float32 buffer. PyTorch offers no such product
+    on a CPU: there each product, itself summed in float32, is rounded to bfloat16 once and then
+    added in float32.
+    """
+    if x.dtype == dweight.dtype:
+        dweight.addmm_(dy.T, x)
+    elif x.is_cuda:
+        torch.addmm(dweight, dy.T, x, out_dtype=dweight.dtype, out=dweight)
+    else:
+        dweight += torch.mm(dy.T, x)
+
+
+def bias_gradient(dy: Tensor, dbias: Tensor) -> None:
+    """See `reference.bias_gradient`."""
+    dbias += dy.reshape(-1, dy.shape[-1]).sum(0, dtype=dbias.dtype)
+
+
+# --------------------------------------------------------------------------------- layer norm
+
+
+def layer_norm_forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `reference.layer_norm_forward`."""
+    weight, bias = _norm_weights(x, weight, bias)
+    y, mean, rstd = aten.native_layer_norm(x, [x.shape[-1]], weight, bias, eps)
+    return y, mean.view(-1), rstd.view(-1)
+
+
+def add_layer_norm_forward(
+    branch: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See `reference.add_layer_norm_forward`."""
+    x = residual + branch
+    y, mean, rstd = layer_norm_forward(x, weight, bias, eps)
+    return y, x, mean, rstd
+
+
+def layer_norm_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    dweight: Tensor,
+    dbias: Tensor | None = None,
+    dresidual: Tensor | None = None,
+) -> Tensor:
+    """See `reference.layer_norm_backward`."""
+    weight, bias = _norm_weights(x, weight, weight if dbias is not None else None)
+    statistics_shape = (*x.shape[:-1], 1)
+    dx, dw, db = aten.native_layer_norm_backward(
+        dy.contiguous(),
+        x,
+        [x.shape[-1]],
+        mean.view(statistics_shape),
+        rstd.view(statistics_shape),
+        weight,
+        bias,
+        [True, True, dbias is not None],
+    )
+    dweight += dw
+    if dbias is not None:
+        dbias += db
+    return dx if dresidual is None else dx.add_(dresidual)
+
+
+def _norm_weights(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """On a CPU the weights decide the dtype of mean and rstd: float32 ones keep their digits."""
+    if x.is_cuda or x.dtype not in (torch.bfloat16, torch.float16):
+        return weight, bias
+    return weight.float(), None if bias is None else bias.float()
+
+
+# ---------------------------------------------------------------------------------- attention
+
+# A block of this many query rows at a time, so that its probabilities stay in the cache of a CPU.
+QUERY_BLOCK = 128
+
+
+def attention_forward(
+    qkv: Tensor, n_heads: int, document_start: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """See `reference.attention_forward`; lse is empty where the backward does not need it."""
+    if _has_flash(qkv):
+        q, k, v = split_heads(qkv, n_heads)
+        mask = _additive_mask(qkv, document_start)
+        out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
+            q, k, v, 0.0, mask is None, attn_mask=mask
+        )
+        return out.transpose(1, 2).reshape(*qkv.shape[:2], -1), lse
+    q, k, v = _pack_heads(qkv, n_heads, 3)
+    out = torch.empty_like(q)
+    for rows, keys in _query_blocks(qkv.shape[1]):
+        p = _probabilities(q, k, rows, keys, n_heads, document_start)
+        out[:, rows] = torch.bmm(p, v[:, keys])
+    return _unpack_heads(out, n_heads), qkv.new_empty(0)
+
+
+def attention_backward(
+    dout: Tensor,
+    qkv: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    n_heads: int,
+    document_start: Tensor | None = None,
+) -> Tensor:
+    """See `reference.attention_backward`."""
+    B, T, C = out.shape
+    if _has_flash(qkv):
+        q, k, v = split_heads(qkv, n_heads)
+        do, o = (x.view(B, T, n_heads, -1).transpose(1, 2) for x in (dout, out))
+        mask = _additive_mask(qkv, document_start)
+        grads = aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            do, q, k, v, o, lse, 0.0, mask is None, attn_mask=mask
+        )
+        return torch.cat([dx.transpose(1, 2).reshape(B, T, C) for dx in grads], dim=-1)
+    q, k, v = _pack_heads(qkv, n_heads, 3)
+    (do,) = _pack_heads(dout, n_heads, 1)
+    scale = q.shape[-1] ** -0.5
+    dq = torch.empty_like(q)
+    dk, dv = torch.zeros(2, *k.shape, dtype=accumulation_dtype(k), device=k.device)
+    for rows, keys in _query_blocks(T):
+        p = _probabilities(q, k, rows, keys, n_heads, document_start)
+        dv[:, keys] += torch.bmm(p.mT, do[:, rows])
+        dp = torch.bmm(do[:, rows], v[:, keys].mT)
+        ds = aten._softmax_backward_data(dp, p, -1, p.dtype)
+        dq[:, rows] = torch.bmm(ds, k[:, keys]).mul_(scale)
+        dk[:, keys] += torch.bmm(ds.mT, q[:, rows]).mul_(scale)
+    return torch.cat([_unpack_heads(dx.to(qkv.dtype), n_heads) for dx in (dq, dk, dv)], dim=-1)
+
+
+def decode_attention(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, n_heads: int
+) -> Tensor:
+    """See `reference.decode_attention`: one row of scores, which nothing need be fused for."""
+    return reference.decode_attention(q, k_cache, v_cache, lengths, n_heads)
+
+
+def _has_flash(qkv: Tensor) -> bool:
+    """PyTorch's blocked CPU kernel serves float32 and float64. In bfloat16 it was measured three
+    times slower than the batched products below, which also serve every other device."""
+    return qkv.device.type == "cpu" and qkv.dtype in (torch.float32, torch.float64)
+
+
+def _additive_mask(qkv: Tensor, document_start: Tensor | None) -> Tensor | None:
+    """0 where a key may be seen and -inf elsewhere, (B, 1, T, T); None for plain causal."""
+    if document_start is None:
+        return None
+    seen = visible(qkv.shape[1], document_start, qkv.device)
+    return torch.zeros_like(seen, dtype=qkv.dtype).masked_fill_(~seen, -torch.inf)
+
+
+def _pack_heads(x: Tensor, n_heads: int, n: int) -> Tensor:
+    """(B, T, n·C) -> (n, BH, T, D), contiguous: n = 3 for a packed projection, else 1."""
+    B, T, _ = x.shape
+    return x.view(B, T, n, n_heads, -1).permute(2, 0, 3, 1, 4).reshape(n, B * n_heads, T, -1)
+
+
+def _unpack_heads(x: Tensor, n_heads: int) -> Tensor:
+    """(BH, T, D) -> (B, T, C)."""
+    BH, T, D = x.shape
+    return x.view(-1, n_heads, T, D).transpose(1, 2).reshape(BH // n_heads, T, n_heads * D)
+
+
+def _query_blocks(T: int) -> Iterator[tuple[slice, slice]]:
+    """Query rows, a block at a time, and the keys that some row of the block may see."""
+    for start in range(0, T, QUERY_BLOCK):
+        stop = min(start + QUERY_BLOCK, T)
+        yield slice(start, stop), slice(0, stop)
+
+
+def _probabilities(
+    q: Tensor,
+    k: Tensor,
+    rows: slice,
+    keys: slice,
+    n_heads: int,
+    document_start: Tensor | None,
+) -> Tensor:
+    """softmax(q kᵀ / √D + mask) for a block of query rows: (BH, rows, keys), in q's dtype.
+
+    In bfloat16 the scores are rounded before the softmax, which PyTorch's batched product on a CPU
+    cannot avoid; the softmax itself is computed in float32. Recomputed in the backward, the
+    probabilities are the same to the bit.
+    """
+    seen = visible(keys.stop, None, q.device)[rows]
+    if document_start is not None:
+        position = torch.arange(keys.stop, device=q.device)
+        seen = seen & (position >= document_start[:, rows, None])
+        seen = seen.repeat_interleave(n_heads, 0)
+    mask = torch.zeros_like(seen, dtype=q.dtype).masked_fill_(~seen, -torch.inf)
+    scores = torch.baddbmm(mask, q[:, rows], k[:, keys].mT, alpha=q.shape[-1] ** -0.5)
+    return aten._softmax(scores, -1, False)
+
+
+# ---------------------------------------------------------------------------------- bias + GELU
+
+
+def bias_gelu_forward(h: Tensor, bias: Tensor | None = None) -> Tensor:
+    """See `reference.bias_gelu_forward`."""
+    return aten.gelu(h if bias is None else h + bias, approximate="tanh")
+
+
+def bias_gelu_backward(
+    dy: Tensor, h: Tensor, bias: Tensor | None = None, dbias: Tensor | None = None
+) -> Tensor:
+    """See `reference.bias_gelu_backward`."""
+    dh = aten.gelu_backward(dy, h if bias is None else h + bias, approximate="tanh")
+    if dbias is not None:
+        bias_gradient(dh, dbias)
+    return dh
+
+
+# -------------------------------------------------------------------- softmax cross-entropy
+
+
+def cross_entropy_forward(
+    logits: Tensor, targets: Tensor, vocab_size: int, ignore_index: int = IGNORE_INDEX
+) -> tuple[Tensor, Tensor]:
+    """See `reference.cross_entropy_forward`."""
+    z = logits[:, :vocab_size].to(accumulation_dtype(logits))
+    lse = torch.logsumexp(z, -1)
+    counted = targets != ignore_index
+    picked = z.gather(1, targets.where(counted, 0)[:, None])[:, 0]
+    return torch.where(counted, lse - picked, 0), lse
+
+
+def cross_entropy_backward(
+    logits: Tensor,
+    targets: Tensor,
+    lse: Tensor,
+    scale: Tensor,
+    vocab_size: int,
+    ignore_index: int = IGNORE_INDEX,
+) -> Tensor:
+    """See `reference.cross_entropy_backward`."""
+    log_p = logits[:, :vocab_size] - lse[:, None]
+    return _write_gradient(logits, log_p, targets, scale, vocab_size, ignore_index)
+
+
+def cross_entropy_forward_backward(
+    logits: Tensor,
+    targets: Tensor,
+    scale: Tensor,
+    vocab_size: int,
+    ignore_index: int = IGNORE_INDEX,
+) -> Tensor:
+    """See `reference.cross_entropy_forward_backward`: one log-softmax serves both."""
+    z = logits[:, :vocab_size]
+    log_p = torch.log_softmax(z, -1, dtype=accumulation_dtype(logits))
+    counted = targets != ignore_index
+    picked = log_p.gather(1, targets.where(counted, 0)[:, None])[:, 0]
+    losses = torch.where(counted, -picked, 0)
+    _write_gradient(logits, log_p, targets, scale, vocab_size, ignore_index)
+    return losses
+
+
+def _write_gradient(
+    logits: Tensor,
+    log_p: Tensor,
+    targets: Tensor,
+    scale: Tensor,
+    vocab_size: int,
+    ignore_index: int,
+) -> Tensor:
+    """(exp(log_p) - onehot) · scale over the logits; log_p (N, V) is overwritten."""
+    counted = (targets != ignore_index)[:, None]
+    dz = log_p.exp_()
+    dz.scatter_add_(1, targets[:, None].where(counted, 0), -counted.to(dz.dtype))
+    dz.mul_(scale * counted)
+    logits[:, :vocab_size] = dz
+    logits[:, vocab_size:] = 0
+    return logits
+
+
+# ---------------------------------------------------------- output projection + cross-entropy
+
+# Logits of one chunk: small enough for a CPU's cache, large enough to keep its cores busy.
+CHUNK_ELEMENTS = 2**20
+
+
+def _row_chunks(n_rows: int, vocab_size: int) -> Iterator[slice]:
+    size = max(64, CHUNK_ELEMENTS // vocab_size)
+    for start in range(0, n_rows, size):
+        yield slice(start, min(start + size, n_rows))
+
+
+def linear_cross_entropy_forward(
+    x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int
+) -> Tensor:
+    """See `reference.linear_cross_entropy_forward`."""
+    losses = torch.empty(len(x), dtype=accumulation_dtype(x), device=x.device)
+    for rows in _row_chunks(len(x), len(weight)):
+        logits = torch.mm(x[rows], weight.T)
+        losses[rows] = cross_entropy_forward(logits, targets[rows], vocab_size)[0]
+    return losses
+
+
+def linear_cross_entropy_forward_backward(
+    x: Tensor, weight: Tensor, targets: Tensor, scale: Tensor, dweight: Tensor, vocab_size: int
+) -> tuple[Tensor, Tensor]:
+    """See `reference.linear_cross_entropy_forward_backward`."""
+    losses = torch.empty(len(x), dtype=accumulation_dtype(x), device=x.device)
+    dx = torch.empty_like(x)
+    for rows in _row_chunks(len(x), len(weight)):
+        logits = torch.mm(x[rows], weight.T)
+        losses[rows] = cross_entropy_forward_backward(logits, targets[rows], scale, vocab_size)
+        torch.mm(logits, weight, out=dx[rows])
+        weight_gradient(logits, x[rows], dweight)
+    return losses.sum() * scale, dx
+
+
+# ------------------------------------------------------------------------------- optimization
+
+
+def gradient_norm(gradients: Tensor) -> Tensor:
+    """See `reference.gradient_norm`."""
+    return torch.linalg.vector_norm(gradients)
+
+
+def sgd_update(
+    weights: Tensor,
+    master: Tensor | None,
+    gradients: Tensor,
+    learning_rate: Tensor,
+    clip: Tensor,
+    finite: Tensor,
+    weight_decay: float,
+    n_decayed: int,
+    rounding_seed: Tensor | None = None,
+) -> None:
+    """See `reference.sgd_update`. Scales `gradients` in place."""
+    if rounding_seed is not None:
+        reference.sgd_update(
+            weights,
+            master,
+            gradients,
+            learning_rate,
+            clip,
+            finite,
+            weight_decay,
+            n_decayed,
+            rounding_seed,
+        )
+        return
+    w = weights if master is None else master
+    for part, decay in _decayed_and_not(n_decayed, weight_decay):
+        torch._fused_sgd_(
+            [w[part]],
+            [gradients[part]],
+            [],
+            weight_decay=decay,
+            momentum=0.0,
+            lr=learning_rate,
+            dampening=0.0,
+            nesterov=False,
+            maximize=False,
+            is_first_step=False,
+            **_clip_and_skip(clip, finite),
+        )
+    if master is not None:
+        weights.copy_(torch.where(finite, master.to(weights.dtype), weights))
+
+
+def adamw_update(
+    weights: Tensor,
+    master: Tensor | None,
+    gradients: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    step: Tensor,
+    learning_rate: Tensor,
+    clip: Tensor,
+    finite: Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    n_decayed: int,
+    rounding_seed: Tensor | None = None,
+) -> None:
+    """See `reference.adamw_update`. Scales `gradients` in place."""
+    if rounding_seed is not None:
+        reference.adamw_update(
+            weights,
+            master,
+            gradients,
+            exp_avg,
+            exp_avg_sq,
+            step,
+            learning_rate,
+            clip,
+            finite,
+            beta1,
+            beta2,
+            eps,
+            weight_decay,
+            n_decayed,
+            rounding_seed,
+        )
+        return
+    w = weights if master is None else master
+    for part, decay in _decayed_and_not(n_decayed, weight_decay):
+        torch._fused_adamw_(
+            [w[part]],
+            [gradients[part]],
+            [exp_avg[part]],
+            [exp_avg_sq[part]],
+            [],
+            [step],
+            lr=learning_rate,
+            beta1=beta1,
+            beta2=beta2,
+            weight_decay=decay,
+            eps=eps,
+            amsgrad=False,
+            maximize=False,
+            **_clip_and_skip(clip, finite),
+        )
+    if master is not None:
+        weights.copy_(torch.where(finite, master.to(weights.dtype), weights))
+
+
+def _decayed_and_not(n_decayed: int, weight_decay: float) -> list[tuple[slice, float]]:
+    """The flat buffers' two parts: matrices, which decay, and vectors, which do not."""
+    return [(slice(0, n_decayed), weight_decay), (slice(n_decayed, None), 0.0)]
+
+
+def _clip_and_skip(clip: Tensor, finite: Tensor) -> dict[str, Tensor]:
+    """PyTorch's fused optimizers divide by `grad_scale` and do nothing where `found_inf` is 1."""
+    return {"grad_scale": 1 / clip.float(), "found_inf": (~finite).float()}

@@ -1,0 +1,490 @@
+"""The mathematics of the whole model, in plain torch: each forward, and below it its backward.
+
+This file is the oracle of every test. It is written to be read: one textbook expression after the
+other, no fusion, no in-place tricks but the accumulation of gradients. `native` and `fused` offer
+the same functions under the same names and are compared with these.
+
+The contract of every backward, stated once:
+  * the gradient of an activation is returned as a fresh tensor, in the activation's dtype;
+  * the gradient of a weight is *added* to the buffer that is passed in (dweight, dbias, ...), so
+    that tied weights and micro-batches need no further code. Those buffers are float32 (float64
+    for a float64 model), whatever the dtype of the weights.
+
+Everything is computed in float32, or in float64 for float64 inputs, and rounded once at the end.
+
+Alphabet: B batch, T sequence, C model width, H heads, D = C/H head width, F feed-forward width,
+V vocabulary (Vp: padded with rows that no token uses), N = B*T rows.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+IGNORE_INDEX = -100  # the label of a position that has no target, as in PyTorch and transformers
+
+
+def accumulation_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which sums over `x` are formed: float64 for float64, else float32."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def widen(x: Tensor) -> Tensor:
+    """`x` in its accumulation dtype."""
+    return x.to(accumulation_dtype(x))
+
+
+# ---------------------------------------------------------------------------------- embedding
+
+
+def embedding_forward(tokens: Tensor, token_table: Tensor, position_table: Tensor) -> Tensor:
+    """x[b, t] = token_table[tokens[b, t]] + position_table[t].
+
+    tokens (B, T) int64; token_table (Vp, C); position_table (T_max, C), T <= T_max.
+    Returns x (B, T, C) in the tables' dtype.
+    """
+    T = tokens.shape[1]
+    x = widen(token_table[tokens]) + widen(position_table[:T])  # (B,T,C) + (T,C)
+    return x.to(token_table.dtype)
+
+
+def embedding_backward(
+    dx: Tensor, tokens: Tensor, dtoken_table: Tensor, dposition_table: Tensor
+) -> None:
+    """A row that was read several times receives the sum of what its readers receive.
+
+    dx (B, T, C); tokens (B, T). Adds to dtoken_table (Vp, C) and dposition_table (T_max, C).
+    """
+    T, C = dx.shape[1:]
+    dx = widen(dx)
+    dtoken_table.index_add_(0, tokens.reshape(-1), dx.reshape(-1, C))
+    dposition_table[:T] += dx.sum(0)
+
+
+# ------------------------------------------------------------------------------------- linear
+
+
+def linear_forward(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """y = x Wᵀ + b.   x (..., K); weight (M, K); bias (M,) or None. Returns y (..., M)."""
+    y = widen(x) @ widen(weight).T
+    if bias is not None:
+        y = y + widen(bias)
+    return y.to(x.dtype)
+
+
+def linear_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, dweight: Tensor, dbias: Tensor | None = None
+) -> Tensor:
+    """dx = dy W;  dW += dyᵀ x;  db += Σ_rows dy.
+
+    dy (..., M); x (..., K); weight (M, K). Adds to dweight (M, K) and dbias (M,).
+    Returns dx (..., K).
+    """
+    M, K = weight.shape
+    dweight += widen(dy).reshape(-1, M).T @ widen(x).reshape(-1, K)
+    if dbias is not None:
+        bias_gradient(dy, dbias)
+    return (widen(dy) @ widen(weight)).to(x.dtype)
+
+
+def bias_gradient(dy: Tensor, dbias: Tensor) -> None:
+    """db += Σ_rows dy.   dy (..., M). Adds to dbias (M,)."""
+    dbias += widen(dy).reshape(-1, dy.shape[-1]).sum(0)
+
+
+# --------------------------------------------------------------------------------- layer norm
+
+
+def layer_norm_forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y = γ x̂ + β with x̂ = (x - μ) / √(σ² + ε), over the last axis (Ba, Kiros & Hinton 2016).
+
+    x (..., C); weight γ (C,); bias β (C,) or None.
+    Returns y (..., C), and for the backward mean μ (N,) and rstd 1/√(σ² + ε) (N,).
+    """
+    C = x.shape[-1]
+    rows = widen(x).reshape(-1, C)
+    mean = rows.mean(-1)
+    rstd = torch.rsqrt(rows.var(-1, correction=0) + eps)
+    y = (rows - mean[:, None]) * rstd[:, None] * widen(weight)
+    if bias is not None:
+        y = y + widen(bias)
+    return y.reshape(x.shape).to(x.dtype), mean, rstd
+
+
+def add_layer_norm_forward(
+    branch: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x = residual + branch, then y = layer_norm(x): the step between two branches of a block.
+
+    branch, residual (..., C). Returns y (..., C), x (..., C), mean (N,), rstd (N,). The gradient of
+    x is that of both summands, so `layer_norm_backward` with `dresidual` is the whole backward.
+    """
+    x = (widen(residual) + widen(branch)).to(residual.dtype)
+    y, mean, rstd = layer_norm_forward(x, weight, bias, eps)
+    return y, x, mean, rstd
+
+
+def layer_norm_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    dweight: Tensor,
+    dbias: Tensor | None = None,
+    dresidual: Tensor | None = None,
+) -> Tensor:
+    """With g = γ dy:  dx = rstd (g - mean(g) - x̂ mean(g x̂));  dγ += Σ dy x̂;  dβ += Σ dy.
+
+    The two means are what g loses because μ and σ depend on every element of the row.
+    dy, x (..., C); mean, rstd (N,). Adds to dweight (C,), dbias (C,).
+    Returns dx (..., C), plus `dresidual` (..., C), the gradient that by-passed the norm, if given.
+    """
+    C = x.shape[-1]
+    dy_rows = widen(dy).reshape(-1, C)
+    x_hat = (widen(x).reshape(-1, C) - mean[:, None]) * rstd[:, None]
+    g = dy_rows * widen(weight)
+    dx = rstd[:, None] * (g - g.mean(-1, keepdim=True) - x_hat * (g * x_hat).mean(-1, keepdim=True))
+    dweight += (dy_rows * x_hat).sum(0)
+    if dbias is not None:
+        dbias += dy_rows.sum(0)
+    dx = dx.reshape(x.shape)
+    if dresidual is not None:
+        dx = dx + widen(dresidual)
+    return dx.to(x.dtype)
+
+
+# ---------------------------------------------------------------------------------- attention
+
+
+def split_heads(qkv: Tensor, n_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The three views q, k, v (B, H, T, D) of a packed projection qkv (B, T, 3C)."""
+    B, T, three_C = qkv.shape
+    q, k, v = qkv.view(B, T, 3, n_heads, three_C // 3 // n_heads).permute(2, 0, 3, 1, 4)
+    return q, k, v
+
+
+def merge_heads(x: Tensor) -> Tensor:
+    """(B, H, T, D) -> (B, T, C): the heads side by side again."""
+    B, H, T, D = x.shape
+    return x.transpose(1, 2).reshape(B, T, H * D)
+
+
+def visible(T: int, document_start: Tensor | None, device: torch.device) -> Tensor:
+    """Which key j each query i may see: j <= i, and j in i's document.
+
+    document_start (B, T): where the document of each position begins, or None for one document.
+    Returns a boolean mask, (T, T) or (B, 1, T, T).
+    """
+    position = torch.arange(T, device=device)
+    causal = position[None, :] <= position[:, None]
+    if document_start is None:
+        return causal
+    return causal & (position >= document_start[:, None, :, None])
+
+
+def document_starts(tokens: Tensor, end_of_text: int) -> Tensor:
+    """For each token, the index in its row at which its document begins. (B, T) -> (B, T) int32.
+
+    The end-of-text token closes its document: the token after it begins the next one.
+    """
+    T = tokens.shape[1]
+    position = torch.arange(T, device=tokens.device)
+    begins = torch.zeros_like(tokens)
+    begins[:, 1:] = torch.where(tokens[:, :-1] == end_of_text, position[1:], 0)
+    return begins.cummax(1).values.int()
+
+
+def attention_forward(
+    qkv: Tensor, n_heads: int, document_start: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """o = softmax(q kᵀ / √D + mask) v per head (Vaswani et al. 2017), causal.
+
+    qkv (B, T, 3C): q, k and v side by side, each of H heads of width D.
+    document_start (B, T) int32 or None: see `visible`.
+    Returns out (B, T, C), and for the backward lse (B, H, T) = log Σ_j exp(score_ij).
+    """
+    q, k, v = (widen(x) for x in split_heads(qkv, n_heads))
+    T, D = q.shape[-2:]
+    scores = q @ k.mT / math.sqrt(D)  # (B,H,T,T)
+    scores = scores.masked_fill(~visible(T, document_start, qkv.device), -math.inf)
+    lse = torch.logsumexp(scores, -1)
+    p = torch.exp(scores - lse[..., None])
+    return merge_heads(p @ v).to(qkv.dtype), lse
+
+
+def attention_backward(
+    dout: Tensor,
+    qkv: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    n_heads: int,
+    document_start: Tensor | None = None,
+) -> Tensor:
+    """The probabilities come back from q, k and lse; only those rows need be remembered (Dao 2022).
+
+    dv = pᵀ do;  dp = do vᵀ;  ds = p (dp - δ) with δ_i = Σ_j p_ij dp_ij = do_i · o_i;
+    dq = ds k / √D;  dk = dsᵀ q / √D.
+
+    dout, out (B, T, C); qkv (B, T, 3C); lse (B, H, T). Returns dqkv (B, T, 3C).
+    """
+    B, T, _ = out.shape
+    q, k, v = (widen(x) for x in split_heads(qkv, n_heads))
+    do, o = (widen(x).view(B, T, n_heads, -1).transpose(1, 2) for x in (dout, out))
+    scale = 1 / math.sqrt(q.shape[-1])
+    scores = (q @ k.mT * scale).masked_fill(~visible(T, document_start, qkv.device), -math.inf)
+    p = torch.exp(scores - lse[..., None])  # (B,H,T,T)
+    dv = p.mT @ do
+    dp = do @ v.mT
+    delta = (do * o).sum(-1, keepdim=True)  # (B,H,T,1)
+    ds = p * (dp - delta)
+    dq = ds @ k * scale
+    dk = ds.mT @ q * scale
+    return torch.cat([merge_heads(dx) for dx in (dq, dk, dv)], dim=-1).to(qkv.dtype)
+
+
+def decode_attention(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, n_heads: int
+) -> Tensor:
+    """Attention of one new position per row over its cached keys 0 .. lengths[b]-1. No backward.
+
+    q (B, C); k_cache, v_cache (B, T_max, C); lengths (B,) int64 in 1..T_max. Returns out (B, C).
+    """
+    B, T, C = k_cache.shape
+    heads = (B, -1, n_heads, C // n_heads)
+    q, k, v = (widen(x).reshape(heads).transpose(1, 2) for x in (q, k_cache, v_cache))
+    scores = q @ k.mT / math.sqrt(C // n_heads)  # (B,H,1,T)
+    past = torch.arange(T, device=q.device) < lengths[:, None, None, None]
+    p = torch.softmax(scores.masked_fill(~past, -math.inf), -1)
+    # what lies beyond `lengths` was never written: 0 * NaN must not reach the sum
+    v = v.masked_fill(~past.mT, 0)
+    return merge_heads(p @ v).reshape(B, C).to(k_cache.dtype)
+
+
+# ---------------------------------------------------------------------------------- bias + GELU
+
+GELU_SCALE = math.sqrt(2 / math.pi)
+GELU_CUBIC = 0.044715
+
+
+def bias_gelu_forward(h: Tensor, bias: Tensor | None = None) -> Tensor:
+    """y = ½ u (1 + tanh(√(2/π) (u + 0.044715 u³))) with u = h + b (Hendrycks & Gimpel 2016).
+
+    h (..., F): the matrix product before its bias; bias (F,) or None. Returns y (..., F).
+    """
+    u = widen(h) if bias is None else widen(h) + widen(bias)
+    y = 0.5 * u * (1 + torch.tanh(GELU_SCALE * (u + GELU_CUBIC * u**3)))
+    return y.to(h.dtype)
+
+
+def bias_gelu_backward(
+    dy: Tensor, h: Tensor, bias: Tensor | None = None, dbias: Tensor | None = None
+) -> Tensor:
+    """With t = tanh(z(u)):  dh = dy (½ (1 + t) + ½ u (1 - t²) z'(u));  db += Σ_rows dh.
+
+    dy, h (..., F). Adds to dbias (F,). Returns dh (..., F).
+    """
+    u = widen(h) if bias is None else widen(h) + widen(bias)
+    t = torch.tanh(GELU_SCALE * (u + GELU_CUBIC * u**3))
+    dz = GELU_SCALE * (1 + 3 * GELU_CUBIC * u**2)
+    dh = widen(dy) * (0.5 * (1 + t) + 0.5 * u * (1 - t**2) * dz)
+    if dbias is not None:
+        bias_gradient(dh, dbias)
+    return dh.to(h.dtype)
+
+
+# -------------------------------------------------------------------- softmax cross-entropy
+
+
+def cross_entropy_forward(
+    logits: Tensor, targets: Tensor, vocab_size: int, ignore_index: int = IGNORE_INDEX
+) -> tuple[Tensor, Tensor]:
+    """loss_n = log Σ_v exp(z_nv) - z_n,target.
+
+    logits (N, Vp), of which the columns from vocab_size on are padding; targets (N,) int64.
+    Returns losses (N,), 0 where the target is ignore_index, and lse (N,) for the backward.
+    """
+    z = widen(logits)[:, :vocab_size]
+    lse = torch.logsumexp(z, -1)
+    counted = targets != ignore_index
+    picked = z.gather(1, targets.where(counted, 0)[:, None])[:, 0]
+    return torch.where(counted, lse - picked, 0), lse
+
+
+def cross_entropy_backward(
+    logits: Tensor,
+    targets: Tensor,
+    lse: Tensor,
+    scale: Tensor,
+    vocab_size: int,
+    ignore_index: int = IGNORE_INDEX,
+) -> Tensor:
+    """dz = (softmax(z) - onehot(target)) · scale, written over the logits.
+
+    scale: 0-d, the gradient that each row's loss receives (1 / number of targets for a mean).
+    Padded columns and ignored rows get exactly 0. Returns dlogits (N, Vp), the logits' own memory.
+    """
+    counted = targets != ignore_index
+    dz = torch.zeros_like(logits, dtype=accumulation_dtype(logits))
+    dz[:, :vocab_size] = torch.exp(widen(logits)[:, :vocab_size] - lse[:, None])
+    rows = torch.arange(len(targets), device=logits.device)
+    dz[rows, targets.where(counted, 0)] -= 1
+    dz = torch.where(counted[:, None], dz * scale, 0)
+    return logits.copy_(dz)
+
+
+def cross_entropy_forward_backward(
+    logits: Tensor,
+    targets: Tensor,
+    scale: Tensor,
+    vocab_size: int,
+    ignore_index: int = IGNORE_INDEX,
+) -> Tensor:
+    """Both in one call, as the training step uses them: returns losses, logits become dlogits."""
+    losses, lse = cross_entropy_forward(logits, targets, vocab_size, ignore_index)
+    cross_entropy_backward(logits, targets, lse, scale, vocab_size, ignore_index)
+    return losses
+
+
+# ---------------------------------------------------------- output projection + cross-entropy
+
+CHUNK_ROWS = 1024
+
+
+def linear_cross_entropy_forward(
+    x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int
+) -> Tensor:
+    """The loss of each row of x under logits = x Wᵀ, a chunk of rows at a time: evaluation.
+
+    x (N, C); weight (Vp, C); targets (N,). Returns losses (N,).
+    """
+    losses = [
+        cross_entropy_forward(linear_forward(x_chunk, weight), t_chunk, vocab_size)[0]
+        for x_chunk, t_chunk in zip(x.split(CHUNK_ROWS), targets.split(CHUNK_ROWS), strict=True)
+    ]
+    return torch.cat(losses)
+
+
+def linear_cross_entropy_forward_backward(
+    x: Tensor, weight: Tensor, targets: Tensor, scale: Tensor, dweight: Tensor, vocab_size: int
+) -> tuple[Tensor, Tensor]:
+    """Loss and gradients of the output projection; the (N, V) logits never exist whole.
+
+    x (N, C); weight (Vp, C); targets (N,); scale 0-d. Adds to dweight (Vp, C).
+    Returns the loss, scale · Σ losses (0-d), and dx (N, C).
+    """
+    losses, dx = [], []
+    for x_chunk, t_chunk in zip(x.split(CHUNK_ROWS), targets.split(CHUNK_ROWS), strict=True):
+        logits = linear_forward(x_chunk, weight)
+        losses.append(cross_entropy_forward_backward(logits, t_chunk, scale, vocab_size))
+        dx.append(linear_backward(logits, x_chunk, weight, dweight))
+    return torch.cat(losses).sum() * scale, torch.cat(dx)
+
+
+# ------------------------------------------------------------------------------- optimization
+
+
+def gradient_norm(gradients: Tensor) -> Tensor:
+    """√(Σ g²) over the flat buffer, 0-d. Not finite if any gradient is not."""
+    return widen(gradients).square().sum().sqrt()
+
+
+def sgd_update(
+    weights: Tensor,
+    master: Tensor | None,
+    gradients: Tensor,
+    learning_rate: Tensor,
+    clip: Tensor,
+    finite: Tensor,
+    weight_decay: float,
+    n_decayed: int,
+    rounding_seed: Tensor | None = None,
+) -> None:
+    """w ← w - η (c g), after w ← w (1 - η λ) for the first n_decayed elements.
+
+    weights (P,) in the model's dtype, master (P,) float32 or None where the weights are their own
+    master; gradients (P,). learning_rate η, clip c, finite: 0-d; where finite is False nothing
+    changes. rounding_seed 0-d int64: round stochastically to bfloat16 weights without a master.
+    """
+    w = (weights if master is None else master).to(gradients.dtype, copy=True)
+    w[:n_decayed] *= 1 - learning_rate * weight_decay
+    w -= learning_rate * clip * gradients
+    write_weights(w, weights, master, finite, rounding_seed)
+
+
+def adamw_update(
+    weights: Tensor,
+    master: Tensor | None,
+    gradients: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    step: Tensor,
+    learning_rate: Tensor,
+    clip: Tensor,
+    finite: Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    n_decayed: int,
+    rounding_seed: Tensor | None = None,
+) -> None:
+    """AdamW (Loshchilov & Hutter 2019, algorithm 2), t = step, 1 at the first update.
+
+    m ← β₁ m + (1 - β₁) c g;  v ← β₂ v + (1 - β₂) (c g)²;
+    w ← w (1 - η λ) - η (m / (1 - β₁ᵗ)) / (√(v / (1 - β₂ᵗ)) + ε).
+
+    exp_avg m, exp_avg_sq v (P,); the rest as in `sgd_update`.
+    """
+    g = clip * gradients
+    m = beta1 * exp_avg + (1 - beta1) * g
+    v = beta2 * exp_avg_sq + (1 - beta2) * g * g
+    t = step.double()  # in float32, 1 - 0.999**1 would keep only four digits
+    m_hat = m / (1 - beta1**t)
+    v_hat = v / (1 - beta2**t)
+    w = (weights if master is None else master).to(gradients.dtype, copy=True)
+    w[:n_decayed] *= 1 - learning_rate * weight_decay
+    w -= learning_rate * m_hat / (v_hat.sqrt() + eps)
+    write_weights(w, weights, master, finite, rounding_seed)
+    exp_avg.copy_(torch.where(finite, m, exp_avg))
+    exp_avg_sq.copy_(torch.where(finite, v, exp_avg_sq))
+
+
+def write_weights(
+    updated: Tensor,
+    weights: Tensor,
+    master: Tensor | None,
+    finite: Tensor,
+    rounding_seed: Tensor | None,
+) -> None:
+    """Put `updated` (P,) into the master and the weights, or leave both alone if not finite."""
+    if master is not None:
+        master.copy_(torch.where(finite, updated, master))
+    if rounding_seed is not None:
+        updated = round_stochastically(updated, rounding_seed)
+    weights.copy_(torch.where(finite, updated.to(weights.dtype), weights))
+
+
+def round_stochastically(x: Tensor, seed: Tensor) -> Tensor:
+    """float32 (P,) -> bfloat16, up or down with the probability that makes the mean exact.
+
+    bfloat16 is the upper half of a float32. Adding a uniform 16-bit number to the lower half
+    carries into the upper one exactly as often as the lower half is large. The number is a hash of
+    (position, seed), so that every backend draws the same one.
+    """
+    index = torch.arange(x.numel(), device=x.device)
+    noise = hash32(index, seed) & 0xFFFF
+    bits = (x.view(torch.int32).to(torch.int64) + noise).to(torch.int32) & -0x10000
+    return torch.where(x.isfinite(), bits.view(torch.float32), x).bfloat16()
+
+
+def hash32(index: Tensor, seed: Tensor) -> Tensor:
+    """A well-mixed 32-bit number from two integers (the `lowbias32` mixer of C. Wellons, 2018)."""
+    x = (index * 0x9E3779B1 + seed * 0x85EBCA77) & 0xFFFFFFFF
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) & 0xFFFFFFFF
+    x = ((x ^ (x >> 15)) * 0x846CA68B) & 0xFFFFFFFF
+    return x ^ (x >> 16)

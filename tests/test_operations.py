@@ -1,0 +1,464 @@
+"""Every operation of `reference` against autograd and finite differences, `native` against it.
+
+Tolerances, all on the relative RMS error:
+  1e-12  float64 against autograd: the same formula summed in another order; 2^-53 = 1.1e-16 a
+         rounding, and a few thousand of them add up as a random walk.
+  1e-6   central differences in float64 with h = 1e-5: truncation h² = 1e-10, cancellation
+         1e-16 / h = 1e-11, amplified by the third derivatives of softmax and GELU.
+  NATIVE native against reference in the same dtype. float64: 1e-12 as above. float32: sums of up to
+         a few thousand terms in another order, 2^-24 each: 2e-6. bfloat16 and float16: inputs
+         are the same, results are rounded once (2^-9 and 2^-12 at most, a third of that in RMS),
+         and an intermediate that one side rounds and the other does not costs about two more.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels import native, reference
+from tests.support.compare import assert_close, relative_error
+
+NATIVE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+DTYPES = list(NATIVE)
+EPS = 1e-5
+
+
+def randn(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64).to(dtype)
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+def acc(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+# ------------------------------------------------------------------ each operation as one case
+#
+# A case runs forward and backward of one operation in a given module and returns every output and
+# every gradient by name, so that one comparison serves autograd, native and all dtypes alike.
+# `leaves` are the inputs that have a gradient, `dy` the gradient of the (first) output.
+
+
+class Case:
+    """An operation with its inputs: `leaves` in order, `forward(ops, *leaves)` and its backward."""
+
+    def __init__(self, **leaves: Tensor) -> None:
+        self.leaves = leaves
+
+    def forward(self, ops, *leaves: Tensor) -> tuple[Tensor, ...]:
+        raise AssertionError("each case defines its own")
+
+    def backward(self, ops, dy: Tensor, saved: tuple, *leaves: Tensor) -> list[Tensor | None]:
+        raise AssertionError("each case defines its own")
+
+    def cast(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        return {name: x.to(dtype) for name, x in self.leaves.items()}
+
+    def run(self, ops, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
+        leaves = list(self.cast(dtype).values())
+        y, *saved = self.forward(ops, *leaves)
+        dy = torch.randn(y.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+        gradients = self.backward(ops, dy.to(dtype), (y, *saved), *leaves)
+        named = {f"d{name}": g for name, g in zip(self.leaves, gradients, strict=True)}
+        return {"y": y} | {name: g for name, g in named.items() if g is not None}
+
+
+def buffer(x: Tensor) -> Tensor:
+    """A gradient buffer that already holds something: what is added must not overwrite it."""
+    return torch.ones(x.shape, dtype=acc(x.dtype))
+
+
+class Embedding(Case):
+    def __init__(self, B: int, T: int, C: int = 12, V: int = 7) -> None:
+        super().__init__(token_table=randn(V, C), position_table=randn(T + 2, C))
+        self.tokens = torch.randint(0, V, (B, T))
+
+    def forward(self, ops, table, positions):
+        return (ops.embedding_forward(self.tokens, table, positions),)
+
+    def backward(self, ops, dy, saved, table, positions):
+        dtable, dpositions = buffer(table), buffer(positions)
+        ops.embedding_backward(dy, self.tokens, dtable, dpositions)
+        return [dtable - 1, dpositions - 1]
+
+
+class Linear(Case):
+    def __init__(self, N: int, K: int, M: int, bias: bool = True) -> None:
+        self.bias = bias
+        leaves = {"x": randn(2, N, K), "weight": randn(M, K)}
+        super().__init__(**leaves, **({"bias": randn(M)} if bias else {}))
+
+    def forward(self, ops, x, weight, bias=None):
+        return (ops.linear_forward(x, weight, bias),)
+
+    def backward(self, ops, dy, saved, x, weight, bias=None):
+        dweight = buffer(weight)
+        dbias = buffer(bias) if bias is not None else None
+        dx = ops.linear_backward(dy, x, weight, dweight, dbias)
+        return [dx, dweight - 1] + ([dbias - 1] if dbias is not None else [])
+
+
+class LayerNorm(Case):
+    def __init__(self, N: int, C: int, bias: bool = True) -> None:
+        leaves = {"x": randn(N, C) * 3 + 1, "weight": randn(C)}
+        super().__init__(**leaves, **({"bias": randn(C)} if bias else {}))
+
+    def forward(self, ops, x, weight, bias=None):
+        return ops.layer_norm_forward(x, weight, bias, EPS)
+
+    def backward(self, ops, dy, saved, x, weight, bias=None):
+        _, mean, rstd = saved
+        dweight, dbias = buffer(weight), buffer(bias) if bias is not None else None
+        dx = ops.layer_norm_backward(dy, x, weight, mean, rstd, dweight, dbias)
+        return [dx, dweight - 1] + ([dbias - 1] if dbias is not None else [])
+
+
+class AddLayerNorm(Case):
+    """The sum x is used twice, by the norm and by what follows; `dresidual` stands for the latter.
+
+    y here is layer_norm(x) + x, so that autograd sees both uses.
+    """
+
+    def __init__(self, N: int, C: int) -> None:
+        super().__init__(branch=randn(N, C), residual=randn(N, C), weight=randn(C), bias=randn(C))
+
+    def forward(self, ops, branch, residual, weight, bias):
+        y, x, mean, rstd = ops.add_layer_norm_forward(branch, residual, weight, bias, EPS)
+        return y + x, x, mean, rstd
+
+    def backward(self, ops, dy, saved, branch, residual, weight, bias):
+        _, x, mean, rstd = saved
+        dweight, dbias = buffer(weight), buffer(bias)
+        dx = ops.layer_norm_backward(dy, x, weight, mean, rstd, dweight, dbias, dy)
+        return [dx, dx, dweight - 1, dbias - 1]
+
+
+class Attention(Case):
+    def __init__(self, B: int, T: int, H: int, D: int, documents: bool = False) -> None:
+        super().__init__(qkv=randn(B, T, 3 * H * D))
+        self.n_heads = H
+        self.start = None
+        if documents:
+            self.start = reference.document_starts(torch.randint(0, 3, (B, T)), 0)
+
+    def forward(self, ops, qkv):
+        return ops.attention_forward(qkv, self.n_heads, self.start)
+
+    def backward(self, ops, dy, saved, qkv):
+        out, lse = saved
+        return [ops.attention_backward(dy, qkv, out, lse, self.n_heads, self.start)]
+
+
+class BiasGelu(Case):
+    def __init__(self, N: int, F: int, bias: bool = True) -> None:
+        super().__init__(h=randn(N, F) * 2, **({"bias": randn(F)} if bias else {}))
+
+    def forward(self, ops, h, bias=None):
+        return (ops.bias_gelu_forward(h, bias),)
+
+    def backward(self, ops, dy, saved, h, bias=None):
+        dbias = buffer(bias) if bias is not None else None
+        dh = ops.bias_gelu_backward(dy, h, bias, dbias)
+        return [dh] + ([dbias - 1] if dbias is not None else [])
+
+
+CASES = {
+    "embedding": lambda: Embedding(3, 5),
+    "embedding T=1": lambda: Embedding(1, 1),
+    "linear": lambda: Linear(9, 6, 11),
+    "linear no bias": lambda: Linear(9, 6, 11, bias=False),
+    "linear one row": lambda: Linear(1, 3, 1),
+    "layer norm": lambda: LayerNorm(7, 33),
+    "layer norm no bias": lambda: LayerNorm(7, 33, bias=False),
+    "layer norm one row": lambda: LayerNorm(1, 5),
+    "add layer norm": lambda: AddLayerNorm(6, 20),
+    "attention": lambda: Attention(2, 17, 3, 8),
+    "attention T=1": lambda: Attention(2, 1, 2, 4),
+    "attention one head, odd D": lambda: Attention(1, 13, 1, 5),
+    "attention documents": lambda: Attention(2, 19, 2, 6, documents=True),
+    "attention over several query blocks": lambda: Attention(1, 300, 2, 8),
+    "attention documents over several blocks": lambda: Attention(2, 270, 1, 8, documents=True),
+    "bias gelu": lambda: BiasGelu(9, 14),
+    "gelu no bias": lambda: BiasGelu(9, 14, bias=False),
+}
+
+
+@pytest.fixture(params=CASES.values(), ids=CASES.keys())
+def case(request) -> Case:
+    return request.param()
+
+
+def test_backward_equals_autograd(case: Case) -> None:
+    leaves = [x.clone().requires_grad_() for x in case.leaves.values()]
+    y = case.forward(reference, *leaves)[0]
+    dy = torch.randn(y.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    expected = torch.autograd.grad(y, leaves, dy)
+    actual = case.run(reference)
+    for name, gradient in zip(case.leaves, expected, strict=True):
+        assert_close(actual[f"d{name}"], gradient, 1e-12, f"d{name}")
+
+
+def test_backward_equals_finite_differences(case: Case) -> None:
+    """Along a random direction of all inputs at once: (L(x + hv) - L(x - hv)) / 2h = dL·v."""
+    h = 1e-5
+    direction = [torch.randn_like(x) for x in case.leaves.values()]
+    dy = None
+
+    def loss(sign: float) -> Tensor:
+        nonlocal dy
+        moved = (x + sign * h * v for x, v in zip(case.leaves.values(), direction, strict=True))
+        y = case.forward(reference, *moved)[0]
+        dy = torch.randn(y.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+        return (y * dy).sum()
+
+    numeric = (loss(+1) - loss(-1)) / (2 * h)
+    results = case.run(reference)
+    analytic = sum(
+        (results[f"d{n}"] * v).sum() for n, v in zip(case.leaves, direction, strict=True)
+    )
+    assert abs(numeric - analytic) <= 1e-6 * max(1.0, abs(analytic))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_native_equals_reference(case: Case, dtype: torch.dtype) -> None:
+    expected, actual = case.run(reference, dtype), case.run(native, dtype)
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        assert actual[name].dtype == value.dtype, name
+        assert_close(actual[name], value, NATIVE[dtype], name)
+
+
+def test_bf16_attention_is_as_good_as_pytorchs_own() -> None:
+    """The batched products round the scores to bfloat16, which PyTorch's kernel does not.
+
+    Against float64 the error may be at most twice that of PyTorch's kernel: scores of unit scale
+    are rounded as finely as the probabilities, which both round.
+    """
+    exact = Attention(2, 256, 4, 64)
+    qkv = exact.leaves["qkv"].bfloat16()
+    expected = exact.forward(reference, qkv.double())[0]
+    ours = relative_error(native.attention_forward(qkv, 4)[0], expected)
+    q, k, v = reference.split_heads(qkv, 4)
+    theirs = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+    assert ours <= 2 * relative_error(reference.merge_heads(theirs), expected)
+
+
+# -------------------------------------------------------------------------------- cross-entropy
+
+
+def logits_and_targets(N: int, V: int, padding: int, dtype: torch.dtype, ignored: str = "some"):
+    logits = (randn(N, V + padding) * 4).to(dtype)
+    logits[:, V:] = 1e4 if dtype != torch.float16 else 6e4  # padding must not be seen
+    targets = torch.randint(0, V, (N,))
+    targets[{"none": slice(0, 0), "some": slice(0, None, 3), "all": slice(None)}[ignored]] = -100
+    return logits, targets
+
+
+@pytest.mark.parametrize("ignored", ["none", "some", "all"])
+@pytest.mark.parametrize(("N", "V", "padding"), [(1, 1, 0), (1, 7, 3), (10, 37, 91), (33, 513, 0)])
+def test_cross_entropy_equals_autograd(N: int, V: int, padding: int, ignored: str) -> None:
+    logits, targets = logits_and_targets(N, V, padding, torch.float64, ignored)
+    leaf = logits.clone().requires_grad_()
+    expected = torch.nn.functional.cross_entropy(leaf[:, :V], targets, reduction="none")
+    scale = torch.tensor(0.3, dtype=torch.float64)
+    (expected.sum() * scale).backward()
+
+    losses, lse = reference.cross_entropy_forward(logits, targets, V)
+    dlogits = reference.cross_entropy_backward(logits, targets, lse, scale, V)
+    assert dlogits.data_ptr() == logits.data_ptr()
+    assert_close(losses, expected.detach(), 1e-12, "losses")
+    assert_close(dlogits, leaf.grad, 1e-12, "dlogits")
+    assert (dlogits[:, V:] == 0).all() and (dlogits[targets == -100] == 0).all()
+
+
+@pytest.mark.parametrize("ignored", ["none", "some", "all"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_native_cross_entropy_equals_reference(dtype: torch.dtype, ignored: str) -> None:
+    V = 300
+    logits, targets = logits_and_targets(21, V, 84, dtype, ignored)
+    scale = torch.tensor(1 / 21, dtype=acc(dtype))
+    expected = logits.clone()
+    losses, lse = reference.cross_entropy_forward(logits, targets, V)
+    reference.cross_entropy_backward(expected, targets, lse, scale, V)
+
+    both, second = logits.clone(), logits.clone()
+    tolerance = NATIVE[dtype]
+    assert_close(native.cross_entropy_forward_backward(both, targets, scale, V), losses, tolerance)
+    assert_close(both, expected, tolerance, "dlogits in one")
+    native_losses, native_lse = native.cross_entropy_forward(logits, targets, V)
+    assert_close(native_losses, losses, tolerance, "losses")
+    assert_close(native_lse, lse, tolerance, "lse")
+    native.cross_entropy_backward(second, targets, native_lse, scale, V)
+    assert_close(second, expected, tolerance, "dlogits in two")
+    assert (both[:, V:] == 0).all() and (both[targets == -100] == 0).all()
+
+
+@pytest.mark.parametrize("ops", [reference, native], ids=["reference", "native"])
+def test_linear_cross_entropy_equals_autograd(ops, monkeypatch) -> None:
+    """Over several chunks, the last one short, with ignored rows and padded columns."""
+    monkeypatch.setattr(reference, "CHUNK_ROWS", 16)
+    monkeypatch.setattr(native, "CHUNK_ELEMENTS", 1)
+    N, C, V, padded = 150, 12, 29, 40
+    x, weight = randn(N, C).requires_grad_(), randn(padded, C).requires_grad_()
+    targets = torch.randint(0, V, (N,))
+    targets[::4] = -100
+    scale = 1 / (targets != -100).sum().double()
+    expected = torch.nn.functional.cross_entropy((x @ weight.T)[:, :V], targets)
+    dx_expected, dweight_expected = torch.autograd.grad(expected, [x, weight])
+
+    x, weight = x.detach(), weight.detach()
+    dweight = buffer(weight)
+    loss, dx = ops.linear_cross_entropy_forward_backward(x, weight, targets, scale, dweight, V)
+    losses = ops.linear_cross_entropy_forward(x, weight, targets, V)
+    assert_close(loss, expected.detach(), 1e-12, "loss")
+    assert_close(losses.sum() * scale, expected.detach(), 1e-12, "losses")
+    assert_close(dx, dx_expected, 1e-12, "dx")
+    assert_close(dweight - 1, dweight_expected, 1e-12, "dweight")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_native_linear_cross_entropy_equals_reference(dtype: torch.dtype) -> None:
+    N, C, V, padded = 70, 24, 50, 128
+    x, weight, targets = randn(N, C, dtype=dtype), randn(padded, C, dtype=dtype), None
+    targets = torch.randint(0, V, (N,))
+    scale = torch.tensor(1 / N, dtype=acc(dtype))
+    results = []
+    for ops in (reference, native):
+        dweight = buffer(weight)
+        loss, dx = ops.linear_cross_entropy_forward_backward(x, weight, targets, scale, dweight, V)
+        results.append((loss, dx, dweight - 1))
+    for name, expected, actual in zip(("loss", "dx", "dweight"), *results, strict=True):
+        assert_close(actual, expected, NATIVE[dtype], name)
+
+
+# ------------------------------------------------------------------------------ decode attention
+
+
+@pytest.mark.parametrize("ops", [reference, native], ids=["reference", "native"])
+def test_decode_attention_is_the_last_row_of_attention(ops) -> None:
+    B, T, H, D = 3, 11, 2, 6
+    qkv = randn(B, T, 3 * H * D)
+    out, _ = reference.attention_forward(qkv, H)
+    q, k, v = qkv.chunk(3, dim=-1)
+    k_cache, v_cache = (torch.full((B, T + 4, H * D), math.nan, dtype=q.dtype) for _ in "kv")
+    lengths = torch.tensor([11, 1, 6])
+    for b, n in enumerate(lengths.tolist()):
+        k_cache[b, :n], v_cache[b, :n] = k[b, :n], v[b, :n]
+    last = torch.stack([q[b, n - 1] for b, n in enumerate(lengths.tolist())])
+    expected = torch.stack([out[b, n - 1] for b, n in enumerate(lengths.tolist())])
+    assert_close(ops.decode_attention(last, k_cache, v_cache, lengths, H), expected, 1e-12)
+
+
+def test_document_starts() -> None:
+    tokens = torch.tensor([[5, 0, 7, 8, 0, 0, 9], [0, 1, 2, 3, 4, 5, 6]])
+    starts = reference.document_starts(tokens, end_of_text=0)
+    assert starts.tolist() == [[0, 0, 2, 2, 2, 5, 6], [0, 1, 1, 1, 1, 1, 1]]
+    assert starts.dtype == torch.int32
+
+
+# --------------------------------------------------------------------------------- optimization
+
+
+def update(ops, name: str, state: dict[str, Tensor], gradient: Tensor, step: int, **options):
+    """One update of `state` = {weights, master, exp_avg, exp_avg_sq} by the named optimizer."""
+    scalars = {key: torch.as_tensor(options.pop(key, 1.0)) for key in ("learning_rate", "clip")}
+    finite = options.pop("finite", torch.tensor(True))
+    common = {**scalars, "finite": finite, "weight_decay": 0.1, "n_decayed": 5, **options}
+    weights, master = state["weights"], state.get("master")
+    if name == "sgd":
+        ops.sgd_update(weights, master, gradient, **common)
+    else:
+        ops.adamw_update(
+            weights, master, gradient, state["exp_avg"], state["exp_avg_sq"],
+            step=torch.tensor(float(step)), beta1=0.9, beta2=0.99, eps=1e-8, **common,
+        )  # fmt: skip
+
+
+def optimizer_state(P: int, dtype: torch.dtype, master: bool) -> dict[str, Tensor]:
+    w = randn(P, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    state = {"weights": w.to(dtype), "exp_avg": torch.zeros_like(w)}
+    return state | {"exp_avg_sq": torch.zeros_like(w)} | ({"master": w} if master else {})
+
+
+@pytest.mark.parametrize("ops", [reference, native], ids=["reference", "native"])
+def test_adamw_and_sgd_equal_torch_optim(ops) -> None:
+    for name in ("adamw", "sgd"):
+        state = optimizer_state(9, torch.float64, master=False)
+        decayed, plain = (
+            state["weights"].clone()[s].requires_grad_() for s in (slice(5), slice(5, 9))
+        )
+        groups = [
+            {"params": [decayed], "weight_decay": 0.1},
+            {"params": [plain], "weight_decay": 0},
+        ]
+        torch_optimizer = (
+            torch.optim.AdamW(groups, lr=0.01, betas=(0.9, 0.99), eps=1e-8)
+            if name == "adamw"
+            else torch.optim.SGD(groups, lr=0.01)
+        )
+        for step in range(1, 8):
+            gradient = randn(9)
+            decayed.grad, plain.grad = gradient[:5] * 0.5, gradient[5:] * 0.5
+            torch_optimizer.step()
+            lr = torch.tensor(0.01, dtype=torch.float64)
+            update(ops, name, state, gradient.clone(), step, learning_rate=lr, clip=0.5)
+        expected = torch.cat([decayed, plain]).detach()
+        assert_close(state["weights"], expected, 1e-12, name)
+
+
+@pytest.mark.parametrize("ops", [reference, native], ids=["reference", "native"])
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+@pytest.mark.parametrize("stochastic", [False, True])
+def test_a_step_that_is_not_finite_changes_no_bit(ops, name: str, stochastic: bool) -> None:
+    dtype = torch.bfloat16
+    state = optimizer_state(9, dtype, master=not stochastic)
+    before = {key: x.clone() for key, x in state.items()}
+    gradient = torch.full((9,), math.nan)
+    seed = {"rounding_seed": torch.tensor(3)} if stochastic else {}
+    update(ops, name, state, gradient, 1, finite=torch.tensor(False), **seed)
+    for key, x in state.items():
+        assert torch.equal(x, before[key]), key
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_native_update_of_bf16_weights_equals_reference(name: str) -> None:
+    states = [optimizer_state(4099, torch.bfloat16, master=True)]
+    states.append({key: x.clone() for key, x in states[0].items()})
+    for step in range(1, 4):
+        gradient = randn(4099, dtype=torch.float32)
+        for ops, state in zip((reference, native), states, strict=True):
+            update(ops, name, state, gradient.clone(), step, learning_rate=1e-2, clip=0.7)
+    for key, value in states[0].items():
+        # float32 state: a few roundings apart. bfloat16 weights: the same master, rounded.
+        assert_close(states[1][key], value, 1e-3 if key == "weights" else 1e-6, key)
+
+
+def test_stochastic_rounding_is_unbiased_and_leaves_exact_values() -> None:
+    """The mean of n draws differs from x by about ulp / √(12 n); 5 of those are allowed."""
+    x = torch.tensor([1.0, -2.5, 1.001, -0.3333, 1e-20, 3.3e38, math.inf])
+    draws = torch.stack(
+        [reference.round_stochastically(x, torch.tensor(seed)).double() for seed in range(4000)]
+    )
+    assert (draws[:, :2] == x[:2].double()).all()
+    ulp = x.double().abs() * 2**-7
+    inner = slice(2, 5)
+    bias = (draws.mean(0) - x.double())[inner].abs()
+    assert (bias <= 5 * ulp[inner] / math.sqrt(12 * 4000)).all()
+    assert (draws[:, inner].std(0) > 0).all()
+    assert (draws[:, 6] == math.inf).all()
+
+
+@pytest.mark.parametrize("ops", [reference, native], ids=["reference", "native"])
+def test_gradient_norm(ops) -> None:
+    g = randn(1001, dtype=torch.float32)
+    assert_close(ops.gradient_norm(g), g.double().norm(), 1e-6)
+    g[500] = math.nan
+    assert not ops.gradient_norm(g).isfinite()
