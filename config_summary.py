@@ -1,0 +1,121 @@
+"""Says what a configuration asks for before it is run: size, work and memory.
+
+python config_summary.py configs/tinystories.yaml [--set section.field=value]
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+import torch
+
+from mantrans.config import Config
+from mantrans.errors import MantransError
+from mantrans.training.flops import flops_per_token
+from mantrans.training.memory import parameter_groups, predict
+
+_KNOWN_VOCABULARIES = {"gpt2": 50_257}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Print the summary; return the exit status, 2 for a configuration that is refused."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("config", help="a YAML file, such as configs/quickstart.yaml")
+    parser.add_argument("--set", action="append", default=[], metavar="section.field=value")
+    parser.add_argument(
+        "--tokens", type=int, help="tokens in the training set, for the steps of an epoch"
+    )
+    options = parser.parse_args(arguments)
+    try:
+        config = Config.load(options.config, options.set)
+        print(summary(config, options.tokens))
+    except MantransError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def summary(config: Config, tokens_per_epoch: int | None = None) -> str:
+    """Return the whole summary as text; sets config.model.vocab_size if it was left open.
+
+    Raises:
+        MantransError: the tokenizer, which says the vocabulary's size, cannot be loaded.
+    """
+    if config.model.vocab_size is None:
+        config.model.vocab_size = _vocabulary(config.data.tokenizer)
+    parts = [_parameters(config), _work(config, tokens_per_epoch)]
+    device = config.training.device
+    parts += [_memory(config, d) for d in (("cuda", "cpu") if device == "auto" else (device,))]
+    return "\n\n".join(parts)
+
+
+def _vocabulary(tokenizer: str) -> int:
+    if tokenizer in _KNOWN_VOCABULARIES:
+        return _KNOWN_VOCABULARIES[tokenizer]
+    from mantrans.data.tokenizer import load_tokenizer
+
+    return load_tokenizer(tokenizer).vocab_size
+
+
+def _parameters(config: Config) -> str:
+    groups = parameter_groups(config.model)
+    rows = [(name, f"{count:,}") for name, count in groups.items()]
+    rows.append(("all", f"{sum(groups.values()):,}"))
+    return _table("parameters", rows)
+
+
+def _work(config: Config, tokens_per_epoch: int | None) -> str:
+    training = config.training
+    per_step = config.tokens_per_step
+    per_token = flops_per_token(config.model, config.sequence_length)
+    steps = training.max_steps
+    if steps is None and tokens_per_epoch is not None and training.num_epochs is not None:
+        steps = tokens_per_epoch * training.num_epochs // per_step
+    unknown = "unknown before the text is prepared (--tokens)"
+    epoch = unknown if tokens_per_epoch is None else f"{tokens_per_epoch:,}"
+    rows = [
+        ("tokens per step", f"{per_step:,}"),
+        ("FLOPs per token", f"{per_token:.4g}"),
+        ("FLOPs per step", f"{per_token * per_step:.4g}"),
+        ("tokens per epoch", epoch),
+        ("epochs", "by steps" if training.num_epochs is None else str(training.num_epochs)),
+        ("steps", unknown if steps is None else f"{steps:,}"),
+        ("tokens in all", unknown if steps is None else f"{steps * per_step:,}"),
+        ("FLOPs in all", unknown if steps is None else f"{steps * per_step * per_token:.4g}"),
+    ]
+    return _table("work", rows)
+
+
+def _memory(config: Config, device: str) -> str:
+    dtype = config.model.dtype
+    if dtype == "auto":
+        dtype = "float32" if device == "cpu" else "bfloat16"
+    predicted = predict(config, getattr(torch, dtype), device)
+    recompute = f"activations (recompute: {config.training.recompute})"
+    rows = [
+        ("weights", predicted.weights),
+        ("float32 masters", predicted.masters),
+        ("gradients", predicted.gradients),
+        ("moments", predicted.moments),
+        (recompute, predicted.activations),
+        ("backward workspace (or loss)", predicted.backward_workspace),
+        ("loss workspace (or backward)", predicted.loss_workspace),
+        ("library workspace", predicted.library),
+        ("peak", predicted.total),
+    ]
+    title = f"memory, predicted for {dtype} on {device}"
+    return _table(title, [(name, _mebibytes(count)) for name, count in rows])
+
+
+def _mebibytes(count: int) -> str:
+    return f"{count / 2**20:,.1f} MiB"
+
+
+def _table(title: str, rows: list[tuple[str, str]]) -> str:
+    width = max(len(name) for name, _ in rows)
+    return "\n".join([title, *(f"  {name:<{width}}  {value}" for name, value in rows)])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
