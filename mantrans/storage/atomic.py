@@ -1,0 +1,77 @@
+"""Replaces a file so that every reader, and every crash, sees the old one or the new one whole.
+
+The new content goes to a temporary file in the same folder, is flushed to the disk, and takes the
+old one's name in a single rename; then the folder itself is flushed, so that the rename survives a
+power failure too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from collections.abc import Iterator
+from io import FileIO
+from pathlib import Path
+
+TEMPORARY = ".{name}.{pid}.partial"
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[FileIO]:
+    """Yield an empty unbuffered file open for reading and writing; it becomes `path` at the end.
+
+    If the body or the disk fails, the temporary file is removed and `path` is as it was.
+
+    Raises:
+        OSError: the folder cannot be written to, or the disk is full.
+    """
+    temporary = temporary_name(path)
+    try:
+        with open(temporary, "w+b", buffering=0) as file:
+            yield file
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+    sync_folder(path.parent)
+
+
+def temporary_name(path: Path) -> Path:
+    """Return the name beside `path` under which this process prepares its replacement."""
+    return path.with_name(TEMPORARY.format(name=path.name, pid=os.getpid()))
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what a killed process was still writing; only for a folder nobody else writes to."""
+    for leftover in folder.glob(TEMPORARY.format(name="*", pid="*")):
+        with contextlib.suppress(OSError):
+            leftover.unlink()
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush a folder's list of names to the disk, where its file system can do that."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def write_all(file: FileIO, data: bytes | memoryview) -> None:
+    """Write every byte: an unbuffered write may stop short, at a full disk for one.
+
+    Raises:
+        OSError: nothing more can be written.
+    """
+    view = memoryview(data).cast("B")
+    while view:
+        n_written = file.write(view[: 1 << 24])
+        if not n_written:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        view = view[n_written:]

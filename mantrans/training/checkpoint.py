@@ -1,0 +1,171 @@
+"""The checkpoints of a run: which are kept, how they are named, which is the newest that is whole.
+
+    checkpoints/<experiment>/step_00001000.pt   the newest few
+    checkpoints/<experiment>/latest.pt          the newest: another name of the same file
+    checkpoints/<experiment>/best.pt            the one with the lowest validation loss
+    checkpoints/latest.pt, best.pt              links into the run that saved last
+
+What is in such a file, and how it is written and verified, is `mantrans.storage.state_file`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from io import FileIO
+from pathlib import Path
+from typing import Any
+
+from mantrans.errors import CheckpointError
+from mantrans.storage.atomic import (
+    remove_leftovers,
+    replacing,
+    sync_folder,
+    temporary_name,
+    write_all,
+)
+from mantrans.storage.state_file import reason, save, verify
+
+
+def newest_intact(directory: str | Path) -> tuple[Path, list[str]]:
+    """Return the newest intact checkpoint in `directory`, and why newer ones were passed over.
+
+    Raises:
+        CheckpointError: none is intact, or there is none.
+    """
+    skipped: list[str] = []
+    seen: set[int] = set()
+    for path, inode in _by_age(Path(directory)):
+        if inode in seen:
+            continue
+        seen.add(inode)
+        try:
+            verify(path)
+        except CheckpointError as error:
+            skipped.append(str(error))
+        else:
+            return path, skipped
+    if skipped:
+        found = f"none of its {len(skipped)} checkpoints is intact; first: {skipped[0]}"
+        raise CheckpointError(f"{directory}: {found}")
+    raise CheckpointError(
+        f"{directory}: there is no checkpoint (*.pt) here; accepted: a folder a run has saved to, "
+        "or no --resume to begin anew"
+    )
+
+
+class CheckpointFolder:
+    """The checkpoints of one run. Only one process may hold one: see `lock.RunLock`."""
+
+    def __init__(self, checkpoint_dir: str | Path, experiment_name: str, keep: int) -> None:
+        """Make the folder if need be, and clear away what a killed process was writing.
+
+        Raises:
+            CheckpointError: the folder cannot be made.
+        """
+        self.root = Path(checkpoint_dir)
+        self.folder = self.root / experiment_name
+        self.keep = keep
+        with _explained(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(self.folder)
+
+    @property
+    def latest(self) -> Path:
+        return self.folder / "latest.pt"
+
+    @property
+    def best(self) -> Path:
+        return self.folder / "best.pt"
+
+    def save(self, step: int, state: dict[str, Any], *, best: bool = False) -> Path:
+        """Save `state` as that of `step`; name it latest, and best if so; drop the oldest.
+
+        Returns latest.pt's path, the one name that stays.
+
+        Raises:
+            CheckpointError: it could not be written; latest.pt and best.pt are still intact.
+        """
+        path = self.folder / f"step_{step:08d}.pt"
+        save(path, state)
+        with _explained(path):
+            _name_too(path, self.latest)
+            if best:
+                _name_too(path, self.best)
+            sync_folder(self.folder)
+            self._rotate()
+            self._link("latest.pt")
+            self._link("best.pt")
+        return self.latest
+
+    def _rotate(self) -> None:
+        """Remove all but the `keep` numbered checkpoints that were written last."""
+        numbered = [path for path, _ in _by_age(self.folder) if path.name.startswith("step_")]
+        for path in numbered[self.keep :]:
+            path.unlink()
+
+    def _link(self, name: str) -> None:
+        """Point the link `name` above the runs at this run's file, or at none of another run's."""
+        link = self.root / name
+        if link.exists() and not link.is_symlink():
+            raise CheckpointError(
+                f"{link}: is a file, not a link, and is left alone; move it away so that it can "
+                f"point to {self.folder / name}"
+            )
+        if (self.folder / name).exists():
+            temporary = temporary_name(link)
+            with contextlib.suppress(FileNotFoundError):
+                temporary.unlink()
+            temporary.symlink_to(Path(self.folder.name) / name)
+            os.replace(temporary, link)
+        elif link.is_symlink():
+            link.unlink()
+
+
+def _by_age(folder: Path) -> list[tuple[Path, int]]:
+    """Return the checkpoints in `folder` and their inodes, the one written last first.
+
+    By time, not by step: a run resumed from an older step leaves newer-looking numbers behind.
+    """
+    found = []
+    with contextlib.suppress(OSError):
+        for path in folder.glob("*.pt"):
+            with contextlib.suppress(OSError):
+                status = path.stat()
+                found.append((status.st_mtime_ns, path.name, path, status.st_ino))
+    return [(path, inode) for _, _, path, inode in sorted(found, reverse=True)]
+
+
+def _name_too(path: Path, other: Path) -> None:
+    """Make `other` a second name of the file `path`, at no moment without a file behind it."""
+    temporary = temporary_name(other)
+    with contextlib.suppress(FileNotFoundError):
+        temporary.unlink()
+    try:
+        os.link(path, temporary)
+    except OSError:
+        # A file system without hard links: a second copy, as carefully written.
+        with replacing(other) as file, open(path, "rb") as source:
+            _copy(source.read, file)
+        return
+    os.replace(temporary, other)
+    # Renaming one name of a file over another name of the same file leaves both.
+    with contextlib.suppress(FileNotFoundError):
+        temporary.unlink()
+
+
+def _copy(read: Callable[[int], bytes], file: FileIO) -> None:
+    while part := read(1 << 20):
+        write_all(file, part)
+
+
+@contextlib.contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Turn an OSError into a CheckpointError about `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(
+            f"{path}: the checkpoint folder cannot be changed ({reason(error)})"
+        ) from None
