@@ -1,0 +1,126 @@
+"""Sampling text: one token after the other, with a key/value cache.
+
+A model sees at most max_seq_len tokens. When a sequence grows past that, its window drops the
+oldest half at once, and goes on growing from there: so the cache, whose positions start at the
+window's first token, is rebuilt once every max_seq_len / 2 tokens instead of at every one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from mantrans.transformer import CustomTransformer
+
+
+def window_start(length: int, max_seq_len: int) -> int:
+    """Index of the first token that the model sees of a sequence of `length` tokens."""
+    stride = max(1, max_seq_len // 2)
+    return max(0, -(-(length - max_seq_len) // stride)) * stride
+
+
+def sample(
+    logits: Tensor,
+    generator: torch.Generator,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+) -> Tensor:
+    """Draw one token per row from logits (B, V) -> (B,) int64.
+
+    temperature divides the logits, 0 takes the likeliest token; top_k keeps the k likeliest; top_p
+    the smallest set of likeliest tokens whose probabilities sum to p (Holtzman et al. 2020).
+    """
+    logits = logits.float()
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits / temperature
+    if top_k is not None and top_k < logits.shape[-1]:
+        threshold = logits.topk(top_k).values[:, -1:]
+        logits = logits.masked_fill(logits < threshold, -torch.inf)
+    if top_p is not None and top_p < 1:
+        ordered, order = logits.sort(descending=True)
+        p = ordered.softmax(-1)
+        beyond = p.cumsum(-1) - p >= top_p  # what comes before already sums to top_p
+        ordered = ordered.masked_fill(beyond, -torch.inf)
+        logits = torch.full_like(logits, -torch.inf).scatter(1, order, ordered)
+    return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+
+
+class Decoder:
+    """The next-token logits of a growing batch of sequences.
+
+    sequences: one list of tokens a row, which the caller extends by one token each between calls.
+    use_cache: False recomputes everything at each call; the tokens that come out are the same.
+    """
+
+    def __init__(
+        self, model: CustomTransformer, sequences: list[list[int]], use_cache: bool = True
+    ) -> None:
+        self.model, self.sequences, self.use_cache = model, sequences, use_cache
+        self.cache = model.new_cache(len(sequences))
+        self.starts: list[int] | None = None  # of the windows that the cache holds
+
+    def next_logits(self) -> Tensor:
+        """Logits (B, V) after the last token of each sequence."""
+        limit = self.model.config.max_seq_len
+        starts = [window_start(len(s), limit) for s in self.sequences]
+        lengths = [len(s) - start for s, start in zip(self.sequences, starts, strict=True)]
+        if self.use_cache and starts == self.starts:
+            return self.model.decode(
+                self._tensor([s[-1] for s in self.sequences]), self._tensor(lengths), self.cache
+            )
+        self.starts = starts
+        width = max(lengths)
+        windows = [
+            s[start:] + [0] * (width - n)
+            for s, start, n in zip(self.sequences, starts, lengths, strict=True)
+        ]
+        return self.model.prefill(self._tensor(windows), self._tensor(lengths), self.cache)
+
+    def _tensor(self, values: list) -> Tensor:
+        return torch.tensor(values, device=self.model.parameters.weights.device)
+
+
+def stream(
+    model: CustomTransformer,
+    prompts: list[list[int]],
+    max_length: int,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    eos_token_id: int | None = None,
+    seed: int = 0,
+    use_cache: bool = True,
+) -> Iterator[list[int | None]]:
+    """Continue each prompt; yields, a step at a time, each row's new token or None when it is done.
+
+    A row is done at `max_length` tokens, the prompt counted, or after its end-of-text token.
+    """
+    sequences = [list(prompt) for prompt in prompts]
+    decoder = Decoder(model, sequences, use_cache)
+    generator = torch.Generator(model.parameters.weights.device).manual_seed(seed)
+    open_rows = [len(s) < max_length for s in sequences]
+    while any(open_rows):
+        drawn = sample(decoder.next_logits(), generator, temperature, top_k, top_p).tolist()
+        yield [token if is_open else None for token, is_open in zip(drawn, open_rows, strict=True)]
+        for row, token in enumerate(drawn):
+            sequences[row].append(
+                token
+            )  # a finished row goes along unseen, so that rows stay equal
+            open_rows[row] &= token != eos_token_id and len(sequences[row]) < max_length
+
+
+def generate(
+    model: CustomTransformer, prompts: list[list[int]], max_length: int, **options
+) -> list[list[int]]:
+    """The prompts with their continuations; `options` as in `stream`."""
+    results = [list(prompt) for prompt in prompts]
+    for tokens in stream(model, prompts, max_length, **options):
+        for result, token in zip(results, tokens, strict=True):
+            if token is not None:
+                result.append(token)
+    return results

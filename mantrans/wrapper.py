@@ -1,0 +1,398 @@
+"""CustomTransformerWrapper: what a user holds. A model, its optimizer, and checks on what comes in.
+
+model = CustomTransformerWrapper(vocab_size=4096, d_model=256, n_blocks=4, n_heads=4)
+outputs = model.forward(input_ids, labels=labels)
+result = model.train_step(input_ids, labels, learning_rate=1e-3)
+tokens = model.generate(input_ids, max_length=100)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernels import backend as backends
+from kernels.reference import IGNORE_INDEX
+from mantrans import generation
+from mantrans.config import Config, ModelConfig
+from mantrans.errors import CheckpointError, ConfigError
+from mantrans.optimizers import SGD, AdamW, Optimizer
+from mantrans.storage import state_file
+from mantrans.transformer import CustomTransformer
+
+OPTIMIZERS: dict[str, type[Optimizer]] = {"sgd": SGD, "adamw": AdamW}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+
+
+class CustomTransformerWrapper:
+    """A decoder-only transformer with its optimizer.
+
+    vocab_size, d_model, n_blocks, n_heads, d_ffn (None: 4 · d_model), max_seq_len, tie_embeddings,
+        bias, layer_norm_epsilon: the network, as in `mantrans.config.ModelConfig`.
+    dtype: torch.float32, torch.bfloat16, torch.float64, or "auto" (see `resolve_dtype`).
+    device: "cpu", "cuda", "cuda:1", or "auto": a GPU if there is one.
+    backend: "auto", "reference", "native" or "triton" (see `kernels.backend`).
+    optimizer: "sgd" or "adamw", with `optimizer_options` as its keywords.
+    seed: of the initial weights.
+    recompute: "none", "gelu" or "block": activations computed again instead of kept.
+    stochastic_rounding: bfloat16 weights without float32 masters.
+
+    Raises ConfigError (a ValueError) that names the argument, what it was and what is accepted.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        d_model: int = 256,
+        n_blocks: int = 4,
+        n_heads: int = 4,
+        d_ffn: int | None = None,
+        max_seq_len: int = 256,
+        *,
+        dtype: torch.dtype | str = torch.float32,
+        device: torch.device | str = "auto",
+        backend: str = "auto",
+        optimizer: str = "sgd",
+        optimizer_options: dict[str, Any] | None = None,
+        seed: int = 0,
+        tie_embeddings: bool = True,
+        bias: bool = True,
+        layer_norm_epsilon: float = 1e-5,
+        recompute: str = "none",
+        stochastic_rounding: bool = False,
+    ) -> None:
+        self.device = resolve_device(device)
+        self.dtype = resolve_dtype(dtype, self.device)
+        shape = {
+            "vocab_size": vocab_size,
+            "d_model": d_model,
+            "n_blocks": n_blocks,
+            "n_heads": n_heads,
+            "d_ffn": d_ffn,
+            "max_seq_len": max_seq_len,
+            "tie_embeddings": tie_embeddings,
+            "bias": bias,
+            "layer_norm_epsilon": layer_norm_epsilon,
+            "dtype": str(self.dtype).removeprefix("torch."),
+        }
+        self.config = _checked_model_config(shape)
+        if optimizer not in OPTIMIZERS:
+            raise ConfigError(f"optimizer: found {optimizer!r}; accepted: {', '.join(OPTIMIZERS)}")
+        try:
+            ops = backends.choose(backend, self.device)
+        except ValueError as wrong:
+            raise ConfigError(str(wrong)) from None
+        self.model = CustomTransformer(
+            self.config,
+            ops,
+            dtype=self.dtype,
+            device=self.device,
+            recompute=recompute,
+            keep_master=not stochastic_rounding,
+            seed=seed,
+        )
+        self.optimizer_name = optimizer
+        self.optimizer = OPTIMIZERS[optimizer](
+            ops, self.model.parameters, **(optimizer_options or {})
+        )
+
+    # ---------------------------------------------------------------------------------- training
+
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        """Logits, and with labels the mean loss over those that are not -100.
+
+        input_ids, labels (B, T) integers; labels are input_ids' own positions: they are shifted
+        here, so that the logits at t are compared with the label at t + 1.
+        Returns {"logits": (B, T, V)} and, with labels, {"loss": 0-d}.
+        """
+        input_ids = self._checked_ids(input_ids, "input_ids")
+        logits = self.model.forward(input_ids)
+        if labels is None:
+            return {"logits": logits}
+        targets = shift(self._checked_labels(labels, input_ids)).flatten()
+        flat = logits.reshape(len(targets), -1)
+        losses, _ = self.model.ops.cross_entropy_forward(flat, targets, self.config.vocab_size)
+        return {"logits": logits, "loss": losses.sum() * mean_scale(targets, losses.dtype)}
+
+    def train_step(
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        learning_rate: float = 1e-3,
+        max_grad_norm: float | None = 1.0,
+        micro_batches: int = 1,
+    ) -> dict[str, Any]:
+        """Forward, backward, clip, update.
+
+        micro_batches: the batch is worked through in so many parts, to save memory; the gradient is
+        that of the whole batch, a mean over all its targets however they fall into the parts.
+
+        Returns {"loss": float, "status": "ok" | "nan_detected" | "nan_gradient",
+        "grad_norm": float}. Unless the status is "ok", weights and moments are unchanged.
+        """
+        input_ids = self._checked_ids(input_ids, "input_ids")
+        targets = shift(self._checked_labels(labels, input_ids))
+        self.model.zero_gradients()
+        loss = self.accumulate_gradients(input_ids, targets, micro_batches)
+        self.optimizer.max_grad_norm = max_grad_norm
+        rate = torch.tensor(learning_rate, dtype=self._wide, device=self.device)
+        outcome = self.optimizer.step(loss, rate)
+        status = "ok"
+        if not outcome.applied:
+            status = "nan_gradient" if loss.isfinite() else "nan_detected"
+        return {"loss": loss.item(), "status": status, "grad_norm": outcome.grad_norm.item()}
+
+    def accumulate_gradients(
+        self, tokens: Tensor, targets: Tensor, micro_batches: int = 1
+    ) -> Tensor:
+        """Add the gradient of the mean loss over (B, T) tokens and targets; returns that loss."""
+        scale = mean_scale(targets, self._wide)
+        parts = zip(tokens.chunk(micro_batches), targets.chunk(micro_batches), strict=True)
+        losses = [self.model.forward_backward(t, y, scale) for t, y in parts]
+        return torch.stack(losses).sum()
+
+    # -------------------------------------------------------------------------------- generation
+
+    def generate(
+        self,
+        input_ids: Tensor | Sequence,
+        max_length: int = 100,
+        *,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        eos_token_id: int | None = None,
+        seed: int = 0,
+        use_cache: bool = True,
+    ) -> Tensor | list[Tensor]:
+        """Continue prompts by sampling (see `mantrans.generation`).
+
+        input_ids: (B, T) or (T,) integers, or a list of prompts of different lengths.
+        max_length counts the prompt. A row ends after eos_token_id.
+        Returns (B, L) int64 for a tensor, rows that ended early filled up with eos_token_id; for a
+        list, a list of 1-D tensors.
+        """
+        as_tensor = isinstance(input_ids, Tensor)
+        rows = [input_ids] if isinstance(input_ids, Tensor) and input_ids.dim() == 1 else input_ids
+        prompts = [
+            self._checked_ids(torch.as_tensor(row)[None], "input_ids", any_length=True)[0].tolist()
+            for row in rows
+        ]
+        _check_sampling(max_length, temperature, top_k, top_p)
+        results = generation.generate(
+            self.model,
+            prompts,
+            max_length,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            eos_token_id=eos_token_id,
+            seed=seed,
+            use_cache=use_cache,
+        )
+        if not as_tensor:
+            return [torch.tensor(row) for row in results]
+        longest = max(len(row) for row in results)
+        filler = 0 if eos_token_id is None else eos_token_id  # without it all rows are equally long
+        return torch.tensor(
+            [row + [filler] * (longest - len(row)) for row in results], device=self.device
+        )
+
+    # ----------------------------------------------------------------------------------- keeping
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that determines the model's future: plain data and tensors, by name.
+
+        The tensors are the model's own memory, as in PyTorch: copy them to keep them.
+        """
+        p = self.model.parameters
+        optimizer = {name: dict(p.named(flat)) for name, flat in self.optimizer.state().items()}
+        return {
+            "model_config": asdict(self.config),
+            "parameters": dict(p.named(p.best_weights())),
+            "optimizer": self.optimizer_name,
+            "optimizer_state": optimizer,
+            "optimizer_updates": int(self.optimizer.updates.item()),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what `state_dict` gave. Raises CheckpointError if it is of another shape.
+
+        An optimizer state is taken over where both optimizers are of the same kind.
+        """
+        p = self.model.parameters
+        check_same_parameters(state["parameters"], p.specs)
+        for name, value in state["parameters"].items():
+            p.write(name, value)
+        if state["optimizer"] == self.optimizer_name:
+            for key, flat in self.optimizer.state().items():
+                check_same_parameters(state["optimizer_state"][key], p.specs)
+                for name, value in state["optimizer_state"][key].items():
+                    p.view(flat, name).copy_(value)
+            self.optimizer.updates.fill_(state["optimizer_updates"])
+
+    def save_checkpoint(self, path: str | Path, **extra: Any) -> None:
+        """Write the model, its optimizer and `extra` (plain data, such as epoch=5) to one file."""
+        state_file.save(path, {**self.state_dict(), "extra": extra})
+
+    def load_checkpoint(self, path: str | Path) -> dict[str, Any]:
+        """Take over a checkpoint's weights and optimizer; returns its extras."""
+        state = state_file.load(path)
+        self.load_state_dict(state)
+        return state["extra"]
+
+    @classmethod
+    def from_checkpoint(cls, path: str | Path, **keywords: Any) -> CustomTransformerWrapper:
+        """The model that a checkpoint holds. `keywords` override device, backend, dtype, ..."""
+        return cls.from_state_dict(state_file.load(path), **keywords)
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, Any], **keywords: Any) -> CustomTransformerWrapper:
+        """The model that a `state_dict` describes."""
+        options = dict(state["model_config"])
+        options["dtype"] = DTYPES[options["dtype"]]
+        wrapper = cls(**{**options, "optimizer": state["optimizer"], **keywords})
+        wrapper.load_state_dict(state)
+        return wrapper
+
+    # --------------------------------------------------------------------------------- what it is
+
+    def count_parameters(self) -> int:
+        """Number of parameters; tied embeddings count once, padding does not count."""
+        return self.model.parameters.count()
+
+    def get_model_info(self) -> dict[str, Any]:
+        """The model's shape, size and where it runs."""
+        p = self.model.parameters
+        buffers = [p.weights, p.gradients, p.master, *self.optimizer.state().values()]
+        return {
+            **asdict(self.config),
+            "d_ffn": self.config.feed_forward_width,
+            "parameters": self.count_parameters(),
+            "device": str(self.device),
+            "backend": self.model.ops.__name__.removeprefix("kernels."),
+            "optimizer": self.optimizer_name,
+            "state_bytes": sum(x.numel() * x.element_size() for x in buffers if x is not None),
+        }
+
+    # ------------------------------------------------------------------------------------- checks
+
+    @property
+    def _wide(self) -> torch.dtype:
+        return self.model.parameters.gradients.dtype
+
+    def _checked_ids(self, ids: Tensor, name: str, any_length: bool = False) -> Tensor:
+        """(B, T) int64 on the model's device; ValueError for what would be a wrong index."""
+        if ids.dim() != 2 or ids.is_floating_point() or ids.numel() == 0:
+            raise ValueError(
+                f"{name}: found shape {tuple(ids.shape)} of {ids.dtype}; "
+                "accepted: (batch, sequence) integers, at least one"
+            )
+        if not any_length and ids.shape[1] > self.config.max_seq_len:
+            raise ValueError(
+                f"{name}: found {ids.shape[1]} tokens a row; "
+                f"accepted: at most max_seq_len ({self.config.max_seq_len})"
+            )
+        low, high = ids.min().item(), ids.max().item()
+        if low < 0 or high >= self.model.vocab_size:
+            raise ValueError(
+                f"{name}: found token ids from {low} to {high}; "
+                f"accepted: 0 to {self.model.vocab_size - 1}"
+            )
+        return ids.to(self.device, torch.int64)
+
+    def _checked_labels(self, labels: Tensor, input_ids: Tensor) -> Tensor:
+        if labels.shape != input_ids.shape:
+            raise ValueError(
+                f"labels: found shape {tuple(labels.shape)}; "
+                f"accepted: input_ids' own, {tuple(input_ids.shape)}"
+            )
+        labels = labels.to(self.device, torch.int64)
+        self._checked_ids(labels.where(labels != IGNORE_INDEX, 0), "labels")
+        return labels
+
+
+def shift(labels: Tensor) -> Tensor:
+    """Labels (B, T) -> targets (B, T): at each position the next label; the last has none."""
+    ending = torch.full_like(labels[:, :1], IGNORE_INDEX)
+    return torch.cat([labels[:, 1:], ending], dim=1)
+
+
+def mean_scale(targets: Tensor, dtype: torch.dtype) -> Tensor:
+    """1 / number of targets that count, 0-d: what makes a sum of losses their mean."""
+    return 1 / (targets != IGNORE_INDEX).sum().clamp(min=1).to(dtype)
+
+
+def check_same_parameters(found: dict[str, Tensor], specs: dict[str, Any]) -> None:
+    """Raises CheckpointError unless names and shapes are those of the model."""
+    if found.keys() != specs.keys():
+        odd = sorted(found.keys() ^ specs.keys())
+        raise CheckpointError(
+            f"checkpoint and model differ in {len(odd)} parameters, the first of them {odd[0]}; "
+            "accepted: a checkpoint of a model of the same shape"
+        )
+    for name, value in found.items():
+        if tuple(value.shape) != specs[name].shape:
+            raise CheckpointError(
+                f"checkpoint parameter {name}: found shape {tuple(value.shape)}; "
+                f"accepted: the model's, {specs[name].shape}"
+            )
+
+
+def resolve_device(device: torch.device | str) -> torch.device:
+    """ "auto" is a GPU if there is one. Raises ConfigError for a device that is not there."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        resolved = torch.device(device)
+        torch.empty(0, device=resolved)
+    except (RuntimeError, AssertionError) as wrong:
+        reason = str(wrong).splitlines()[0]
+        raise ConfigError(f"device: found {device!r}, which does not work ({reason})") from None
+    return resolved
+
+
+def resolve_dtype(dtype: torch.dtype | str, device: torch.device) -> torch.dtype:
+    """ "auto" is bfloat16 where the processor multiplies it natively, else float32.
+
+    That is every GPU since Ampere, and CPUs with AVX512-BF16 or AMX, where bfloat16 products were
+    measured four times as fast as float32 ones.
+    """
+    if isinstance(dtype, torch.dtype) and dtype in DTYPES.values():
+        return dtype
+    if isinstance(dtype, str) and dtype in DTYPES:
+        return DTYPES[dtype]
+    if dtype != "auto":
+        raise ConfigError(f"dtype: found {dtype}; accepted: auto, {', '.join(DTYPES)}")
+    if device.type == "cuda":
+        native = torch.cuda.get_device_capability(device) >= (8, 0)
+    else:
+        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if native else torch.float32
+
+
+def _checked_model_config(shape: dict[str, Any]) -> ModelConfig:
+    """The config's own checks, with the argument's name in the message."""
+    training = {"max_steps": 1}
+    try:
+        return Config.from_dict({"model": shape, "training": training}, "CustomTransformer").model
+    except ConfigError as wrong:
+        raise ConfigError(str(wrong).replace("model.", "")) from None
+
+
+def _check_sampling(
+    max_length: int, temperature: float, top_k: int | None, top_p: float | None
+) -> None:
+    if max_length < 1:
+        raise ValueError(f"max_length: found {max_length}; accepted: at least 1")
+    if not temperature >= 0:
+        raise ValueError(f"temperature: found {temperature}; accepted: 0 or more")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k: found {top_k}; accepted: at least 1, or None")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p: found {top_p}; accepted: above 0, at most 1, or None")

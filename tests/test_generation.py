@@ -1,0 +1,147 @@
+"""Generation: the cache changes nothing, prompts of all lengths, stopping, sliding, sampling."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+
+from mantrans import CustomTransformerWrapper
+from mantrans.generation import sample, stream, window_start
+
+V = 61
+
+
+@pytest.fixture(scope="module", params=["reference", "native"])
+def model(request) -> CustomTransformerWrapper:
+    """Weights far from their start, so that what is drawn depends on the whole context."""
+    model = CustomTransformerWrapper(
+        vocab_size=V, d_model=32, n_blocks=2, n_heads=4, max_seq_len=24, dtype=torch.float32,
+        device="cpu", backend=request.param,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    for _, p in model.model.named_parameters():
+        if p.dim() == 2:
+            p.copy_(torch.randn_like(p) * 0.25)
+    return model
+
+
+def prompts(*lengths: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(0, V, (n,), generator=generator) for n in lengths]
+
+
+@pytest.mark.parametrize("lengths", [(5,), (1, 9, 4), (23, 24, 25, 60)])
+def test_cached_and_recomputed_tokens_are_the_same(model, lengths) -> None:
+    """Also past max_seq_len, where the window slides, and for rows that slide at other times."""
+    given = prompts(*lengths)
+    options = {"max_length": 90, "temperature": 0.9, "top_k": 20, "top_p": 0.95, "seed": 7}
+    cached = model.generate(given, **options)
+    recomputed = model.generate(given, use_cache=False, **options)
+    for row, other, prompt in zip(cached, recomputed, given, strict=True):
+        assert torch.equal(row, other) and len(row) == 90
+        assert torch.equal(row[: len(prompt)], prompt)
+
+
+def test_greedy_rows_do_not_depend_on_their_neighbours(model) -> None:
+    given = prompts(3, 11, 7)
+    together = model.generate(given, max_length=40, temperature=0)
+    for prompt, row in zip(given, together, strict=True):
+        alone = model.generate([prompt], max_length=40, temperature=0)[0]
+        assert torch.equal(alone, row)
+
+
+def test_same_seed_same_tokens_other_seed_other_tokens(model) -> None:
+    given = prompts(4)
+    first, again, other = (model.generate(given, max_length=40, seed=s)[0] for s in (1, 1, 2))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+def test_a_row_ends_after_its_end_of_text(model) -> None:
+    given = prompts(4, 6)
+    free = model.generate(given, max_length=60, temperature=0)
+    stop = free[0][20].item()
+    rows = model.generate(given, max_length=60, temperature=0, eos_token_id=stop)
+    end = free[0].tolist().index(stop, 4) + 1
+    assert rows[0].tolist() == free[0][:end].tolist()
+    expected = free[1].tolist()
+    if stop in expected[6:]:
+        expected = expected[: expected.index(stop, 6) + 1]
+    assert rows[1].tolist() == expected
+
+
+def test_tensor_prompts_give_a_tensor_filled_up_with_end_of_text(model) -> None:
+    ids = torch.stack(prompts(5, 5))
+    free = model.generate(ids, max_length=30, temperature=0)
+    assert free.shape == (2, 30)
+    stop = free[0, 12].item()
+    rows = model.generate(ids, max_length=30, temperature=0, eos_token_id=stop)
+    end = free[0].tolist().index(stop, 5) + 1
+    assert (rows[0, end:] == stop).all()
+    assert model.generate(ids[0], max_length=8).shape == (1, 8)
+
+
+def test_max_length_counts_the_prompt(model) -> None:
+    given = prompts(3, 10)
+    rows = model.generate(given, max_length=8)
+    assert [len(r) for r in rows] == [8, 10] and torch.equal(rows[1], given[1])
+
+
+def test_stream_yields_what_generate_returns(model) -> None:
+    given = [p.tolist() for p in prompts(2, 5)]
+    steps = list(stream(model.model, given, 12, seed=3))
+    rows = model.generate([torch.tensor(g) for g in given], max_length=12, seed=3)
+    assert len(steps) == 10
+    for row, prompt, i in zip(rows, given, range(2), strict=True):
+        assert [s[i] for s in steps if s[i] is not None] == row[len(prompt) :].tolist()
+    assert steps[-1][1] is None
+
+
+@pytest.mark.parametrize("limit", [1, 2, 3, 8, 25])
+def test_windows_hold_the_newest_tokens_and_slide_by_halves(limit: int) -> None:
+    starts = [window_start(n, limit) for n in range(1, 6 * limit)]
+    for n, start in enumerate(starts, start=1):
+        assert 1 <= n - start <= limit
+        assert n <= limit or n - start > limit - max(1, limit // 2)
+    jumps = {b - a for a, b in pairwise(starts)} - {0}
+    assert jumps <= {max(1, limit // 2)}
+
+
+def test_sampling_keeps_what_it_should() -> None:
+    logits = torch.log(torch.tensor([[0.5, 0.3, 0.15, 0.05]])).repeat(4000, 1)
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(**options) -> torch.Tensor:
+        return sample(logits, generator, **options).bincount(minlength=4) / len(logits)
+
+    # the share of a token with probability p scatters by √(p (1-p) / 4000) <= 0.008; 4 of those
+    assert (drawn() - logits[0].exp()).abs().max() < 0.032
+    assert (drawn(top_k=2) - torch.tensor([5 / 8, 3 / 8, 0, 0])).abs().max() < 0.032
+    assert (drawn(top_p=0.7) - torch.tensor([5 / 8, 3 / 8, 0, 0])).abs().max() < 0.032
+    assert drawn(top_p=0.4).tolist() == [1, 0, 0, 0]
+    assert drawn(temperature=0).tolist() == [1, 0, 0, 0]
+    cold = drawn(temperature=0.5)
+    assert abs(cold[0].item() - 0.25 / (0.25 + 0.09 + 0.0225 + 0.0025)) < 0.032
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"temperature": -1.0}, "temperature"),
+        ({"temperature": float("nan")}, "temperature"),
+        ({"top_k": 0}, "top_k"),
+        ({"top_p": 0.0}, "top_p"),
+        ({"top_p": 1.5}, "top_p"),
+        ({"max_length": 0}, "max_length"),
+    ],
+)
+def test_bad_options_are_named(model, options, named) -> None:
+    with pytest.raises(ValueError, match=named):
+        model.generate(prompts(3), **options)
+
+
+@pytest.mark.parametrize("bad", [[-1], [V], []])
+def test_bad_prompts_are_refused(model, bad) -> None:
+    with pytest.raises(ValueError, match="input_ids"):
+        model.generate([torch.tensor(bad, dtype=torch.int64)], max_length=5)

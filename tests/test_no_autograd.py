@@ -1,0 +1,111 @@
+"""The promise: nothing in kernels/ or mantrans/ lets PyTorch differentiate anything."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from mantrans import CustomTransformerWrapper
+
+ROOT = Path(__file__).parents[1]
+FORBIDDEN_NAMES = {"requires_grad", "requires_grad_", "autograd", "enable_grad", "vjp", "jvp"}
+
+
+def uses_of_autograd(source: str) -> list[str]:
+    """Every mention of an autograd name, and every `.backward()` that is called on a tensor.
+
+    Our own backward functions always take the gradient they start from; a tensor's takes none.
+    """
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        name = (
+            getattr(node, "attr", None) or getattr(node, "id", None) or getattr(node, "arg", None)
+        )
+        if name in FORBIDDEN_NAMES:
+            found.append(f"line {node.lineno}: {name}")
+        is_call = isinstance(node, ast.Call) and not node.args and not node.keywords
+        if is_call and getattr(node.func, "attr", None) == "backward":
+            found.append(f"line {node.lineno}: .backward()")
+        if isinstance(node, ast.ImportFrom | ast.Import):
+            modules = [getattr(node, "module", None) or "", *(a.name for a in node.names)]
+            if any("autograd" in m or m == "torch.func" for m in modules):
+                found.append(f"line {node.lineno}: import")
+    return found
+
+
+@pytest.mark.parametrize("folder", ["kernels", "mantrans"])
+def test_source_does_not_mention_autograd(folder: str) -> None:
+    files = sorted((ROOT / folder).rglob("*.py"))
+    assert len(files) > 5
+    found = {f.name: u for f in files if (u := uses_of_autograd(f.read_text(encoding="utf-8")))}
+    assert not found
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["loss.backward()", "x.requires_grad = True", "torch.autograd.grad(y, x)", "f(requires_grad=1)",
+     "from torch.autograd import Function", "with torch.enable_grad(): pass"],
+)  # fmt: skip
+def test_the_search_finds_what_it_looks_for(line: str) -> None:
+    assert uses_of_autograd(line)
+
+
+@pytest.mark.parametrize("backend", ["reference", "native"])
+def test_training_never_builds_a_graph(backend: str, monkeypatch) -> None:
+    """With autograd's engine broken, training, evaluation and generation work all the same."""
+
+    def broken(*args, **kwargs):
+        raise AssertionError("autograd was called")
+
+    monkeypatch.setattr(torch.autograd, "backward", broken)
+    monkeypatch.setattr(torch.autograd, "grad", broken)
+    model = CustomTransformerWrapper(
+        vocab_size=50, d_model=16, n_blocks=1, n_heads=2, max_seq_len=16, device="cpu",
+        backend=backend, optimizer="adamw",
+    )  # fmt: skip
+    ids = torch.randint(0, 50, (2, 8))
+    outputs = model.forward(ids, ids)
+    assert outputs["loss"].grad_fn is None and outputs["logits"].grad_fn is None
+    assert model.train_step(ids, ids)["status"] == "ok"
+    model.generate(ids[:, :3], max_length=6)
+    for _, tensor in [*model.model.named_parameters(), *model.model.named_gradients()]:
+        assert tensor.grad_fn is None and not tensor.requires_grad
+
+
+def test_transformers_runs_with_our_package_called_kernels() -> None:
+    """transformers probes for Hugging Face's package of that name."""
+    pytest.importorskip("transformers", reason="transformers is what is tested here")
+    program = (
+        "import kernels, torch; assert hasattr(kernels, '__path__')\n"
+        "from kernels import reference\n"
+        "from transformers import GPT2Config, GPT2LMHeadModel\n"
+        "config = GPT2Config(vocab_size=50, n_embd=16, n_layer=1, n_head=2, n_positions=16)\n"
+        "model = GPT2LMHeadModel(config)\n"
+        "ids = torch.randint(0, 50, (1, 8))\n"
+        "model(ids, labels=ids).loss.backward()\n"
+        "print('ran')"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert result.stdout.strip() == "ran", result.stderr
+
+
+def test_somebody_elses_kernels_is_named(tmp_path: Path) -> None:
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "__init__.py").write_text("def get_kernel(name): ...\n")
+    program = f"import sys; sys.path[:0] = [{str(tmp_path)!r}, {str(ROOT)!r}]; import mantrans"
+    result = subprocess.run(
+        [sys.executable, "-S", "-c", program],  # -S: as if nothing were installed
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    last = result.stderr.strip().splitlines()[-1]
+    assert "needs its own package `kernels`" in last and str(tmp_path / "kernels") in last
