@@ -1,0 +1,318 @@
+"""From a config to two checked token streams, written once and kept.
+
+A split is held by one file in a folder whose name is a hash of everything that decides its tokens:
+the source, the tokenizer, the settings. The folder is made under another name and renamed when
+both files are whole and on the disk, so a half-written one is never seen; a lock lets one process
+write while others wait for it, and dies with its process.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mantrans.data.registry import Source, find_source
+from mantrans.data.shards import ShardWriter, TokenStream
+from mantrans.data.text import Piece, ReadReport
+from mantrans.data.tokenizer import Tokenizer
+from mantrans.errors import DataError
+
+if TYPE_CHECKING:
+    from mantrans.config import DataConfig
+
+FORMAT = 1
+"""Raised whenever the same text and settings would give other files."""
+_BATCH = 2**20  # characters tokenized in one call
+_COPY = 2**20  # tokens copied at once
+_LONGEST_NAME, _LONGEST_NOTE = 60, 160  # characters, so that a file's header has room for them
+
+
+@dataclass(frozen=True)
+class TokenDataset:
+    """Both splits; `report` says what was passed over when they were written, or is empty."""
+
+    train: TokenStream
+    validation: TokenStream
+    report: str = ""
+
+
+def prepare(
+    data_config: DataConfig,
+    tokenizer: Tokenizer,
+    *,
+    seed: int,
+    cache_dir: str | Path,
+    quiet: bool = False,
+) -> TokenDataset:
+    """The data set's tokens, from the cache or written now.
+
+    `seed` chooses the built-in stories; it changes nothing else, so that runs of different seeds
+    are validated on the same documents. Raises DataError for text that cannot be used, a cache
+    that is damaged or cannot be written.
+    """
+    source = find_source(
+        data_config.dataset,
+        path=data_config.path,
+        text_field=data_config.text_field,
+        document_separator=data_config.document_separator,
+        on_broken_lines=data_config.on_broken_lines,
+        subset_size=data_config.subset_size,
+        val_subset_size=data_config.val_subset_size,
+        seed=seed,
+    )
+    plan = _Plan(
+        data_config.validation_fraction, data_config.subset_size, data_config.val_subset_size
+    )
+    folder = Path(cache_dir) / _folder_name(source, tokenizer, plan)
+    if not folder.is_dir():
+        try:
+            with _only_one_writes(folder):
+                if not folder.is_dir():
+                    _write_folder(folder, source, tokenizer, plan, quiet)
+        except OSError as error:
+            raise DataError(
+                f"tokens cannot be written to {folder}: {error.strerror or error}; "
+                "free the disk, or set data.cache_dir to a folder that can be written"
+            ) from None
+    return _open_folder(folder, tokenizer)
+
+
+def held_out(index: int, fraction: float) -> bool:
+    """Whether document number `index` belongs to validation, where a set does not say itself.
+
+    A hash of the number decides, so the answer depends on neither seed nor the set's size.
+    """
+    digest = hashlib.blake2b(index.to_bytes(8, "little"), digest_size=8).digest()
+    return int.from_bytes(digest, "little") < fraction * 2**64
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """How documents are shared out between the splits."""
+
+    fraction: float
+    train_size: int | None
+    validation_size: int | None
+
+
+def _folder_name(source: Source, tokenizer: Tokenizer, plan: _Plan) -> str:
+    """Readable first, unique last."""
+    key = {
+        "format": FORMAT,
+        "source": source.identity,
+        "tokenizer": tokenizer.hash,
+        "plan": [plan.fraction, plan.train_size, plan.validation_size],
+    }
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+    names = re.sub(r"[^A-Za-z0-9_-]+", "-", f"{source.name}-{tokenizer.name}")[:80]
+    return f"{names}-{digest}"
+
+
+@contextmanager
+def _only_one_writes(folder: Path) -> Iterator[None]:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with (folder.parent / f"{folder.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _write_folder(
+    folder: Path, source: Source, tokenizer: Tokenizer, plan: _Plan, quiet: bool
+) -> None:
+    """Writes both files aside, then gives the folder its name. Called under the lock."""
+    aside = folder.parent / f"{folder.name}.unfinished"
+    shutil.rmtree(aside, ignore_errors=True)  # left behind by a process that was killed
+    aside.mkdir()
+    try:
+        report = ReadReport()
+        with _Progress(source, quiet) as progress:
+            _write_splits(aside, source, tokenizer, plan, report, progress.advance)
+        if report.broken_lines and not quiet:
+            print(f"note: {report}", file=sys.stderr)
+        _sync_folder(aside)
+        aside.rename(folder)
+        _sync_folder(folder.parent)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+
+
+def _write_splits(
+    aside: Path,
+    source: Source,
+    tokenizer: Tokenizer,
+    plan: _Plan,
+    report: ReadReport,
+    advance: Callable[[int], None],
+) -> None:
+    """Tokenizes the source into aside/train.tokens and aside/validation.tokens."""
+    splits = source.open(report)
+    facts = {
+        "source": source.name[:_LONGEST_NAME],
+        "tokenizer": tokenizer.name[:_LONGEST_NAME],
+        "tokenizer_hash": tokenizer.hash,
+    }
+    train = ShardWriter(aside / "train.tokens", tokenizer.vocab_size, facts)
+    validation = ShardWriter(aside / "validation.tokens", tokenizer.vocab_size, facts)
+    with train, validation:
+        into_train = _Encoder(tokenizer, train, advance)
+        into_validation = _Encoder(tokenizer, validation, advance)
+        if splits.validation is None:
+            _share_out(splits.train, into_train, into_validation, plan)
+        else:
+            _take(splits.validation, into_validation, plan.validation_size)
+            _take(splits.train, into_train, plan.train_size)
+        into_train.flush()
+        into_validation.flush()
+        if report.broken_lines:
+            train.facts["report"] = str(report)[:_LONGEST_NOTE]
+    if train.n_tokens + validation.n_tokens == 0:
+        raise DataError(f"{source.name}: no text was found in it; a document needs one character")
+    if splits.validation is None and 0 in (train.n_tokens, validation.n_tokens):
+        _split_by_tokens(aside, tokenizer, plan, facts | train.facts)
+
+
+def _take(pieces: Iterable[Piece], encoder: _Encoder, size: int | None) -> None:
+    """The first `size` documents, or all."""
+    taken = 0
+    for piece in pieces:
+        if size is not None and taken >= size:
+            return
+        encoder.add(piece)
+        taken += piece.ends
+
+
+def _share_out(pieces: Iterable[Piece], train: _Encoder, validation: _Encoder, plan: _Plan) -> None:
+    """Each document to its split, until both have what was asked for."""
+    sizes = {id(train): plan.train_size, id(validation): plan.validation_size}
+    taken = {id(train): 0, id(validation): 0}
+    index, encoder = 0, validation if held_out(0, plan.fraction) else train
+    for piece in pieces:
+        size = sizes[id(encoder)]
+        if size is None or taken[id(encoder)] < size:
+            encoder.add(piece)
+            taken[id(encoder)] += piece.ends
+        if piece.ends:
+            if _enough(taken[id(train)], taken[id(validation)], plan):
+                return
+            index += 1
+            encoder = validation if held_out(index, plan.fraction) else train
+
+
+def _enough(n_train: int, n_validation: int, plan: _Plan) -> bool:
+    """No limit on training: read all. No limit on validation: what training's part brought."""
+    if plan.train_size is None or n_train < plan.train_size:
+        return False
+    return plan.validation_size is None or n_validation >= plan.validation_size
+
+
+def _split_by_tokens(aside: Path, tokenizer: Tokenizer, plan: _Plan, facts: dict[str, Any]) -> None:
+    """So few documents that one split got none: the last part of all tokens is held out instead."""
+    names = ("train.tokens", "validation.tokens")
+    (whole,) = (stream for name in names if len(stream := TokenStream(aside / name)))
+    if len(whole) < 4:
+        raise DataError(
+            f"{facts['source']}: {len(whole)} tokens in all are too few to learn from; "
+            "give more text"
+        )
+    cut = len(whole) - min(max(2, round(len(whole) * plan.fraction)), len(whole) - 2)
+    for name, start, stop in ((names[0], 0, cut), (names[1], cut, len(whole))):
+        with ShardWriter(aside / f"part-{name}", tokenizer.vocab_size, facts) as writer:
+            for first in range(start, stop, _COPY):
+                part = whole.tokens[first : min(first + _COPY, stop)]
+                n_bytes = int(tokenizer.token_bytes[part].sum())
+                writer.write(part, n_bytes, int((part == tokenizer.eot_id).sum()))
+    for name in names:
+        (aside / f"part-{name}").replace(aside / name)
+
+
+class _Encoder:
+    """Collects pieces, tokenizes many at once, and ends each document with the end of text."""
+
+    def __init__(
+        self, tokenizer: Tokenizer, writer: ShardWriter, advance: Callable[[int], None]
+    ) -> None:
+        self._tokenizer, self._writer, self._advance = tokenizer, writer, advance
+        self._pieces: list[Piece] = []
+        self._characters = 0
+
+    def add(self, piece: Piece) -> None:
+        self._pieces.append(piece)
+        self._characters += len(piece.text)
+        if self._characters >= _BATCH or len(self._pieces) >= _BATCH // 64:
+            self.flush()
+
+    def flush(self) -> None:
+        tokens: list[int] = []
+        encoded = self._tokenizer.encode_batch([piece.text for piece in self._pieces])
+        for ids, piece in zip(encoded, self._pieces, strict=True):
+            tokens += ids
+            if piece.ends:
+                tokens.append(self._tokenizer.eot_id)
+        array = np.asarray(tokens, dtype=np.int64)
+        n_bytes = int(self._tokenizer.token_bytes[array].sum())
+        self._writer.write(array, n_bytes, sum(piece.ends for piece in self._pieces))
+        self._advance(n_bytes)
+        self._pieces, self._characters = [], 0
+
+
+class _Progress:
+    """A bar over the bytes of text; nothing where quiet or where tqdm is not installed."""
+
+    def __init__(self, source: Source, quiet: bool) -> None:
+        self._bar: Any = None
+        if quiet:
+            return
+        try:
+            from tqdm import tqdm
+        except ImportError:
+            return
+        self._bar = tqdm(
+            desc=f"tokenizing {source.name}", total=source.n_bytes, unit="B", unit_scale=True
+        )
+
+    def advance(self, n_bytes: int) -> None:
+        if self._bar is not None:
+            self._bar.update(n_bytes)
+
+    def __enter__(self) -> _Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+def _open_folder(folder: Path, tokenizer: Tokenizer) -> TokenDataset:
+    """Both files, checked against each other's tokenizer as well as in themselves."""
+    streams = [TokenStream(folder / f"{name}.tokens") for name in ("train", "validation")]
+    for stream in streams:
+        stream.require_vocabulary(tokenizer.vocab_size)
+        if stream.facts.get("tokenizer_hash") != tokenizer.hash:
+            raise DataError(
+                f"token file {stream.path} was written with another tokenizer "
+                f"({stream.facts.get('tokenizer')!r}, not {tokenizer.name!r}); delete the folder "
+                f"{folder} and run again"
+            )
+    return TokenDataset(streams[0], streams[1], streams[0].facts.get("report", ""))
+
+
+def _sync_folder(folder: Path) -> None:
+    """Makes names in the folder survive a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,190 @@
+"""The data sets that have a name, and local files: each a `Source` of documents.
+
+A source is cheap to make: it says what it is (`identity`, which keys the cache of tokens) and reads
+nothing before it is opened. The `datasets` library is imported for sets from the hub and for
+Parquet files only; built-in stories, `.txt` and `.jsonl` need nothing beyond this project.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from difflib import get_close_matches
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from mantrans.data import hub, stories, text
+from mantrans.data.text import Piece, ReadReport
+from mantrans.errors import DataError
+
+DEFAULT_STORIES = 10_000
+DEFAULT_VALIDATION_STORIES = 500
+
+
+@dataclass(frozen=True)
+class HubSet:
+    """A data set on the Hugging Face hub: its repository, and which columns make up a document."""
+
+    repository: str
+    columns: tuple[str, ...]
+
+
+HUB_SETS = {
+    "tinystories": HubSet("roneneldan/TinyStories", ("text",)),
+    "tiny-textbooks": HubSet("nampdn-ai/tiny-textbooks", ("textbook",)),
+    "tiny-strange-textbooks": HubSet("nampdn-ai/tiny-strange-textbooks", ("text",)),
+    "tiny-codes": HubSet("nampdn-ai/tiny-codes", ("prompt", "response")),
+}
+NAMES = ("builtin-stories", *HUB_SETS, "local")
+
+
+@dataclass(frozen=True)
+class Splits:
+    """An opened source; `validation` is None where the set has none of its own."""
+
+    train: Iterator[Piece]
+    validation: Iterator[Piece] | None
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where documents come from.
+
+    `identity`: all that decides them, as plain data; `n_bytes`: how much there is to read, where
+    known; `open`: starts reading and notes broken lines in the report.
+    """
+
+    name: str
+    identity: dict[str, Any]
+    n_bytes: int | None
+    open: Callable[[ReadReport], Splits]
+
+
+def find_source(
+    dataset: str,
+    *,
+    path: str | Path | None = None,
+    text_field: str | None = None,
+    document_separator: str = "eot",
+    on_broken_lines: str = "skip",
+    subset_size: int | None = None,
+    val_subset_size: int | None = None,
+    seed: int = 0,
+) -> Source:
+    """The source of that name. DataError for an unknown name, or files that are not there.
+
+    `seed` and the two sizes matter to the built-in stories only, which are as many as asked for.
+    """
+    if dataset == "builtin-stories":
+        return _builtin(seed, subset_size, val_subset_size)
+    if dataset == "local":
+        if path is None:
+            raise DataError("data.path is missing: dataset local needs a file or folder")
+        refuse = on_broken_lines == "refuse"
+        return _local(Path(path), text_field or "text", document_separator, refuse)
+    if dataset in HUB_SETS:
+        return _from_hub(dataset, text_field)
+    close = get_close_matches(dataset, NAMES, n=1)
+    raise DataError(
+        f"data.dataset {dataset!r} is unknown"
+        + (f"; did you mean {close[0]!r}?" if close else "")
+        + f"; accepted: {', '.join(NAMES)}"
+    )
+
+
+def _builtin(seed: int, subset_size: int | None, val_subset_size: int | None) -> Source:
+    """Stories 0 .. of the seed: the first ones are held out, so that the two never share one."""
+    n_train = DEFAULT_STORIES if subset_size is None else subset_size
+    n_held = DEFAULT_VALIDATION_STORIES if val_subset_size is None else val_subset_size
+
+    def opened(report: ReadReport) -> Splits:
+        held = (Piece(story, True) for story in stories.stories(seed, n_held))
+        rest = islice(stories.stories(seed, n_held + n_train), n_held, None)
+        return Splits((Piece(story, True) for story in rest), held)
+
+    identity = {"stories": stories.VERSION, "seed": seed, "held_out": n_held, "train": n_train}
+    return Source("builtin-stories", identity, None, opened)
+
+
+def _local(path: Path, text_field: str, separator: str, refuse: bool) -> Source:
+    """Files are identified by place, size and time of change: reading them all takes too long."""
+    files = text.local_files(path)
+    marks: list[tuple[str, int, int]] = []
+    try:
+        for file in files:
+            facts = file.stat()
+            marks.append((str(file.resolve()), facts.st_size, facts.st_mtime_ns))
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
+
+    def opened(report: ReadReport) -> Splits:
+        return Splits(text.read_files(files, separator, text_field, refuse, report), None)
+
+    identity = {
+        "files": marks,
+        "text_field": text_field,
+        "separator": separator,
+        "refuse_broken_lines": refuse,
+    }
+    return Source(
+        f"local-{path.stem or 'files'}", identity, sum(size for _, size, _ in marks), opened
+    )
+
+
+def _from_hub(name: str, text_field: str | None) -> Source:
+    """A set of the hub; its own `validation` or `test` split serves as validation."""
+    chosen = HUB_SETS[name]
+    columns = (text_field,) if text_field else chosen.columns
+
+    def opened(report: ReadReport) -> Splits:
+        splits = _load_from_hub(name, chosen.repository)
+        held = splits.get("validation", splits.get("test"))
+        return Splits(
+            _documents(splits["train"], columns, name),
+            None if held is None else _documents(held, columns, name),
+        )
+
+    identity = {"repository": chosen.repository, "columns": list(columns)}
+    return Source(name, identity, None, opened)
+
+
+def _load_from_hub(name: str, repository: str) -> Any:
+    """The set's splits, memory-mapped by `datasets`; from its cache where there is no network."""
+    ways = (
+        "give a local file (data.dataset: local, data.path: ...), run once where the hub can be "
+        "reached so that its cache holds the set, or use data.dataset: builtin-stories"
+    )
+    try:
+        if hub.reachable():
+            import datasets
+
+            return datasets.load_dataset(repository)
+        with hub.offline():
+            import datasets
+
+            return datasets.load_dataset(repository)
+    except ImportError:
+        raise DataError(
+            f"data.dataset {name!r} comes through the package datasets, which is missing "
+            f"(pip install datasets); or {ways}"
+        ) from None
+    except Exception as error:  # network, access, disk: the libraries raise many kinds
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:150]
+        raise DataError(
+            f"data.dataset {name!r} ({repository}) cannot be had from the hub or the cache "
+            f"({reason}): {ways}"
+        ) from None
+
+
+def _documents(rows: Any, columns: tuple[str, ...], name: str) -> Iterator[Piece]:
+    """Each row's columns, joined by a blank line, as one document."""
+    missing = [column for column in columns if column not in rows.column_names]
+    if missing:
+        raise DataError(
+            f"data.dataset {name!r} has no column {missing[0]!r}; it has "
+            f"{', '.join(rows.column_names)}; set data.text_field"
+        )
+    for row in rows.select_columns(list(columns)):
+        parts = [row[column] for column in columns]
+        yield from text.pieces_of("\n\n".join(part for part in parts if isinstance(part, str)))

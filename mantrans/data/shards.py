@@ -1,0 +1,213 @@
+"""Tokens on disk: one memory-mapped file a split, checked before use.
+
+Layout, all of it little-endian:
+
+    0 .. 7       magic
+    8 .. 23      blake2b-128 of bytes 24 .. 4095
+    24 .. 4095   header: JSON, padded with spaces
+    4096 ..      the tokens, uint16 where the vocabulary allows it, else uint32
+
+The header counts tokens, documents and the bytes of text they stand for, and holds the largest
+token and a blake2b-128 of the tokens. A reader believes none of it before the file's size, both
+checksums and the largest token agree, so a flipped byte, a truncation or a header that claims 2^60
+tokens is refused, and an id outside the vocabulary never reaches an embedding.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from mantrans.errors import DataError
+
+MAGIC = b"MTTOKEN1"
+HEADER_BYTES = 4096
+_CHECKED_FROM = len(MAGIC) + 16
+_CHUNK = 2**22  # bytes read at once while checking
+_DTYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
+_COUNTS = ("n_tokens", "n_documents", "n_bytes", "max_token")
+
+
+def token_dtype(vocab_size: int) -> np.dtype[Any]:
+    """The smaller of uint16 and uint32 that holds ids 0 .. vocab_size-1."""
+    return _DTYPES["uint16" if vocab_size <= 2**16 else "uint32"]
+
+
+class ShardWriter:
+    """Writes one token file; it is whole only once `close` has returned.
+
+    Use as a context manager. `facts` (small, JSON) are kept in the header.
+    """
+
+    def __init__(
+        self, path: str | Path, vocab_size: int, facts: dict[str, Any] | None = None
+    ) -> None:
+        self.path = Path(path)
+        self.vocab_size = vocab_size
+        self.dtype = token_dtype(vocab_size)
+        self.facts = dict(facts or {})
+        self.n_tokens = self.n_documents = self.n_bytes = 0
+        self.max_token = 0
+        self._digest = hashlib.blake2b(digest_size=16)
+        self._file: BinaryIO = self.path.open("w+b")
+        self._file.write(b"\0" * HEADER_BYTES)
+
+    def write(self, tokens: Sequence[int] | np.ndarray, n_bytes: int, n_documents: int) -> None:
+        """Appends tokens that stand for `n_bytes` bytes of text and end `n_documents` documents."""
+        array = np.asarray(tokens, dtype=np.int64)
+        if not array.size:
+            return
+        if array.min() < 0 or array.max() >= self.vocab_size:
+            raise DataError(
+                f"{self.path}: tokens must be 0 to {self.vocab_size - 1}, not "
+                f"{array.min()} to {array.max()}"
+            )
+        self.max_token = max(self.max_token, int(array.max()))
+        packed = array.astype(self.dtype).tobytes()
+        self._digest.update(packed)
+        self._file.write(packed)
+        self.n_tokens += array.size
+        self.n_bytes += n_bytes
+        self.n_documents += n_documents
+
+    def close(self) -> None:
+        """Writes the header and waits until all of it is on the disk."""
+        header = {
+            "dtype": self.dtype.name,
+            "n_tokens": self.n_tokens,
+            "n_documents": self.n_documents,
+            "n_bytes": self.n_bytes,
+            "max_token": self.max_token,
+            "checksum": self._digest.hexdigest(),
+            "facts": self.facts,
+        }
+        self._file.seek(0)
+        self._file.write(_packed_header(header))
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self._file.close()
+
+
+class TokenStream:
+    """A token file, opened and checked.
+
+    `tokens`: (len,) uint16 or uint32, mapped, not read; `n_bytes`: UTF-8 bytes of the text they
+    stand for, separators not counted; `n_documents`: documents that end in it; `max_token`;
+    `checksum`: hex, of the tokens; `facts`: what the writer noted; `path`.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        try:
+            with self.path.open("rb") as file:
+                header = _read_header(file, self.path)
+                _verify_tokens(file, header, self.path)
+        except OSError as error:
+            raise DataError(
+                f"token file {self.path} cannot be read: {error.strerror or error}; if it is lost, "
+                f"delete the folder {self.path.parent} and run again to write it anew"
+            ) from None
+        self.dtype = _DTYPES[header["dtype"]]
+        self.n_documents: int = header["n_documents"]
+        self.n_bytes: int = header["n_bytes"]
+        self.max_token: int = header["max_token"]
+        self.checksum: str = header["checksum"]
+        self.facts: dict[str, Any] = header["facts"]
+        self.tokens: np.ndarray = self._mapped(header["n_tokens"])
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __repr__(self) -> str:
+        return f"TokenStream({str(self.path)!r}, {len(self):,} tokens)"
+
+    def require_vocabulary(self, vocab_size: int) -> None:
+        """DataError if a token is not below `vocab_size`."""
+        if len(self) and self.max_token >= vocab_size:
+            raise DataError(
+                f"token file {self.path} holds token {self.max_token}, but the vocabulary has ids "
+                f"0 to {vocab_size - 1}: it was written with another tokenizer"
+            )
+
+    def _mapped(self, n_tokens: int) -> np.ndarray:
+        if n_tokens == 0:  # an empty range cannot be mapped
+            return np.empty(0, dtype=self.dtype)
+        return np.memmap(self.path, self.dtype, "r", HEADER_BYTES, (n_tokens,))
+
+
+def _packed_header(header: dict[str, Any]) -> bytes:
+    text = json.dumps(header, sort_keys=True).encode()
+    room = HEADER_BYTES - _CHECKED_FROM
+    if len(text) > room:
+        raise ValueError(f"a token file's header has room for {room} bytes, not {len(text)}")
+    text = text.ljust(room)
+    return MAGIC + hashlib.blake2b(text, digest_size=16).digest() + text
+
+
+def _read_header(file: BinaryIO, path: Path) -> dict[str, Any]:
+    """The header, once its checksum is right and it describes a file of just this size."""
+    raw = file.read(HEADER_BYTES)
+    if raw[: len(MAGIC)] != MAGIC:
+        raise _damaged(path, "it does not begin as one")
+    if len(raw) < HEADER_BYTES:
+        raise _damaged(path, f"it ends after {len(raw)} bytes, inside its header")
+    text = raw[_CHECKED_FROM:]
+    if hashlib.blake2b(text, digest_size=16).digest() != raw[len(MAGIC) : _CHECKED_FROM]:
+        raise _damaged(path, "its header's checksum is wrong")
+    try:
+        header = json.loads(text)
+    except (ValueError, RecursionError):
+        raise _damaged(path, "its header is not JSON") from None
+    if not isinstance(header, dict) or header.get("dtype") not in _DTYPES:
+        raise _damaged(path, "its header names no token type uint16 or uint32")
+    for name in _COUNTS:
+        if type(header.get(name)) is not int or header[name] < 0:
+            raise _damaged(path, f"its header's {name} is no count")
+    if not isinstance(header.get("checksum"), str) or not isinstance(header.get("facts"), dict):
+        raise _damaged(path, "its header lacks a checksum or facts")
+    expected = HEADER_BYTES + header["n_tokens"] * _DTYPES[header["dtype"]].itemsize
+    found = os.fstat(file.fileno()).st_size
+    if found != expected:
+        raise _damaged(path, f"it has {found:,} bytes where its header says {expected:,}")
+    return header
+
+
+def _verify_tokens(file: BinaryIO, header: dict[str, Any], path: Path) -> None:
+    """Reads every token once, in bounded memory: their checksum and the largest of them."""
+    digest = hashlib.blake2b(digest_size=16)
+    largest = 0
+    while chunk := file.read(_CHUNK):
+        digest.update(chunk)
+        largest = max(largest, int(np.frombuffer(chunk, _DTYPES[header["dtype"]]).max()))
+    if digest.hexdigest() != header["checksum"]:
+        raise _damaged(path, "its tokens' checksum is wrong")
+    if largest != header["max_token"]:
+        raise _damaged(path, "its header names another largest token than it holds")
+
+
+def _damaged(path: Path, what: str) -> DataError:
+    return DataError(
+        f"token file {path} is damaged: {what}; delete the folder {path.parent} and run again to "
+        "write it anew"
+    )

@@ -1,0 +1,164 @@
+"""The words that the built-in stories are made of, and the teller who chooses among them.
+
+Things are grouped by what can be done with them, so that in a story a kite flies, a boat floats
+and a cake is eaten.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+T = TypeVar("T")
+
+GIRLS = ("Lily", "Anna", "Mia", "Rosie", "Emma", "Lucy", "Nina", "Ella", "Zoe", "Sara")
+BOYS = ("Tom", "Ben", "Sam", "Max", "Leo", "Jack", "Tim", "Finn", "Noah", "Oscar")
+ANIMAL_NAMES_SHE = ("Dot", "Mimi", "Hazel", "Poppy", "Daisy", "Coco")
+ANIMAL_NAMES_HE = ("Pip", "Patch", "Teddy", "Bobo", "Rusty", "Milo")
+ANIMALS = ("rabbit", "mouse", "fox", "duck", "squirrel", "hedgehog", "frog", "bear")
+ANIMAL_HOMES = {
+    "rabbit": "in a warm hole under the hill",
+    "mouse": "in a tiny house under the old oak tree",
+    "fox": "at the edge of the forest",
+    "duck": "by a quiet pond",
+    "squirrel": "high up in the old oak tree",
+    "hedgehog": "under a pile of leaves in the garden",
+    "frog": "by a quiet pond",
+    "bear": "in a cave in the forest",
+}
+CHILD_HOMES = (
+    "in a little house by the sea",
+    "in a small house near the forest",
+    "on a farm with many animals",
+    "in a little town by the river",
+    "in a yellow house on a hill",
+)
+NATURES = ("little", "kind", "curious", "shy", "cheerful", "gentle", "quiet", "friendly")
+COLORS = ("red", "blue", "green", "yellow", "purple", "white", "orange", "pink")
+
+
+def a(phrase: str) -> str:
+    """The phrase with its indefinite article: `a kite`, `an orange ball`."""
+    return f"{'an' if phrase[0] in 'aeiou' else 'a'} {phrase}"
+
+
+def capital(phrase: str) -> str:
+    """The phrase with its first letter raised, to open a sentence."""
+    return phrase[0].upper() + phrase[1:]
+
+
+@dataclass(frozen=True)
+class Character:
+    """Somebody in a story: a name, what he or she is, and the pronouns that go with it."""
+
+    name: str
+    noun: str
+    female: bool
+    relation: str | None = None
+    """How the hero calls this one: `mom`, or `friend` for someone who is met by name."""
+
+    @property
+    def he(self) -> str:
+        return "she" if self.female else "he"
+
+    @property
+    def him(self) -> str:
+        return "her" if self.female else "him"
+
+    @property
+    def his(self) -> str:
+        return "her" if self.female else "his"
+
+    @property
+    def He(self) -> str:
+        return capital(self.he)
+
+    @property
+    def His(self) -> str:
+        return capital(self.his)
+
+    @property
+    def is_animal(self) -> bool:
+        return self.noun in ANIMALS
+
+    def of(self, hero: Character) -> str:
+        """How the story first speaks of this character: `her mom`, `his friend Mia`."""
+        if self.relation == "friend":
+            the = f" the {self.noun}" if self.is_animal else ""
+            return f"{hero.his} friend {self.name}{the}"
+        return f"{hero.his} {self.relation}"
+
+
+FAMILY = (
+    Character("Mom", "mother", True, "mom"),
+    Character("Dad", "father", False, "dad"),
+    Character("Grandma", "grandmother", True, "grandma"),
+    Character("Grandpa", "grandfather", False, "grandpa"),
+)
+
+
+class Teller:
+    """Makes the choices of one story, all from one random stream."""
+
+    def __init__(self, stream: random.Random) -> None:
+        self._stream = stream
+
+    def one_of(self, options: Sequence[T]) -> T:
+        return options[int(self._stream.random() * len(options))]
+
+    def say(self, *phrasings: str) -> str:
+        """One of several ways to put the same thing."""
+        return self.one_of(phrasings)
+
+    def maybe(self, *phrasings: str) -> list[str]:
+        """One of the phrasings or, twice as often, nothing: a sentence the story can do without."""
+        return [self.one_of(phrasings)] if self.one_of((True, False, False)) else []
+
+    def some_of(self, options: Sequence[T], count: int) -> list[T]:
+        """`count` different ones, in random order."""
+        left = list(options)
+        return [left.pop(int(self._stream.random() * len(left))) for _ in range(count)]
+
+    def child(self) -> Character:
+        if self.one_of((True, False)):
+            return Character(self.one_of(GIRLS), "girl", True)
+        return Character(self.one_of(BOYS), "boy", False)
+
+    def animal(self, *kinds: str) -> Character:
+        kind = self.one_of(kinds or ANIMALS)
+        if self.one_of((True, False)):
+            return Character(self.one_of(ANIMAL_NAMES_SHE), kind, True)
+        return Character(self.one_of(ANIMAL_NAMES_HE), kind, False)
+
+    def hero(self) -> Character:
+        """A child twice as often as an animal."""
+        return self.one_of((self.child, self.child, self.animal))()
+
+    def friend(self, hero: Character) -> Character:
+        """A friend of the hero's sort, of the other sex, so that `he` and `she` stay clear."""
+        if hero.is_animal:
+            names: Sequence[str] = ANIMAL_NAMES_HE if hero.female else ANIMAL_NAMES_SHE
+            noun = self.one_of([kind for kind in ANIMALS if kind != hero.noun])
+        else:
+            names = BOYS if hero.female else GIRLS
+            noun = "boy" if hero.female else "girl"
+        return Character(self.one_of(names), noun, not hero.female, "friend")
+
+    def helper(self, hero: Character) -> Character:
+        """A parent, a grandparent or a friend."""
+        return self.one_of((*FAMILY, self.friend(hero), self.friend(hero)))
+
+    def opening(self, hero: Character) -> list[str]:
+        """One or two sentences that say who the story is about."""
+        home = ANIMAL_HOMES[hero.noun] if hero.is_animal else self.one_of(CHILD_HOMES)
+        someone = f"{a(self.one_of(NATURES))} {hero.noun} named {hero.name}"
+        return self.one_of(
+            (
+                [f"Once upon a time, there was {someone}."],
+                [f"Once upon a time, {someone} lived {home}."],
+                [f"There once was {someone}.", f"{hero.He} lived {home}."],
+                [f"{hero.name} was {a(self.one_of(NATURES))} {hero.noun} who lived {home}."],
+            )
+        )

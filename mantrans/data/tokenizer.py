@@ -1,0 +1,310 @@
+"""Text to tokens and back: byte-level BPE that loses nothing.
+
+A tokenizer is a folder with `tokenizer.json`, or with GPT-2's `vocab.json` and `merges.txt`. What
+is accepted here is narrower than what the `tokenizers` library can run: every byte has a token, so
+that there is no unknown one; text is neither normalised nor given a leading space, so that any
+text comes back exactly; `<|endoftext|>` is the one special token. That text is *never* read as the
+special token: inside a document it is ordinary text, so no document can end itself early; the end
+of a document is the number `eot_id`, which only `shards` appends.
+
+    python -m mantrans.data.tokenizer train|analyze|encode      see tokenizer_tool
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+
+from mantrans.data import hub
+from mantrans.errors import DataError
+
+END_OF_TEXT = "<|endoftext|>"
+TOKENIZER_FILE = "tokenizer.json"
+MANIFEST_FILE = "manifest.json"
+SHIPPED = Path(__file__).resolve().parents[2] / "assets" / "models" / "tokenizers"
+_LARGEST_FILE = 256 * 2**20  # bytes; the largest published vocabularies take some 30 MB
+_PROBES = (
+    "Once upon a time, there was a kind girl.",
+    "  two spaces\r\nand\ttabs \n\n\n",
+    "e\u0301 \u00e9 \ufb01 \u6f22\u5b57 \U0001f600\u200d\U0001f680 \x00\x7f\ufeff",
+    f"a {END_OF_TEXT} b",
+)
+
+
+class Tokenizer:
+    """A checked tokenizer.
+
+    `vocab_size` counts all tokens, ids 0 .. vocab_size-1; `eot_id` ends a document; `hash` is the
+    sha256 of what decides the tokens of a text, the same for the same tokenizer however it is
+    stored; `token_bytes` (vocab_size,) int64 is how many bytes of text each token stands for, 0
+    for the end of text.
+    """
+
+    def __init__(self, library: tokenizers.Tokenizer, name: str, source: str) -> None:
+        library.no_truncation()
+        library.no_padding()
+        library.encode_special_tokens = True  # "<|endoftext|>" in a text is text
+        self.library = library
+        self.name = name
+        description = json.loads(library.to_str())
+        vocabulary = _vocabulary(library, source)
+        self.vocab_size = len(vocabulary)
+        self.eot_id = vocabulary.index(END_OF_TEXT)
+        self.token_bytes = np.array([len(token) for token in vocabulary], dtype=np.int64)
+        self.token_bytes[self.eot_id] = 0
+        self.hash = _canonical_hash(description, vocabulary)
+        _check_lossless(self, vocabulary, description, source)
+
+    def encode(self, text: str) -> list[int]:
+        """The tokens of `text`, nothing added."""
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """The tokens of each text. DataError for a lone surrogate, which no UTF-8 text has."""
+        try:
+            encodings = self.library.encode_batch_fast(list(texts), add_special_tokens=False)
+        except (TypeError, UnicodeEncodeError):
+            found = next((t for t in texts if not _is_unicode(t)), texts)
+            raise DataError(
+                f"not text: {found!r:.60} holds half of a surrogate pair, or is no string"
+            ) from None
+        return [encoding.ids for encoding in encodings]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of `ids`; bytes that are not UTF-8 become U+FFFD. DataError out of range."""
+        numbers = [int(i) for i in ids]
+        for number in numbers:
+            if not 0 <= number < self.vocab_size:
+                raise DataError(
+                    f"token {number} is not in tokenizer {self.name!r}: ids are 0 to "
+                    f"{self.vocab_size - 1}"
+                )
+        return self.library.decode(numbers, skip_special_tokens=False)
+
+    def __repr__(self) -> str:
+        return f"Tokenizer({self.name!r}, vocab_size={self.vocab_size}, hash={self.hash[:12]})"
+
+
+def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
+    """The tokenizer of that name under assets/models/tokenizers/, else that folder, else GPT-2.
+
+    Raises DataError when there is none, or when its files are damaged or are not what the module
+    docstring asks for.
+    """
+    name = str(name_or_path)
+    if not name.strip() or "\0" in name or ".." in Path(name).parts:
+        raise DataError(
+            f"tokenizer {name!r} is refused: give a name under assets/models/tokenizers/ or a "
+            "folder, without '..'"
+        )
+    shipped = SHIPPED / name
+    if not Path(name).is_absolute() and shipped.is_dir():
+        if not shipped.resolve().is_relative_to(SHIPPED.resolve()):
+            raise DataError(f"tokenizer {name!r} is refused: it is a link out of {SHIPPED}")
+        return _from_folder(shipped)
+    if Path(name).is_dir():
+        return _from_folder(Path(name))
+    if Path(name).name == TOKENIZER_FILE and Path(name).is_file():
+        return _from_folder(Path(name).parent)
+    if name == "gpt2":
+        return _gpt2_from_hub()
+    known = [*shipped_names(), "gpt2"]
+    close = get_close_matches(name, known, n=1)
+    raise DataError(
+        f"tokenizer {name!r} not found: it is no folder"
+        + (f"; did you mean {close[0]!r}?" if close else "")
+        + f"; by name there are {', '.join(known)}"
+    )
+
+
+def shipped_names() -> list[str]:
+    """The tokenizers that come with the project."""
+    return sorted(path.parent.name for path in SHIPPED.glob(f"*/{TOKENIZER_FILE}"))
+
+
+def write_manifest(folder: Path, tokenizer: Tokenizer, facts: dict[str, Any]) -> None:
+    """Beside `tokenizer.json`: its checksum, which loading verifies, and how it was made."""
+    manifest = {
+        "vocab_size": tokenizer.vocab_size,
+        "hash": tokenizer.hash,
+        "sha256_of_tokenizer_json": _sha256(folder / TOKENIZER_FILE),
+        **facts,
+    }
+    text = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
+    (folder / MANIFEST_FILE).write_text(text, encoding="utf-8")
+
+
+def _from_folder(folder: Path) -> Tokenizer:
+    """Reads a folder of either kind; what the library says about a bad file fits on one line."""
+    file = folder / TOKENIZER_FILE
+    vocab, merges = folder / "vocab.json", folder / "merges.txt"
+    try:
+        if file.is_file():
+            _check_size(file)
+            _check_manifest(folder, file)
+            library = tokenizers.Tokenizer.from_file(str(file))
+        elif vocab.is_file() and merges.is_file():
+            file = vocab
+            _check_size(vocab)
+            _check_size(merges)
+            library = _gpt2_library(vocab, merges)
+        else:
+            raise DataError(
+                f"tokenizer folder {folder}: it has neither {TOKENIZER_FILE} nor vocab.json and "
+                "merges.txt"
+            )
+    except DataError:
+        raise
+    except Exception as error:  # the library raises bare Exception
+        raise _damaged(file, str(error)) from None
+    return Tokenizer(library, folder.resolve().name, str(file))
+
+
+def _gpt2_library(vocab: Path, merges: Path) -> tokenizers.Tokenizer:
+    library = tokenizers.Tokenizer(tokenizers.models.BPE.from_file(str(vocab), str(merges)))
+    library.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    library.decoder = tokenizers.decoders.ByteLevel()
+    if library.token_to_id(END_OF_TEXT) is None:
+        raise _damaged(vocab, f"it has no token {END_OF_TEXT}")
+    library.add_special_tokens([END_OF_TEXT])
+    return library
+
+
+def _gpt2_from_hub() -> Tokenizer:
+    """GPT-2's tokenizer from the Hugging Face cache, or else from the hub."""
+    ways = (
+        "put GPT-2's vocab.json and merges.txt into a folder and give its path, or use the "
+        "shipped tokenizer tinystories_bpe_4096"
+    )
+    try:
+        from huggingface_hub import hf_hub_download
+    except ImportError:
+        raise DataError(
+            f"tokenizer 'gpt2' comes through the package huggingface_hub, which is missing: {ways}"
+        ) from None
+    file, failure = None, "no answer"
+    # The cache first, so that a run that once worked never needs the network again.
+    for local_only in (True, False):
+        if not local_only and not hub.reachable():
+            break
+        try:
+            file = hf_hub_download(
+                "openai-community/gpt2", TOKENIZER_FILE, local_files_only=local_only
+            )
+            break
+        except Exception as error:  # network, proxy, disk: the hub's own kinds are many
+            failure = type(error).__name__
+    if file is None:
+        raise DataError(
+            f"tokenizer 'gpt2' is not in the cache and the Hugging Face hub cannot be reached "
+            f"({failure}): "
+            f"{ways}"
+        )
+    try:
+        return Tokenizer(tokenizers.Tokenizer.from_file(file), "gpt2", file)
+    except DataError:
+        raise
+    except Exception as error:
+        raise _damaged(Path(file), str(error)) from None
+
+
+def _vocabulary(library: tokenizers.Tokenizer, source: str) -> list[str]:
+    """Tokens by id; the ids must be 0, 1, 2, … and the end of text must be among them."""
+    by_text = library.get_vocab(with_added_tokens=True)
+    tokens = sorted(by_text, key=by_text.__getitem__)
+    ids = [by_text[token] for token in tokens]
+    for expected, found in enumerate(ids):
+        if expected != found:
+            raise _damaged(
+                Path(source),
+                f"token ids must run from 0 to {len(ids) - 1}, each once; {found} stands where "
+                f"{expected} belongs",
+            )
+    if END_OF_TEXT not in by_text:
+        raise _damaged(Path(source), f"it has no token {END_OF_TEXT}")
+    return tokens
+
+
+def _canonical_hash(description: dict[str, Any], vocabulary: list[str]) -> str:
+    """sha256 over vocabulary, merges and pre-tokenizer: not over how one version writes them."""
+    merges = [
+        pair.split(" ") if isinstance(pair, str) else pair
+        for pair in description["model"].get("merges", [])
+    ]
+    splitting = description.get("pre_tokenizer") or {}
+    splitting = {key: value for key, value in splitting.items() if key != "trim_offsets"}
+    content = json.dumps([vocabulary, merges, splitting], sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def _check_lossless(
+    tokenizer: Tokenizer, vocabulary: list[str], description: dict[str, Any], source: str
+) -> None:
+    """Refuses a tokenizer that could meet an unknown byte, or that gives other text back."""
+    if description["model"].get("type") != "BPE":
+        raise _damaged(Path(source), f"it is {description['model'].get('type')}, not BPE")
+    missing = set(tokenizers.pre_tokenizers.ByteLevel.alphabet()) - set(vocabulary)
+    if missing:
+        raise _damaged(
+            Path(source), f"{len(missing)} of the 256 byte tokens are missing: not byte-level BPE"
+        )
+    extra = [token["content"] for token in description.get("added_tokens", [])]
+    if set(extra) - {END_OF_TEXT}:
+        raise _damaged(
+            Path(source), f"it has added tokens besides {END_OF_TEXT}: {sorted(extra)[:3]}"
+        )
+    for probe in _PROBES:
+        ids = tokenizer.encode(probe)
+        lossless = ids and max(ids) < len(vocabulary) and tokenizer.eot_id not in ids
+        if not lossless or tokenizer.decode(ids) != probe:
+            raise _damaged(Path(source), f"the text {probe!r} does not come back from it exactly")
+
+
+def _check_size(file: Path) -> None:
+    if file.stat().st_size > _LARGEST_FILE:
+        raise DataError(
+            f"{file}: {file.stat().st_size:,} bytes is no tokenizer; at most {_LARGEST_FILE:,}"
+        )
+
+
+def _check_manifest(folder: Path, file: Path) -> None:
+    """Where a manifest lies beside it, `tokenizer.json` must be, byte for byte, what it names."""
+    manifest = folder / MANIFEST_FILE
+    if not manifest.is_file():
+        return
+    _check_size(manifest)
+    try:
+        expected = json.loads(manifest.read_bytes())["sha256_of_tokenizer_json"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise _damaged(manifest, f"it does not name the checksum of {TOKENIZER_FILE}") from None
+    if expected != _sha256(file):
+        raise _damaged(file, f"its bytes are not those that {MANIFEST_FILE} beside it was made for")
+
+
+def _sha256(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def _damaged(file: Path, what: str) -> DataError:
+    reason = " ".join(what.split())[:200]
+    return DataError(f"tokenizer file {file} cannot be used: {reason}; restore or retrain it")
+
+
+def _is_unicode(text: object) -> bool:
+    return isinstance(text, str) and not any(
+        0xD800 <= ord(character) <= 0xDFFF for character in text
+    )
+
+
+if __name__ == "__main__":
+    from mantrans.data.tokenizer_tool import main
+
+    sys.exit(main())

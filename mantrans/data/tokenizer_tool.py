@@ -1,0 +1,276 @@
+"""The command line of the tokenizers: train one, look at one, encode with one.
+
+    python -m mantrans.data.tokenizer train --output assets/models/tokenizers/NAME \\
+        --input stories.txt --dataset builtin-stories --vocab-size 4096 --hold-out 0.1
+    python -m mantrans.data.tokenizer analyze --tokenizer NAME --input stories.txt --held-out 0.1
+    python -m mantrans.data.tokenizer encode --tokenizer NAME "Once upon a time"
+
+`--hold-out` leaves out the very documents that `data.validation_fraction` of the same size holds
+out of training, so that neither tokenizer nor model has seen them; `analyze --held-out` counts on
+them alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+
+from mantrans.data.dataset import held_out
+from mantrans.data.registry import NAMES, find_source
+from mantrans.data.text import Piece, ReadReport
+from mantrans.data.tokenizer import (
+    END_OF_TEXT,
+    TOKENIZER_FILE,
+    Tokenizer,
+    load_tokenizer,
+    write_manifest,
+)
+from mantrans.errors import DataError, MantransError
+
+SMALLEST_VOCABULARY = 257  # the bytes and the end of text
+_BATCH = 1000  # pieces tokenized in one call
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """What a tokenizer makes of a text. `coverage`: share of its tokens that occur in it."""
+
+    tokenizer: str
+    vocab_size: int
+    documents: int
+    bytes: int
+    tokens: int
+    bytes_per_token: float
+    tokens_used: int
+    coverage: float
+    unused: list[str]
+
+
+def train(pieces: Iterable[Piece], vocab_size: int, folder: Path) -> Tokenizer:
+    """Byte-level BPE (Sennrich et al. 2016; bytes as in GPT-2) learned from the pieces' text.
+
+    The end of text is token 0, the 256 bytes follow, then the merges in the order in which they
+    were learned. Writes `tokenizer.json` and `tokenizer_config.json` into `folder`, which
+    `transformers.PreTrainedTokenizerFast` loads. DataError if the text is too small for so many.
+    """
+    if vocab_size < SMALLEST_VOCABULARY:
+        raise DataError(f"--vocab-size {vocab_size}: at least {SMALLEST_VOCABULARY}")
+    library = tokenizers.Tokenizer(tokenizers.models.BPE())
+    library.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    library.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    library.train_from_iterator((piece.text for piece in pieces), trainer)
+    if library.get_vocab_size() != vocab_size:
+        raise DataError(
+            f"the text gives only {library.get_vocab_size()} tokens, not {vocab_size}: give more "
+            "text or a smaller --vocab-size"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    library.save(str(folder / TOKENIZER_FILE))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": END_OF_TEXT,
+        "eos_token": END_OF_TEXT,
+        "clean_up_tokenization_spaces": False,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    return Tokenizer(library, folder.resolve().name, str(folder))
+
+
+def analyze(tokenizer: Tokenizer, pieces: Iterable[Piece]) -> Analysis:
+    """Counts the tokens of the pieces; the end of text counts neither as token nor as unused."""
+    counts = np.zeros(tokenizer.vocab_size, dtype=np.int64)
+    documents = 0
+    for batch in _batches(pieces):
+        documents += sum(piece.ends for piece in batch)
+        ids = list(chain.from_iterable(tokenizer.encode_batch([piece.text for piece in batch])))
+        counts += np.bincount(np.asarray(ids, dtype=np.int64), minlength=tokenizer.vocab_size)
+    n_tokens, n_bytes = int(counts.sum()), int(counts @ tokenizer.token_bytes)
+    if n_tokens == 0:
+        raise DataError("no text to analyze: the input has no document")
+    unused = [int(i) for i in np.flatnonzero(counts == 0) if i != tokenizer.eot_id]
+    return Analysis(
+        tokenizer=tokenizer.name,
+        vocab_size=tokenizer.vocab_size,
+        documents=documents,
+        bytes=n_bytes,
+        tokens=n_tokens,
+        bytes_per_token=n_bytes / n_tokens,
+        tokens_used=int((counts > 0).sum()),
+        coverage=float((counts > 0).sum() / (tokenizer.vocab_size - 1)),
+        unused=[tokenizer.decode([i]) for i in unused],
+    )
+
+
+def part_of(pieces: Iterable[Piece], fraction: float, held: bool) -> Iterator[Piece]:
+    """The documents that `fraction` holds out, or the others."""
+    index = 0
+    for piece in pieces:
+        if held_out(index, fraction) == held:
+            yield piece
+        index += piece.ends
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one command; 0, or 2 after a one-line error."""
+    options = _parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except MantransError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"error: {where}{error.strerror or error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m mantrans.data.tokenizer", description="Byte-level BPE tokenizers."
+    )
+    commands = parser.add_subparsers(required=True)
+    text = argparse.ArgumentParser(add_help=False)
+    text.add_argument("--input", action="append", default=[], help=".txt, .jsonl, .parquet, folder")
+    text.add_argument("--dataset", action="append", default=[], choices=[*NAMES[:-1]])
+    text.add_argument("--limit", type=_count, help="documents of each --dataset (default: all)")
+    text.add_argument("--text-field", default=None, help="of .jsonl and .parquet (default: text)")
+    text.add_argument("--separator", choices=("eot", "blank_line"), default="eot")
+    text.add_argument("--seed", type=int, default=0, help="of builtin-stories")
+
+    train_command = commands.add_parser("train", parents=[text], help="learn a tokenizer")
+    train_command.add_argument("--output", required=True, type=Path, help="a new folder")
+    train_command.add_argument("--vocab-size", type=_count, default=4096)
+    train_command.add_argument("--hold-out", type=_fraction, default=0.0, help="of each --input")
+    train_command.set_defaults(run=_run_train)
+
+    analyze_command = commands.add_parser("analyze", parents=[text], help="count its tokens")
+    analyze_command.add_argument("--tokenizer", required=True)
+    analyze_command.add_argument("--held-out", type=_fraction, default=0.0, help="of each --input")
+    analyze_command.add_argument("--json", action="store_true", help="print all as JSON")
+    analyze_command.set_defaults(run=_run_analyze)
+
+    encode_command = commands.add_parser("encode", help="show the tokens of a text")
+    encode_command.add_argument("--tokenizer", required=True)
+    encode_command.add_argument("text", nargs="?", help="default: standard input")
+    encode_command.set_defaults(run=_run_encode)
+    return parser
+
+
+def _run_train(options: argparse.Namespace) -> None:
+    """Trains beside the output folder, which appears only when it is complete."""
+    output: Path = options.output
+    if output.exists():
+        raise DataError(f"--output {output} exists already; remove it or choose another folder")
+    aside = output.with_name(output.name + ".unfinished")
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        tokenizer = train(_pieces(options, options.hold_out, held=False), options.vocab_size, aside)
+        facts = {
+            "trained_on": [*(Path(name).name for name in options.input), *options.dataset],
+            "documents_of_each_dataset": options.limit,
+            "seed": options.seed,
+            "held_out_of_each_input": options.hold_out,
+        }
+        write_manifest(aside, tokenizer, facts)
+        aside.rename(output)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    print(f"wrote {output}: {tokenizer.vocab_size} tokens, hash {tokenizer.hash}")
+
+
+def _run_analyze(options: argparse.Namespace) -> None:
+    tokenizer = load_tokenizer(options.tokenizer)
+    result = analyze(tokenizer, _pieces(options, options.held_out, held=options.held_out > 0))
+    if options.json:
+        print(json.dumps(asdict(result), ensure_ascii=False))
+        return
+    print(f"tokenizer        {result.tokenizer}, {result.vocab_size:,} tokens")
+    print(f"text             {result.documents:,} documents, {result.bytes:,} bytes")
+    print(f"tokens           {result.tokens:,}")
+    print(f"bytes per token  {result.bytes_per_token:.3f}")
+    print(f"coverage         {result.coverage:.1%} of the tokens occur ({result.tokens_used:,})")
+    print(f"unused           {len(result.unused):,}: {_some(result.unused)}")
+
+
+def _run_encode(options: argparse.Namespace) -> None:
+    tokenizer = load_tokenizer(options.tokenizer)
+    text = sys.stdin.read() if options.text is None else options.text
+    ids = tokenizer.encode(text)
+    print(" ".join(map(str, ids)))
+    print(" ".join(repr(tokenizer.decode([i])) for i in ids))
+
+
+def _pieces(options: argparse.Namespace, fraction: float, held: bool) -> Iterator[Piece]:
+    """All text the options name; of the named sets, training documents only."""
+    if not options.input and not options.dataset:
+        raise DataError("no text named: give --input FILE or --dataset NAME")
+    report = ReadReport()
+    for path in options.input:
+        source = find_source(
+            "local",
+            path=path,
+            text_field=options.text_field,
+            document_separator=options.separator,
+        )
+        yield from part_of(source.open(report).train, fraction, held)
+    for name in options.dataset:
+        source = find_source(name, subset_size=options.limit, seed=options.seed)
+        yield from _first(source.open(report).train, options.limit)
+    if report.broken_lines:
+        print(f"note: {report}", file=sys.stderr)
+
+
+def _first(pieces: Iterable[Piece], documents: int | None) -> Iterator[Piece]:
+    taken = 0
+    for piece in pieces:
+        if documents is not None and taken >= documents:
+            return
+        yield piece
+        taken += piece.ends
+
+
+def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
+    batch: list[Piece] = []
+    for piece in pieces:
+        batch.append(piece)
+        if len(batch) == _BATCH:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def _some(tokens: list[Any], count: int = 12) -> str:
+    shown = " ".join(repr(token) for token in tokens[:count])
+    return shown + (" ..." if len(tokens) > count else "")
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive whole number")
+    return number
+
+
+def _fraction(text: str) -> float:
+    number = float(text)
+    if not 0.0 <= number < 1.0:
+        raise argparse.ArgumentTypeError(f"{text} is not in [0, 1)")
+    return number

@@ -1,0 +1,115 @@
+"""The built-in stories: the same from a seed, distinct, and good English."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+
+import pytest
+
+from mantrans.data import stories
+from mantrans.data.story_plots import PLOTS
+from mantrans.data.story_words import (
+    ANIMAL_NAMES_HE,
+    ANIMAL_NAMES_SHE,
+    ANIMALS,
+    BOYS,
+    COLORS,
+    GIRLS,
+    NATURES,
+    a,
+)
+from mantrans.data.tokenizer import load_tokenizer
+
+SHE = {*GIRLS, *ANIMAL_NAMES_SHE, "mom", "grandma", "Mom", "Grandma", "woman"}
+HE = {*BOYS, *ANIMAL_NAMES_HE, "dad", "grandpa", "Dad", "Grandpa", "brother", "man"}
+
+
+@pytest.fixture(scope="module")
+def told() -> list[str]:
+    return list(stories.stories(seed=7, count=4000))
+
+
+def words(text: str) -> list[str]:
+    return re.findall(r"[A-Za-z]+", text)
+
+
+def test_a_seed_always_tells_the_same_stories() -> None:
+    digest = hashlib.sha256("\0".join(stories.stories(seed=0, count=200)).encode()).hexdigest()
+    # If the text was changed on purpose: raise stories.VERSION, and put the new value here.
+    assert (stories.VERSION, digest[:16]) == (1, "f5dcc5f797ed4e87")
+
+
+def test_a_story_depends_on_seed_and_index_alone() -> None:
+    assert stories.story(3, 17) == stories.story(3, 17)
+    assert list(stories.stories(5, 30))[:10] == list(stories.stories(5, 10))
+
+
+def test_stories_are_distinct_within_and_mostly_across_seeds(told: list[str]) -> None:
+    assert len(set(told)) == len(told)
+    others = set(stories.stories(seed=8, count=4000))
+    assert len(others & set(told)) < 40  # under 1%
+
+
+def test_every_plot_name_animal_and_color_is_told(told: list[str]) -> None:
+    every = set(words(" ".join(told)))
+    cast = {*GIRLS, *BOYS, *ANIMAL_NAMES_SHE, *ANIMAL_NAMES_HE, *ANIMALS, *COLORS, *NATURES}
+    assert cast <= every
+    assert len(every) < 800  # a small vocabulary is what makes them learnable in minutes
+    assert len(PLOTS) >= 12
+
+
+def test_lengths_suit_a_window_of_160_tokens(told: list[str]) -> None:
+    tokenizer = load_tokenizer("tinystories_bpe_4096")
+    lengths = [len(ids) + 1 for ids in tokenizer.encode_batch(told)]
+    assert 100 <= sum(lengths) / len(lengths) <= 130
+    assert min(lengths) >= 80
+    assert sum(length <= 160 for length in lengths) / len(lengths) > 0.995
+
+
+def test_articles_agree_with_what_follows(told: list[str]) -> None:
+    for text in told:
+        assert not re.search(r"\b[Aa] [aeiou]", text), text
+        assert not re.search(r"\b[Aa]n [^aeiou]", text), text
+    assert a("orange ball") == "an orange ball"
+    assert a("kite") == "a kite"
+
+
+def test_pronouns_agree_with_the_cast(told: list[str]) -> None:
+    checked = 0
+    for text in told:
+        found = set(words(text))
+        if not found & HE:
+            assert not found & {"he", "He", "him", "his", "His"}, text
+            checked += 1
+        if not found & SHE:
+            assert not found & {"she", "She", "her", "Her"}, text
+            checked += 1
+    assert checked > 1000
+
+
+def test_a_story_stays_with_its_hero(told: list[str]) -> None:
+    for text in told:
+        beginning, end = text.split("\n\n")
+        hero = next(word for word in words(beginning) if word in SHE | HE)
+        pronouns = "she|her|She|Her" if hero in SHE else "he|his|him|He|His"
+        assert re.search(rf"\b({hero}|{pronouns})\b", end), text
+        assert re.search(rf"\b{hero}\b", re.split(r"(?<=[.!?]) ", text)[0]), text
+
+
+def test_sentences_are_well_formed(told: list[str]) -> None:
+    for text in told:
+        assert not re.search(r"[{}]|  |\bNone\b| [.,!?]|\.\.|,\.", text), text
+        for paragraph in text.split("\n\n"):
+            assert paragraph.count('"') % 2 == 0, paragraph
+            assert re.fullmatch(r'["A-Z].*[.!?]"?', paragraph), paragraph
+            # A full stop outside speech is followed by a capital or by speech.
+            for follower in re.findall(r'[.!?] (["A-Za-z])', re.sub(r'"[^"]*"', '"', paragraph)):
+                assert follower.isupper() or follower == '"', paragraph
+
+
+def test_no_sentence_is_said_twice_in_a_story(told: list[str]) -> None:
+    for text in told:
+        sentences = re.split(r"(?<=[.!?]) ", re.sub(r'"[^"]*"', "", text))
+        long = [sentence for sentence in sentences if len(sentence) > 20]
+        assert len(set(long)) == len(long), text
