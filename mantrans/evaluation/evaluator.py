@@ -1,0 +1,192 @@
+"""Everything that is asked of a trained model, as one report: its loss, its samples, their quality.
+
+The trainer makes a report at the end of a run, `evaluate.py` makes one of a checkpoint. A report is
+a dict of plain data; `as_json` and `as_text` write it for machines and for people.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from itertools import cycle, islice
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from mantrans.errors import CheckpointError, ConfigError
+from mantrans.evaluation.coherence import CRITERIA, score_samples
+from mantrans.evaluation.diversity import diversity
+from mantrans.evaluation.perplexity import Perplexity, measure
+
+if TYPE_CHECKING:
+    from mantrans.config import Config
+    from mantrans.data.shards import TokenStream
+    from mantrans.data.tokenizer import Tokenizer
+    from mantrans.wrapper import CustomTransformerWrapper
+
+Sample = dict[str, str]  # {"prompt": what was given, "continuation": what the model made of it}
+
+
+def evaluate(
+    wrapper: CustomTransformerWrapper,
+    tokenizer: Tokenizer,
+    validation: TokenStream,
+    config: Config,
+    *,
+    max_batches: int | None = None,
+    generate: bool = True,
+    coherence: bool = True,
+    show_progress: bool = False,
+    say: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """The report of a model: `measure_stream`, and with `generate` samples and what they are worth.
+
+    coherence: False for no marks from Claude even where the config wants them. say: is given the
+    one line that explains why there are none.
+
+    Returns {"loss", "perplexity", "bits_per_byte", "tokens", "bytes"} and, with `generate`,
+    {"samples", "diversity" (of the continuations), "coherence" (None where there are no marks)}.
+    """
+    measured = measure_stream(
+        wrapper, tokenizer, validation, config, max_batches=max_batches, show_progress=show_progress
+    )
+    report: dict[str, Any] = {
+        "loss": measured.loss,
+        "perplexity": measured.perplexity,
+        "bits_per_byte": measured.bits_per_byte,
+        "tokens": measured.tokens,
+        "bytes": measured.bytes,
+    }
+    if generate:
+        settings, graded = config.evaluation, coherence and config.evaluation.evaluate_coherence
+        count = len(settings.generation_prompts)
+        samples = generate_samples(
+            wrapper, tokenizer, config, max(count, settings.coherence_samples) if graded else count
+        )
+        report["samples"] = samples
+        report["diversity"] = diversity([sample["continuation"] for sample in samples])
+        texts = [sample["prompt"] + sample["continuation"] for sample in samples]
+        texts = texts[: settings.coherence_samples]
+        report["coherence"] = (
+            score_samples(texts, settings.coherence_model, say=say) if graded else None
+        )
+    return report
+
+
+def measure_stream(
+    wrapper: CustomTransformerWrapper,
+    tokenizer: Tokenizer,
+    validation: TokenStream,
+    config: Config,
+    *,
+    max_batches: int | None = None,
+    show_progress: bool = False,
+) -> Perplexity:
+    """The cost of a stream under a model, in windows as long as those it was trained on.
+
+    Raises ConfigError where such a window is longer than the model's max_seq_len.
+    """
+    if config.sequence_length > wrapper.config.max_seq_len:
+        raise ConfigError(
+            f"data.max_length: found {config.sequence_length}; accepted: at most the checkpoint's "
+            f"max_seq_len ({wrapper.config.max_seq_len})"
+        )
+    return measure(
+        wrapper.model,
+        validation.tokens,
+        tokenizer.token_bytes,
+        length=config.sequence_length,
+        batch_size=config.evaluation.batch_size,
+        end_of_text=tokenizer.eot_id,
+        attend_across_documents=config.data.attend_across_documents,
+        device=wrapper.device,
+        max_batches=max_batches,
+        show_progress=show_progress,
+    )
+
+
+def generate_samples(
+    wrapper: CustomTransformerWrapper, tokenizer: Tokenizer, config: Config, count: int
+) -> list[Sample]:
+    """`count` samples for the configured prompts in turn, with the configured sampling and seed.
+
+    A prompt is preceded by an end-of-text token, which tells the model that a document begins here,
+    as in training; it counts in `max_generation_length`. (A model trained to see only its own
+    document has never looked back at one and gets none.) A sample ends at that length or before the
+    model's own end-of-text token.
+    """
+    settings = config.evaluation
+    prompts = list(islice(cycle(settings.generation_prompts), count))
+    opening = [tokenizer.eot_id] if config.data.attend_across_documents else []
+    given = [opening + ids for ids in tokenizer.encode_batch(prompts)]
+    samples: list[Sample] = []
+    for first in range(0, len(prompts), settings.batch_size):
+        rows = wrapper.generate(
+            [torch.tensor(ids) for ids in given[first : first + settings.batch_size]],
+            max_length=settings.max_generation_length,
+            temperature=settings.temperature,
+            top_k=settings.top_k,
+            top_p=settings.top_p,
+            eos_token_id=tokenizer.eot_id,
+            seed=config.training.seed + first,  # or all batches of one prompt would be the same
+        )
+        for row in rows:
+            prompt, ids = prompts[len(samples)], given[len(samples)]
+            made = [token for token in row[len(ids) :].tolist() if token != tokenizer.eot_id]
+            samples.append({"prompt": prompt, "continuation": tokenizer.decode(made)})
+    return samples
+
+
+def refuse_other_tokenizer(saved: dict[str, Any], tokenizer: Tokenizer) -> None:
+    """CheckpointError unless `tokenizer` is the one a checkpoint was trained with.
+
+    saved: {"name", "hash", "vocab_size"} of the checkpoint. The hash decides: two tokenizers of one
+    name, or of one size, may give a text different tokens.
+    """
+    if saved["hash"] != tokenizer.hash:
+        raise CheckpointError(
+            f"data.tokenizer: found {tokenizer.name!r} ({tokenizer.vocab_size:,} tokens, hash "
+            f"{tokenizer.hash[:12]}); accepted: the checkpoint's {saved['name']!r} "
+            f"({saved['vocab_size']:,} tokens, hash {saved['hash'][:12]})"
+        )
+
+
+def as_json(report: dict[str, Any]) -> str:
+    """The report as JSON; a number that is infinite or none at all, which JSON lacks, as null."""
+
+    def finite(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: finite(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [finite(item) for item in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(finite(report), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def as_text(report: dict[str, Any]) -> str:
+    """The report for a terminal: the numbers first, then each sample."""
+    facts = {
+        "loss per token": f"{report['loss']:.4f} nats",
+        "perplexity": f"{report['perplexity']:.2f}",
+        "bits per byte": f"{report['bits_per_byte']:.4f}",
+        "counted": f"{report['tokens']:,} tokens, {report['bytes']:,} bytes",
+    }
+    for name, value in report.get("diversity", {}).items():
+        facts[name.replace("_", " ")] = "none" if value is None else f"{value:.3f}"
+    if report.get("coherence"):
+        marks = report["coherence"]
+        means = ", ".join(f"{name} {marks[name]:.2f}" for name in CRITERIA)
+        facts["marks out of 5"] = f"{means} ({len(marks['scores'])} samples, {marks['model']})"
+    lines = [f"{name:<22}{fact}" for name, fact in facts.items()]
+    for sample in report.get("samples", []):
+        lines += ["", printable(f"[{sample['prompt']}]{sample['continuation']}")]
+    return "\n".join(lines)
+
+
+def printable(text: str) -> str:
+    """`text` without control characters: an untrained model writes what would move the cursor."""
+    return "".join(
+        c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text
+    )

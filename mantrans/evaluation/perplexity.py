@@ -1,0 +1,132 @@
+"""How well a model predicts a text: loss per token, perplexity, and bits per byte.
+
+Loss per token and perplexity compare models that share a tokenizer. Bits per byte compares any two
+models on one text: the whole text's cost in bits, divided by its length in UTF-8 bytes, of which
+the tokenizer has no say.
+
+How tokens are counted. The stream is cut into windows of T tokens that do not overlap, and read as
+if an end-of-text token stood before it. So every token, the very first included, is predicted
+exactly once, from the tokens before it in its window (the first one of a window: from its
+predecessor alone). End-of-text tokens count like all others in loss and tokens, since where a
+document ends must be predicted too; they stand for no text, and so for no bytes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kernels.reference import IGNORE_INDEX, document_starts
+from mantrans.errors import DataError
+
+
+class LossModel(Protocol):
+    """What is needed of a model: the loss of each position, 0 where the target is ignored."""
+
+    def losses(
+        self, tokens: Tensor, targets: Tensor, document_start: Tensor | None = None
+    ) -> Tensor:
+        """tokens, targets (B, T) int64, document_start (B, T) int32 -> losses (B*T,) in nats."""
+        ...
+
+
+class Perplexity(NamedTuple):
+    """The cost of a text under a model: sums, and the three measures made of them."""
+
+    nats: float  # -log probability of all counted tokens together
+    tokens: int  # predicted tokens, end-of-text tokens among them
+    bytes: int  # UTF-8 bytes of the text those tokens encode
+
+    @property
+    def loss(self) -> float:
+        """Nats per token: the cross-entropy a training log shows."""
+        return self.nats / self.tokens
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss): the number of equally likely tokens that would be as hard to guess among."""
+        try:
+            return math.exp(self.loss)
+        except OverflowError:  # past 709 nats a token, which only a broken model reaches
+            return math.inf
+
+    @property
+    def bits_per_byte(self) -> float:
+        """nats / ln 2 / bytes. Not a number for a text of no bytes."""
+        return self.nats / math.log(2) / self.bytes if self.bytes else math.nan
+
+
+def measure(
+    model: LossModel,
+    tokens: np.ndarray,
+    token_bytes: np.ndarray,
+    *,
+    length: int,
+    batch_size: int,
+    end_of_text: int,
+    attend_across_documents: bool = True,
+    device: torch.device | str = "cpu",
+    max_batches: int | None = None,
+    show_progress: bool = False,
+) -> Perplexity:
+    """The cost of `tokens`, or of as many of them as `max_batches` batches hold.
+
+    tokens: 1-D, any integer dtype, may be memory-mapped; only a batch at a time is read.
+    token_bytes (V,): how many bytes each token id stands for, 0 for end-of-text.
+    length: T of a window, at most the model's max_seq_len. batch_size: windows in a batch.
+    attend_across_documents: as in training; if False a token sees its own document only.
+    show_progress: a bar on stderr, where that is a terminal.
+
+    Raises DataError where there is nothing to predict, or a token the model does not know.
+    """
+    if len(tokens) == 0:
+        raise DataError("validation data: found 0 tokens; accepted: at least 1")
+    if max_batches is not None:
+        tokens = tokens[: max_batches * batch_size * length]
+    windows: Iterable[tuple[np.ndarray, np.ndarray]]
+    windows = batches(tokens, length, batch_size, end_of_text)
+    if show_progress:
+        from tqdm import tqdm
+
+        total = -(-len(tokens) // (batch_size * length))
+        windows = tqdm(windows, "evaluating", total, leave=False, unit="batch", disable=None)
+    nats = torch.zeros((), dtype=torch.float64, device=device)
+    counted = n_bytes = 0
+    for inputs, targets in windows:
+        predicted = targets[targets != IGNORE_INDEX]
+        if predicted.max() >= len(token_bytes):
+            raise DataError(
+                f"validation data: found token {predicted.max()}; "
+                f"accepted: below the vocabulary size {len(token_bytes)}"
+            )
+        x, y = (torch.from_numpy(array).to(device) for array in (inputs, targets))
+        starts = None if attend_across_documents else document_starts(x, end_of_text)
+        # the sum stays on the device: the host waits for it once, at the end
+        nats += model.losses(x, y, starts).double().sum()
+        counted += len(predicted)
+        n_bytes += int(token_bytes[predicted].sum())
+    return Perplexity(nats.item(), counted, n_bytes)
+
+
+def batches(
+    tokens: np.ndarray, length: int, batch_size: int, end_of_text: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The stream in order as (inputs, targets), each (B, T) int64 with B <= batch_size.
+
+    inputs[b, t] is the token before targets[b, t]. Each token is a target exactly once; the last
+    window is filled up with targets that are ignored.
+    """
+    per_batch = batch_size * length
+    for first in range(0, len(tokens), per_batch):
+        targets = np.asarray(tokens[first : first + per_batch], dtype=np.int64)
+        before = int(tokens[first - 1]) if first else end_of_text
+        inputs = np.concatenate([[before], targets[:-1]])
+        missing = -len(targets) % length
+        inputs = np.pad(inputs, (0, missing), constant_values=end_of_text)
+        targets = np.pad(targets, (0, missing), constant_values=IGNORE_INDEX)
+        yield inputs.reshape(-1, length), targets.reshape(-1, length)
