@@ -1,0 +1,98 @@
+"""Brings a step's tokens to where the step reads them.
+
+The step reads a tensor that never moves, so that it can be captured once and replayed. `load(step)`
+fills what it is made from, before the replay; `rows()` is part of the step itself.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from mantrans.data.loader import BatchLoader
+
+# Of a GPU's free memory, what the tokens of a data set may take.
+DEVICE_SHARE = 0.25
+
+
+class TokenSource(Protocol):
+    """Where a step finds its tokens."""
+
+    def load(self, step: int) -> None:
+        """Make the tokens of `step` the ones that `rows` gives."""
+        ...
+
+    def rows(self) -> Tensor:
+        """(sequences, T+1) int64 on the device: inputs and, one further, targets."""
+        ...
+
+
+class HostTokens:
+    """The tokens stay in the memory-mapped file; each batch is copied to the device.
+
+    On a GPU the next batch travels from pinned memory on a stream of its own while the current step
+    computes.
+    """
+
+    def __init__(self, loader: BatchLoader, device: torch.device) -> None:
+        self.loader = loader
+        shape = (loader.batch_size, loader.length + 1)
+        self.tokens = torch.zeros(shape, dtype=torch.int64, device=device)
+        self.side_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.staging = torch.zeros_like(self.tokens)
+        self.staged_step: int | None = None
+
+    def load(self, step: int) -> None:
+        if self.side_stream is None:
+            self.tokens.copy_(self.loader.batch(step))
+            return
+        if self.staged_step != step:
+            self._stage(step)
+        torch.cuda.current_stream().wait_stream(self.side_stream)
+        self.tokens.copy_(self.staging)
+        self._stage(step + 1)
+
+    def _stage(self, step: int) -> None:
+        pinned = self.loader.batch(step).pin_memory()
+        assert self.side_stream is not None
+        self.side_stream.wait_stream(torch.cuda.current_stream())  # `staging` has been read
+        with torch.cuda.stream(self.side_stream):
+            self.staging.copy_(pinned, non_blocking=True)
+        self.staged_step = step
+
+    def rows(self) -> Tensor:
+        return self.tokens
+
+
+class DeviceTokens:
+    """All tokens lie on the device; a batch is gathered there from where its windows start."""
+
+    def __init__(self, loader: BatchLoader, device: torch.device) -> None:
+        self.loader = loader
+        # 16- and 32-bit numbers without a sign are poorly supported: read as signed, then masked
+        bits = loader.stream.tokens.dtype.itemsize * 8
+        signed = loader.stream.tokens.view(f"int{bits}")
+        self.corpus = torch.from_numpy(signed.copy()).to(device)
+        self.mask = 2**bits - 1
+        self.starts = torch.zeros(loader.batch_size, 1, dtype=torch.int64, device=device)
+        self.offsets = torch.arange(loader.length + 1, device=device)
+
+    def load(self, step: int) -> None:
+        starts = torch.from_numpy(self.loader.window_starts(step))[:, None]
+        if self.starts.is_cuda:
+            starts = starts.pin_memory()
+        self.starts.copy_(starts, non_blocking=True)
+
+    def rows(self) -> Tensor:
+        return self.corpus[self.starts + self.offsets].long() & self.mask
+
+
+def token_source(loader: BatchLoader, device: torch.device) -> TokenSource:
+    """On a GPU whose memory has room for all tokens they go there; else they stay on the host."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        if loader.stream.tokens.nbytes <= DEVICE_SHARE * free:
+            return DeviceTokens(loader, device)
+    return HostTokens(loader, device)

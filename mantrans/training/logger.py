@@ -1,0 +1,225 @@
+"""Everything a run writes down about itself, in its folder `runs/<experiment>/`.
+
+    metrics.jsonl    losses, learning rates, norms: a function of configuration and seed alone, so
+                     that an interrupted and resumed run has the very bytes of an unbroken one
+    timings.jsonl    tokens per second, TFLOP/s, MFU: what depends on the machine and the moment
+    tensorboard/     the same as TensorBoard event files, where tensorboard is installed
+    config.yaml      the configuration with every default written out
+    versions.json    of Python, the libraries and this project, and the machine
+
+`log` before the checkpoint of the same step is saved: what a checkpoint has seen is then on record.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TextIO
+
+from mantrans.config import Config
+from mantrans.errors import MantransError
+from mantrans.storage.atomic import replacing, write_all
+from mantrans.training.console import Console
+from mantrans.training.metrics import JsonLines
+
+_PACKAGES = ("torch", "triton", "numpy", "tokenizers", "mantrans")
+
+
+class RunLogger:
+    """Writes a run's records and shows its progress.
+
+    Args:
+        directory: the run's folder; made if it is not there.
+        resume_step: the step of the checkpoint the run goes on from: later records are dropped.
+            None begins the records anew.
+        config: written out as config.yaml, if given.
+        total_steps: where the progress bar ends.
+        tensorboard: write event files too, if tensorboard is installed.
+        quiet: show nothing.
+        stream: where to show progress; standard error if None.
+
+    Raises:
+        MantransError: the folder cannot be written.
+    """
+
+    def __init__(
+        self,
+        directory: str | Path,
+        resume_step: int | None = None,
+        *,
+        config: Config | None = None,
+        total_steps: int | None = None,
+        tensorboard: bool = True,
+        quiet: bool = False,
+        stream: TextIO | None = None,
+    ) -> None:
+        self.directory = Path(directory)
+        self.console = Console(total_steps, resume_step or 0, quiet=quiet, stream=stream)
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            if config is not None:
+                config.save(self.directory / "config.yaml")
+            with replacing(self.directory / "versions.json") as file:
+                write_all(file, json.dumps(versions(), indent=2).encode() + b"\n")
+        except OSError as error:
+            raise MantransError(f"{self.directory}: cannot be written ({error.strerror})") from None
+        self._metrics = JsonLines(self.directory / "metrics.jsonl", resume_step)
+        self._timings = JsonLines(self.directory / "timings.jsonl", resume_step)
+        self._events = _Events(self.directory / "tensorboard", resume_step) if tensorboard else None
+        self._said: set[str] = set()
+        if self._events is not None and self._events.missing:
+            self.say_once("tensorboard is not installed: metrics go to metrics.jsonl only")
+
+    def log(self, step: int, **scalars: Any) -> None:
+        """Record values that follow from configuration and seed: losses, rates, norms, samples."""
+        self._write(self._metrics, step, scalars)
+
+    def log_timing(self, step: int, **scalars: Any) -> None:
+        """Record values that depend on the machine and the moment; None stands for unknown."""
+        self._write(self._timings, step, scalars)
+
+    def progress(self, step: int) -> None:
+        """Move the progress bar to `step`."""
+        self.console.update(step)
+
+    def show(self, step: int, **scalars: Any) -> None:
+        """Show values beside the bar, or as a line where there is no terminal."""
+        self.console.show(step, scalars)
+
+    def message(self, text: str) -> None:
+        """Show a line of text."""
+        self.console.message(text)
+
+    def say_once(self, text: str) -> None:
+        """Show a line of text, the first time only."""
+        if text not in self._said:
+            self._said.add(text)
+            self.console.message(text)
+
+    def sync(self) -> None:
+        """Flush the records to the disk itself; call it before a checkpoint is saved."""
+        self._metrics.sync()
+        self._timings.sync()
+        if self._events is not None:
+            self._events.flush()
+
+    def close(self) -> None:
+        """Close the files and the bar."""
+        self.console.close()
+        self._metrics.close()
+        self._timings.close()
+        if self._events is not None:
+            self._events.close()
+
+    def __enter__(self) -> RunLogger:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _write(self, lines: JsonLines, step: int, scalars: dict[str, Any]) -> None:
+        had_trouble = lines.trouble
+        lines.append({"step": step, **scalars})
+        if lines.trouble and not had_trouble:
+            self.message(f"warning: {lines.trouble}; the records wait in memory")
+        if self._events is not None:
+            self._events.add(step, scalars)
+
+
+class _Events:
+    """TensorBoard's event file, through the tensorboard package alone."""
+
+    def __init__(self, directory: Path, resume_step: int | None) -> None:
+        self._writer: Any = None
+        try:
+            from tensorboard.compat.proto import event_pb2, summary_pb2
+            from tensorboard.summary.writer.event_file_writer import EventFileWriter
+        except ImportError:
+            self.missing = True
+            return
+        self.missing = False
+        self._event, self._summary = event_pb2, summary_pb2
+        try:
+            self._writer = EventFileWriter(str(directory))
+        except OSError as error:
+            raise MantransError(f"{directory}: cannot be written ({error.strerror})") from None
+        # A session start tells TensorBoard to forget what earlier files say of later steps.
+        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        first = 0 if resume_step is None else resume_step + 1
+        self._writer.add_event(event_pb2.Event(step=first, session_log=start))
+
+    def add(self, step: int, scalars: dict[str, Any]) -> None:
+        if self._writer is None:
+            return
+        value = self._summary.Summary.Value
+        numbers = [
+            value(tag=name, simple_value=float(number))
+            for name, number in scalars.items()
+            if isinstance(number, int | float) and not isinstance(number, bool)
+        ]
+        if numbers:
+            summary = self._summary.Summary(value=numbers)
+            self._guard("add_event", self._event.Event(step=step, summary=summary))
+
+    def flush(self) -> None:
+        self._guard("flush")
+
+    def close(self) -> None:
+        self._guard("close")
+
+    def _guard(self, method: str, *arguments: Any) -> None:
+        """Call the writer; a disk it cannot write to ends the event file, never the run."""
+        if self._writer is None:
+            return
+        try:
+            getattr(self._writer, method)(*arguments)
+        except OSError:
+            self._writer = None
+
+
+def versions() -> dict[str, str | None]:
+    """Return what a run would need to be repeated: versions, commit, machine."""
+    import torch
+
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = None
+    found["torch"] = torch.__version__
+    found["cuda"] = torch.version.cuda
+    found["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    found["machine"] = f"{platform.system()} {platform.machine()}"
+    found["command"] = " ".join(sys.argv)
+    found["git_commit"] = git_commit()
+    return found
+
+
+def git_commit() -> str | None:
+    """Return the commit this code is at, "+changes" if edited since; None outside a repository."""
+    root = Path(__file__).resolve().parents[2]
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(root), *arguments]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+        return result.stdout.strip()
+
+    try:
+        # Installed inside somebody else's repository, its commit says nothing about this code.
+        if Path(git("rev-parse", "--show-toplevel")) != root:
+            return None
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "HEAD") + ("+changes" if changed else "")
+    except (OSError, subprocess.SubprocessError):
+        return None

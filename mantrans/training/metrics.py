@@ -1,0 +1,110 @@
+"""Files of one JSON object a line that survive kills, full disks and resumed runs.
+
+A record is on its way to the disk when `append` returns: a killed process loses none. On a full
+disk records wait in memory and follow when there is room, so the file has no gap. After a resume
+the records of steps that will be taken again are gone, so it has no duplicate.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from io import FileIO
+from pathlib import Path
+from typing import Any
+
+from mantrans.errors import MantransError
+from mantrans.storage.atomic import replacing, write_all
+
+_MAX_WAITING = 100_000
+
+
+class JsonLines:
+    """An append-only file of records, each with an integer "step"."""
+
+    def __init__(self, path: Path, resume_step: int | None) -> None:
+        """Open `path`, keeping the records up to and including `resume_step`.
+
+        With None a new file begins; an earlier one is kept as `<name>.previous`.
+
+        Raises:
+            MantransError: the file cannot be written.
+        """
+        self.path = path
+        self.trouble: str | None = None
+        self._waiting: list[bytes] = []
+        try:
+            if resume_step is None:
+                if path.exists() and path.stat().st_size:
+                    os.replace(path, path.with_name(path.name + ".previous"))
+            else:
+                _keep_until(path, resume_step)
+            self._file: FileIO = open(path, "ab", buffering=0)  # noqa: SIM115 (closed by close)
+            self._end = self._file.seek(0, os.SEEK_END)
+        except OSError as error:
+            raise MantransError(f"{path}: cannot be written ({error.strerror})") from None
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Write one record; on a disk error keep it for later and set `trouble`."""
+        if len(self._waiting) < _MAX_WAITING:
+            self._waiting.append(json.dumps(_strict(record), allow_nan=False).encode() + b"\n")
+        lines = b"".join(self._waiting)
+        try:
+            write_all(self._file, lines)
+        except OSError as error:
+            self.trouble = f"{self.path}: cannot be written now ({error.strerror})"
+            # What was written of the lines is taken back, to be written whole later.
+            os.ftruncate(self._file.fileno(), self._end)
+            return
+        self._end += len(lines)
+        self._waiting.clear()
+        self.trouble = None
+
+    def sync(self) -> None:
+        """Flush to the disk itself, so that a checkpoint is never ahead of its records."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """Return the whole records of a file; a last line cut short by a kill is left out."""
+    records = []
+    for line in path.read_bytes().splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict):
+            records.append(record)
+    return records
+
+
+def _keep_until(path: Path, step: int) -> None:
+    """Drop the records after `step` and whatever is not a record, in one atomic replacement."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_bytes().splitlines(keepends=True):
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        at = record.get("step") if isinstance(record, dict) else None
+        if isinstance(at, int) and at <= step and line.endswith(b"\n"):
+            kept.append(line)
+    with replacing(path) as file:
+        write_all(file, b"".join(kept))
+
+
+def _strict(value: Any) -> Any:
+    """Return `value` as strict JSON has it: a number that is not finite becomes its name."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(float(value))
+    if isinstance(value, dict):
+        return {key: _strict(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_strict(item) for item in value]
+    return value

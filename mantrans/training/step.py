@@ -1,0 +1,173 @@
+"""The training step: forward, backward, all micro-batches, clip, check, update, in one piece.
+
+Everything that changes from step to step (tokens, learning rate, counters) is a tensor that stays
+where it is and is written before the step runs. On a GPU the step is captured once as a CUDA graph
+and then replayed: the host launches one thing and asks nothing. Eager or captured, the same
+function runs, and gives the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kernels.reference import document_starts
+from mantrans.optimizers import Guard, Optimizer
+from mantrans.training.batches import TokenSource
+from mantrans.transformer import CustomTransformer
+from mantrans.wrapper import mean_scale
+
+WARM_UP_RUNS = 3
+
+
+class StepRecord(NamedTuple):
+    """What the host reads of a step, some time after it ran."""
+
+    loss: float
+    grad_norm: float
+    applied: bool
+
+
+class Switch:
+    """A guard that refuses everything while it is off: steps run, and nothing changes."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.on = torch.ones((), dtype=torch.bool, device=device)
+
+    def allows(self, loss: Tensor, grad_norm: Tensor) -> Tensor:
+        return self.on
+
+    def state(self) -> dict[str, Tensor]:
+        return {}
+
+
+class OutlierGuard:
+    """Refuses a step whose loss or gradient norm is far above what the last steps had.
+
+    z_score: how many standard deviations above the mean of the last `window` finite steps is too
+    far. Nothing is refused before the window is full. Refused steps enter the window too, so that a
+    lasting change of level is accepted after a while.
+    """
+
+    def __init__(self, z_score: float, window: int, device: torch.device) -> None:
+        self.z_score = z_score
+        self.values = torch.zeros(window, 2, dtype=torch.float64, device=device)
+        self.count = torch.zeros((), dtype=torch.int64, device=device)
+
+    def allows(self, loss: Tensor, grad_norm: Tensor) -> Tensor:
+        now = torch.stack([loss, grad_norm]).double()
+        limit = self.values.mean(0) + self.z_score * self.values.std(0)
+        calm = (now <= limit).all() | (self.count < len(self.values))
+        finite = now.isfinite().all()
+        place = (self.count % len(self.values)).view(1)
+        kept = torch.where(finite, now, self.values[place][0])
+        self.values.index_copy_(0, place, kept[None])
+        self.count += finite
+        return calm
+
+    def state(self) -> dict[str, Tensor]:
+        """The window, for a checkpoint."""
+        return {"values": self.values, "count": self.count}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        for name, tensor in self.state().items():
+            tensor.copy_(state[name])
+
+
+class TrainStep:
+    """One optimization step over `micro_batches` equal parts of the source's sequences.
+
+    end_of_text: its token, if attention is to stay inside documents; None: it crosses them.
+    capture: replay the step as a CUDA graph; False runs the same function directly.
+    history: how many steps' results are kept on the device until `read` fetches them.
+    """
+
+    def __init__(
+        self,
+        model: CustomTransformer,
+        optimizer: Optimizer,
+        source: TokenSource,
+        *,
+        micro_batches: int = 1,
+        end_of_text: int | None = None,
+        guards: Sequence[Guard] = (),
+        capture: bool = False,
+        history: int = 1024,
+    ) -> None:
+        self.model, self.optimizer, self.source = model, optimizer, source
+        self.micro_batches, self.end_of_text = micro_batches, end_of_text
+        gradients = model.parameters.gradients
+        self.switch = Switch(gradients.device)
+        self.guards = [self.switch, *guards]
+        self.learning_rate = gradients.new_zeros(())
+        self.history = gradients.new_zeros(max(history, WARM_UP_RUNS), 3)
+        self.place = torch.zeros(1, dtype=torch.int64, device=gradients.device)
+        self.unread = 0
+        self.capture = capture
+        self.replay: Callable[[], None] | None = None
+
+    def run(self, step: int, learning_rate: float) -> None:
+        """Do step number `step`. Nothing comes back: `read` tells what happened."""
+        if self.unread == len(self.history):
+            raise RuntimeError(f"{self.unread} steps were not read; call read() more often")
+        self.source.load(step)
+        self.learning_rate.fill_(learning_rate)
+        if self.capture and self.replay is None:
+            self._capture()
+        (self.replay or self._step)()
+        self.unread += 1
+
+    def read(self) -> list[StepRecord]:
+        """What the steps since the last call found. This waits for the device."""
+        rows = self.history[: self.unread].tolist()
+        self.place.zero_()
+        self.unread = 0
+        return [StepRecord(loss, norm, bool(applied)) for loss, norm, applied in rows]
+
+    def _step(self) -> None:
+        self.model.zero_gradients()
+        rows = self.source.rows()
+        inputs, targets = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+        scale = mean_scale(targets, self.history.dtype)
+        loss = torch.zeros_like(scale)
+        for x, y in zip(
+            inputs.chunk(self.micro_batches), targets.chunk(self.micro_batches), strict=True
+        ):
+            start = None if self.end_of_text is None else document_starts(x, self.end_of_text)
+            loss = loss + self.model.forward_backward(x, y, scale, start)
+        outcome = self.optimizer.step(loss, self.learning_rate, self.guards)
+        record = torch.stack([loss, outcome.grad_norm, outcome.applied.to(loss.dtype)])
+        self.history.index_copy_(0, self.place, record[None])
+        self.place += 1
+
+    def _capture(self) -> None:
+        """Record the step with the switch off, so that the runs this takes change nothing."""
+        memory = [tensor for guard in self.guards for tensor in guard.state().values()]
+        before = [tensor.clone() for tensor in memory]
+        self.switch.on.fill_(False)
+        self.replay = cuda_graph(self._step)
+        for tensor, value in zip(memory, before, strict=True):
+            tensor.copy_(value)
+        self.place.zero_()
+        self.switch.on.fill_(True)
+
+
+def cuda_graph(function: Callable[[], None]) -> Callable[[], None]:
+    """Run `function` a few times, record what it launches, and return what launches it again.
+
+    The first runs compile kernels and let libraries choose their algorithms, on a stream of their
+    own as PyTorch's notes on CUDA graphs ask for.
+    """
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(WARM_UP_RUNS):
+            function()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        function()
+    return graph.replay

@@ -1,0 +1,461 @@
+"""The training loop: read it from top to bottom, it is all here.
+
+    set up → for each step: run it; now and then read results, log, validate, save → report
+
+What a resumed run needs to go on bit for bit is in `Trainer.state`: weights, moments, the step
+number (batches and learning rates are functions of it), and what was counted on the way.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from kernels import selfcheck
+from mantrans.config import Config
+from mantrans.data.dataset import prepare
+from mantrans.data.loader import BatchLoader
+from mantrans.data.tokenizer import load_tokenizer
+from mantrans.errors import CheckpointError, ConfigError, MantransError
+from mantrans.evaluation.evaluator import (
+    as_json,
+    as_text,
+    evaluate,
+    measure_stream,
+    refuse_other_tokenizer,
+)
+from mantrans.optimizers import scheduled_learning_rate
+from mantrans.storage import state_file
+from mantrans.training import flops
+from mantrans.training.batches import token_source
+from mantrans.training.checkpoint import CheckpointFolder, newest_intact
+from mantrans.training.diagnosis import first_non_finite
+from mantrans.training.lock import RunLock
+from mantrans.training.logger import RunLogger
+from mantrans.training.step import OutlierGuard, StepRecord, TrainStep
+from mantrans.wrapper import CustomTransformerWrapper
+
+
+@dataclass
+class Progress:
+    """What a run has counted so far; saved with every checkpoint."""
+
+    step: int = 0
+    best_loss: float = math.inf
+    skipped: int = 0  # steps refused so far
+    not_finite_in_a_row: int = 0
+    pending: list[StepRecord] = field(
+        default_factory=list
+    )  # read, but not yet in a line of the log
+
+
+class Trainer:
+    """One run. `Trainer(config).run()` trains, validates, saves and reports.
+
+    resume: a checkpoint's path, or "latest" for the newest intact one of this experiment.
+    evaluate_coherence: False overrules the config. debug_nan: stop at the first step that is not
+    finite and name the layer. check_kernels: hold each Triton kernel against the reference first.
+    Raises MantransError (one line) for whatever a user can mend.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        resume: str | None = None,
+        evaluate_coherence: bool = True,
+        debug_nan: bool = False,
+        check_kernels: bool = True,
+        quiet: bool = False,
+    ) -> None:
+        self.config, self.debug_nan = config, debug_nan
+        self.evaluate_coherence = evaluate_coherence
+        self.stop_signal: int | None = None
+        self.progress = Progress()
+        self.directory = Path(config.training.output_dir) / config.training.experiment_name
+        self.lock = RunLock(self.directory)
+        self.lock.acquire()
+        try:
+            self._load_data(quiet)
+            self._build()
+            notes = self._resume(resume) if resume else []
+            if check_kernels and self.wrapper.device.type == "cuda":
+                self._check_kernels()
+            self.logger = RunLogger(
+                self.directory,
+                self.progress.step if resume else None,
+                config=config,
+                total_steps=self.total_steps,
+                quiet=quiet,
+            )
+        except BaseException:
+            self.lock.release()
+            raise
+        for note in [*notes, self.describe()]:
+            self.logger.message(note)
+
+    def _load_data(self, quiet: bool) -> None:
+        """Tokenizer, tokens, and the order in which they come; with them the length of the run."""
+        training, data = self.config.training, self.config.data
+        self.tokenizer = load_tokenizer(data.tokenizer)
+        self.dataset = prepare(
+            data, self.tokenizer, seed=training.seed, cache_dir=data.cache_dir, quiet=quiet
+        )
+        self.loader = BatchLoader(
+            self.dataset.train,
+            training.sequences_per_step,
+            self.config.sequence_length,
+            training.seed,
+        )
+        self.total_steps = training.max_steps or (
+            (training.num_epochs or 1) * self.loader.batches_per_epoch
+        )
+
+    def _build(self) -> None:
+        """Model, optimizer, and the step that moves them; where checkpoints go."""
+        training, data = self.config.training, self.config.data
+        self.folder = CheckpointFolder(
+            training.checkpoint_dir, training.experiment_name, training.keep_checkpoints
+        )
+        self.wrapper = build_wrapper(self.config, self.tokenizer.vocab_size)
+        self.flops_per_token = flops.flops_per_token(
+            self.wrapper.config, self.config.sequence_length
+        )
+        self.peak_flops = flops.peak_flops(self.wrapper.device, self.wrapper.dtype)
+        self.guard = None
+        if training.outlier_z_score is not None:
+            self.guard = OutlierGuard(
+                training.outlier_z_score, training.outlier_window, self.wrapper.device
+            )
+        self.train_step = TrainStep(
+            self.wrapper.model,
+            self.wrapper.optimizer,
+            token_source(self.loader, self.wrapper.device),
+            micro_batches=training.gradient_accumulation_steps,
+            end_of_text=None if data.attend_across_documents else self.tokenizer.eot_id,
+            guards=[self.guard] if self.guard else [],
+            capture=training.compile_step and self.wrapper.device.type == "cuda",
+            history=training.log_every,
+        )
+
+    # ----------------------------------------------------------------------------------- the loop
+
+    def run(self) -> dict[str, Any] | None:
+        """Train to the end. Returns the final report, or None if a signal ended the run early."""
+        progress = self.progress
+        self._listen_for_signals()
+        self._timer = time.perf_counter(), progress.step
+        try:
+            while progress.step < self.total_steps and self.stop_signal is None:
+                self._advance()
+            if progress.step == self.total_steps:
+                return self._finish()
+            self._interrupted()
+            return None
+        finally:
+            self.logger.close()
+            self.lock.release()
+
+    def _advance(self) -> None:
+        """One step, and what is due after it."""
+        training, progress = self.config.training, self.progress
+        self.train_step.run(progress.step, self.learning_rate(progress.step))
+        progress.step += 1
+        self.logger.progress(progress.step)
+        last = progress.step == self.total_steps
+        log = last or progress.step % training.log_every == 0
+        evaluate_now = last or progress.step % training.eval_every == 0
+        save = last or progress.step % training.save_every == 0
+        if log or evaluate_now or save:
+            self._read()
+        if log:
+            self._log()
+        improved = evaluate_now and self._validate()
+        if save or improved:
+            self._save(best=improved, must_succeed=last)
+        if evaluate_now or save:
+            self._timer = time.perf_counter(), progress.step
+
+    def learning_rate(self, step: int) -> float:
+        """The rate of a step, counted from 0."""
+        training = self.config.training
+        return scheduled_learning_rate(
+            step,
+            self.total_steps,
+            training.learning_rate,
+            minimum=training.min_learning_rate,
+            warmup_steps=training.warmup(self.total_steps),
+            decay=training.lr_decay,
+            decay_fraction=training.decay_fraction,
+        )
+
+    def _read(self) -> None:
+        """Fetch the results of the steps that ran since the last time, and count the bad ones."""
+        progress = self.progress
+        first = progress.step - self.train_step.unread
+        for step, record in enumerate(self.train_step.read(), start=first):
+            progress.pending.append(record)
+            progress.skipped += not record.applied
+            if math.isfinite(record.loss) and math.isfinite(record.grad_norm):
+                progress.not_finite_in_a_row = 0
+                continue
+            progress.not_finite_in_a_row += 1
+            self.logger.message(f"step {step + 1} was skipped: {_what_is_not_finite(record)}")
+            if self.debug_nan or progress.not_finite_in_a_row >= self.config.training.max_nan_count:
+                self._give_up(step)
+
+    def _log(self) -> None:
+        """One line of metrics for the steps since the last one, means over those that counted."""
+        progress = self.progress
+        applied = [r for r in progress.pending if r.applied] or progress.pending
+        elapsed = time.perf_counter() - self._timer[0]
+        tokens = (progress.step - self._timer[1]) * self.config.tokens_per_step
+        values = {
+            "loss": sum(r.loss for r in applied) / len(applied),
+            "learning_rate": self.learning_rate(progress.step - 1),
+            "grad_norm": sum(r.grad_norm for r in applied) / len(applied),
+        }
+        self.logger.log(
+            progress.step,
+            **values,
+            tokens=progress.step * self.config.tokens_per_step,
+            epoch=self.loader.epoch(progress.step - 1),
+            skipped=progress.skipped,
+        )
+        tokens_per_second = tokens / elapsed
+        speed = {
+            "tokens_per_second": tokens_per_second,
+            "tflops": tokens_per_second * self.flops_per_token / 1e12,
+            "mfu": flops.mfu(tokens_per_second, self.flops_per_token, self.peak_flops),
+        }
+        self.logger.log_timing(progress.step, **speed)
+        self.logger.show(progress.step, **values, **speed)
+        progress.pending = []
+        self._timer = time.perf_counter(), progress.step
+
+    def _validate(self) -> bool:
+        """Measure the validation loss; returns whether it is the lowest so far."""
+        measured = measure_stream(
+            self.wrapper,
+            self.tokenizer,
+            self.dataset.validation,
+            self.config,
+            max_batches=self.config.training.eval_batches,
+        )
+        self.logger.log(
+            self.progress.step,
+            validation_loss=measured.loss,
+            perplexity=measured.perplexity,
+            bits_per_byte=measured.bits_per_byte,
+        )
+        self.logger.message(
+            f"step {self.progress.step}  validation loss {measured.loss:.4f}, "
+            f"perplexity {measured.perplexity:.2f}, bits per byte {measured.bits_per_byte:.4f}"
+        )
+        if not measured.loss < self.progress.best_loss:  # nor is NaN an improvement
+            return False
+        self.progress.best_loss = measured.loss
+        return True
+
+    # -------------------------------------------------------------------------- saving, resuming
+
+    def state(self) -> dict[str, Any]:
+        """All that the rest of the run depends on."""
+        progress = self.progress
+        return {
+            **self.wrapper.state_dict(),
+            "config": self.config.to_dict(),
+            "tokenizer": {
+                "name": self.tokenizer.name,
+                "hash": self.tokenizer.hash,
+                "vocab_size": self.tokenizer.vocab_size,
+            },
+            "progress": {
+                "step": progress.step,
+                "best_loss": progress.best_loss,
+                "skipped": progress.skipped,
+                "not_finite_in_a_row": progress.not_finite_in_a_row,
+                "pending": [tuple(record) for record in progress.pending],
+            },
+            "guard": self.guard.state() if self.guard else {},
+            "extra": {},
+        }
+
+    def _save(self, *, best: bool, must_succeed: bool) -> None:
+        """Write a checkpoint. A periodic one that fails is reported, and the run goes on."""
+        if self.progress.not_finite_in_a_row and self.stop_signal is None:
+            self.logger.message("no checkpoint is saved while steps are not finite")
+            return
+        self.logger.sync()
+        try:
+            self.folder.save(self.progress.step, self.state(), best=best)
+        except CheckpointError as failure:
+            if must_succeed:
+                raise
+            self.logger.message(f"warning: {failure}; training goes on")
+
+    def _resume(self, resume: str) -> list[str]:
+        """Take over a checkpoint's state; returns what the user should know about it."""
+        path = Path(resume)
+        notes: list[str] = []
+        if resume == "latest":
+            path, notes = newest_intact(self.folder.folder)
+        state = state_file.load(path)
+        if "progress" not in state:
+            raise CheckpointError(f"{path}: holds a model but no run; accepted: a run's checkpoint")
+        refuse_other_tokenizer(state["tokenizer"], self.tokenizer)
+        notes += _differences(state["config"], self.config.to_dict())
+        self.wrapper.load_state_dict(state)
+        if self.guard and state["guard"]:
+            self.guard.load_state(state["guard"])
+        pending = [StepRecord(*record) for record in state["progress"].pop("pending")]
+        self.progress = Progress(**state["progress"], pending=pending)
+        if self.progress.step >= self.total_steps:
+            notes.append(f"{path} is already at step {self.progress.step}: nothing left to train")
+        return [*notes, f"resumed from {path} at step {self.progress.step}"]
+
+    # ------------------------------------------------------------------------------------- ending
+
+    def _finish(self) -> dict[str, Any]:
+        """Validate and sample once more, and say where everything is."""
+        report = evaluate(
+            self.wrapper,
+            self.tokenizer,
+            self.dataset.validation,
+            self.config,
+            max_batches=self.config.training.eval_batches,
+            coherence=self.evaluate_coherence,
+            say=self.logger.say_once,
+        )
+        (self.directory / "report.json").write_text(as_json(report), encoding="utf-8")
+        self.logger.console.close()
+        self.logger.message(
+            f"\n{as_text(report)}\n\n"
+            f"metrics, report   {self.directory}/\n"
+            f"checkpoints       {self.folder.latest}, {self.folder.best}"
+        )
+        return report
+
+    def _interrupted(self) -> None:
+        """A signal came: the step is done, save it and say how to go on."""
+        self._read()
+        self._save(best=False, must_succeed=True)
+        self.logger.message(
+            f"stopped at step {self.progress.step} of {self.total_steps}; "
+            "to go on, add --resume latest to the same command"
+        )
+
+    def _give_up(self, step: int) -> None:
+        """Too many steps were not finite: name the place where the numbers break, and stop."""
+        self.train_step.source.load(step)
+        where = first_non_finite(self.wrapper.model, self.train_step.source.rows())
+        n = self.progress.not_finite_in_a_row
+        last_good = self.folder.latest
+        saved = (
+            f"the last good checkpoint is {last_good}" if last_good.exists() else "none is saved"
+        )
+        raise MantransError(
+            f"step {step + 1}: {n} step{'s' * (n > 1)} in a row not finite; {where}; {saved}"
+        )
+
+    def _listen_for_signals(self) -> None:
+        """SIGTERM and Ctrl-C end the run after this step; a second Ctrl-C ends it at once."""
+
+        def note(number: int, frame: FrameType | None) -> None:
+            if self.stop_signal is not None and number == signal.SIGINT:
+                raise KeyboardInterrupt
+            self.stop_signal = number
+
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, note)
+
+    # ---------------------------------------------------------------------------------- the start
+
+    def describe(self) -> str:
+        """What is about to be trained, on what, in a few lines."""
+        info = self.wrapper.get_model_info()
+        dtype = info["dtype"]
+        return (
+            f"model    {info['parameters']:,} parameters, {dtype}, {info['backend']} kernels on "
+            f"{info['device']}\n"
+            f"data     {self.config.data.dataset}: {len(self.dataset.train):,} tokens to train on, "
+            f"{len(self.dataset.validation):,} to validate\n"
+            f"run      {self.total_steps:,} steps of {self.config.tokens_per_step:,} tokens, "
+            f"{self.total_steps / self.loader.batches_per_epoch:.2f} epochs"
+        )
+
+    def _check_kernels(self) -> None:
+        """Refuse to train on a kernel that computes something else than the reference."""
+        config = self.wrapper.config
+        try:
+            selfcheck.check(
+                self.wrapper.model.ops,
+                d_model=config.d_model,
+                n_heads=config.n_heads,
+                d_ffn=config.feed_forward_width,
+                vocab_size=self.wrapper.model.vocab_size,
+                sequence_length=self.config.sequence_length,
+                dtype=self.wrapper.dtype,
+                device=self.wrapper.device,
+            )
+        except selfcheck.KernelCheckError as wrong:
+            raise MantransError(str(wrong)) from None
+
+
+def build_wrapper(config: Config, vocab_size: int) -> CustomTransformerWrapper:
+    """The model and optimizer that a config describes, for a tokenizer of `vocab_size` entries.
+
+    Raises ConfigError if the config names another vocabulary size.
+    """
+    model, training = config.model, config.training
+    if model.vocab_size not in (None, vocab_size):
+        raise ConfigError(
+            f"model.vocab_size: found {model.vocab_size}; accepted: the {vocab_size} entries of "
+            f"data.tokenizer ({config.data.tokenizer}), or null"
+        )
+    options: dict[str, Any] = {"weight_decay": training.weight_decay}
+    if training.optimizer == "adamw":
+        options |= {
+            "beta1": training.beta1, "beta2": training.beta2, "epsilon": training.epsilon
+        }  # fmt: skip
+    return CustomTransformerWrapper(
+        vocab_size,
+        model.d_model,
+        model.n_blocks,
+        model.n_heads,
+        model.d_ffn,
+        model.max_seq_len,
+        dtype=model.dtype,
+        device=training.device,
+        backend=training.backend,
+        optimizer=training.optimizer,
+        optimizer_options={**options, "max_grad_norm": training.max_grad_norm},
+        seed=training.seed,
+        tie_embeddings=model.tie_embeddings,
+        bias=model.bias,
+        layer_norm_epsilon=model.layer_norm_epsilon,
+        recompute=training.recompute,
+        stochastic_rounding=training.stochastic_rounding,
+    )
+
+
+def _differences(saved: dict, now: dict) -> list[str]:
+    """Settings that are not those the checkpoint was trained with: the run becomes another one."""
+    changed = [
+        f"{section}.{name} {saved.get(section, {}).get(name)!r} → {value!r}"
+        for section in ("model", "data", "training")
+        for name, value in now[section].items()
+        if saved.get(section, {}).get(name) != value
+    ]
+    return [f"note: changed since the checkpoint: {', '.join(changed)}"] if changed else []
+
+
+def _what_is_not_finite(record: StepRecord) -> str:
+    if not math.isfinite(record.loss):
+        return f"nan_detected (loss {record.loss})"
+    return f"nan_gradient (gradient norm {record.grad_norm})"

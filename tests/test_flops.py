@@ -1,0 +1,212 @@
+"""Counts of work and memory, held against sums made by hand, a profiler, and the real tensors."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import config_summary
+from kernels import native
+from mantrans.config import Config, ModelConfig
+from mantrans.training import flops, memory
+from mantrans.transformer import CustomTransformer
+
+GPT2 = ModelConfig(d_model=768, n_blocks=12, n_heads=12, max_seq_len=1024, vocab_size=50257)
+SMALL = ModelConfig(
+    d_model=32, n_blocks=3, n_heads=2, d_ffn=96, max_seq_len=24, vocab_size=256, bias=False
+)
+
+
+def configured(model: ModelConfig, **training: Any) -> Config:
+    training = {"max_steps": 1, "batch_size": 5, **training}
+    return Config.from_dict({"model": dataclasses.asdict(model), "training": training})
+
+
+# ------------------------------------------------------------------------------------------ FLOPs
+
+
+def test_gpt2_by_hand() -> None:
+    """84,934,656 weights in the blocks and 38,597,376 in the output; 512.5 keys a query."""
+    assert flops.weights_in_products(GPT2) == 84_934_656 + 38_597_376
+    expected = 6 * (84_934_656 + 38_597_376) + 3 * 12 * 4 * 768 * 512.5
+    assert flops.flops_per_token(GPT2) == expected
+    palm = 6 * (84_934_656 + 38_597_376) + 12 * 12 * 768 * 1024
+    assert flops.flops_per_token(GPT2, causal=False) == palm
+
+
+class Products(TorchDispatchMode):
+    """Adds up the operations of the matrix products that really run, attention's inside not."""
+
+    count = 0
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        factors = {"mm": args[0:2], "addmm": args[1:3], "addmm_": args[1:3]}
+        name = function.overloadpacket.__name__
+        assert "bmm" not in name
+        if name in factors:
+            left, right = factors[name]
+            self.count += 2 * left.shape[0] * left.shape[1] * right.shape[1]
+        return function(*args, **(kwargs or {}))
+
+
+def test_the_products_that_run_are_those_that_are_counted() -> None:
+    model = CustomTransformer(SMALL, native, dtype=torch.float64, device=torch.device("cpu"))
+    tokens = torch.randint(256, (2, 24))
+    with Products() as products:
+        model.forward_backward(tokens, tokens, torch.tensor(1.0, dtype=torch.float64))
+    attention = 3 * SMALL.n_blocks * 4 * SMALL.d_model * 12.5
+    assert products.count == (flops.flops_per_token(SMALL, 24) - attention) * tokens.numel()
+
+
+def test_length_and_vocabulary_can_be_given() -> None:
+    unknown = dataclasses.replace(SMALL, vocab_size=None)
+    with pytest.raises(ValueError, match="vocab_size"):
+        flops.flops_per_token(unknown)
+    assert flops.flops_per_token(unknown, 24, 256) == flops.flops_per_token(SMALL)
+    difference = flops.flops_per_token(SMALL, 24) - flops.flops_per_token(SMALL, 12)
+    assert difference == 3 * 3 * 4 * 32 * (12.5 - 6.5)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "tf32", "expected"),
+    [
+        ("NVIDIA H200", torch.bfloat16, False, 989.4e12),
+        ("NVIDIA H100 80GB HBM3", torch.bfloat16, False, 989.4e12),
+        ("NVIDIA H100 PCIe", torch.bfloat16, False, 756e12),
+        ("NVIDIA A100-SXM4-80GB", torch.float32, True, 156e12),
+        ("NVIDIA A100-SXM4-40GB", torch.float32, False, 19.5e12),
+        ("NVIDIA GeForce RTX 4090", torch.bfloat16, False, 165.2e12),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", torch.bfloat16, False, None),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", torch.bfloat16, False, None),
+        ("NVIDIA H300", torch.bfloat16, False, None),
+        ("", torch.bfloat16, False, None),
+        ("NVIDIA H200", torch.float64, False, None),
+    ],
+)
+def test_a_peak_is_that_of_the_very_device_or_unknown(
+    name: str, dtype: torch.dtype, tf32: bool, expected: float | None
+) -> None:
+    assert flops.peak_flops("cuda", dtype, tf32=tf32, name=name) == expected
+
+
+def test_a_cpu_has_no_known_peak_and_no_mfu() -> None:
+    peak = flops.peak_flops("cpu", torch.float32)
+    assert peak is None and flops.mfu(1e5, 1e9, peak) is None
+    assert flops.mfu(600_000, 8e8, 989.4e12) == pytest.approx(0.48514, abs=1e-5)
+
+
+# ----------------------------------------------------------------------------------------- memory
+
+
+def test_groups_sum_to_gpt2s_124_million() -> None:
+    groups = memory.parameter_groups(GPT2)
+    assert sum(groups.values()) == 124_439_808
+    assert groups["token embedding"] == 50257 * 768 and groups["attention"] == 28_348_416
+    untied = memory.parameter_groups(dataclasses.replace(GPT2, tie_embeddings=False))
+    assert untied["output"] == 50257 * 768
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("recompute", ["none", "gelu", "block"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_buffers_and_kept_activations_are_those_of_the_model(
+    bias: bool, recompute: str, dtype: torch.dtype
+) -> None:
+    """Every tensor the model holds after a forward, each storage counted once."""
+    shape = dataclasses.replace(SMALL, bias=bias, vocab_size=130)
+    config = configured(shape, recompute=recompute)
+    model = CustomTransformer(
+        shape, native, dtype=dtype, device=torch.device("cpu"), recompute=recompute
+    )
+    predicted = memory.predict(config, dtype, "cpu")
+    held = model.parameters
+    assert predicted.weights == held.weights.nbytes
+    assert predicted.masters == (0 if held.master is None else held.master.nbytes)
+    assert predicted.gradients == held.gradients.nbytes
+    assert predicted.moments == 2 * held.gradients.nbytes
+
+    tokens = torch.randint(130, (5, 24))
+    starts = torch.zeros(5, 24, dtype=torch.int32)
+    model._trunk_forward(tokens, starts)
+    kept = sum(storage_bytes(model._saved).values()) + tokens.nbytes  # the targets
+    # Native statistics of bfloat16 norms may be kept as bfloat16: a share too small to matter.
+    assert predicted.activations == pytest.approx(kept, rel=0.02)
+
+
+def storage_bytes(value: Any) -> dict[int, int]:
+    """Bytes of each storage that a nest of tuples and lists of tensors holds."""
+    if isinstance(value, torch.Tensor):
+        storage = value.untyped_storage()
+        return {storage.data_ptr(): storage.nbytes()}
+    found: dict[int, int] = {}
+    if isinstance(value, list | tuple):
+        for item in value:
+            found.update(storage_bytes(item))
+    return found
+
+
+def test_recomputing_saves_activations_in_order_and_sgd_its_moments() -> None:
+    totals = [
+        memory.predict(configured(GPT2, recompute=mode), torch.bfloat16, "cpu").total
+        for mode in ("none", "gelu", "block")
+    ]
+    assert totals == sorted(totals, reverse=True) and totals[0] > 1.5 * totals[2]
+    assert memory.predict(configured(GPT2, optimizer="sgd"), torch.bfloat16, "cpu").moments == 0
+    rounded = configured(GPT2, stochastic_rounding=True)
+    assert memory.predict(rounded, torch.bfloat16, "cpu").masters == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("recompute", ["none", "gelu", "block"])
+def test_the_prediction_holds_on_a_gpu_to_a_tenth(recompute: str) -> None:
+    from mantrans.wrapper import CustomTransformerWrapper
+
+    shape = dataclasses.replace(GPT2, n_blocks=4)
+    config = configured(shape, recompute=recompute, batch_size=8)
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    options = {k: v for k, v in dataclasses.asdict(shape).items() if k != "dtype"}
+    model = CustomTransformerWrapper(
+        **options, dtype=torch.bfloat16, device="cuda", optimizer="adamw", recompute=recompute
+    )
+    tokens = torch.randint(50257, (8, 1024), device="cuda")
+    for _ in range(2):
+        model.train_step(tokens, tokens)
+    measured = torch.cuda.max_memory_allocated() - before
+    predicted = memory.predict(config, torch.bfloat16, "cuda").total
+    assert predicted == pytest.approx(measured, rel=0.1)
+
+
+# -------------------------------------------------------------------------------- config_summary.py
+
+
+def test_the_summary_of_a_shipped_configuration(capsys: Any) -> None:
+    path = Path(__file__).parents[1] / "configs" / "gpt2-124m.yaml"
+    assert config_summary.main([str(path), "--set", "training.device=cpu"]) == 0
+    shown = capsys.readouterr().out
+    for expected in ("124,439,808", "524,288", "7.979e+08", "19,000", "unknown before", "peak"):
+        assert expected in shown
+
+
+def test_the_summary_of_an_epoch_and_of_a_wrong_configuration(tmp_path: Path, capsys: Any) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("model: {vocab_size: 100}\ntraining: {num_epochs: 2}")
+    assert config_summary.main([str(path), "--tokens", str(4096 * 10)]) == 0
+    assert re.search(r"steps +20\n", capsys.readouterr().out)
+    assert config_summary.main([str(path), "--set", "model.d_model=7"]) == 2
+    captured = capsys.readouterr()
+    assert (
+        captured.out == "" and captured.err.startswith("error: ") and captured.err.count("\n") == 1
+    )
