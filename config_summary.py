@@ -14,6 +14,7 @@ from mantrans.config import Config
 from mantrans.errors import MantransError
 from mantrans.training.flops import flops_per_token
 from mantrans.training.memory import parameter_groups, predict
+from mantrans.wrapper import resolve_dtype
 
 _KNOWN_VOCABULARIES = {"gpt2": 50_257}
 
@@ -88,10 +89,10 @@ def _work(config: Config, tokens_per_epoch: int | None) -> str:
 
 
 def _memory(config: Config, device: str) -> str:
-    dtype = config.model.dtype
-    if dtype == "auto":
-        dtype = "float32" if device == "cpu" else "bfloat16"
-    predicted = predict(config, getattr(torch, dtype), device)
+    dtype = torch.bfloat16  # what "auto" is on a GPU, which need not be in this machine
+    if config.model.dtype != "auto" or device == "cpu":
+        dtype = resolve_dtype(config.model.dtype, torch.device("cpu"))
+    predicted = predict(config, dtype, device)
     recompute = f"activations (recompute: {config.training.recompute})"
     rows = [
         ("weights", predicted.weights),
@@ -104,7 +105,7 @@ def _memory(config: Config, device: str) -> str:
         ("library workspace", predicted.library),
         ("peak", predicted.total),
     ]
-    title = f"memory, predicted for {dtype} on {device}"
+    title = f"memory, predicted for {str(dtype).removeprefix('torch.')} on {device}"
     return _table(title, [(name, _mebibytes(count)) for name, count in rows])
 
 

@@ -63,7 +63,7 @@ class ModelConfig:
     )
     dtype: str = option(
         "auto",
-        "weights and activations; auto: bfloat16 on a GPU, float32 on a CPU",
+        "weights and activations; auto: bfloat16 where the processor multiplies it, else float32",
         choices=("auto", "float32", "bfloat16", "float64"),
     )
 

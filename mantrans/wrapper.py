@@ -345,7 +345,7 @@ def check_same_parameters(found: dict[str, Tensor], specs: dict[str, Any]) -> No
 
 
 def resolve_device(device: torch.device | str) -> torch.device:
-    """ "auto" is a GPU if there is one. Raises ConfigError for a device that is not there."""
+    """A GPU for "auto", if there is one. Raises ConfigError for a device that is not there."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -358,7 +358,7 @@ def resolve_device(device: torch.device | str) -> torch.device:
 
 
 def resolve_dtype(dtype: torch.dtype | str, device: torch.device) -> torch.dtype:
-    """ "auto" is bfloat16 where the processor multiplies it natively, else float32.
+    """For "auto": bfloat16 where the processor multiplies it natively, else float32.
 
     That is every GPU since Ampere, and CPUs with AVX512-BF16 or AMX, where bfloat16 products were
     measured four times as fast as float32 ones.

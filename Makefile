@@ -1,0 +1,43 @@
+# make train   a model that learns to write stories, in minutes, on any machine
+# make test    every gradient proven
+# Both need only python3 (3.10 or newer) with venv. PYTHON=python3.12 chooses another one.
+
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+# Triton's version on current Hopper machines: kernels are compiled ahead of time with it too.
+TRITON_PINNED := 3.6.0
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: train test test-slow check bench soak clean
+
+train: $(VENV)/.installed
+	$(PY) train.py
+
+test: $(VENV)/.installed-test
+	$(PY) -m pytest
+	TRITON_INTERPRET=1 $(PY) -m pytest tests/interpreted
+
+test-slow: $(VENV)/.installed-test
+	$(PY) -m pytest -m slow
+
+check: $(VENV)/.installed-test
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+clean:
+	rm -rf $(VENV) .cache .pytest_cache .ruff_cache .mypy_cache build *.egg-info
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml | $(VENV)/bin/python
+	$(PY) -m pip install --quiet --disable-pip-version-check --editable .
+	touch $@
+
+$(VENV)/.installed-test: pyproject.toml | $(VENV)/bin/python
+	$(PY) -m pip install --quiet --disable-pip-version-check --editable ".[test,check]"
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps \
+		--target $(VENV)/triton-$(TRITON_PINNED) triton==$(TRITON_PINNED)
+	touch $@ $(VENV)/.installed

@@ -1,0 +1,190 @@
+"""AdamW (Loshchilov & Hutter 2019, algorithm 2) over the flat buffer, one launch.
+
+    m ← β₁ m + (1 - β₁) c g
+    v ← β₂ v + (1 - β₂) (c g)²
+    w ← w (1 - η λ)                                           for the first n_decayed elements
+    w ← w - η (m / (1 - β₁ᵗ)) / (√(v / (1 - β₂ᵗ)) + ε)
+
+Each element is read once and written once: 16 bytes in (g, m, v, master), 14 out (m, v, master and
+the bfloat16 weight). η, c, t and the flag that says whether the gradient is finite are read from
+device memory, so that a captured step decides there; where the flag is False nothing at all is
+written. The two bias corrections are formed in float64, as 1 - 0.999 in float32 would keep only
+four digits.
+"""
+
+from __future__ import annotations
+
+import math
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.launch import ResourceCase, launch, refuse
+from kernels.weights import (
+    BLOCK,
+    WARPS,
+    check_buffers,
+    check_scalars,
+    check_switches,
+    decay,
+    grid,
+    load_master,
+    precisions,
+    store_weights,
+)
+
+SMALLEST_BETA = 1e-300  # stands for 0, whose logarithm is not a number: its powers underflow to 0
+
+
+@triton.jit
+def bias_correction(step, LOG_BETA: tl.constexpr):
+    """1 / (1 - βᵗ), float32, formed in float64.   step t: 0-d float64."""
+    power = tl.exp(step * tl.full((), LOG_BETA, tl.float64))
+    return (1.0 / (1.0 - power)).to(tl.float32)
+
+
+@triton.jit
+def adamw_kernel(
+    weights_ptr,
+    master_ptr,
+    gradients_ptr,
+    exp_avg_ptr,
+    exp_avg_sq_ptr,
+    step_ptr,
+    learning_rate_ptr,
+    clip_ptr,
+    finite_ptr,
+    seed_ptr,
+    n,
+    n_decayed,
+    BETA1: tl.constexpr,
+    BETA2: tl.constexpr,
+    LOG_BETA1: tl.constexpr,
+    LOG_BETA2: tl.constexpr,
+    EPS: tl.constexpr,
+    WEIGHT_DECAY: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Program p updates elements p·BLOCK and on.
+
+    weights_ptr        (n,) any float: written; read where there is no master
+    master_ptr         (n,) float32: read and written, or None
+    gradients_ptr      (n,) float32
+    exp_avg_ptr        (n,) float32: m, read and written
+    exp_avg_sq_ptr     (n,) float32: v, read and written
+    step_ptr           0-d float32 or float64: t, 1 at the first update
+    learning_rate_ptr  0-d float32 or float64: η
+    clip_ptr           0-d float32 or float64: c
+    finite_ptr         0-d bool
+    seed_ptr           0-d int64: round the weights stochastically with it, or None
+    n, n_decayed       n a multiple of 16 keeps the last loads whole
+    """
+    if tl.load(finite_ptr):
+        index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        mask = index < n
+        g = tl.load(gradients_ptr + index, mask=mask, other=0.0)
+        m = tl.load(exp_avg_ptr + index, mask=mask, other=0.0)
+        v = tl.load(exp_avg_sq_ptr + index, mask=mask, other=0.0)
+        w = load_master(weights_ptr, master_ptr, index, mask)
+
+        step = tl.load(step_ptr).to(tl.float64)
+        rate = tl.load(learning_rate_ptr).to(tl.float32)
+        g *= tl.load(clip_ptr).to(tl.float32)
+        m = m * BETA1 + g * (1.0 - BETA1)
+        v = v * BETA2 + g * g * (1.0 - BETA2)
+        m_hat = m * bias_correction(step, LOG_BETA1)
+        v_hat = v * bias_correction(step, LOG_BETA2)
+        w = decay(w, index, n_decayed, rate * WEIGHT_DECAY)
+        w -= rate * m_hat / (tl.sqrt(v_hat) + EPS)
+
+        tl.store(exp_avg_ptr + index, m, mask=mask)
+        tl.store(exp_avg_sq_ptr + index, v, mask=mask)
+        store_weights(w, weights_ptr, master_ptr, seed_ptr, index, mask)
+
+
+def constants(beta1: float, beta2: float, eps: float, weight_decay: float) -> dict[str, float]:
+    """The numbers of a run, compiled into its kernel."""
+    for name, beta in (("beta1", beta1), ("beta2", beta2)):
+        if not 0 <= beta < 1:
+            refuse(name, beta, "0 <= value < 1")
+    return {
+        "BETA1": beta1,
+        "BETA2": beta2,
+        "LOG_BETA1": math.log(max(beta1, SMALLEST_BETA)),
+        "LOG_BETA2": math.log(max(beta2, SMALLEST_BETA)),
+        "EPS": eps,
+        "WEIGHT_DECAY": weight_decay,
+        "BLOCK": BLOCK,
+    }
+
+
+def adamw_update(
+    weights: Tensor,
+    master: Tensor | None,
+    gradients: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    step: Tensor,
+    learning_rate: Tensor,
+    clip: Tensor,
+    finite: Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    n_decayed: int,
+    rounding_seed: Tensor | None = None,
+) -> None:
+    """One step, in place. See `reference.adamw_update`.
+
+    weights (P,) float32, float16 or bfloat16; master (P,) float32 or None; gradients, exp_avg,
+    exp_avg_sq (P,) float32; step, learning_rate, clip 0-d float32 or float64; finite 0-d bool;
+    rounding_seed 0-d int64 or None. Raises ValueError for another dtype, shape, stride or device.
+    """
+    check_buffers(weights, master, gradients=gradients, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
+    check_scalars(weights.device, step=step, learning_rate=learning_rate, clip=clip)
+    check_switches(weights, finite, rounding_seed, n_decayed)
+    launch(
+        adamw_kernel,
+        grid(weights),
+        weights,
+        master,
+        gradients,
+        exp_avg,
+        exp_avg_sq,
+        step,
+        learning_rate,
+        clip,
+        finite,
+        rounding_seed,
+        weights.numel(),
+        n_decayed,
+        **constants(beta1, beta2, eps, weight_decay),
+        num_warps=WARPS,
+    )
+
+
+def resource_cases() -> list[ResourceCase]:
+    """Each way of keeping weights."""
+    buffers = {name: "*fp32" for name in ("gradients_ptr", "exp_avg_ptr", "exp_avg_sq_ptr")}
+    numbers = {name: "*fp32" for name in ("step_ptr", "learning_rate_ptr", "clip_ptr")}
+    return [
+        ResourceCase(
+            name=f"adamw {way.name}",
+            fn=adamw_kernel,
+            signature={
+                **way.pointers,
+                **buffers,
+                **numbers,
+                "finite_ptr": "*i1",
+                "n": "i32",
+                "n_decayed": "i32",
+            },
+            constexprs={**way.absent, **constants(0.9, 0.95, 1e-8, 0.1)},
+            divisible_by_16=(*way.pointers, *buffers, "n", "n_decayed"),
+            num_warps=WARPS,
+            num_stages=3,
+        )
+        for way in precisions()
+    ]

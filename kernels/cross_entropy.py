@@ -1,0 +1,521 @@
+"""Softmax cross-entropy with its gradient in place, and the output projection fused around it.
+
+    forward     lse_n = log Σ_v exp(z_nv)          loss_n = lse_n - z_n,target
+    backward    dz_nv = (exp(z_nv - lse_n) - [v = target]) · scale
+
+A row of logits is one program. The first pass keeps, in each of LANES lanes, a running maximum m
+and the sum s of exp(z - m) over the columns that lane has seen (Milakov & Gimelshein 2018):
+
+    m' = max(m, z)      s' = s · exp(m - m') + exp(z - m')
+
+so that lanes meet only at the row's end. The second pass reads the row again, from cache where it
+fits, and writes the softmax over it; the target's column, the only one that differs, is written
+once more. The loss comes from float32 numbers before anything is overwritten.
+
+Ignored rows have loss 0 and gradient exactly 0; columns from vocab_size on are padding: not in the
+sum, gradient exactly 0. A target outside the vocabulary gives a NaN loss, which the training step
+notices, instead of reading somebody else's memory.
+
+`linear_cross_entropy_*` runs x Wᵀ a chunk of rows at a time through one workspace: the logits of
+the whole batch, by far the largest tensor of a language model, never exist.
+
+    dx = dz W           dW += dzᵀ x
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.launch import (
+    FLOAT_DTYPES,
+    TRITON_NAME,
+    ResourceCase,
+    cdiv,
+    check_tensor,
+    launch,
+    next_power_of_two,
+    refuse,
+)
+from kernels.native import weight_gradient
+
+IGNORE_INDEX = -100
+WORKSPACE_BYTES = 256 * 2**20  # of logits at a time: large enough to keep the products efficient
+CHUNK_ROW_MULTIPLE = 128  # so that the products' tiles are full
+
+COLUMNS_A_LANE = 8  # 16 bytes of bf16: a lane's share of a block lies side by side
+LANES_A_THREAD = 2  # loads under way in each thread
+MAX_WARPS = 32
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LOWEST = tl.constexpr(-1.0e38)  # below any logit, and finite in base 2: -inf - -inf would be NaN
+
+
+@triton.jit
+def block_columns(LANES: tl.constexpr, COLUMNS: tl.constexpr):
+    """The columns of a block, shape (LANES, COLUMNS), each lane's side by side."""
+    return tl.arange(0, LANES)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+
+
+@triton.jit
+def partial_sum(
+    row_ptr,
+    begin,
+    end,
+    n_columns,
+    MASKED: tl.constexpr,
+    LANES: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """(m, Σ exp(z - m)) over columns begin … end - 1, m their maximum, lane by lane until the end.
+
+    Not MASKED: end - begin is a multiple of the block.
+    """
+    lane_max = tl.full((LANES,), LOWEST, tl.float32)
+    lane_sum = tl.zeros((LANES,), tl.float32)
+    for first in range(begin, end, LANES * COLUMNS):
+        columns = first + block_columns(LANES, COLUMNS)
+        if MASKED:
+            # up to n_columns, a multiple of 128 in a model, so that an odd `end` splits no load
+            z = tl.load(row_ptr + columns, mask=columns < n_columns, other=0.0).to(tl.float32)
+            z = tl.where(columns < end, z, float("-inf"))
+        else:  # the second pass wants these again
+            z = tl.load(row_ptr + columns, eviction_policy="evict_last").to(tl.float32)
+        new_max = tl.maximum(lane_max, tl.max(z, 1))
+        lane_sum *= tl.exp2((lane_max - new_max) * LOG2_E)
+        lane_sum += tl.sum(tl.exp2(z * LOG2_E - (new_max * LOG2_E)[:, None]), 1)
+        lane_max = new_max
+    top = tl.max(lane_max, 0)
+    return top, tl.sum(lane_sum * tl.exp2((lane_max - top) * LOG2_E), 0)
+
+
+@triton.jit
+def row_log_sum_exp(row_ptr, n_columns, vocab_size, LANES: tl.constexpr, COLUMNS: tl.constexpr):
+    """log Σ exp over the first vocab_size of a row's n_columns logits.
+
+    Whole blocks need no mask; what is left goes in blocks of a quarter, to waste fewer lanes.
+    """
+    whole = vocab_size // (LANES * COLUMNS) * (LANES * COLUMNS)
+    REST: tl.constexpr = (LANES + 3) // 4
+    m1, s1 = partial_sum(row_ptr, 0, whole, n_columns, False, LANES, COLUMNS)
+    m2, s2 = partial_sum(row_ptr, whole, vocab_size, n_columns, True, REST, COLUMNS)
+    m = tl.maximum(m1, m2)
+    return m + tl.log(s1 * tl.exp2((m1 - m) * LOG2_E) + s2 * tl.exp2((m2 - m) * LOG2_E))
+
+
+@triton.jit
+def target_logit(row_ptr, target, vocab_size):
+    """z_target, or NaN for a target that no column answers to."""
+    exists = (target >= 0) & (target < vocab_size)
+    return tl.load(row_ptr + target, mask=exists, other=float("nan")).to(tl.float32)
+
+
+@triton.jit
+def write_softmax(
+    row_ptr,
+    lse,
+    scale,
+    begin,
+    end,
+    n_columns,
+    MASKED: tl.constexpr,
+    LANES: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """z ← exp(z - lse) · scale for columns begin … end - 1; MASKED: and 0 from end on."""
+    for first in range(begin, n_columns if MASKED else end, LANES * COLUMNS):
+        columns = first + block_columns(LANES, COLUMNS)
+        if MASKED:
+            z = tl.load(row_ptr + columns, mask=columns < n_columns, other=0.0).to(tl.float32)
+        else:
+            z = tl.load(row_ptr + columns, eviction_policy="evict_first").to(tl.float32)
+        dz = tl.exp2(z * LOG2_E - lse * LOG2_E) * scale
+        if MASKED:
+            dz = tl.where(columns < end, dz, 0.0).to(row_ptr.dtype.element_ty)
+            tl.store(row_ptr + columns, dz, mask=columns < n_columns)
+        else:
+            tl.store(row_ptr + columns, dz.to(row_ptr.dtype.element_ty))
+
+
+@triton.jit
+def write_gradient(
+    row_ptr,
+    z_target,
+    lse,
+    target,
+    scale,
+    n_columns,
+    vocab_size,
+    LANES: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Overwrite a row of logits by (softmax - onehot) · scale. Every thread has read z_target."""
+    whole = vocab_size // (LANES * COLUMNS) * (LANES * COLUMNS)
+    REST: tl.constexpr = (LANES + 3) // 4
+    tl.debug_barrier()  # before one of the threads overwrites it
+    write_softmax(row_ptr, lse, scale, 0, whole, n_columns, False, LANES, COLUMNS)
+    write_softmax(row_ptr, lse, scale, whole, vocab_size, n_columns, True, REST, COLUMNS)
+    tl.debug_barrier()  # after the softmax of the target's column is written
+    dz_target = (tl.exp2((z_target - lse) * LOG2_E) - 1.0) * scale
+    exists = (target >= 0) & (target < vocab_size)
+    tl.store(row_ptr + target, dz_target.to(row_ptr.dtype.element_ty), mask=exists)
+
+
+@triton.jit
+def write_zeros(row_ptr, n_columns, LANES: tl.constexpr, COLUMNS: tl.constexpr):
+    """The gradient of an ignored row."""
+    for first in range(0, n_columns, LANES * COLUMNS):
+        columns = first + block_columns(LANES, COLUMNS)
+        zeros = tl.zeros((LANES, COLUMNS), row_ptr.dtype.element_ty)
+        tl.store(row_ptr + columns, zeros, mask=columns < n_columns)
+
+
+@triton.jit
+def cross_entropy_forward_kernel(
+    logits_ptr,
+    targets_ptr,
+    losses_ptr,
+    lse_ptr,
+    n_columns,
+    vocab_size,
+    ignore_index,
+    LANES: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Program n computes the loss of row n.
+
+    logits_ptr   (N, n_columns) any float
+    targets_ptr  (N,) int64
+    losses_ptr   (N,) float32: written
+    lse_ptr      (N,) float32: log Σ exp of the row, written; or None
+    """
+    row = tl.program_id(0).to(tl.int64)
+    row_ptr = logits_ptr + row * n_columns
+    target = tl.load(targets_ptr + row)
+    lse = row_log_sum_exp(row_ptr, n_columns, vocab_size, LANES, COLUMNS)
+    loss = lse - target_logit(row_ptr, target, vocab_size)
+    tl.store(losses_ptr + row, tl.where(target == ignore_index, 0.0, loss))
+    if lse_ptr is not None:
+        tl.store(lse_ptr + row, lse)
+
+
+@triton.jit
+def cross_entropy_backward_kernel(
+    logits_ptr,
+    targets_ptr,
+    lse_ptr,
+    scale_ptr,
+    n_columns,
+    vocab_size,
+    ignore_index,
+    LANES: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Program n writes the gradient of row n over its logits.
+
+    logits_ptr   (N, n_columns) any float: read, then overwritten by dz
+    targets_ptr  (N,) int64
+    lse_ptr      (N,) float32: from the forward
+    scale_ptr    0-d float32: the gradient that each row's loss receives
+    """
+    row = tl.program_id(0).to(tl.int64)
+    row_ptr = logits_ptr + row * n_columns
+    target = tl.load(targets_ptr + row)
+    if target == ignore_index:
+        write_zeros(row_ptr, n_columns, LANES, COLUMNS)
+    else:
+        z_target = target_logit(row_ptr, target, vocab_size)
+        lse = tl.load(lse_ptr + row)
+        scale = tl.load(scale_ptr)
+        write_gradient(row_ptr, z_target, lse, target, scale, n_columns, vocab_size, LANES, COLUMNS)
+
+
+@triton.jit
+def cross_entropy_forward_backward_kernel(
+    logits_ptr,
+    targets_ptr,
+    losses_ptr,
+    scale_ptr,
+    n_columns,
+    vocab_size,
+    ignore_index,
+    LANES: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Program n computes the loss of row n, then writes its gradient over the logits.
+
+    logits_ptr   (N, n_columns) any float: read, then overwritten by dz
+    targets_ptr  (N,) int64
+    losses_ptr   (N,) float32: written
+    scale_ptr    0-d float32: the gradient that each row's loss receives
+    """
+    row = tl.program_id(0).to(tl.int64)
+    row_ptr = logits_ptr + row * n_columns
+    target = tl.load(targets_ptr + row)
+    if target == ignore_index:
+        tl.store(losses_ptr + row, 0.0)
+        write_zeros(row_ptr, n_columns, LANES, COLUMNS)
+    else:
+        z_target = target_logit(row_ptr, target, vocab_size)
+        lse = row_log_sum_exp(row_ptr, n_columns, vocab_size, LANES, COLUMNS)
+        tl.store(losses_ptr + row, lse - z_target)
+        scale = tl.load(scale_ptr)
+        write_gradient(row_ptr, z_target, lse, target, scale, n_columns, vocab_size, LANES, COLUMNS)
+
+
+# ---------------------------------------------------------------------------------- launchers
+
+
+def blocks(n_columns: int) -> dict[str, int]:
+    """LANES, COLUMNS and warps for a row of n_columns logits.
+
+    A long row gets one large program, so that few rows are under way and the second pass still
+    finds its row in cache: two programs on each of 132 multiprocessors hold 26 MB of 50,304 bf16.
+    """
+    lanes = next_power_of_two(cdiv(n_columns, COLUMNS_A_LANE))
+    warps = min(MAX_WARPS, max(1, lanes // (32 * LANES_A_THREAD)))
+    return {
+        "LANES": min(lanes, 32 * LANES_A_THREAD * warps),
+        "COLUMNS": COLUMNS_A_LANE,
+        "num_warps": warps,
+    }
+
+
+def check_logits(logits: Tensor, targets: Tensor, vocab_size: int) -> tuple[int, int]:
+    """(N, Vp) of logits that a kernel can work on, with targets that belong to them."""
+    check_tensor("logits", logits, shape=(None, None))
+    N, Vp = logits.shape
+    check_tensor("targets", targets, shape=(N,), dtype=torch.int64, device=logits.device)
+    check_vocab_size(vocab_size, Vp)
+    return N, Vp
+
+
+def check_vocab_size(vocab_size: int, padded: int) -> None:
+    """Refuse a vocabulary that is empty or does not fit into its padded columns."""
+    if not 1 <= vocab_size <= padded:
+        refuse("vocab_size", vocab_size, f"1 to {padded}, the number of columns")
+
+
+def check_scale(scale: Tensor, device: torch.device) -> None:
+    """Refuse a scale that is not a float32 number on the device."""
+    check_tensor("scale", scale, shape=(), dtype=torch.float32, device=device)
+
+
+def cross_entropy_forward(
+    logits: Tensor, targets: Tensor, vocab_size: int, ignore_index: int = IGNORE_INDEX
+) -> tuple[Tensor, Tensor]:
+    """The loss of each row; logits are left as they are.
+
+    logits (N, Vp) float32, float16 or bfloat16, targets (N,) int64.
+    Returns losses (N,) and lse (N,), float32.
+    Raises ValueError for another dtype, shape, stride or device.
+    """
+    N, Vp = check_logits(logits, targets, vocab_size)
+    losses = torch.empty(N, dtype=torch.float32, device=logits.device)
+    lse = torch.empty_like(losses)
+    launch(
+        cross_entropy_forward_kernel,
+        (N,),
+        logits,
+        targets,
+        losses,
+        lse,
+        Vp,
+        vocab_size,
+        ignore_index,
+        **blocks(Vp),
+    )
+    return losses, lse
+
+
+def cross_entropy_backward(
+    logits: Tensor,
+    targets: Tensor,
+    lse: Tensor,
+    scale: Tensor,
+    vocab_size: int,
+    ignore_index: int = IGNORE_INDEX,
+) -> Tensor:
+    """dlogits (N, Vp), written over the logits; lse (N,) from the forward, scale 0-d float32."""
+    N, Vp = check_logits(logits, targets, vocab_size)
+    check_tensor("lse", lse, shape=(N,), dtype=torch.float32, device=logits.device)
+    check_scale(scale, logits.device)
+    launch(
+        cross_entropy_backward_kernel,
+        (N,),
+        logits,
+        targets,
+        lse,
+        scale,
+        Vp,
+        vocab_size,
+        ignore_index,
+        **blocks(Vp),
+    )
+    return logits
+
+
+def cross_entropy_forward_backward(
+    logits: Tensor,
+    targets: Tensor,
+    scale: Tensor,
+    vocab_size: int,
+    ignore_index: int = IGNORE_INDEX,
+) -> Tensor:
+    """Both in one kernel: returns losses (N,) float32; the logits become dlogits."""
+    N, Vp = check_logits(logits, targets, vocab_size)
+    check_scale(scale, logits.device)
+    losses = torch.empty(N, dtype=torch.float32, device=logits.device)
+    launch(
+        cross_entropy_forward_backward_kernel,
+        (N,),
+        logits,
+        targets,
+        losses,
+        scale,
+        Vp,
+        vocab_size,
+        ignore_index,
+        **blocks(Vp),
+    )
+    return losses
+
+
+# --------------------------------------------------------- output projection + cross-entropy
+
+
+def row_chunks(n_rows: int, row_bytes: int) -> Iterator[slice]:
+    """Slices of nearly equal length that cover n_rows, each of at most WORKSPACE_BYTES of logits.
+
+    Lengths are multiples of CHUNK_ROW_MULTIPLE, but for the last one.
+    """
+    most = max(1, WORKSPACE_BYTES // row_bytes // CHUNK_ROW_MULTIPLE)  # in multiples
+    multiples = cdiv(n_rows, CHUNK_ROW_MULTIPLE)
+    n_chunks = cdiv(multiples, most)
+    length = cdiv(multiples, max(n_chunks, 1)) * CHUNK_ROW_MULTIPLE
+    for first in range(0, n_rows, length or 1):
+        yield slice(first, min(first + length, n_rows))
+
+
+def check_projection(x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int) -> None:
+    """Refuse arguments of the fused projection that do not fit together."""
+    check_tensor("x", x, shape=(None, None))
+    N, C = x.shape
+    check_tensor("weight", weight, shape=(None, C), dtype=x.dtype, device=x.device)
+    check_tensor("targets", targets, shape=(N,), dtype=torch.int64, device=x.device)
+    check_vocab_size(vocab_size, weight.shape[0])
+
+
+def projected_chunks(x: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Each chunk of rows with its logits x Wᵀ, all in one workspace: use them before the next."""
+    N, Vp = x.shape[0], weight.shape[0]
+    chunks = list(row_chunks(N, Vp * x.element_size()))
+    workspace = x.new_empty(max((c.stop - c.start for c in chunks), default=0), Vp)
+    for rows in chunks:
+        yield rows, torch.mm(x[rows], weight.t(), out=workspace[: rows.stop - rows.start])
+
+
+def linear_cross_entropy_forward(
+    x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int
+) -> Tensor:
+    """The loss of each row of x under logits = x Wᵀ: evaluation.
+
+    x (N, C), weight (Vp, C) of one dtype, targets (N,) int64. Returns losses (N,) float32.
+    Raises ValueError for another dtype, shape, stride or device.
+    """
+    check_projection(x, weight, targets, vocab_size)
+    losses = torch.empty(len(x), dtype=torch.float32, device=x.device)
+    for rows, logits in projected_chunks(x, weight):
+        launch(
+            cross_entropy_forward_kernel,
+            (len(logits),),
+            logits,
+            targets[rows],
+            losses[rows],
+            None,
+            logits.shape[1],
+            vocab_size,
+            IGNORE_INDEX,
+            **blocks(logits.shape[1]),
+        )
+    return losses
+
+
+def linear_cross_entropy_forward_backward(
+    x: Tensor, weight: Tensor, targets: Tensor, scale: Tensor, dweight: Tensor, vocab_size: int
+) -> tuple[Tensor, Tensor]:
+    """Loss and gradients of the output projection, a chunk of rows at a time.
+
+    x (N, C), weight (Vp, C) of one dtype, targets (N,) int64, scale 0-d float32; adds to
+    dweight (Vp, C) float32. Returns scale · Σ losses (0-d float32) and dx (N, C).
+    Raises ValueError for another dtype, shape, stride or device.
+    """
+    check_projection(x, weight, targets, vocab_size)
+    check_scale(scale, x.device)
+    check_tensor("dweight", dweight, shape=weight.shape, dtype=torch.float32, device=x.device)
+    losses = torch.empty(len(x), dtype=torch.float32, device=x.device)
+    dx = torch.empty_like(x)
+    for rows, logits in projected_chunks(x, weight):
+        launch(
+            cross_entropy_forward_backward_kernel,
+            (len(logits),),
+            logits,
+            targets[rows],
+            losses[rows],
+            scale,
+            logits.shape[1],
+            vocab_size,
+            IGNORE_INDEX,
+            **blocks(logits.shape[1]),
+        )
+        dlogits = logits
+        torch.mm(dlogits, weight, out=dx[rows])
+        weight_gradient(dlogits, x[rows], dweight)
+    return losses.sum() * scale, dx
+
+
+# ------------------------------------------------------------------------ shipped configurations
+
+# GPT-2's padded vocabulary, the 4,096 entries of the shipped tokenizer, and a byte-level one.
+RESOURCE_COLUMNS = (256, 4096, 50304)
+
+
+def resource_cases() -> list[ResourceCase]:
+    """The three kernels for each dtype and row length."""
+    return [
+        _case(kernel, dtype, n_columns)
+        for kernel in (
+            cross_entropy_forward_kernel,
+            cross_entropy_backward_kernel,
+            cross_entropy_forward_backward_kernel,
+        )
+        for dtype in FLOAT_DTYPES
+        for n_columns in RESOURCE_COLUMNS
+    ]
+
+
+def _case(kernel: triton.JITFunction, dtype: torch.dtype, n_columns: int) -> ResourceCase:
+    pointers = {
+        "logits_ptr": f"*{TRITON_NAME[dtype]}",
+        "targets_ptr": "*i64",
+        "losses_ptr": "*fp32",
+        "lse_ptr": "*fp32",
+        "scale_ptr": "*fp32",
+    }
+    pointers = {name: kind for name, kind in pointers.items() if name in kernel.arg_names}
+    lengths = {"n_columns": "i32", "vocab_size": "i32", "ignore_index": "i32"}
+    shape = blocks(n_columns)
+    warps = shape.pop("num_warps")
+    return ResourceCase(
+        name=f"{kernel.__name__.removesuffix('_kernel')} {TRITON_NAME[dtype]} V={n_columns}",
+        fn=kernel,
+        signature={**pointers, **lengths},
+        constexprs=shape,
+        divisible_by_16=(*pointers, "n_columns"),
+        num_warps=warps,
+        num_stages=3,
+    )

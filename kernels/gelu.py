@@ -1,0 +1,260 @@
+"""GELU in its tanh form (Hendrycks & Gimpel 2016), with the bias of the product before it.
+
+    forward     u = h + b
+                y = ½ u (1 + tanh z) = u σ(2z)        z = √(2/π) (u + 0.044715 u³)
+
+    backward    s = σ(2z)
+                dh = dy (s + 2 u s (1 - s) z'(u))     z' = √(2/π) (1 + 3 · 0.044715 u²)
+                db += Σ_rows dh
+
+because tanh z = 2 σ(2z) - 1: one exponential and one division an element. What the forward keeps
+is h, its own input; the backward recomputes u and s from it. The bias gradient falls out of the
+same pass: each program sums its rows' dh, in float32 and before rounding, into one row of partial
+sums, and `add_partials` adds those up in a fixed order.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.bias_gradient import add_partials, column_blocks, row_programs
+from kernels.launch import (
+    TRITON_NAME,
+    ResourceCase,
+    cdiv,
+    check_tensor,
+    launch,
+)
+
+FORWARD_ROWS, FORWARD_WARPS = 16, 4  # four 16-byte loads of bf16 under way in each lane
+BACKWARD_LANE_BYTES = 64  # of each of two tensors, under way in each lane of one warp
+
+SCALE = tl.constexpr(math.sqrt(2 / math.pi))
+CUBIC = tl.constexpr(0.044715)
+MINUS_2_LOG2_E = tl.constexpr(-2 * math.log2(math.e))
+
+
+@triton.jit
+def gate(u):
+    """σ(2z) = 1 / (1 + exp(-2z)): the share of u that GELU lets through."""
+    z = (u + u * u * u * CUBIC) * SCALE
+    return 1.0 / (1.0 + tl.exp2(z * MINUS_2_LOG2_E))
+
+
+@triton.jit
+def load_bias(bias_ptr, columns, in_columns):
+    """b as float32, shape (1, BLOCK_COLUMNS); 0 where there is none."""
+    if bias_ptr is None:
+        bias = tl.zeros(columns.shape, tl.float32)
+    else:
+        bias = tl.load(bias_ptr + columns, mask=in_columns, other=0.0).to(tl.float32)
+    return bias[None, :]
+
+
+@triton.jit(do_not_specialize=["n_rows"])
+def bias_gelu_forward_kernel(
+    h_ptr,
+    bias_ptr,
+    y_ptr,
+    n_rows,
+    n_columns,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+):
+    """Program (r, c) computes one tile of y.
+
+    h_ptr     (n_rows, n_columns) any float: the product before its bias
+    bias_ptr  (n_columns,) any float, or None
+    y_ptr     (n_rows, n_columns) like h: written
+    """
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    columns = tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    in_columns = columns < n_columns
+    offsets = rows[:, None] * n_columns + columns[None, :]
+    mask = (rows < n_rows)[:, None] & in_columns[None, :]
+    u = tl.load(h_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    u += load_bias(bias_ptr, columns, in_columns)
+    y = u * gate(u)
+    tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["n_rows", "n_programs"])
+def bias_gelu_backward_kernel(
+    dy_ptr,
+    h_ptr,
+    bias_ptr,
+    dh_ptr,
+    partials_ptr,
+    n_rows,
+    n_columns,
+    n_programs,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+):
+    """Program (c, p) goes through row tiles p, p + n_programs, … of column block c.
+
+    dy_ptr        (n_rows, n_columns) any float: the gradient of y
+    h_ptr         (n_rows, n_columns) like dy: the product before its bias
+    bias_ptr      (n_columns,) any float, or None
+    dh_ptr        (n_rows, n_columns) like dy: written
+    partials_ptr  (n_programs, n_columns) float32: row p receives program p's share of db; or None
+    """
+    program = tl.program_id(1)
+    columns = tl.program_id(0) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    in_columns = columns < n_columns
+    bias = load_bias(bias_ptr, columns, in_columns)
+    dbias = tl.zeros((BLOCK_COLUMNS,), tl.float32)
+    for first in range(program * BLOCK_ROWS, n_rows, n_programs * BLOCK_ROWS):
+        rows = first + tl.arange(0, BLOCK_ROWS)
+        offsets = rows.to(tl.int64)[:, None] * n_columns + columns[None, :]
+        mask = (rows < n_rows)[:, None] & in_columns[None, :]
+        u = tl.load(h_ptr + offsets, mask=mask, other=0.0).to(tl.float32) + bias
+        dy = tl.load(dy_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        s = gate(u)
+        dz = (1.0 + u * u * (3.0 * CUBIC)) * SCALE
+        dh = dy * (s + 2.0 * u * s * (1.0 - s) * dz)  # where masked: times dy = 0
+        tl.store(dh_ptr + offsets, dh.to(dh_ptr.dtype.element_ty), mask=mask)
+        if partials_ptr is not None:
+            dbias += tl.sum(dh, 0)
+    if partials_ptr is not None:
+        share_ptrs = partials_ptr + program.to(tl.int64) * n_columns + columns
+        tl.store(share_ptrs, dbias, mask=in_columns)
+
+
+# ---------------------------------------------------------------------------------- launchers
+
+
+def backward_rows(dtype: torch.dtype) -> int:
+    """The rows of a tile of the backward."""
+    return BACKWARD_LANE_BYTES // (8 * dtype.itemsize)
+
+
+def check_bias(bias: Tensor | None, h: Tensor) -> None:
+    """Refuse a bias that does not belong to h (..., F)."""
+    if bias is not None:
+        check_tensor("bias", bias, shape=h.shape[-1:], device=h.device)
+
+
+def bias_gelu_forward(h: Tensor, bias: Tensor | None = None) -> Tensor:
+    """y = gelu(h + bias).
+
+    h (..., F), bias (F,) or None: float32, float16 or bfloat16. Returns y (..., F).
+    Raises ValueError for another dtype, shape, stride or device.
+    """
+    check_tensor("h", h)
+    check_bias(bias, h)
+    F = h.shape[-1]
+    N = h.numel() // F
+    y = torch.empty_like(h)
+    block, n_blocks = column_blocks(F)
+    launch(
+        bias_gelu_forward_kernel,
+        (cdiv(N, FORWARD_ROWS), n_blocks),
+        h,
+        bias,
+        y,
+        N,
+        F,
+        BLOCK_ROWS=FORWARD_ROWS,
+        BLOCK_COLUMNS=block,
+        num_warps=FORWARD_WARPS,
+    )
+    return y
+
+
+def bias_gelu_backward(
+    dy: Tensor, h: Tensor, bias: Tensor | None = None, dbias: Tensor | None = None
+) -> Tensor:
+    """The gradient of h; its column sums are added to dbias.
+
+    dy, h (..., F) of one dtype; bias (F,) or None; dbias (F,) float32 or None. Returns dh (..., F).
+    Raises ValueError for another dtype, shape, stride or device.
+    """
+    check_tensor("h", h)
+    check_tensor("dy", dy, shape=h.shape, dtype=h.dtype, device=h.device)
+    check_bias(bias, h)
+    if dbias is not None:
+        check_tensor("dbias", dbias, shape=h.shape[-1:], dtype=torch.float32, device=h.device)
+    F = h.shape[-1]
+    N = h.numel() // F
+    dh = torch.empty_like(h)
+    block, n_blocks = column_blocks(F)
+    n_programs = row_programs(N, n_blocks, h.device)
+    partials = None if dbias is None else dbias.new_empty(1, n_programs, F)
+    launch(
+        bias_gelu_backward_kernel,
+        (n_blocks, n_programs),
+        dy,
+        h,
+        bias,
+        dh,
+        partials,
+        N,
+        F,
+        n_programs,
+        BLOCK_ROWS=backward_rows(h.dtype),
+        BLOCK_COLUMNS=block,
+        num_warps=1,
+    )
+    if partials is not None and dbias is not None:
+        add_partials(partials, dbias)
+    return dh
+
+
+# ------------------------------------------------------------------------ shipped configurations
+
+
+def resource_cases() -> list[ResourceCase]:
+    """Forward and backward for each dtype, with the bias that GPT-2 has and without."""
+    return [
+        make(dtype, with_bias)
+        for dtype in TRITON_NAME
+        for with_bias in (True, False)
+        for make in (_forward_case, _backward_case)
+    ]
+
+
+def _forward_case(dtype: torch.dtype, with_bias: bool) -> ResourceCase:
+    names = ("h_ptr", "bias_ptr", "y_ptr") if with_bias else ("h_ptr", "y_ptr")
+    return ResourceCase(
+        name=f"{'bias_' if with_bias else ''}gelu_forward {TRITON_NAME[dtype]}",
+        fn=bias_gelu_forward_kernel,
+        signature={
+            **{name: f"*{TRITON_NAME[dtype]}" for name in names},
+            "n_rows": "i32",
+            "n_columns": "i32",
+        },
+        constexprs={
+            **({} if with_bias else {"bias_ptr": None}),
+            "BLOCK_ROWS": FORWARD_ROWS,
+            "BLOCK_COLUMNS": column_blocks(3072)[0],
+        },
+        divisible_by_16=(*names, "n_columns"),
+        num_warps=FORWARD_WARPS,
+        num_stages=3,
+    )
+
+
+def _backward_case(dtype: torch.dtype, with_bias: bool) -> ResourceCase:
+    pointers = {name: f"*{TRITON_NAME[dtype]}" for name in ("dy_ptr", "h_ptr", "dh_ptr")}
+    if with_bias:
+        pointers |= {"bias_ptr": f"*{TRITON_NAME[dtype]}", "partials_ptr": "*fp32"}
+    lengths = {"n_rows": "i32", "n_columns": "i32", "n_programs": "i32"}
+    return ResourceCase(
+        name=f"{'bias_' if with_bias else ''}gelu_backward {TRITON_NAME[dtype]}",
+        fn=bias_gelu_backward_kernel,
+        signature={**pointers, **lengths},
+        constexprs={
+            **({} if with_bias else {"bias_ptr": None, "partials_ptr": None}),
+            "BLOCK_ROWS": backward_rows(dtype),
+            "BLOCK_COLUMNS": column_blocks(3072)[0],
+        },
+        divisible_by_16=(*pointers, "n_columns"),
+        num_warps=1,
+        num_stages=3,
+    )

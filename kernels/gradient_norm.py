@@ -1,0 +1,94 @@
+"""The L2 norm of the flat gradient buffer, in two steps of fixed order.
+
+    norm = √(Σ_i g_i²)
+
+The first kernel runs a fixed number of programs, whatever the GPU; program p sums the squares of
+blocks p, p + PROGRAMS, …, each lane its own. The second adds the PROGRAMS sums. So the same
+gradient has the same norm, bit for bit, on any GPU of this kind of arithmetic. It stays on the
+device: the clip factor and the finite check are computed from it there.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.launch import ResourceCase, check_tensor, launch
+
+PROGRAMS = 1024  # of 8 warps: a single wave on 132 multiprocessors of 64 warps
+BLOCK = 4096  # four 16-byte loads of float32 under way in each lane
+WARPS = 8
+
+
+@triton.jit
+def partial_squares_kernel(gradients_ptr, partials_ptr, n, BLOCK: tl.constexpr):
+    """Program p of P sums the squares of blocks p, p + P, …
+
+    gradients_ptr  (n,) float32; n a multiple of 16 keeps the last loads whole
+    partials_ptr   (P,) float32: written
+    """
+    program = tl.program_id(0).to(tl.int64)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for first in range(program * BLOCK, n, tl.num_programs(0).to(tl.int64) * BLOCK):
+        index = first + tl.arange(0, BLOCK)
+        g = tl.load(gradients_ptr + index, mask=index < n, other=0.0)
+        total += g * g
+    tl.store(partials_ptr + program, tl.sum(total, 0))
+
+
+@triton.jit
+def root_of_sum_kernel(partials_ptr, norm_ptr, PROGRAMS: tl.constexpr):
+    """One program: norm = √(Σ partials).
+
+    partials_ptr  (PROGRAMS,) float32
+    norm_ptr      0-d float32: written
+    """
+    partials = tl.load(partials_ptr + tl.arange(0, PROGRAMS))
+    tl.store(norm_ptr, tl.sqrt(tl.sum(partials, 0)))
+
+
+def gradient_norm(gradients: Tensor) -> Tensor:
+    """√(Σ g²), 0-d float32, on the device. Not finite if any gradient is not.
+
+    gradients (P,) float32. Raises ValueError for another dtype, shape, stride or device.
+    """
+    check_tensor("gradients", gradients, shape=(None,), dtype=torch.float32)
+    partials = gradients.new_empty(PROGRAMS)
+    norm = gradients.new_empty(())
+    launch(
+        partial_squares_kernel,
+        (PROGRAMS,),
+        gradients,
+        partials,
+        gradients.numel(),
+        BLOCK=BLOCK,
+        num_warps=WARPS,
+    )
+    launch(root_of_sum_kernel, (1,), partials, norm, PROGRAMS=PROGRAMS, num_warps=4)
+    return norm
+
+
+def resource_cases() -> list[ResourceCase]:
+    """Both kernels, as shipped."""
+    return [
+        ResourceCase(
+            name="gradient_norm partial squares",
+            fn=partial_squares_kernel,
+            signature={"gradients_ptr": "*fp32", "partials_ptr": "*fp32", "n": "i32"},
+            constexprs={"BLOCK": BLOCK},
+            divisible_by_16=("gradients_ptr", "partials_ptr", "n"),
+            num_warps=WARPS,
+            num_stages=3,
+        ),
+        ResourceCase(
+            name="gradient_norm root of sum",
+            fn=root_of_sum_kernel,
+            signature={"partials_ptr": "*fp32", "norm_ptr": "*fp32"},
+            constexprs={"PROGRAMS": PROGRAMS},
+            divisible_by_16=("partials_ptr", "norm_ptr"),
+            num_warps=4,
+            num_stages=3,
+        ),
+    ]

@@ -1,0 +1,122 @@
+"""What every Triton operation does around its launch: check the arguments, size the grid, launch.
+
+Checks come before any launch, because a kernel that is given a wrong pointer reads whatever lies
+there. Each failed check is a ValueError of one line: the argument, what came, what is accepted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+# The dtypes a kernel computes on; float64 is left to the reference and native backends.
+FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+# How a signature for ahead-of-time compilation names them.
+TRITON_NAME = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+
+# On a CPU, kernels run one program after the other; two "multiprocessors" are enough to send
+# persistent loops round more than once.
+INTERPRETED_MULTIPROCESSORS = 2
+
+
+class ResourceCase(NamedTuple):
+    """One shipped configuration of a kernel, as the ahead-of-time compiler needs it.
+
+    signature names the Triton type of each run-time argument; constexprs gives the value of every
+    other one, None for a pointer that this configuration leaves out.
+    """
+
+    name: str  # unique, e.g. "layer_norm_backward bf16 C=1024"
+    fn: Any  # the @triton.jit function
+    signature: Mapping[str, str]  # argument -> "*bf16", "i32", "fp32", ...
+    constexprs: Mapping[str, Any]  # argument -> value
+    divisible_by_16: tuple[str, ...]  # arguments that hold a multiple of 16 in this configuration
+    num_warps: int
+    num_stages: int
+    architectures: tuple[int, ...] = (80, 90, 100)  # compute capabilities it is shipped for
+
+
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter (TRITON_INTERPRET=1), on CPU tensors."""
+    return bool(triton.knobs.runtime.interpret)
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up."""
+    return -(-a // b)
+
+
+def next_power_of_two(n: int) -> int:
+    """The smallest power of two that is at least n (1 for n <= 1)."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """How many multiprocessors `device` has: the unit of a persistent grid."""
+    if device.type != "cuda":
+        return INTERPRETED_MULTIPROCESSORS
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+    """kernel[grid](*arguments, **constants) on the device of the first argument, a tensor.
+
+    An empty grid launches nothing.
+    """
+    if 0 in grid:
+        return
+    device = arguments[0].device
+    on_device = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    with on_device:
+        kernel[grid](*arguments, **constants)
+
+
+def refuse(argument: str, came: object, accepted: object) -> None:
+    """Raise the one-line ValueError that every check of a kernel's arguments ends in."""
+    raise ValueError(f"{argument}: {came} came; accepted: {accepted}")
+
+
+def check_tensor(
+    argument: str,
+    tensor: Tensor,
+    *,
+    shape: Sequence[int | None] | None = None,
+    dtype: torch.dtype | Sequence[torch.dtype] | None = FLOAT_DTYPES,
+    device: torch.device | None = None,
+    contiguous: bool = True,
+) -> None:
+    """Refuse a tensor that a kernel would misread.
+
+    argument: its name in the message. shape: the expected one, None for a free length.
+    dtype: the accepted ones. device: where the other arguments are; by default any place that can
+    run kernels. contiguous: whether rows must lie side by side.
+    """
+    if not isinstance(tensor, Tensor):
+        refuse(argument, type(tensor).__name__, "a torch.Tensor")
+    if device is not None and tensor.device != device:
+        refuse(argument, f"device {tensor.device}", f"device {device}, as the other arguments")
+    if tensor.device.type != "cuda" and not interpreted():
+        refuse(argument, f"device {tensor.device}", "a CUDA device (TRITON_INTERPRET is not set)")
+    dtypes = (dtype,) if isinstance(dtype, torch.dtype) else dtype
+    if dtypes is not None and tensor.dtype not in dtypes:
+        names = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+        refuse(argument, f"dtype {str(tensor.dtype).removeprefix('torch.')}", names)
+    if shape is not None and not _fits(tensor.shape, shape):
+        wanted = ", ".join("*" if length is None else str(length) for length in shape)
+        refuse(argument, f"shape {tuple(tensor.shape)}", f"shape ({wanted})")
+    if contiguous and not tensor.is_contiguous():
+        refuse(argument, f"strides {tensor.stride()}", "a contiguous tensor")
+
+
+def _fits(shape: Sequence[int], wanted: Sequence[int | None]) -> bool:
+    return len(shape) == len(wanted) and all(
+        want in (None, have) for have, want in zip(shape, wanted, strict=True)
+    )

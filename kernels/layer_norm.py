@@ -1,0 +1,389 @@
+"""Layer normalization over the last axis (Ba, Kiros & Hinton 2016), with its neighbours fused in.
+
+    forward     x = residual + branch                 (add_layer_norm_forward; rounded, then used)
+                μ = mean(x)      r = 1 / √(mean((x - μ)²) + ε)      x̂ = (x - μ) r
+                y = γ x̂ + β
+
+    backward    g = γ dy
+                dx = r (g - mean(g) - x̂ mean(g x̂)) + dresidual
+                dγ += Σ_rows dy x̂      dβ += Σ_rows dy
+
+Both directions stream whole rows once through registers, in tiles of several rows so that many
+loads are under way at a time. Statistics and sums are float32. The backward runs a fixed number of
+programs, each with many rows: its share of dγ and dβ stays in registers until its last row, then
+goes to one row of a partial buffer that `add_partials` sums in a fixed order. So the gradient is
+the same bits in every run, and no launch depends on the number of rows but in its grid.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.bias_gradient import add_partials
+from kernels.launch import (
+    TRITON_NAME,
+    ResourceCase,
+    cdiv,
+    check_tensor,
+    launch,
+    multiprocessors,
+    next_power_of_two,
+    refuse,
+)
+
+MAX_WIDTH = 8192  # a row must fit into the registers of one program
+COLUMNS_A_WARP = 256  # 32 lanes of 8 bf16, 16 bytes each
+MAX_WARPS = 16
+# Elements a lane holds of each tensor: two 16-byte loads of bf16 from each under way, and in the
+# backward enough registers left for its share of dγ and dβ.
+ELEMENTS_A_LANE = 16
+WARPS_A_MULTIPROCESSOR = 16  # of the backward: at up to 128 registers a lane, all are resident
+
+
+@triton.jit
+def load_row_vector(ptr, columns, in_columns):
+    """γ or β as float32, shape (1, BLOCK_COLUMNS)."""
+    return tl.load(ptr + columns, mask=in_columns, other=0.0).to(tl.float32)[None, :]
+
+
+@triton.jit(do_not_specialize=["n_rows"])
+def layer_norm_forward_kernel(
+    x_ptr,
+    branch_ptr,
+    residual_ptr,
+    weight_ptr,
+    bias_ptr,
+    y_ptr,
+    mean_ptr,
+    rstd_ptr,
+    n_rows,
+    n_columns,
+    eps,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+):
+    """Program p normalizes rows p·BLOCK_ROWS and on. BLOCK_COLUMNS holds a whole row.
+
+    x_ptr         (n_rows, n_columns) any float: read; written where a branch is added
+    branch_ptr    (n_rows, n_columns) like x, or None: then x = residual + branch
+    residual_ptr  (n_rows, n_columns) like x, or None: given with branch_ptr
+    weight_ptr    (n_columns,) any float: γ
+    bias_ptr      (n_columns,) any float: β, or None
+    y_ptr         (n_rows, n_columns) like x: written
+    mean_ptr      (n_rows,) float32: μ, written
+    rstd_ptr      (n_rows,) float32: r, written
+    eps           ε
+    """
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    columns = tl.arange(0, BLOCK_COLUMNS)
+    in_rows = rows < n_rows
+    in_columns = columns < n_columns
+    offsets = rows[:, None] * n_columns + columns[None, :]
+    mask = in_rows[:, None] & in_columns[None, :]
+
+    if branch_ptr is None:
+        x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    else:
+        branch = tl.load(branch_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        residual = tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        rounded = (residual + branch).to(x_ptr.dtype.element_ty)
+        tl.store(x_ptr + offsets, rounded, mask=mask)
+        x = rounded.to(tl.float32)  # the backward reads the rounded x: normalize that one
+
+    mean = tl.sum(x, 1) / n_columns
+    centred = tl.where(mask, x - mean[:, None], 0.0)
+    variance = tl.sum(centred * centred, 1) / n_columns
+    rstd = 1.0 / tl.sqrt(variance + eps)
+    y = centred * rstd[:, None] * load_row_vector(weight_ptr, columns, in_columns)
+    if bias_ptr is not None:
+        y += load_row_vector(bias_ptr, columns, in_columns)
+
+    tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=mask)
+    tl.store(mean_ptr + rows, mean, mask=in_rows)
+    tl.store(rstd_ptr + rows, rstd, mask=in_rows)
+
+
+@triton.jit(do_not_specialize=["n_rows", "n_programs"])
+def layer_norm_backward_kernel(
+    dy_ptr,
+    x_ptr,
+    weight_ptr,
+    mean_ptr,
+    rstd_ptr,
+    dresidual_ptr,
+    dx_ptr,
+    partials_ptr,
+    n_rows,
+    n_columns,
+    n_programs,
+    WITH_BIAS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+):
+    """Program p goes through row tiles p, p + n_programs, …; one share of dγ and dβ in the end.
+
+    dy_ptr         (n_rows, n_columns) any float: the gradient of y
+    x_ptr          (n_rows, n_columns) like dy: what was normalized
+    weight_ptr     (n_columns,) any float: γ
+    mean_ptr       (n_rows,) float32: μ
+    rstd_ptr       (n_rows,) float32: r
+    dresidual_ptr  (n_rows, n_columns) like dy: added to dx, or None
+    dx_ptr         (n_rows, n_columns) like dy: written
+    partials_ptr   (2, n_programs, n_columns) float32: the shares of dγ, and of dβ WITH_BIAS
+    """
+    program = tl.program_id(0)
+    columns = tl.arange(0, BLOCK_COLUMNS)
+    in_columns = columns < n_columns
+    weight = load_row_vector(weight_ptr, columns, in_columns)
+    dweight = tl.zeros((BLOCK_COLUMNS,), tl.float32)
+    dbias = tl.zeros((BLOCK_COLUMNS,), tl.float32)
+
+    for first in range(program * BLOCK_ROWS, n_rows, n_programs * BLOCK_ROWS):
+        rows = first + tl.arange(0, BLOCK_ROWS)
+        in_rows = rows < n_rows
+        offsets = rows.to(tl.int64)[:, None] * n_columns + columns[None, :]
+        mask = in_rows[:, None] & in_columns[None, :]
+        x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        dy = tl.load(dy_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        mean = tl.load(mean_ptr + rows, mask=in_rows, other=0.0)[:, None]
+        rstd = tl.load(rstd_ptr + rows, mask=in_rows, other=0.0)[:, None]
+
+        x_hat = (x - mean) * rstd  # where masked: times dy = 0 below
+        g = dy * weight
+        mean_g = tl.sum(g, 1) / n_columns
+        mean_gx = tl.sum(g * x_hat, 1) / n_columns
+        dx = rstd * (g - mean_g[:, None] - x_hat * mean_gx[:, None])
+        if dresidual_ptr is not None:
+            dx += tl.load(dresidual_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        tl.store(dx_ptr + offsets, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+
+        dweight += tl.sum(dy * x_hat, 0)
+        if WITH_BIAS:
+            dbias += tl.sum(dy, 0)
+
+    share_ptrs = partials_ptr + program.to(tl.int64) * n_columns + columns
+    tl.store(share_ptrs, dweight, mask=in_columns)
+    if WITH_BIAS:
+        size = tl.cast(n_programs, tl.int64) * n_columns
+        tl.store(share_ptrs + size, dbias, mask=in_columns)
+
+
+# ---------------------------------------------------------------------------------- launchers
+
+
+def tile(n_columns: int) -> tuple[int, int, int]:
+    """(BLOCK_ROWS, BLOCK_COLUMNS, warps): the warps side by side along a row.
+
+    So a sum over the rows of a tile stays inside each lane, and one over a row crosses the warps.
+    """
+    block_columns = next_power_of_two(n_columns)
+    warps = min(MAX_WARPS, max(1, block_columns // COLUMNS_A_WARP))
+    return max(1, 32 * ELEMENTS_A_LANE * warps // block_columns), block_columns, warps
+
+
+def check_width(argument: str, x: Tensor) -> int:
+    """The row length C of x, refused above MAX_WIDTH."""
+    check_tensor(argument, x)
+    if x.dim() == 0 or not 1 <= x.shape[-1] <= MAX_WIDTH:
+        refuse(argument, f"shape {tuple(x.shape)}", f"a last axis of 1 to {MAX_WIDTH}")
+    return x.shape[-1]
+
+
+def normalize(
+    x: Tensor,
+    branch: Tensor | None,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Launch the forward kernel; returns y, mean, rstd."""
+    C = x.shape[-1]
+    check_tensor("weight", weight, shape=(C,), device=x.device)
+    if bias is not None:
+        check_tensor("bias", bias, shape=(C,), device=x.device)
+    N = x.numel() // C
+    block_rows, block_columns, warps = tile(C)
+    y = torch.empty_like(x)
+    mean = torch.empty(N, dtype=torch.float32, device=x.device)
+    rstd = torch.empty_like(mean)
+    launch(
+        layer_norm_forward_kernel,
+        (cdiv(N, block_rows),),
+        x,
+        branch,
+        residual,
+        weight,
+        bias,
+        y,
+        mean,
+        rstd,
+        N,
+        C,
+        eps,
+        BLOCK_ROWS=block_rows,
+        BLOCK_COLUMNS=block_columns,
+        num_warps=warps,
+    )
+    return y, mean, rstd
+
+
+def layer_norm_forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y = γ x̂ + β.
+
+    x (..., C), weight (C,), bias (C,) or None: float32, float16 or bfloat16, C up to 8192.
+    Returns y (..., C), mean (N,), rstd (N,), the last two float32.
+    Raises ValueError for another dtype, shape, stride or device.
+    """
+    check_width("x", x)
+    return normalize(x, None, None, weight, bias, eps)
+
+
+def add_layer_norm_forward(
+    branch: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x = residual + branch, then y = γ x̂ + β, in one pass.
+
+    branch, residual (..., C) of one dtype; the rest as in `layer_norm_forward`.
+    Returns y (..., C), x (..., C), mean (N,), rstd (N,).
+    """
+    check_width("residual", residual)
+    check_tensor(
+        "branch", branch, shape=residual.shape, dtype=residual.dtype, device=residual.device
+    )
+    x = torch.empty_like(residual)
+    y, mean, rstd = normalize(x, branch, residual, weight, bias, eps)
+    return y, x, mean, rstd
+
+
+def layer_norm_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    dweight: Tensor,
+    dbias: Tensor | None = None,
+    dresidual: Tensor | None = None,
+) -> Tensor:
+    """The gradient of x, plus `dresidual`; adds those of γ and β to dweight and dbias.
+
+    dy, x, dresidual (..., C) of one dtype; weight (C,); mean, rstd (N,) float32 from the forward;
+    dweight, dbias (C,) float32. Returns dx (..., C).
+    Raises ValueError for another dtype, shape, stride or device.
+    """
+    C = check_width("x", x)
+    N = x.numel() // C
+    check_backward(dy, x, weight, mean, rstd, dweight, dbias, dresidual)
+    block_rows, block_columns, warps = tile(C)
+    most = max(1, WARPS_A_MULTIPROCESSOR // warps) * multiprocessors(x.device)
+    n_programs = min(cdiv(N, block_rows), most)
+    dx = torch.empty_like(x)
+    partials = dweight.new_empty(2, n_programs, C)
+    launch(
+        layer_norm_backward_kernel,
+        (n_programs,),
+        dy,
+        x,
+        weight,
+        mean,
+        rstd,
+        dresidual,
+        dx,
+        partials,
+        N,
+        C,
+        n_programs,
+        WITH_BIAS=dbias is not None,
+        BLOCK_ROWS=block_rows,
+        BLOCK_COLUMNS=block_columns,
+        num_warps=warps,
+    )
+    add_partials(partials, dweight, dbias)
+    return dx
+
+
+def check_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    dweight: Tensor,
+    dbias: Tensor | None,
+    dresidual: Tensor | None,
+) -> None:
+    """Refuse arguments of `layer_norm_backward` that do not fit x."""
+    C, device = x.shape[-1], x.device
+    check_activation = partial(check_tensor, shape=x.shape, dtype=x.dtype, device=device)
+    check_vector = partial(check_tensor, dtype=torch.float32, device=device)
+    check_activation("dy", dy)
+    check_tensor("weight", weight, shape=(C,), device=device)
+    for name, statistic in (("mean", mean), ("rstd", rstd)):
+        check_vector(name, statistic, shape=(x.numel() // C,))
+    check_vector("dweight", dweight, shape=(C,))
+    if dbias is not None:
+        check_vector("dbias", dbias, shape=(C,))
+    if dresidual is not None:
+        check_activation("dresidual", dresidual)
+
+
+# ------------------------------------------------------------------------ shipped configurations
+
+# One width for each tile shape: small models, GPT-2 and its largest, the ends of the range.
+RESOURCE_WIDTHS = (64, 256, 512, 768, 1600, 4096, 8192)
+
+
+def resource_cases() -> list[ResourceCase]:
+    """Forward, forward with addition, and backward, for each dtype and tile shape."""
+    return [
+        case
+        for dtype in TRITON_NAME.values()
+        for C in RESOURCE_WIDTHS
+        for case in (
+            _forward_case(dtype, C, add=False),
+            _forward_case(dtype, C, add=True),
+            _backward_case(dtype, C),
+        )
+    ]
+
+
+def _forward_case(dtype: str, C: int, add: bool) -> ResourceCase:
+    block_rows, block_columns, warps = tile(C)
+    activations = ["x_ptr", "y_ptr", *(["branch_ptr", "residual_ptr"] if add else [])]
+    pointers = {name: f"*{dtype}" for name in (*activations, "weight_ptr", "bias_ptr")}
+    pointers |= {"mean_ptr": "*fp32", "rstd_ptr": "*fp32"}
+    absent = {} if add else {"branch_ptr": None, "residual_ptr": None}
+    return ResourceCase(
+        name=f"{'add_' if add else ''}layer_norm_forward {dtype} C={C}",
+        fn=layer_norm_forward_kernel,
+        signature={**pointers, "n_rows": "i32", "n_columns": "i32", "eps": "fp32"},
+        constexprs={**absent, "BLOCK_ROWS": block_rows, "BLOCK_COLUMNS": block_columns},
+        divisible_by_16=(*pointers, "n_columns"),
+        num_warps=warps,
+        num_stages=3,
+    )
+
+
+def _backward_case(dtype: str, C: int) -> ResourceCase:
+    block_rows, block_columns, warps = tile(C)
+    pointers = {
+        name: f"*{dtype}" for name in ("dy_ptr", "x_ptr", "weight_ptr", "dresidual_ptr", "dx_ptr")
+    }
+    pointers |= {name: "*fp32" for name in ("mean_ptr", "rstd_ptr", "partials_ptr")}
+    return ResourceCase(
+        name=f"layer_norm_backward {dtype} C={C}",
+        fn=layer_norm_backward_kernel,
+        signature={**pointers, "n_rows": "i32", "n_columns": "i32", "n_programs": "i32"},
+        constexprs={"WITH_BIAS": True, "BLOCK_ROWS": block_rows, "BLOCK_COLUMNS": block_columns},
+        divisible_by_16=(*pointers, "n_columns"),
+        num_warps=warps,
+        num_stages=3,
+    )

@@ -1,0 +1,125 @@
+"""Plain gradient descent over the flat buffer, one launch.
+
+    w ← w (1 - η λ)        for the first n_decayed elements
+    w ← w - η (c g)
+
+η the learning rate, λ the weight decay, c the clip factor. η, c and the flag that says whether the
+gradient is finite are read from device memory, so that a captured step decides there; where the
+flag is False nothing at all is written.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.launch import ResourceCase, launch
+from kernels.weights import (
+    BLOCK,
+    WARPS,
+    check_buffers,
+    check_scalars,
+    check_switches,
+    decay,
+    grid,
+    load_master,
+    precisions,
+    store_weights,
+)
+
+
+@triton.jit
+def sgd_kernel(
+    weights_ptr,
+    master_ptr,
+    gradients_ptr,
+    learning_rate_ptr,
+    clip_ptr,
+    finite_ptr,
+    seed_ptr,
+    n,
+    n_decayed,
+    WEIGHT_DECAY: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Program p updates elements p·BLOCK and on.
+
+    weights_ptr        (n,) any float: written; read where there is no master
+    master_ptr         (n,) float32: read and written, or None
+    gradients_ptr      (n,) float32
+    learning_rate_ptr  0-d float32 or float64: η
+    clip_ptr           0-d float32 or float64: c
+    finite_ptr         0-d bool
+    seed_ptr           0-d int64: round the weights stochastically with it, or None
+    n, n_decayed       n a multiple of 16 keeps the last loads whole
+    """
+    if tl.load(finite_ptr):
+        index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        mask = index < n
+        rate = tl.load(learning_rate_ptr).to(tl.float32)
+        g = tl.load(gradients_ptr + index, mask=mask, other=0.0)
+        w = load_master(weights_ptr, master_ptr, index, mask)
+        w = decay(w, index, n_decayed, rate * WEIGHT_DECAY)
+        w -= rate * (tl.load(clip_ptr).to(tl.float32) * g)
+        store_weights(w, weights_ptr, master_ptr, seed_ptr, index, mask)
+
+
+def sgd_update(
+    weights: Tensor,
+    master: Tensor | None,
+    gradients: Tensor,
+    learning_rate: Tensor,
+    clip: Tensor,
+    finite: Tensor,
+    weight_decay: float,
+    n_decayed: int,
+    rounding_seed: Tensor | None = None,
+) -> None:
+    """One step, in place. See `reference.sgd_update`.
+
+    weights (P,) float32, float16 or bfloat16; master (P,) float32 or None; gradients (P,) float32;
+    learning_rate, clip 0-d float32 or float64; finite 0-d bool; rounding_seed 0-d int64 or None.
+    Raises ValueError for another dtype, shape, stride or device.
+    """
+    check_buffers(weights, master, gradients=gradients)
+    check_scalars(weights.device, learning_rate=learning_rate, clip=clip)
+    check_switches(weights, finite, rounding_seed, n_decayed)
+    launch(
+        sgd_kernel,
+        grid(weights),
+        weights,
+        master,
+        gradients,
+        learning_rate,
+        clip,
+        finite,
+        rounding_seed,
+        weights.numel(),
+        n_decayed,
+        WEIGHT_DECAY=weight_decay,
+        BLOCK=BLOCK,
+        num_warps=WARPS,
+    )
+
+
+def resource_cases() -> list[ResourceCase]:
+    """Each way of keeping weights."""
+    numbers = {
+        "gradients_ptr": "*fp32",
+        "learning_rate_ptr": "*fp32",
+        "clip_ptr": "*fp32",
+        "finite_ptr": "*i1",
+    }
+    return [
+        ResourceCase(
+            name=f"sgd {way.name}",
+            fn=sgd_kernel,
+            signature={**way.pointers, **numbers, "n": "i32", "n_decayed": "i32"},
+            constexprs={**way.absent, "WEIGHT_DECAY": 0.1, "BLOCK": BLOCK},
+            divisible_by_16=(*way.pointers, "gradients_ptr", "n", "n_decayed"),
+            num_warps=WARPS,
+            num_stages=3,
+        )
+        for way in precisions()
+    ]

@@ -1,0 +1,88 @@
+"""Bias + GELU: the kernels against the reference, and the derivative against autograd."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kernels import gelu, reference
+from tests.interpreted.common import (
+    SUM_TOLERANCE,
+    TOLERANCE,
+    each_dtype,
+    generator,
+    normal,
+    random_gradients,
+)
+from tests.support.compare import assert_close
+
+# (N, F): a single element; odd, below a lane's load; whole tiles; rows over several tiles and
+# partial sums, columns just over a block; rows that two programs share unevenly.
+SHAPES = [(1, 1), (5, 3), (16, 64), (150, 257), (101, 96)]
+
+each_shape = pytest.mark.parametrize("N, F", SHAPES, ids=str)
+each_bias = pytest.mark.parametrize("with_bias", [True, False])
+
+
+@each_dtype
+@each_shape
+@each_bias
+def test_forward(N, F, dtype, with_bias):
+    source = generator(N, F)
+    h = 2 * normal(source, N, F, dtype=dtype)
+    bias = normal(source, F, dtype=dtype) if with_bias else None
+    actual = gelu.bias_gelu_forward(h, bias)
+    assert_close(actual, reference.bias_gelu_forward(h, bias), TOLERANCE[dtype])
+
+
+@each_dtype
+@each_shape
+@each_bias
+def test_backward(N, F, dtype, with_bias):
+    source = generator(N, F, 1)
+    h, dy = 2 * normal(source, N, F, dtype=dtype), normal(source, N, F, dtype=dtype)
+    bias, dbias, expected_dbias = None, None, None
+    if with_bias:
+        bias = normal(source, F, dtype=dtype)
+        (dbias,) = random_gradients(source, (F,))
+        expected_dbias = dbias.clone()
+    dh = gelu.bias_gelu_backward(dy, h, bias, dbias)
+    expected = reference.bias_gelu_backward(dy, h, bias, expected_dbias)
+    assert_close(dh, expected, TOLERANCE[dtype], "dh")
+    if with_bias:
+        assert_close(dbias, expected_dbias, SUM_TOLERANCE, "dbias")
+
+
+def test_derivative_is_autograds():
+    """The kernel's own algebra (sigmoid, not tanh) against PyTorch's derivative of its own GELU."""
+    h = torch.linspace(-6, 6, 97).reshape(1, -1)
+    variable = h.double().requires_grad_()
+    torch.nn.functional.gelu(variable, approximate="tanh").sum().backward()
+    assert_close(gelu.bias_gelu_backward(torch.ones_like(h), h), variable.grad, SUM_TOLERANCE)
+
+
+def test_far_out_values_stay_finite():
+    """exp overflows for large negative inputs; GELU and its derivative there are 0, not NaN."""
+    h = torch.tensor([[-1e4, -100.0, 100.0, 1e4]])
+    assert gelu.bias_gelu_forward(h).tolist() == [[0, 0, 100, 1e4]]
+    assert gelu.bias_gelu_backward(torch.ones_like(h), h).tolist() == [[0, 0, 1, 1]]
+
+
+def test_no_rows():
+    dbias = torch.ones(4)
+    h = torch.empty(0, 4)
+    assert gelu.bias_gelu_forward(h, torch.ones(4)).shape == (0, 4)
+    assert gelu.bias_gelu_backward(h, h, torch.ones(4), dbias).shape == (0, 4)
+    assert torch.equal(dbias, torch.ones(4))
+
+
+def test_refusals():
+    h = torch.ones(2, 4)
+    with pytest.raises(ValueError, match="h: dtype float64 came; accepted: float32, float16"):
+        gelu.bias_gelu_forward(h.double())
+    with pytest.raises(ValueError, match=r"bias: shape \(5,\) came; accepted: shape \(4\)"):
+        gelu.bias_gelu_forward(h, torch.ones(5))
+    with pytest.raises(ValueError, match="dy: dtype float16 came; accepted: float32"):
+        gelu.bias_gelu_backward(h.half(), h)
+    with pytest.raises(ValueError, match="dbias: dtype bfloat16 came; accepted: float32"):
+        gelu.bias_gelu_backward(h, h, None, torch.ones(4).bfloat16())
