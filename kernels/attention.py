@@ -1,0 +1,965 @@
+"""Causal attention on a packed projection, forward and backward, without the (T, T) matrix.
+
+For each head, with q, k, v (T, D) side by side in the rows of qkv and s_ij = q_i · k_j / √D for the
+keys j that query i sees (j <= i and, with documents, j >= document_start_i):
+
+    forward     o_i = Σ_j p_ij v_j     with p_ij = exp(s_ij) / Σ_j exp(s_ij)
+    backward    δ_i = do_i · o_i       ds_ij = p_ij (do_i · v_j - δ_i)
+                dv_j = Σ_i p_ij do_i   dk_j = Σ_i ds_ij q_i / √D   dq_i = Σ_j ds_ij k_j / √D
+
+Keys come in blocks. Over the blocks seen so far the forward holds per row the largest score m, the
+sum l = Σ_j exp(s_ij - m) and the sum of exp(s_ij - m) v_j; a block with a larger score rescales the
+last two by exp(m_old - m_new) (online softmax: Milakov & Gimelshein 2018). What stays for the
+backward is lse = m + log l, one number a row, from which p_ij = exp(s_ij - lse_i) comes back
+(FlashAttention: Dao et al. 2022; the work split over rows and columns: FlashAttention-2, Dao 2023).
+
+All exponentials are to base 2, because that is the GPU's instruction: scores are multiplied by
+log2(e) / √D in float32 after the product, and lse is in log2 units.
+
+The backward is three kernels in a fixed order of summation, so its bits repeat: δ; then dk and dv,
+one program per block of keys; then dq, one program per block of queries. The scores are computed
+twice that way (7 products instead of 5); in return no two programs add to the same element.
+
+Two habits keep Hopper's compilers honest. The dk/dv kernel works on transposed scores, Sᵀ = K Qᵀ,
+from the start: transposing the *result* of a product and feeding it to another one is silently
+miscompiled by Triton 3.4 to 3.7.0 (flash-linear-attention issue 640), while transposing a loaded
+tile is only another way to read shared memory. And a product whose left side lies in registers
+(p, ds) is waited for at once, see `finished`.
+
+With documents, a program visits only the blocks that some of its rows can see, in both directions.
+
+Alphabet: B batch, T sequence, H heads, D head width, C = H·D; M rows of a block of queries, N of a
+block of keys; a "pair" is one (batch, head). In comments (M,D)(D,N) -> (M,N) is the shape of a
+product.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from kernels.launch import (
+    TRITON_NAME,
+    ResourceCase,
+    cdiv,
+    check_tensor,
+    interpreted,
+    launch,
+    next_power_of_two,
+    refuse,
+)
+
+MAX_HEAD_WIDTH = 256
+LOG2_E = tl.constexpr(math.log2(math.e))
+LOWEST = tl.constexpr(-1e30)  # below any score, and finite: -inf - -inf would be NaN
+
+# ------------------------------------------------------------------------------- shared pieces
+
+
+@triton.jit
+def heaviest_first(n_blocks, n_pairs, pairs_together):
+    """(rank, pair) of this program: rank 0 is the block with most work, and is started first.
+
+    Long programs started last would leave the GPU waiting for them. Pairs go in groups of
+    pairs_together, whose tiles fit in the L2 cache together.
+    """
+    program = tl.program_id(0)
+    group = program // (n_blocks * pairs_together)
+    within = program % (n_blocks * pairs_together)
+    first = group * pairs_together
+    size = tl.minimum(pairs_together, n_pairs - first)
+    return within // size, first + within % size
+
+
+@triton.jit
+def load_tile(
+    source,
+    batch,
+    head,
+    row,
+    T,
+    stride_b,
+    stride_t,
+    ROWS: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    TMA: tl.constexpr,
+):
+    """Rows row .. row + ROWS of one head as (ROWS, BLOCK_D); zero beyond T and beyond D.
+
+    source: with TMA a descriptor made by `tiles_of`, else a pointer to (B, T, heads·D). A packed
+    qkv has 3H heads here: query h is head h, its key is head H + h, its value head 2H + h.
+    """
+    if TMA:
+        return tl.reshape(source.load([batch, head, row, 0]), (ROWS, BLOCK_D))
+    else:
+        corner = source + tl.cast(batch, tl.int64) * stride_b + head * D
+        corner += tl.cast(row, tl.int64) * stride_t
+        rows = tl.arange(0, ROWS)[:, None]
+        columns = tl.arange(0, BLOCK_D)[None, :]
+        inside = (row + rows < T) & (columns < D)
+        return tl.load(corner + rows * stride_t + columns, mask=inside, other=0.0)
+
+
+@triton.jit
+def store_tile(
+    target,
+    tile,
+    batch,
+    head,
+    row,
+    T,
+    width,
+    ROWS: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Writes tile (ROWS, BLOCK_D), as far as it lies within T and D, into (B, T, width)."""
+    corner = target + (batch.to(tl.int64) * T + row) * width + head * D
+    rows = tl.arange(0, ROWS)[:, None]
+    columns = tl.arange(0, BLOCK_D)[None, :]
+    inside = (row + rows < T) & (columns < D)
+    tl.store(corner + rows * width + columns, tile.to(target.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def load_row_statistic(source, pair, row, T, stride, ROWS: tl.constexpr, TMA: tl.constexpr):
+    """lse or delta of the queries row .. row + ROWS, (ROWS,) float32; zero beyond T.
+
+    A zero lse is harmless there: q and do are zero too, so p = 1 meets do = 0 and ds = 0.
+    """
+    if TMA:
+        return tl.reshape(source.load([pair, row]), (ROWS,))
+    else:
+        rows = row + tl.arange(0, ROWS)
+        return tl.load(source + pair.to(tl.int64) * stride + rows, mask=rows < T, other=0.0)
+
+
+@triton.jit
+def rows_times_rows(a, b):
+    """a bᵀ for tiles a (M, D) and b (N, D) of loaded rows: (M,D)(D,N) -> (M,N), float32.
+
+    float32 products have no tensor cores: each thread holds the operands of its sums in registers,
+    D of each, and would spill them. Sixteen at a time, in D/16 partial products, they fit.
+    """
+    M: tl.constexpr = a.shape[0]
+    N: tl.constexpr = b.shape[0]
+    PARTS: tl.constexpr = a.shape[1] // 16
+    if a.dtype == tl.float32 and PARTS > 1:
+        a_parts = tl.permute(tl.reshape(a, (M, PARTS, 16)), (1, 0, 2))
+        b_parts = tl.permute(tl.reshape(b, (N, PARTS, 16)), (1, 2, 0))
+        return tl.sum(tl.dot(a_parts, b_parts, input_precision="ieee"), 0)
+    else:
+        return tl.dot(a, tl.trans(b), input_precision="ieee")
+
+
+@triton.jit
+def visible(rows, keys, document_start, T):
+    """Which of `keys` each of `rows` sees; one is (·, 1) and the other (1, ·).
+
+    document_start: of this sequence, (T,) int32, or None.
+    """
+    seen = keys <= rows
+    if document_start is not None:
+        seen = seen & (keys >= tl.load(document_start + rows, mask=rows < T, other=0))
+    return seen
+
+
+@triton.jit
+def finished(x, WAIT: tl.constexpr):
+    """x, a float32 product; with WAIT the matrix unit is done with it before anything else happens.
+
+    Hopper's products run asynchronously. Left alone, Triton lets one run on into the next round of
+    the loop while its left side still lies in registers. The assemblers that come with Triton 3.6
+    to 3.9 (CUDA 12.8, 12.9) may hand those registers to somebody else too early (Triton pull
+    request 11781), and where they see the danger they make every single instruction wait instead
+    (warning C7515). An empty instruction that uses x costs nothing and rules out both.
+    """
+    if WAIT:
+        return tl.inline_asm_elementwise("", "=f,0", [x], dtype=tl.float32, is_pure=True, pack=1)
+    else:
+        return x
+
+
+# ------------------------------------------------------------------------------------- forward
+
+
+@triton.jit
+def key_range(row, document_start, T, M: tl.constexpr, N: tl.constexpr):
+    """Of the queries row .. row + M: where their keys begin, are seen by all of them, meet the
+    diagonal, and stop. Multiples of N but for the last. From `clear` to `diagonal` no mask is due.
+    """
+    first = row * 0
+    clear = row * 0
+    diagonal = row // N * N
+    if document_start is not None:
+        first = tl.load(document_start + row) // N * N
+        clear = tl.cdiv(tl.load(document_start + tl.minimum(row + M, T) - 1), N) * N
+        clear = tl.minimum(clear, diagonal)
+    return first, clear, diagonal, tl.minimum(row + M, T)
+
+
+@triton.jit(do_not_specialize=["T", "n_pairs", "pairs_together"])
+def forward_kernel(
+    out,
+    lse,
+    q_tiles,
+    kv_tiles,
+    document_start,
+    T,
+    stride_b,
+    stride_t,
+    stride_lse,
+    n_heads,
+    n_pairs,
+    pairs_together,
+    scale,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    TMA: tl.constexpr,
+    WAIT: tl.constexpr,
+):
+    """One program: M queries of one pair against the keys they see.
+
+    out (B, T, C) dtype of qkv, written; lse (B·H, T) float32, rows stride_lse apart, written:
+    log2 Σ_j 2^(s_ij log2 e).
+    q_tiles, kv_tiles: qkv (B, T, 3C) 16 or 32-bit float, batches stride_b and positions stride_t
+    apart, as `load_tile` takes it, in tiles of M and N rows.
+    document_start (B, T) int32 or None.
+    """
+    rank, pair = heaviest_first(tl.cdiv(T, M), n_pairs, pairs_together)
+    batch = pair // n_heads
+    head = pair % n_heads
+    row = (tl.cdiv(T, M) - 1 - rank) * M
+    rows = row + tl.arange(0, M)
+    to_log2 = scale * LOG2_E
+    if document_start is not None:
+        document_start += batch.to(tl.int64) * T
+
+    q = load_tile(q_tiles, batch, head, row, T, stride_b, stride_t, M, D, BLOCK_D, TMA)
+    acc = tl.zeros((M, BLOCK_D), tl.float32)
+    row_max = tl.full((M,), LOWEST, tl.float32)
+    row_sum = tl.zeros((M,), tl.float32)
+
+    first, clear, diagonal, stop = key_range(row, document_start, T, M, N)
+    # three loops: where documents begin (masked), in full view, on the diagonal (masked)
+    for part in tl.static_range(0 if document_start is not None else 1, 3):
+        begin = first if part == 0 else (clear if part == 1 else diagonal)
+        end = clear if part == 0 else (diagonal if part == 1 else stop)
+        for n in tl.range(begin, end, N):
+            k = load_tile(
+                kv_tiles, batch, n_heads + head, n, T, stride_b, stride_t, N, D, BLOCK_D, TMA
+            )
+            s = rows_times_rows(q, k)  # (M,D)(D,N) -> (M,N)
+            if part != 1:
+                keys = n + tl.arange(0, N)
+                seen = visible(rows[:, None], keys[None, :], document_start, T)
+                s = tl.where(seen, s, -float("inf"))
+            new_max = tl.maximum(row_max, tl.max(s, 1) * to_log2)
+            p = tl.math.exp2(s * to_log2 - new_max[:, None])
+            rescale = tl.math.exp2(row_max - new_max)
+            row_sum = row_sum * rescale + tl.sum(p, 1)
+            row_max = new_max
+            v = load_tile(
+                kv_tiles, batch, 2 * n_heads + head, n, T, stride_b, stride_t, N, D, BLOCK_D, TMA
+            )
+            acc = acc * rescale[:, None]
+            acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")  # (M,N)(N,D) -> (M,D)
+            acc = finished(acc, WAIT)
+
+    store_tile(out, acc / row_sum[:, None], batch, head, row, T, n_heads * D, M, D, BLOCK_D)
+    lse += pair.to(tl.int64) * stride_lse
+    tl.store(lse + rows, row_max + tl.math.log2(row_sum), mask=rows < T)
+
+
+# ------------------------------------------------------------------------------------ backward
+
+
+@triton.jit(do_not_specialize=["T"])
+def delta_kernel(
+    delta,
+    document_end,
+    out,
+    dout,
+    document_start,
+    T,
+    stride_delta,
+    n_heads,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    M: tl.constexpr,
+):
+    """One program: δ = do · o of M rows of one pair; the first head also notes document ends.
+
+    delta (B·H, T) float32, rows stride_delta apart, written.
+    document_end (B, T) int32, written at the first position of each document only: the position
+    after its last. None without documents.
+    out, dout (B, T, C) float; document_start (B, T) int32 or None.
+    """
+    pair = tl.program_id(1)
+    batch = pair // n_heads
+    head = pair % n_heads
+    row = tl.program_id(0) * M
+    rows = row + tl.arange(0, M)
+    C = n_heads * D
+    o = load_tile(out, batch, head, row, T, T * C, C, M, D, BLOCK_D, False)
+    do = load_tile(dout, batch, head, row, T, T * C, C, M, D, BLOCK_D, False)
+    products = o.to(tl.float32) * do.to(tl.float32)
+    delta += pair.to(tl.int64) * stride_delta
+    tl.store(delta + rows, tl.sum(products, 1), mask=rows < T)
+    if document_start is not None:  # noqa: SIM102 - decided when compiling, the next when running
+        if head == 0:
+            document_start += batch.to(tl.int64) * T
+            document_end += batch.to(tl.int64) * T
+            here = tl.load(document_start + rows, mask=rows < T, other=0)
+            after = tl.load(document_start + rows + 1, mask=rows + 1 < T, other=-1)
+            tl.store(document_end + here, rows + 1, mask=(rows < T) & (after != here))
+
+
+@triton.jit
+def query_range(key, document_start, document_end, T, M: tl.constexpr, N: tl.constexpr):
+    """Of the keys key .. key + N: where the queries that see them begin, have passed the diagonal,
+    do no longer see all of them, and stop. Multiples of M, or the end. From `below` to `clear` no
+    mask is due.
+    """
+    stop = T
+    clear = T
+    if document_start is not None:
+        last_key = tl.minimum(key + N, T) - 1
+        stop = tl.load(document_end + tl.load(document_start + last_key))
+        clear = tl.load(document_end + tl.load(document_start + key))
+        clear = tl.where(clear == T, T, clear // M * M)
+    below = tl.minimum(tl.cdiv(key + N, M) * M, stop)
+    return key // M * M, below, tl.maximum(below, clear), stop
+
+
+@triton.jit(do_not_specialize=["T", "n_pairs", "pairs_together"])
+def dkdv_kernel(
+    dqkv,
+    q_tiles,
+    kv_tiles,
+    do_tiles,
+    lse,
+    delta,
+    document_start,
+    document_end,
+    T,
+    stride_b,
+    stride_t,
+    stride_lse,
+    n_heads,
+    n_pairs,
+    pairs_together,
+    scale,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    TMA: tl.constexpr,
+    WAIT: tl.constexpr,
+):
+    """One program: dk and dv of N keys of one pair, over the queries that see them.
+
+    dqkv (B, T, 3C) dtype of qkv; its second and third C columns are written.
+    q_tiles, kv_tiles: qkv (B, T, 3C) as in `forward_kernel`; do_tiles: dout (B, T, C) in tiles of
+    M rows; lse, delta (B·H, T) float32, rows stride_lse apart, as `load_row_statistic` takes them.
+    document_start, document_end (B, T) int32, the latter from `delta_kernel`, or None.
+    """
+    rank, pair = heaviest_first(tl.cdiv(T, N), n_pairs, pairs_together)
+    batch = pair // n_heads
+    head = pair % n_heads
+    key = rank * N
+    keys = key + tl.arange(0, N)
+    C = n_heads * D
+    if document_start is not None:
+        document_start += batch.to(tl.int64) * T
+        document_end += batch.to(tl.int64) * T
+
+    k = load_tile(kv_tiles, batch, n_heads + head, key, T, stride_b, stride_t, N, D, BLOCK_D, TMA)
+    v = load_tile(
+        kv_tiles, batch, 2 * n_heads + head, key, T, stride_b, stride_t, N, D, BLOCK_D, TMA
+    )
+    dk = tl.zeros((N, BLOCK_D), tl.float32)
+    dv = tl.zeros((N, BLOCK_D), tl.float32)
+
+    first, below, clear, stop = query_range(key, document_start, document_end, T, M, N)
+    # three loops: on the diagonal (masked), in full view, where documents end (masked)
+    for part in tl.static_range(3 if document_start is not None else 2):
+        begin = first if part == 0 else (below if part == 1 else clear)
+        end = below if part == 0 else (clear if part == 1 else stop)
+        for m in tl.range(begin, end, M):
+            q = load_tile(q_tiles, batch, head, m, T, stride_b, stride_t, M, D, BLOCK_D, TMA)
+            s_t = rows_times_rows(k, q)  # (N,D)(D,M) -> (N,M)
+            lse_m = load_row_statistic(lse, pair, m, T, stride_lse, M, TMA)
+            p_t = tl.math.exp2(s_t * (scale * LOG2_E) - lse_m[None, :])
+            if part != 1:
+                rows = m + tl.arange(0, M)
+                seen = visible(rows[None, :], keys[:, None], document_start, T)
+                p_t = tl.where(seen, p_t, 0.0)
+            do = load_tile(do_tiles, batch, head, m, T, T * C, C, M, D, BLOCK_D, TMA)
+            dv = tl.dot(p_t.to(do.dtype), do, dv, input_precision="ieee")  # (N,M)(M,D) -> (N,D)
+            dp_t = rows_times_rows(v, do)  # (N,D)(D,M) -> (N,M)
+            delta_m = load_row_statistic(delta, pair, m, T, stride_lse, M, TMA)
+            ds_t = p_t * (dp_t - delta_m[None, :])
+            dk = tl.dot(ds_t.to(q.dtype), q, dk, input_precision="ieee")  # (N,M)(M,D) -> (N,D)
+            dv = finished(dv, WAIT)
+            dk = finished(dk, WAIT)
+
+    store_tile(dqkv, dk * scale, batch, n_heads + head, key, T, 3 * C, N, D, BLOCK_D)
+    store_tile(dqkv, dv, batch, 2 * n_heads + head, key, T, 3 * C, N, D, BLOCK_D)
+
+
+@triton.jit(do_not_specialize=["T", "n_pairs", "pairs_together"])
+def dq_kernel(
+    dqkv,
+    q_tiles,
+    kv_tiles,
+    do_tiles,
+    lse,
+    delta,
+    document_start,
+    T,
+    stride_b,
+    stride_t,
+    stride_lse,
+    n_heads,
+    n_pairs,
+    pairs_together,
+    scale,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    TMA: tl.constexpr,
+    WAIT: tl.constexpr,
+):
+    """One program: dq of M queries of one pair, over the keys they see.
+
+    dqkv (B, T, 3C) dtype of qkv; its first C columns are written. lse, delta (B·H, T) float32,
+    pointers, rows stride_lse apart. The other arguments as in `dkdv_kernel`.
+    """
+    rank, pair = heaviest_first(tl.cdiv(T, M), n_pairs, pairs_together)
+    batch = pair // n_heads
+    head = pair % n_heads
+    row = (tl.cdiv(T, M) - 1 - rank) * M
+    rows = row + tl.arange(0, M)
+    C = n_heads * D
+    if document_start is not None:
+        document_start += batch.to(tl.int64) * T
+
+    q = load_tile(q_tiles, batch, head, row, T, stride_b, stride_t, M, D, BLOCK_D, TMA)
+    do = load_tile(do_tiles, batch, head, row, T, T * C, C, M, D, BLOCK_D, TMA)
+    lse_m = load_row_statistic(lse, pair, row, T, stride_lse, M, False)
+    delta_m = load_row_statistic(delta, pair, row, T, stride_lse, M, False)
+    dq = tl.zeros((M, BLOCK_D), tl.float32)
+
+    first, clear, diagonal, stop = key_range(row, document_start, T, M, N)
+    for part in tl.static_range(0 if document_start is not None else 1, 3):  # as in the forward
+        begin = first if part == 0 else (clear if part == 1 else diagonal)
+        end = clear if part == 0 else (diagonal if part == 1 else stop)
+        for n in tl.range(begin, end, N):
+            k = load_tile(
+                kv_tiles, batch, n_heads + head, n, T, stride_b, stride_t, N, D, BLOCK_D, TMA
+            )
+            s = rows_times_rows(q, k)  # (M,D)(D,N) -> (M,N)
+            p = tl.math.exp2(s * (scale * LOG2_E) - lse_m[:, None])
+            if part != 1:
+                keys = n + tl.arange(0, N)
+                seen = visible(rows[:, None], keys[None, :], document_start, T)
+                p = tl.where(seen, p, 0.0)
+            v = load_tile(
+                kv_tiles, batch, 2 * n_heads + head, n, T, stride_b, stride_t, N, D, BLOCK_D, TMA
+            )
+            dp = rows_times_rows(do, v)  # (M,D)(D,N) -> (M,N)
+            ds = p * (dp - delta_m[:, None])
+            dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")  # (M,N)(N,D) -> (M,D)
+            dq = finished(dq, WAIT)
+
+    store_tile(dqkv, dq * scale, batch, head, row, T, 3 * C, M, D, BLOCK_D)
+
+
+# ------------------------------------------------------------------------------- configurations
+
+
+class Tiles(NamedTuple):
+    """How a kernel is cut: M queries and N keys a block, warps a program, depth of the pipeline."""
+
+    M: int
+    N: int
+    num_warps: int
+    num_stages: int
+
+
+# {(kernel, architecture, bytes an element): {BLOCK_D: Tiles}}. Chosen by ahead-of-time compilation:
+# nothing spilled on Hopper, with documents and without; products of at least 64 columns a warp
+# group; two programs a multiprocessor where they fit, so that one multiplies while the other takes
+# exponentials. float32 is for exactness, not speed: it has no tensor cores, and one row serves all.
+TILES: dict[tuple[str, int, int], dict[int, Tiles]] = {
+    ("forward", 80, 2): {
+        16: Tiles(128, 64, 8, 3),
+        32: Tiles(128, 64, 8, 3),
+        64: Tiles(128, 64, 8, 3),
+        128: Tiles(128, 32, 8, 3),
+        256: Tiles(64, 32, 8, 2),
+    },
+    ("dkdv", 80, 2): {
+        16: Tiles(64, 128, 8, 2),
+        32: Tiles(64, 128, 8, 2),
+        64: Tiles(32, 128, 8, 2),
+        128: Tiles(32, 64, 8, 2),
+        256: Tiles(32, 32, 8, 2),
+    },
+    ("dq", 80, 2): {
+        16: Tiles(128, 64, 8, 2),
+        32: Tiles(128, 64, 8, 2),
+        64: Tiles(128, 64, 8, 2),
+        128: Tiles(64, 32, 8, 2),
+        256: Tiles(32, 32, 8, 2),
+    },
+    ("forward", 90, 2): {
+        16: Tiles(128, 128, 8, 3),
+        32: Tiles(128, 128, 8, 3),
+        64: Tiles(128, 64, 4, 3),
+        128: Tiles(128, 128, 8, 2),
+        256: Tiles(128, 64, 8, 2),
+    },
+    ("dkdv", 90, 2): {
+        16: Tiles(128, 64, 4, 2),
+        32: Tiles(128, 64, 4, 2),
+        64: Tiles(128, 64, 4, 2),
+        128: Tiles(64, 64, 4, 2),
+        256: Tiles(16, 64, 8, 2),
+    },
+    ("dq", 90, 2): {
+        16: Tiles(128, 64, 8, 3),
+        32: Tiles(128, 64, 8, 3),
+        64: Tiles(128, 64, 8, 3),
+        128: Tiles(128, 64, 8, 3),
+        256: Tiles(64, 32, 8, 2),
+    },
+    ("forward", 100, 2): {
+        16: Tiles(128, 128, 8, 3),
+        32: Tiles(128, 128, 8, 3),
+        64: Tiles(128, 128, 8, 3),
+        128: Tiles(128, 128, 8, 2),
+        256: Tiles(128, 64, 8, 2),
+    },
+    ("dkdv", 100, 2): {
+        16: Tiles(128, 64, 4, 2),
+        32: Tiles(128, 64, 4, 2),
+        64: Tiles(128, 128, 8, 2),
+        128: Tiles(64, 128, 8, 2),
+        256: Tiles(32, 64, 8, 2),
+    },
+    ("dq", 100, 2): {
+        16: Tiles(128, 64, 8, 3),
+        32: Tiles(128, 64, 8, 3),
+        64: Tiles(128, 64, 8, 3),
+        128: Tiles(128, 64, 8, 3),
+        256: Tiles(64, 64, 8, 2),
+    },
+}
+KERNELS = {"forward": forward_kernel, "dkdv": dkdv_kernel, "dq": dq_kernel}
+FLOAT32_TILES = {
+    "forward": {
+        16: Tiles(32, 16, 4, 1),
+        32: Tiles(32, 32, 4, 1),
+        64: Tiles(32, 32, 4, 1),
+        128: Tiles(32, 32, 8, 1),
+        256: Tiles(16, 16, 8, 1),
+    },
+    "dkdv": {
+        16: Tiles(16, 32, 4, 1),
+        32: Tiles(16, 16, 4, 1),
+        64: Tiles(16, 16, 4, 1),
+        128: Tiles(16, 16, 8, 1),
+        256: Tiles(16, 16, 8, 1),
+    },
+    "dq": {
+        16: Tiles(16, 16, 4, 1),
+        32: Tiles(32, 16, 4, 1),
+        64: Tiles(32, 32, 8, 1),
+        128: Tiles(16, 16, 8, 1),
+        256: Tiles(16, 16, 8, 1),
+    },
+}
+ARCHITECTURES = (80, 90, 100)
+TILES |= {(kernel, arch, 4): row for kernel, row in FLOAT32_TILES.items() for arch in ARCHITECTURES}
+
+DELTA_ROWS = 64  # rows a program of delta_kernel
+L2_BYTES = 16 * 2**20  # of tiles that programs under way may share: a part of the L2 cache
+
+
+def architecture(device: torch.device) -> int:
+    """Which rows of TILES serve `device`: 90, 100, or 80 for everything else.
+
+    The rows of 80 keep within the 99 KiB of shared memory that consumer cards have, and leave the
+    registers that addresses take where tiles come by plain loads: newer GPUs use them too for head
+    widths that the copy engine does not serve. Interpreted kernels take the rows of 90.
+    """
+    if device.type != "cuda":
+        return 90
+    major = torch.cuda.get_device_capability(device)[0]
+    return {9: 90, 10: 100}.get(major, 80)
+
+
+class Problem(NamedTuple):
+    """The sizes of one call, and which way through the kernels it takes."""
+
+    B: int
+    T: int
+    H: int
+    D: int
+    BLOCK_D: int
+    element_bytes: int
+    architecture: int
+    TMA: bool  # tiles come through the copy engine, by descriptors
+
+    def tiles(self, kernel: str) -> Tiles:
+        """The kernel's row of TILES."""
+        by_loads = self.element_bytes == 2 and not self.TMA
+        row = 80 if by_loads else self.architecture
+        return TILES[kernel, row, self.element_bytes][self.BLOCK_D]
+
+    def constants(self, kernel: str) -> dict[str, Any]:
+        """The constexpr arguments of a kernel, and its launch options."""
+        return {
+            "D": self.D,
+            "BLOCK_D": self.BLOCK_D,
+            **self.tiles(kernel)._asdict(),
+            "TMA": self.TMA,
+            "WAIT": waits(self.architecture, self.element_bytes),
+        }
+
+    def schedule(self, rows: int) -> tuple[tuple[int], int, int]:
+        """The grid for blocks of `rows`, and the arguments of `heaviest_first` after the first."""
+        pairs = self.B * self.H
+        tiles_of_a_pair = 2 * self.T * self.D * self.element_bytes  # k and v, or q and do
+        return (cdiv(self.T, rows) * pairs,), pairs, max(1, min(pairs, L2_BYTES // tiles_of_a_pair))
+
+    @property
+    def scale(self) -> float:
+        return self.D**-0.5
+
+
+def waits(architecture: int, element_bytes: int) -> bool:
+    """Whether `finished` has something to wait for: Hopper's products of 16-bit numbers."""
+    return architecture == 90 and element_bytes == 2 and not interpreted()
+
+
+def problem_of(qkv: Tensor, n_heads: int) -> Problem:
+    """Checks the sizes of qkv against n_heads. ValueError as `attention_forward`."""
+    check_tensor("qkv", qkv, shape=(None, None, None), contiguous=False)
+    B, T, three_C = qkv.shape
+    if qkv.stride(2) != 1:
+        refuse("qkv", f"strides {qkv.stride()}", "a last stride of 1")
+    if three_C % 3:
+        refuse("qkv", f"shape {tuple(qkv.shape)}", "a width of 3·C: queries, keys, values")
+    D = head_width(three_C // 3, n_heads)
+    arch = architecture(qkv.device)
+    size = qkv.element_size()
+    aligned = qkv.data_ptr() % 16 == 0 and all(s * size % 16 == 0 for s in qkv.stride()[:2])
+    TMA = aligned and copy_engine_serves(arch, D, size)
+    return Problem(B, T, n_heads, D, padded(D), size, arch, TMA)
+
+
+def padded(D: int) -> int:
+    """BLOCK_D: the width of a tile that holds D columns."""
+    return max(16, next_power_of_two(D))
+
+
+def copy_engine_serves(architecture: int, D: int, element_bytes: int) -> bool:
+    """Whether tiles can come by descriptors: it exists, and heads begin on 16 bytes.
+
+    float32 tiles come by plain loads: their products are formed in registers.
+    """
+    return architecture >= 90 and element_bytes == 2 and D * element_bytes % 16 == 0
+
+
+def head_width(C: int, n_heads: int) -> int:
+    """D = C / n_heads. ValueError if that is not a whole number from 1 to 256."""
+    if n_heads < 1 or C % n_heads:
+        refuse("n_heads", n_heads, f"a divisor of C = {C}")
+    if not 1 <= C // n_heads <= MAX_HEAD_WIDTH:
+        refuse("head width", f"C / n_heads = {C // n_heads}", f"1 to {MAX_HEAD_WIDTH}")
+    return C // n_heads
+
+
+def tiles_of(x: Tensor, problem: Problem, rows: int) -> Tensor | TensorDescriptor:
+    """x (B, T, heads·D) as `load_tile` reads it, in tiles of `rows`."""
+    if not problem.TMA:
+        return x
+    B, T, D = problem.B, problem.T, problem.D
+    strides = [x.stride(0), D, x.stride(1), 1]
+    return TensorDescriptor(x, [B, x.shape[2] // D, T, D], strides, [1, 1, rows, problem.BLOCK_D])
+
+
+def row_statistics(x: Tensor, problem: Problem, rows: int) -> Tensor | TensorDescriptor:
+    """x (B, H, T) float32 as `load_row_statistic` reads it, `rows` at a time."""
+    if not problem.TMA:
+        return x
+    return TensorDescriptor(x, [problem.B * problem.H, problem.T], [x.stride(1), 1], [1, rows])
+
+
+def empty_row_statistic(like: Tensor, problem: Problem) -> Tensor:
+    """(B, H, T) float32, unwritten; rows start on 16 bytes, as the copy engine wants them."""
+    B, T, H = problem.B, problem.T, problem.H
+    return torch.empty((B, H, cdiv(T, 4) * 4), dtype=torch.float32, device=like.device)[..., :T]
+
+
+def check_documents(document_start: Tensor | None, problem: Problem, device: torch.device) -> None:
+    """ValueError unless document_start is None or (B, T) int32 on `device`."""
+    if document_start is not None:
+        shape = (problem.B, problem.T)
+        check_tensor(
+            "document_start", document_start, shape=shape, dtype=torch.int32, device=device
+        )
+
+
+# ------------------------------------------------------------------------------------- launchers
+
+
+def attention_forward(
+    qkv: Tensor, n_heads: int, document_start: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """o = softmax(q kᵀ / √D + mask) v per head, causal (the file's docstring has the equations).
+
+    qkv (B, T, 3C) float32, float16 or bfloat16, last stride 1: q, k and v side by side, each of H
+    heads of width D <= 256. document_start (B, T) int32, or None for one document: where each
+    position's document begins; query i sees the keys j with document_start[i] <= j <= i.
+    Returns out (B, T, C), and for the backward lse (B, H, T) float32 in log2 units.
+    ValueError, before any launch, names an argument whose device, dtype, shape or stride is wrong.
+    """
+    problem = problem_of(qkv, n_heads)
+    check_documents(document_start, problem, qkv.device)
+    B, T, C = problem.B, problem.T, problem.H * problem.D
+    out = torch.empty((B, T, C), dtype=qkv.dtype, device=qkv.device)
+    lse = empty_row_statistic(qkv, problem)
+    if not qkv.numel():
+        return out, lse
+    tiles = problem.tiles("forward")
+    grid, n_pairs, pairs_together = problem.schedule(tiles.M)
+    launch(
+        forward_kernel,
+        grid,
+        out,
+        lse,
+        tiles_of(qkv, problem, tiles.M),
+        tiles_of(qkv, problem, tiles.N),
+        document_start,
+        T,
+        qkv.stride(0),
+        qkv.stride(1),
+        lse.stride(1),
+        n_heads,
+        n_pairs,
+        pairs_together,
+        problem.scale,
+        **problem.constants("forward"),
+    )
+    return out, lse
+
+
+def attention_backward(
+    dout: Tensor,
+    qkv: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    n_heads: int,
+    document_start: Tensor | None = None,
+) -> Tensor:
+    """dqkv, from what `attention_forward` took and gave (the file's docstring has the equations).
+
+    dout, out (B, T, C) contiguous, dtype of qkv; lse (B, H, T) float32 as the forward returned it;
+    the rest as there. Returns dqkv (B, T, 3C), contiguous. Same bits whenever called again.
+    ValueError as `attention_forward`.
+    """
+    problem = problem_of(qkv, n_heads)
+    check_backward(dout, qkv, out, lse, document_start, problem)
+    dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
+    if not qkv.numel():
+        return dqkv
+    if dout.data_ptr() % 16:
+        dout = dout.clone()
+    delta, document_end = output_gradient_statistics(dout, out, document_start, problem)
+    sizes = (problem.T, qkv.stride(0), qkv.stride(1), lse.stride(1), n_heads)
+
+    tiles = problem.tiles("dkdv")
+    grid, n_pairs, pairs_together = problem.schedule(tiles.N)
+    launch(
+        dkdv_kernel,
+        grid,
+        dqkv,
+        tiles_of(qkv, problem, tiles.M),
+        tiles_of(qkv, problem, tiles.N),
+        tiles_of(dout, problem, tiles.M),
+        row_statistics(lse, problem, tiles.M),
+        row_statistics(delta, problem, tiles.M),
+        document_start,
+        document_end,
+        *sizes,
+        n_pairs,
+        pairs_together,
+        problem.scale,
+        **problem.constants("dkdv"),
+    )
+
+    tiles = problem.tiles("dq")
+    grid, n_pairs, pairs_together = problem.schedule(tiles.M)
+    launch(
+        dq_kernel,
+        grid,
+        dqkv,
+        tiles_of(qkv, problem, tiles.M),
+        tiles_of(qkv, problem, tiles.N),
+        tiles_of(dout, problem, tiles.M),
+        lse,
+        delta,
+        document_start,
+        *sizes,
+        n_pairs,
+        pairs_together,
+        problem.scale,
+        **problem.constants("dq"),
+    )
+    return dqkv
+
+
+def check_backward(
+    dout: Tensor,
+    qkv: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    document_start: Tensor | None,
+    problem: Problem,
+) -> None:
+    """ValueError as `attention_backward`."""
+    B, T, H, D = problem[:4]
+    for name, x in (("dout", dout), ("out", out)):
+        check_tensor(name, x, shape=(B, T, H * D), dtype=qkv.dtype, device=qkv.device)
+    check_tensor(
+        "lse", lse, shape=(B, H, T), dtype=torch.float32, device=qkv.device, contiguous=False
+    )
+    expected = empty_row_statistic(lse.new_empty(0, device="meta"), problem).stride()
+    if lse.numel() and lse.stride() != expected:
+        refuse(
+            "lse", f"strides {lse.stride()}", f"strides {expected}, as attention_forward made it"
+        )
+    check_documents(document_start, problem, qkv.device)
+
+
+def output_gradient_statistics(
+    dout: Tensor, out: Tensor, document_start: Tensor | None, problem: Problem
+) -> tuple[Tensor, Tensor | None]:
+    """delta (B, H, T) = do · o, and where each document ends (B, T), see `delta_kernel`."""
+    delta = empty_row_statistic(out, problem)
+    document_end = None if document_start is None else torch.empty_like(document_start)
+    launch(
+        delta_kernel,
+        (cdiv(problem.T, DELTA_ROWS), problem.B * problem.H),
+        delta,
+        document_end,
+        out,
+        dout,
+        document_start,
+        problem.T,
+        delta.stride(1),
+        problem.H,
+        D=problem.D,
+        BLOCK_D=problem.BLOCK_D,
+        M=DELTA_ROWS,
+        num_warps=4,
+    )
+    return delta, document_end
+
+
+# ------------------------------------------------------------------------ shipped configurations
+
+# BLOCK_D of 16 to 256, once each with a narrower head; 20 and 100 have rows that the copy engine
+# does not serve.
+RESOURCE_HEAD_WIDTHS = (16, 32, 64, 96, 128, 256, 20, 100)
+
+
+def resource_cases() -> list[ResourceCase]:
+    """Every row of TILES, with documents (three loops) and, on Hopper, without (two).
+
+    Left out because it does spill (72 bytes a thread): dk and dv of float32 heads wider than 128.
+    """
+    cases = []
+    for kernel in KERNELS:
+        for arch in ARCHITECTURES:
+            for D in RESOURCE_HEAD_WIDTHS:
+                cases.append(_case(kernel, arch, D, torch.bfloat16, documents=True))
+                if arch == 90 and D in (64, 128, 256):
+                    cases.append(_case(kernel, arch, D, torch.bfloat16, documents=False))
+                    cases.append(_case(kernel, arch, D, torch.float16, documents=True))
+                if D in (16, 32, 64, 128, 256) and (arch == 90 or D == 64):
+                    cases.append(_case(kernel, arch, D, torch.float32, documents=True))
+    cases += [_delta_case(D) for D in (16, 64, 256)]
+    return [c for c in cases if c.name != "attention dkdv fp32 D=256 documents sm_90"]
+
+
+def _case(kernel: str, arch: int, D: int, dtype: torch.dtype, documents: bool) -> ResourceCase:
+    name, size = TRITON_NAME[dtype], dtype.itemsize
+    TMA = copy_engine_serves(arch, D, size)
+    problem = Problem(1, 1, 1, D, padded(D), size, arch, TMA)
+    M, N, num_warps, num_stages = problem.tiles(kernel)
+
+    def tiles(rows: int) -> str:
+        return f"tensordesc<{name}[1, 1, {rows}, {padded(D)}]>" if TMA else f"*{name}"
+
+    statistic = f"tensordesc<fp32[1, {M}]>" if TMA and kernel == "dkdv" else "*fp32"
+    types = {
+        "out": f"*{name}",
+        "dqkv": f"*{name}",
+        "lse": statistic,
+        "delta": statistic,
+        "q_tiles": tiles(M),
+        "kv_tiles": tiles(N),
+        "do_tiles": tiles(M),
+        "document_start": "*i32",
+        "document_end": "*i32",
+        "scale": "fp32",
+    }
+    constants = problem.constants(kernel)
+    constexprs = {k: constants[k] for k in ("D", "BLOCK_D", "M", "N", "TMA", "WAIT")}
+    if not documents:
+        constexprs |= {"document_start": None, "document_end": None}
+    arguments = KERNELS[kernel].arg_names
+    aligned = ("stride_b", "stride_t", "stride_lse")  # as for any C that 16 divides
+    return ResourceCase(
+        name=f"attention {kernel} {name} D={D}{' documents' if documents else ''} sm_{arch}",
+        fn=KERNELS[kernel],
+        signature={a: types.get(a, "i32") for a in arguments if a not in constexprs},
+        constexprs={a: value for a, value in constexprs.items() if a in arguments},
+        divisible_by_16=tuple(
+            a
+            for a in arguments
+            if a not in constexprs and (types.get(a, "")[:1] == "*" or a in aligned)
+        ),
+        num_warps=num_warps,
+        num_stages=num_stages,
+        architectures=(arch,),
+    )
+
+
+def _delta_case(D: int) -> ResourceCase:
+    pointers = {"delta": "*fp32", "document_end": "*i32", "document_start": "*i32"}
+    pointers |= {"out": "*bf16", "dout": "*bf16"}
+    return ResourceCase(
+        name=f"attention delta bf16 D={D} documents",
+        fn=delta_kernel,
+        signature={**pointers, **dict.fromkeys(("T", "stride_delta", "n_heads"), "i32")},
+        constexprs={"D": D, "BLOCK_D": padded(D), "M": DELTA_ROWS},
+        divisible_by_16=(*pointers, "stride_delta"),
+        num_warps=4,
+        num_stages=3,
+    )

@@ -1,0 +1,294 @@
+"""Attention of one new position per sequence over its key/value cache: the step of generation.
+
+For each head, with the newest query q (D,) and the cached k_j, v_j (D,) of 0 <= j < length:
+
+    o = Σ_j p_j v_j     with p_j = exp(s_j) / Σ_j exp(s_j)  and  s_j = q · k_j / √D
+
+There is one row of scores, so nothing here is a matrix product: the time is that of reading the
+cache once. Few sequences alone would leave most of the GPU idle, therefore the keys of a sequence
+are split among programs, each with an online softmax over its share (Milakov & Gimelshein 2018). A
+share ends as its normalised output o_s and lse_s = log Σ_{j in s} exp(s_j), and a second kernel
+merges the shares in a fixed order:
+
+    o = Σ_s w_s o_s     with w_s = exp(lse_s) / Σ_s exp(lse_s)
+
+How a sequence is split depends on its length and the sizes of the call alone: the same call gives
+the same bits. Exponentials are to base 2 as in `attention`.
+
+Alphabet: B batch, Tmax the cache's positions, H heads, D head width, C = H·D, N keys of a block,
+S shares of a sequence; a "pair" is one (batch, head).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.attention import head_width, padded
+from kernels.launch import (
+    TRITON_NAME,
+    ResourceCase,
+    cdiv,
+    check_tensor,
+    launch,
+    multiprocessors,
+    next_power_of_two,
+    refuse,
+)
+
+LOG2_E = tl.constexpr(math.log2(math.e))
+LOWEST = tl.constexpr(-1e30)  # below any score, and finite: -inf - -inf would be NaN
+
+BLOCK_ELEMENTS = 4096  # of a block of keys: 32 registers a thread for keys, as many for values
+SMALLEST_SHARE = 256  # keys; less work than this is not worth a program
+PROGRAMS_PER_MULTIPROCESSOR = 4  # that the splitting aims at
+NUM_WARPS = 4
+
+
+@triton.jit(do_not_specialize=["T", "shares"])
+def share_kernel(
+    partial,
+    partial_lse,
+    q,
+    k_cache,
+    v_cache,
+    lengths,
+    T,
+    stride_q,
+    stride_kb,
+    stride_kt,
+    stride_vb,
+    stride_vt,
+    n_heads,
+    shares,
+    scale,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    N: tl.constexpr,
+):
+    """One program: one pair's query against one share of its keys.
+
+    partial (B·H, S, D) float32, written: o_s, zero where the share is empty.
+    partial_lse (B·H, S) float32, written: log2 Σ_j 2^(s_j log2 e), about LOWEST where it is empty.
+    q (B, C), rows stride_q apart; k_cache, v_cache (B, Tmax, C), batches stride_?b and positions
+    stride_?t apart: float32, float16 or bfloat16.
+    lengths (B,) int64: how many positions of each cache row count; at most T = Tmax are read.
+    """
+    pair = tl.program_id(0).to(tl.int64)
+    share = tl.program_id(1)
+    batch = pair // n_heads
+    head = pair % n_heads
+    columns = tl.arange(0, BLOCK_D)
+    inside = columns < D
+    to_log2 = scale * LOG2_E
+
+    query = tl.load(q + batch * stride_q + head * D + columns, mask=inside, other=0.0)
+    query = query.to(tl.float32) * to_log2
+    k_cache += batch * stride_kb + head * D
+    v_cache += batch * stride_vb + head * D
+    length = tl.minimum(tl.load(lengths + batch), T).to(tl.int32)
+    size = tl.cdiv(tl.cdiv(length, shares), N) * N
+    begin = share * size
+    end = tl.minimum(begin + size, length)
+
+    # each of the N places of a block keeps a maximum and sums of its own until the end
+    acc = tl.zeros((N, BLOCK_D), tl.float32)
+    place_max = tl.full((N,), LOWEST, tl.float32)
+    place_sum = tl.zeros((N,), tl.float32)
+    for n in tl.range(begin, end, N):
+        keys = n + tl.arange(0, N)
+        there = keys < end
+        tile = there[:, None] & inside[None, :]
+        rows = keys.to(tl.int64)[:, None]
+        k = tl.load(k_cache + rows * stride_kt + columns[None, :], mask=tile, other=0.0)
+        v = tl.load(v_cache + rows * stride_vt + columns[None, :], mask=tile, other=0.0)
+        s = tl.where(there, tl.sum(k.to(tl.float32) * query[None, :], 1), -float("inf"))
+        new_max = tl.maximum(place_max, s)
+        p = tl.math.exp2(s - new_max)
+        rescale = tl.math.exp2(place_max - new_max)
+        acc = acc * rescale[:, None] + p[:, None] * v.to(tl.float32)
+        place_sum = place_sum * rescale + p
+        place_max = new_max
+
+    largest = tl.max(place_max, 0)
+    weight = tl.math.exp2(place_max - largest)
+    total = tl.sum(place_sum * weight, 0)
+    total = tl.where(total == 0.0, 1.0, total)  # an empty share
+    output = tl.sum(acc * weight[:, None], 0) / total
+    slot = pair * shares + share
+    tl.store(partial + slot * D + columns, output, mask=inside)
+    tl.store(partial_lse + slot, largest + tl.math.log2(total))
+
+
+@triton.jit(do_not_specialize=["shares"])
+def merge_kernel(
+    out,
+    partial,
+    partial_lse,
+    shares,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    """One program: the shares of one pair become its output.
+
+    out (B·H, D), which is (B, C), in the dtype of the cache, written.
+    partial (B·H, S, D) and partial_lse (B·H, S) float32, from `share_kernel`; S <= BLOCK_S.
+    """
+    pair = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK_D)
+    inside = columns < D
+    share = tl.arange(0, BLOCK_S)
+    there = share < shares
+    slots = pair * shares + share
+    lse = tl.load(partial_lse + slots, mask=there, other=-float("inf"))
+    weight = tl.math.exp2(lse - tl.max(lse, 0))
+    weight = weight / tl.sum(weight, 0)
+    tile = there[:, None] & inside[None, :]
+    o = tl.load(partial + slots[:, None] * D + columns[None, :], mask=tile, other=0.0)
+    output = tl.sum(o * weight[:, None], 0)
+    tl.store(out + pair * D + columns, output.to(out.dtype.element_ty), mask=inside)
+
+
+# -------------------------------------------------------------------------------------- launcher
+
+
+class Split(NamedTuple):
+    """How a call is cut up: padded head width, keys a block, shares a sequence."""
+
+    BLOCK_D: int
+    N: int
+    shares: int
+
+
+LARGEST_SPLIT = 32  # shares of a sequence: one tile of merge_kernel
+
+
+def split(pairs: int, T: int, D: int, device: torch.device) -> Split:
+    """Enough shares to fill the device, each with enough keys to be worth a program."""
+    BLOCK_D = padded(D)
+    wanted = cdiv(PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(device), pairs)
+    shares = max(1, min(wanted, cdiv(T, SMALLEST_SHARE), LARGEST_SPLIT))
+    return Split(BLOCK_D, BLOCK_ELEMENTS // BLOCK_D, shares)
+
+
+def decode_attention(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, n_heads: int
+) -> Tensor:
+    """Row b of q attends to the keys 0 .. lengths[b]-1 of its cache, per head. No backward.
+
+    q (B, C); k_cache, v_cache (B, Tmax, C) in q's dtype: float32, float16 or bfloat16; last
+    strides 1, so that they may be slices of a packed projection. H = n_heads heads of width
+    C/H <= 256. lengths (B,) int64, each in 1 .. Tmax. Returns out (B, C), contiguous.
+    ValueError, before any launch, names an argument whose device, dtype, shape or stride is wrong.
+    """
+    check_arguments(q, k_cache, v_cache, lengths, n_heads)
+    B, T, C = k_cache.shape
+    D, pairs = C // n_heads, B * n_heads
+    out = torch.empty((B, C), dtype=q.dtype, device=q.device)
+    if not pairs:
+        return out
+    BLOCK_D, N, shares = split(pairs, T, D, q.device)
+    partial = torch.empty((pairs, shares, D), dtype=torch.float32, device=q.device)
+    partial_lse = torch.empty((pairs, shares), dtype=torch.float32, device=q.device)
+    launch(
+        share_kernel,
+        (pairs, shares),
+        partial,
+        partial_lse,
+        q,
+        k_cache,
+        v_cache,
+        lengths,
+        T,
+        q.stride(0),
+        *k_cache.stride()[:2],
+        *v_cache.stride()[:2],
+        n_heads,
+        shares,
+        D**-0.5,
+        D=D,
+        BLOCK_D=BLOCK_D,
+        N=N,
+        num_warps=NUM_WARPS,
+    )
+    launch(
+        merge_kernel,
+        (pairs,),
+        out,
+        partial,
+        partial_lse,
+        shares,
+        D=D,
+        BLOCK_D=BLOCK_D,
+        BLOCK_S=next_power_of_two(shares),
+        num_warps=NUM_WARPS,
+    )
+    return out
+
+
+def check_arguments(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, n_heads: int
+) -> None:
+    """ValueError as `decode_attention`."""
+    check_tensor("q", q, shape=(None, None), contiguous=False)
+    B, C = q.shape
+    head_width(C, n_heads)
+    cache = (B, k_cache.shape[1] if k_cache.dim() == 3 else None, C)
+    for name, x in (("k_cache", k_cache), ("v_cache", v_cache)):
+        check_tensor(name, x, shape=cache, dtype=q.dtype, device=q.device, contiguous=False)
+    for name, x in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
+        if x.stride(-1) != 1:
+            refuse(name, f"strides {x.stride()}", "a last stride of 1")
+    if not k_cache.shape[1]:
+        refuse("k_cache", f"shape {tuple(k_cache.shape)}", "at least one position")
+    check_tensor("lengths", lengths, shape=(B,), dtype=torch.int64, device=q.device)
+
+
+# ------------------------------------------------------------------------ shipped configurations
+
+RESOURCE_HEAD_WIDTHS = (16, 64, 96, 256)
+
+
+def resource_cases() -> list[ResourceCase]:
+    """Both kernels for each padded head width, and the former for each dtype."""
+    return [
+        case
+        for D in RESOURCE_HEAD_WIDTHS
+        for case in (*(_share_case(dtype, D) for dtype in TRITON_NAME.values()), _merge_case(D))
+    ]
+
+
+def _share_case(dtype: str, D: int) -> ResourceCase:
+    BLOCK_D = padded(D)
+    pointers = {name: f"*{dtype}" for name in ("q", "k_cache", "v_cache")}
+    pointers |= {"partial": "*fp32", "partial_lse": "*fp32", "lengths": "*i64"}
+    strides = ("stride_q", "stride_kb", "stride_kt", "stride_vb", "stride_vt")
+    integers = dict.fromkeys(("T", *strides, "n_heads", "shares"), "i32")
+    return ResourceCase(
+        name=f"decode_attention share {dtype} D={D}",
+        fn=share_kernel,
+        signature={**pointers, **integers, "scale": "fp32"},
+        constexprs={"D": D, "BLOCK_D": BLOCK_D, "N": BLOCK_ELEMENTS // BLOCK_D},
+        divisible_by_16=(*pointers, *strides),
+        num_warps=NUM_WARPS,
+        num_stages=3,
+    )
+
+
+def _merge_case(D: int) -> ResourceCase:
+    pointers = {"out": "*bf16", "partial": "*fp32", "partial_lse": "*fp32"}
+    return ResourceCase(
+        name=f"decode_attention merge D={D}",
+        fn=merge_kernel,
+        signature={**pointers, "shares": "i32"},
+        constexprs={"D": D, "BLOCK_D": padded(D), "BLOCK_S": LARGEST_SPLIT},
+        divisible_by_16=tuple(pointers),
+        num_warps=NUM_WARPS,
+        num_stages=3,
+    )

@@ -1,0 +1,303 @@
+"""Attention and decode attention, interpreted, against `kernels.reference` in float64.
+
+Tolerances are relative root-mean-square errors, `n` roundings deep:
+  * float32: each sum has up to a few hundred terms of relative error 2^-24 = 6e-8, which average
+    out to under 1e-6; measured 2e-7 to 4e-7.
+  * float16, bfloat16: results are rounded once (a uniform error of half a unit is 2^-p/√3 · ½ rms
+    of the value's power of two: 0.17% for bfloat16's p = 8, 0.02% for float16's p = 11), and
+    p and ds are rounded once more before their products; measured up to 0.28% and 0.035%.
+    A missing scale, mask or row shows as 10% and more.
+The interpreter takes Hopper's way through the kernels (tiles by descriptors); `other_ways` sends
+the same shapes through plain pointers and the smaller tiles of older GPUs too.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels import attention, reference
+from kernels.attention import attention_backward, attention_forward
+from kernels.decode_attention import decode_attention
+from tests.support.compare import assert_close
+
+TOLERANCE = {torch.float32: 1e-6, torch.float16: 6e-4, torch.bfloat16: 5e-3}
+DTYPES = list(TOLERANCE)
+LN_2 = math.log(2)
+
+
+def ids(value: object) -> str | None:
+    return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else None
+
+
+@pytest.fixture(params=[90, 80], ids=["descriptors", "pointers"])
+def other_ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Runs a test once as on Hopper and once as on older GPUs."""
+    monkeypatch.setattr(attention, "architecture", lambda device: request.param)
+    return request.param
+
+
+def documents(B: int, T: int, *beginnings: int) -> Tensor:
+    """document_start (B, T) for documents that begin at 0 and at `beginnings`, shifted by one in
+    every further sequence so that no two are alike."""
+    starts = torch.zeros(B, T, dtype=torch.int32)
+    for b in range(B):
+        for beginning in beginnings:
+            if beginning + b < T:
+                starts[b, beginning + b :] = beginning + b
+    return starts
+
+
+def check(B: int, T: int, H: int, D: int, dtype: torch.dtype, starts: Tensor | None = None) -> None:
+    """Forward, backward and lse of random inputs agree with the reference."""
+    generator = torch.Generator().manual_seed(T * D + H)
+    qkv = torch.randn(B, T, 3 * H * D, generator=generator).to(dtype)
+    dout = torch.randn(B, T, H * D, generator=generator).to(dtype)
+    want_out, want_lse = reference.attention_forward(qkv.double(), H, starts)
+    want = reference.attention_backward(dout.double(), qkv.double(), want_out, want_lse, H, starts)
+
+    out, lse = attention_forward(qkv, H, starts)
+    dqkv = attention_backward(dout, qkv, out, lse, H, starts)
+
+    tolerance = TOLERANCE[dtype]
+    assert out.dtype == dqkv.dtype == dtype and lse.shape == (B, H, T)
+    assert_close(out, want_out, tolerance, "out")
+    # |lse| is a few units and float32 throughout, whatever the inputs' dtype
+    assert_close(lse * LN_2, want_lse, 1e-6, "lse")
+    for name, got, wanted in zip(
+        ("dq", "dk", "dv"), dqkv.chunk(3, -1), want.chunk(3, -1), strict=True
+    ):
+        if wanted.abs().max() < 1e-12:  # softmax of a single score has no gradient
+            # left is the rounding of do·v - do·o, of the size of one rounding of out
+            assert got.abs().max() <= 4 * tolerance, name
+        else:
+            assert_close(got, wanted, tolerance, name)
+
+
+# ------------------------------------------------------------------------- forward and backward
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=ids)
+@pytest.mark.parametrize(
+    ("B", "T", "H", "D"),
+    [
+        (2, 1, 2, 16),  # one position: one key, one row of every tile
+        (1, 33, 3, 24),  # odd T; D between powers of two
+        (2, 127, 1, 40),  # one under a block; one head
+        (1, 128, 2, 64),  # exactly a block
+        (1, 129, 1, 80),  # one over a block
+        (1, 65, 1, 100),  # D without 16-byte rows in 16-bit dtypes: pointers even on Hopper
+        (1, 270, 1, 16),  # several blocks: the unmasked loops
+        (1, 70, 1, 256),  # the widest head
+    ],
+)
+def test_parity(B: int, T: int, H: int, D: int, dtype: torch.dtype, other_ways: int) -> None:
+    check(B, T, H, D, dtype)
+
+
+@pytest.mark.parametrize("D", [5, 20, 96, 192])
+def test_head_widths(D: int, other_ways: int) -> None:
+    check(1, 40, 2, D, torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=ids)
+@pytest.mark.parametrize(
+    "beginnings",
+    [
+        (64, 128, 256),  # on edges of blocks of queries and of keys
+        (1, 63, 65, 129, 255, 269),  # beside them; documents of one and two positions
+        (150,),  # inside a block; whole blocks before it are skipped
+        tuple(range(1, 270)),  # every position a document of its own
+    ],
+    ids=["on-edges", "beside-edges", "inside", "single-positions"],
+)
+def test_documents(beginnings: tuple[int, ...], dtype: torch.dtype, other_ways: int) -> None:
+    check(1, 270, 1, 64, dtype, documents(1, 270, *beginnings))
+
+
+def test_documents_differ_between_sequences(other_ways: int) -> None:
+    check(2, 140, 2, 32, torch.bfloat16, documents(2, 140, 20, 127))
+
+
+def test_one_document_is_plain_causal_attention(other_ways: int) -> None:
+    qkv = torch.randn(1, 200, 3 * 32).bfloat16()
+    plain, _ = attention_forward(qkv, 1)
+    one_document, _ = attention_forward(qkv, 1, documents(1, 200))
+    assert torch.equal(plain, one_document)
+
+
+def test_wholly_masked_blocks_are_not_read(other_ways: int) -> None:
+    """NaN in an earlier document, a block away, must not even be multiplied by zero."""
+    qkv = torch.randn(1, 384, 3 * 32).bfloat16()
+    starts = documents(1, 384, 256)
+    out, lse = attention_forward(qkv, 1, starts)
+    dout = torch.randn(1, 384, 32).bfloat16()
+    dqkv = attention_backward(dout, qkv, out, lse, 1, starts)
+
+    qkv[:, :256] = float("nan")
+    broken_out, broken_lse = attention_forward(qkv, 1, starts)
+    assert torch.equal(broken_out[:, 256:], out[:, 256:])
+    broken = attention_backward(dout, qkv, broken_out, broken_lse, 1, starts)
+    assert torch.equal(broken[:, 256:], dqkv[:, 256:])
+
+
+def test_later_documents_do_not_reach_the_gradient_of_earlier_keys(other_ways: int) -> None:
+    qkv = torch.randn(1, 384, 3 * 32).bfloat16()
+    starts = documents(1, 384, 128)
+    out, lse = attention_forward(qkv, 1, starts)
+    dout = torch.randn(1, 384, 32).bfloat16()
+    dqkv = attention_backward(dout, qkv, out, lse, 1, starts)
+    dout[:, 128:] = float("nan")
+    broken = attention_backward(dout, qkv, out, lse, 1, starts)
+    assert torch.equal(broken[:, :128], dqkv[:, :128])
+
+
+def test_strided_qkv_is_read_in_place(other_ways: int) -> None:
+    B, T, H, D = 2, 50, 2, 32
+    wide = torch.randn(B, 2 * T, 3 * H * D + 16).bfloat16()
+    qkv = wide[:, ::2, : 3 * H * D]
+    out, lse = attention_forward(qkv, H)
+    want, want_lse = attention_forward(qkv.contiguous(), H)
+    assert torch.equal(out, want) and torch.equal(lse, want_lse)
+    dout = torch.randn(B, T, H * D).bfloat16()
+    got = attention_backward(dout, qkv, out, lse, H)
+    assert torch.equal(got, attention_backward(dout, qkv.contiguous(), out, lse, H))
+
+
+def test_pairs_in_groups_cover_every_pair(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With room in the cache for two of five pairs at a time, the last group is not full."""
+    T, D = 150, 16
+    monkeypatch.setattr(attention, "L2_BYTES", 2 * (2 * T * D * 2))
+    check(1, T, 5, D, torch.bfloat16)
+
+
+def test_large_scores_do_not_overflow() -> None:
+    qkv = 30 * torch.randn(1, 100, 3 * 32)
+    want, want_lse = reference.attention_forward(qkv.double(), 1)
+    out, lse = attention_forward(qkv, 1)
+    # scores of ±5000 carry an absolute error of 5000 · 2^-24 = 3e-4, which exp makes relative
+    assert_close(out, want, 1e-3, "out")
+    assert_close(lse * LN_2, want_lse, 1e-6, "lse")
+
+
+def test_empty_batch() -> None:
+    out, lse = attention_forward(torch.randn(0, 8, 3 * 16), 1)
+    assert out.shape == (0, 8, 16) and lse.shape == (0, 1, 8)
+    dqkv = attention_backward(torch.randn(0, 8, 16), torch.randn(0, 8, 48), out, lse, 1)
+    assert dqkv.shape == (0, 8, 48)
+
+
+# ---------------------------------------------------------------------------------------- decode
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=ids)
+@pytest.mark.parametrize(
+    ("lengths", "T", "H", "D"),
+    [
+        ([1, 2, 64], 64, 2, 64),  # one key; a block; a full cache
+        ([63, 65, 300], 300, 1, 40),  # one under and over a block; shares of unequal length
+        ([1, 1100, 513], 1100, 1, 24),  # empty shares beside full ones
+        ([7], 9, 3, 100),
+        ([17, 40], 40, 1, 256),
+    ],
+)
+def test_decode(lengths: list[int], T: int, H: int, D: int, dtype: torch.dtype) -> None:
+    B = len(lengths)
+    generator = torch.Generator().manual_seed(T)
+    q, k, v = (
+        torch.randn(*shape, H * D, generator=generator).to(dtype)
+        for shape in ((B,), (B, T), (B, T))
+    )
+    for b, length in enumerate(lengths):
+        k[b, length:] = v[b, length:] = float("nan")  # never written by a generator
+    counts = torch.tensor(lengths)
+    want = reference.decode_attention(q.double(), k.double(), v.double(), counts, H)
+    assert_close(decode_attention(q, k, v, counts, H), want, TOLERANCE[dtype])
+
+
+def test_decode_reads_slices_of_a_packed_projection() -> None:
+    B, T, H, D = 2, 20, 2, 16
+    packed = torch.randn(B, T, 3 * H * D)
+    q, k, v = packed.split(H * D, dim=-1)
+    lengths = torch.tensor([T, 5])
+    got = decode_attention(q[:, -1], k, v, lengths, H)
+    want = decode_attention(*(x.contiguous() for x in (q[:, -1], k, v)), lengths, H)
+    assert torch.equal(got, want)
+
+
+# ---------------------------------------------------------------------------------------- errors
+
+QKV = torch.zeros(2, 8, 3 * 32)
+
+
+@pytest.mark.parametrize(
+    ("qkv", "n_heads", "document_start", "message"),
+    [
+        (QKV.double(), 2, None, "qkv: dtype float64 came"),
+        (QKV[0], 2, None, r"qkv: shape \(8, 96\) came"),
+        (torch.zeros(2, 8, 97), 2, None, r"qkv: shape \(2, 8, 97\) came.*3·C"),
+        (torch.zeros(2, 96, 8).mT, 2, None, r"qkv: strides .* came.*last stride of 1"),
+        (QKV, 5, None, "n_heads: 5 came.*divisor of C = 32"),
+        (QKV, 0, None, "n_heads: 0 came"),
+        (torch.zeros(1, 2, 3 * 512), 1, None, "head width.*512 came.*1 to 256"),
+        (QKV, 2, torch.zeros(2, 8), "document_start: dtype float32 came.*int32"),
+        (QKV, 2, torch.zeros(2, 9, dtype=torch.int32), r"document_start: shape \(2, 9\) came"),
+        (QKV, 2, torch.zeros(8, 2, dtype=torch.int32).T, "document_start: strides"),
+        (QKV.to("meta"), 2, QKV.int()[..., 0].contiguous(), "document_start: device cpu came"),
+    ],
+)
+def test_forward_refuses(
+    qkv: Tensor, n_heads: int, document_start: Tensor | None, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        attention_forward(qkv, n_heads, document_start)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"dout": torch.zeros(2, 8, 33)}, r"dout: shape \(2, 8, 33\) came"),
+        ({"dout": torch.zeros(2, 8, 32).half()}, "dout: dtype float16 came.*float32"),
+        ({"dout": torch.zeros(2, 32, 8).mT}, "dout: strides"),
+        ({"out": torch.zeros(2, 8, 32).double()}, "out: dtype float64 came"),
+        ({"lse": torch.zeros(2, 8)}, r"lse: shape \(2, 8\) came"),
+        ({"lse": torch.zeros(2, 2, 8).double()}, "lse: dtype float64 came"),
+        ({"lse": torch.zeros(2, 8, 2).mT}, "lse: strides .* as attention_forward made it"),
+        ({"n_heads": 3}, "n_heads: 3 came"),
+    ],
+)
+def test_backward_refuses(changed: dict[str, object], message: str) -> None:
+    out, lse = attention_forward(QKV, 2)
+    arguments = {"dout": out, "qkv": QKV, "out": out, "lse": lse, "n_heads": 2, **changed}
+    with pytest.raises(ValueError, match=message):
+        attention_backward(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"q": torch.zeros(2, 1, 32)}, r"q: shape \(2, 1, 32\) came"),
+        ({"q": torch.zeros(32, 2).T}, "q: strides"),
+        ({"k_cache": torch.zeros(2, 8, 16)}, r"k_cache: shape \(2, 8, 16\) came"),
+        ({"v_cache": torch.zeros(2, 9, 32)}, r"v_cache: shape \(2, 9, 32\) came"),
+        ({"v_cache": torch.zeros(2, 8, 32).half()}, "v_cache: dtype float16 came"),
+        ({"lengths": torch.ones(2).int()}, "lengths: dtype int32 came.*int64"),
+        ({"lengths": torch.ones(3).long()}, r"lengths: shape \(3,\) came"),
+        ({"n_heads": 7}, "n_heads: 7 came.*divisor of C = 32"),
+    ],
+)
+def test_decode_refuses(changed: dict[str, object], message: str) -> None:
+    cache = torch.zeros(2, 8, 32)
+    arguments = {
+        "q": torch.zeros(2, 32),
+        "k_cache": cache,
+        "v_cache": cache,
+        "lengths": torch.ones(2).long(),
+        "n_heads": 2,
+        **changed,
+    }
+    with pytest.raises(ValueError, match=message):
+        decode_attention(**arguments)
