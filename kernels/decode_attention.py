@@ -29,7 +29,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.attention import head_width, padded
+from kernels.attention_tiles import head_width, padded
 from kernels.launch import (
     TRITON_NAME,
     ResourceCase,

@@ -61,6 +61,9 @@ class ModelConfig:
     layer_norm_epsilon: float = option(
         1e-5, "added to the variance before its root", above=0.0, at_most=1.0
     )
+    initializer_range: float = option(
+        0.02, "standard deviation of the initial matrices; GPT-2's is 0.02", above=0.0, at_most=1.0
+    )
     dtype: str = option(
         "auto",
         "weights and activations; auto: bfloat16 where the processor multiplies it, else float32",

@@ -259,18 +259,19 @@ def parameter_specs(config: ModelConfig) -> list[Spec]:
 
 
 def initialize(parameters: Parameters, config: ModelConfig, seed: int) -> None:
-    """GPT-2's initialisation (Radford et al. 2019): normal, std 0.02; norms 1; biases 0.
+    """GPT-2's initialisation (Radford et al. 2019): normal, std 0.02 there; norms 1; biases 0.
 
     The projections that add to the residual are scaled by 1 / √(2 n_blocks), because that many of
     them are summed. Drawn on the CPU in float32, so that a seed means the same on any device.
     """
     generator = torch.Generator().manual_seed(seed)
-    residual_std = 0.02 / (2 * config.n_blocks) ** 0.5
+    std = config.initializer_range
+    residual_std = std / (2 * config.n_blocks) ** 0.5
     for name, spec in parameters.specs.items():
         if len(spec.shape) == 1:
             value = torch.full(spec.shape, 1.0 if name.endswith("weight") else 0.0)
         else:
             adds_to_residual = name.endswith(("attention.projection.weight", "mlp.down.weight"))
-            std = residual_std if adds_to_residual else 0.02
-            value = torch.randn(spec.shape, generator=generator) * std
+            scale = residual_std if adds_to_residual else std
+            value = torch.randn(spec.shape, generator=generator) * scale
         parameters.write(name, value)

@@ -11,6 +11,8 @@ from __future__ import annotations
 import math
 import signal
 import time
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -31,6 +33,7 @@ from mantrans.evaluation.evaluator import (
 )
 from mantrans.optimizers import scheduled_learning_rate
 from mantrans.storage import state_file
+from mantrans.storage.atomic import replacing, write_all
 from mantrans.training import flops
 from mantrans.training.batches import token_source
 from mantrans.training.checkpoint import CheckpointFolder, newest_intact
@@ -78,9 +81,9 @@ class Trainer:
         self.stop_signal: int | None = None
         self.progress = Progress()
         self.directory = Path(config.training.output_dir) / config.training.experiment_name
-        self.lock = RunLock(self.directory)
-        self.lock.acquire()
+        self.locks = ExitStack()
         try:
+            self._lock()
             self._load_data(quiet)
             self._build()
             notes = self._resume(resume) if resume else []
@@ -94,10 +97,18 @@ class Trainer:
                 quiet=quiet,
             )
         except BaseException:
-            self.lock.release()
+            self.locks.close()
             raise
         for note in [*notes, self.describe()]:
             self.logger.message(note)
+
+    def _lock(self) -> None:
+        """Be the only process that writes to the run's folder and to its checkpoints."""
+        checkpoints = (
+            Path(self.config.training.checkpoint_dir) / self.config.training.experiment_name
+        )
+        for folder in {self.directory.resolve(): 0, checkpoints.resolve(): 0}:
+            self.locks.enter_context(RunLock(folder))
 
     def _load_data(self, quiet: bool) -> None:
         """Tokenizer, tokens, and the order in which they come; with them the length of the run."""
@@ -148,7 +159,7 @@ class Trainer:
     def run(self) -> dict[str, Any] | None:
         """Train to the end. Returns the final report, or None if a signal ended the run early."""
         progress = self.progress
-        self._listen_for_signals()
+        restore = self._listen_for_signals()
         self._timer = time.perf_counter(), progress.step
         try:
             while progress.step < self.total_steps and self.stop_signal is None:
@@ -158,8 +169,9 @@ class Trainer:
             self._interrupted()
             return None
         finally:
+            restore()
             self.logger.close()
-            self.lock.release()
+            self.locks.close()
 
     def _advance(self) -> None:
         """One step, and what is due after it."""
@@ -288,16 +300,32 @@ class Trainer:
 
     def _save(self, *, best: bool, must_succeed: bool) -> None:
         """Write a checkpoint. A periodic one that fails is reported, and the run goes on."""
-        if self.progress.not_finite_in_a_row and self.stop_signal is None:
-            self.logger.message("no checkpoint is saved while steps are not finite")
-            return
-        self.logger.sync()
         try:
+            self._refuse_weights_that_are_not_finite()
+            self._sync_records()
             self.folder.save(self.progress.step, self.state(), best=best)
         except CheckpointError as failure:
             if must_succeed:
                 raise
             self.logger.message(f"warning: {failure}; training goes on")
+
+    def _refuse_weights_that_are_not_finite(self) -> None:
+        """A skipped step leaves good weights, but weights may break by themselves."""
+        if not self.wrapper.model.parameters.best_weights().isfinite().all():
+            raise CheckpointError(
+                f"step {self.progress.step}: weights are not finite and are not saved; "
+                "what was saved before is intact"
+            )
+
+    def _sync_records(self) -> None:
+        """A checkpoint must never know of steps that are on no record."""
+        try:
+            self.logger.sync()
+        except OSError as error:
+            raise CheckpointError(
+                f"{self.directory}: the records cannot be written ({error.strerror}), and without "
+                "them no checkpoint is saved"
+            ) from None
 
     def _resume(self, resume: str) -> list[str]:
         """Take over a checkpoint's state; returns what the user should know about it."""
@@ -332,7 +360,7 @@ class Trainer:
             coherence=self.evaluate_coherence,
             say=self.logger.say_once,
         )
-        (self.directory / "report.json").write_text(as_json(report), encoding="utf-8")
+        self._write_report(report)
         self.logger.console.close()
         self.logger.message(
             f"\n{as_text(report)}\n\n"
@@ -340,6 +368,14 @@ class Trainer:
             f"checkpoints       {self.folder.latest}, {self.folder.best}"
         )
         return report
+
+    def _write_report(self, report: dict[str, Any]) -> None:
+        path = self.directory / "report.json"
+        try:
+            with replacing(path) as file:
+                write_all(file, as_json(report).encode())
+        except OSError as error:
+            raise MantransError(f"{path}: cannot be written ({error.strerror})") from None
 
     def _interrupted(self) -> None:
         """A signal came: the step is done, save it and say how to go on."""
@@ -363,16 +399,26 @@ class Trainer:
             f"step {step + 1}: {n} step{'s' * (n > 1)} in a row not finite; {where}; {saved}"
         )
 
-    def _listen_for_signals(self) -> None:
-        """SIGTERM and Ctrl-C end the run after this step; a second Ctrl-C ends it at once."""
+    def _listen_for_signals(self) -> Callable[[], None]:
+        """SIGTERM and Ctrl-C end the run after this step; a second Ctrl-C ends it at once.
+
+        Returns what gives the signals back to those who had them before.
+        """
 
         def note(number: int, frame: FrameType | None) -> None:
             if self.stop_signal is not None and number == signal.SIGINT:
                 raise KeyboardInterrupt
             self.stop_signal = number
 
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, note)
+        before = {
+            number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)
+        }
+
+        def restore() -> None:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+        return restore
 
     # ---------------------------------------------------------------------------------- the start
 
@@ -439,6 +485,7 @@ def build_wrapper(config: Config, vocab_size: int) -> CustomTransformerWrapper:
         tie_embeddings=model.tie_embeddings,
         bias=model.bias,
         layer_norm_epsilon=model.layer_norm_epsilon,
+        initializer_range=model.initializer_range,
         recompute=training.recompute,
         stochastic_rounding=training.stochastic_rounding,
     )

@@ -19,7 +19,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import attention, reference
+from kernels import attention_tiles, reference
 from kernels.attention import attention_backward, attention_forward
 from kernels.decode_attention import decode_attention
 from tests.support.compare import assert_close
@@ -36,7 +36,7 @@ def ids(value: object) -> str | None:
 @pytest.fixture(params=[90, 80], ids=["descriptors", "pointers"])
 def other_ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     """Runs a test once as on Hopper and once as on older GPUs."""
-    monkeypatch.setattr(attention, "architecture", lambda device: request.param)
+    monkeypatch.setattr(attention_tiles, "architecture", lambda device: request.param)
     return request.param
 
 
@@ -170,7 +170,7 @@ def test_strided_qkv_is_read_in_place(other_ways: int) -> None:
 def test_pairs_in_groups_cover_every_pair(monkeypatch: pytest.MonkeyPatch) -> None:
     """With room in the cache for two of five pairs at a time, the last group is not full."""
     T, D = 150, 16
-    monkeypatch.setattr(attention, "L2_BYTES", 2 * (2 * T * D * 2))
+    monkeypatch.setattr(attention_tiles, "L2_BYTES", 2 * (2 * T * D * 2))
     check(1, T, 5, D, torch.bfloat16)
 
 

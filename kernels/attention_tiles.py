@@ -1,0 +1,250 @@
+"""How the attention kernels are cut into blocks on each GPU, and how a call's tensors reach them.
+
+A table of tiles per (kernel, architecture, dtype, head width), and `Problem`: the sizes of one call
+with everything that follows from them. The kernels themselves are in `attention`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from kernels.launch import cdiv, check_tensor, interpreted, next_power_of_two, refuse
+
+MAX_HEAD_WIDTH = 256
+
+
+class Tiles(NamedTuple):
+    """How a kernel is cut: M queries and N keys a block, warps a program, depth of the pipeline."""
+
+    M: int
+    N: int
+    num_warps: int
+    num_stages: int
+
+
+# {(kernel, architecture, bytes an element): {BLOCK_D: Tiles}}. Chosen by ahead-of-time compilation:
+# nothing spilled on Hopper, with documents and without; products of at least 64 columns a warp
+# group; two programs a multiprocessor where they fit, so that one multiplies while the other takes
+# exponentials. float32 is for exactness, not speed: it has no tensor cores, and one row serves all.
+TILES: dict[tuple[str, int, int], dict[int, Tiles]] = {
+    ("forward", 80, 2): {
+        16: Tiles(128, 64, 8, 3),
+        32: Tiles(128, 64, 8, 3),
+        64: Tiles(128, 64, 8, 3),
+        128: Tiles(128, 32, 8, 3),
+        256: Tiles(64, 32, 8, 2),
+    },
+    ("dkdv", 80, 2): {
+        16: Tiles(64, 128, 8, 2),
+        32: Tiles(64, 128, 8, 2),
+        64: Tiles(32, 128, 8, 2),
+        128: Tiles(32, 64, 8, 2),
+        256: Tiles(32, 32, 8, 2),
+    },
+    ("dq", 80, 2): {
+        16: Tiles(128, 64, 8, 2),
+        32: Tiles(128, 64, 8, 2),
+        64: Tiles(128, 64, 8, 2),
+        128: Tiles(64, 32, 8, 2),
+        256: Tiles(32, 32, 8, 2),
+    },
+    ("forward", 90, 2): {
+        16: Tiles(128, 128, 8, 3),
+        32: Tiles(128, 128, 8, 3),
+        64: Tiles(128, 64, 4, 3),
+        128: Tiles(128, 128, 8, 2),
+        256: Tiles(128, 64, 8, 2),
+    },
+    ("dkdv", 90, 2): {
+        16: Tiles(128, 64, 4, 2),
+        32: Tiles(128, 64, 4, 2),
+        64: Tiles(128, 64, 4, 2),
+        128: Tiles(64, 64, 4, 2),
+        256: Tiles(16, 64, 8, 2),
+    },
+    ("dq", 90, 2): {
+        16: Tiles(128, 64, 8, 3),
+        32: Tiles(128, 64, 8, 3),
+        64: Tiles(128, 64, 8, 3),
+        128: Tiles(128, 64, 8, 3),
+        256: Tiles(64, 32, 8, 2),
+    },
+    ("forward", 100, 2): {
+        16: Tiles(128, 128, 8, 3),
+        32: Tiles(128, 128, 8, 3),
+        64: Tiles(128, 128, 8, 3),
+        128: Tiles(128, 128, 8, 2),
+        256: Tiles(128, 64, 8, 2),
+    },
+    ("dkdv", 100, 2): {
+        16: Tiles(128, 64, 4, 2),
+        32: Tiles(128, 64, 4, 2),
+        64: Tiles(128, 128, 8, 2),
+        128: Tiles(64, 128, 8, 2),
+        256: Tiles(32, 64, 8, 2),
+    },
+    ("dq", 100, 2): {
+        16: Tiles(128, 64, 8, 3),
+        32: Tiles(128, 64, 8, 3),
+        64: Tiles(128, 64, 8, 3),
+        128: Tiles(128, 64, 8, 3),
+        256: Tiles(64, 64, 8, 2),
+    },
+}
+FLOAT32_TILES = {
+    "forward": {
+        16: Tiles(32, 16, 4, 1),
+        32: Tiles(32, 32, 4, 1),
+        64: Tiles(32, 32, 4, 1),
+        128: Tiles(32, 32, 8, 1),
+        256: Tiles(16, 16, 8, 1),
+    },
+    "dkdv": {
+        16: Tiles(16, 32, 4, 1),
+        32: Tiles(16, 16, 4, 1),
+        64: Tiles(16, 16, 4, 1),
+        128: Tiles(16, 16, 8, 1),
+        256: Tiles(16, 16, 8, 1),
+    },
+    "dq": {
+        16: Tiles(16, 16, 4, 1),
+        32: Tiles(32, 16, 4, 1),
+        64: Tiles(32, 32, 8, 1),
+        128: Tiles(16, 16, 8, 1),
+        256: Tiles(16, 16, 8, 1),
+    },
+}
+ARCHITECTURES = (80, 90, 100)
+TILES |= {(kernel, arch, 4): row for kernel, row in FLOAT32_TILES.items() for arch in ARCHITECTURES}
+
+L2_BYTES = 16 * 2**20  # of tiles that programs under way may share: a part of the L2 cache
+
+
+def architecture(device: torch.device) -> int:
+    """Which rows of TILES serve `device`: 90, 100, or 80 for everything else.
+
+    The rows of 80 keep within the 99 KiB of shared memory that consumer cards have, and leave the
+    registers that addresses take where tiles come by plain loads: newer GPUs use them too for head
+    widths that the copy engine does not serve. Interpreted kernels take the rows of 90.
+    """
+    if device.type != "cuda":
+        return 90
+    major = torch.cuda.get_device_capability(device)[0]
+    return {9: 90, 10: 100}.get(major, 80)
+
+
+class Problem(NamedTuple):
+    """The sizes of one call, and which way through the kernels it takes."""
+
+    B: int
+    T: int
+    H: int
+    D: int
+    BLOCK_D: int
+    element_bytes: int
+    architecture: int
+    TMA: bool  # tiles come through the copy engine, by descriptors
+
+    def tiles(self, kernel: str) -> Tiles:
+        """The kernel's row of TILES."""
+        by_loads = self.element_bytes == 2 and not self.TMA
+        row = 80 if by_loads else self.architecture
+        return TILES[kernel, row, self.element_bytes][self.BLOCK_D]
+
+    def constants(self, kernel: str) -> dict[str, Any]:
+        """The constexpr arguments of a kernel, and its launch options."""
+        return {
+            "D": self.D,
+            "BLOCK_D": self.BLOCK_D,
+            **self.tiles(kernel)._asdict(),
+            "TMA": self.TMA,
+            "WAIT": waits(self.architecture, self.element_bytes),
+        }
+
+    def schedule(self, rows: int) -> tuple[tuple[int], int, int]:
+        """The grid for blocks of `rows`, and the arguments of `heaviest_first` after the first."""
+        pairs = self.B * self.H
+        tiles_of_a_pair = 2 * self.T * self.D * self.element_bytes  # k and v, or q and do
+        return (cdiv(self.T, rows) * pairs,), pairs, max(1, min(pairs, L2_BYTES // tiles_of_a_pair))
+
+    @property
+    def scale(self) -> float:
+        return self.D**-0.5
+
+
+def waits(architecture: int, element_bytes: int) -> bool:
+    """Whether `finished` has something to wait for: Hopper's products of 16-bit numbers."""
+    return architecture == 90 and element_bytes == 2 and not interpreted()
+
+
+def problem_of(qkv: Tensor, n_heads: int) -> Problem:
+    """Checks the sizes of qkv against n_heads. ValueError as `attention_forward`."""
+    check_tensor("qkv", qkv, shape=(None, None, None), contiguous=False)
+    B, T, three_C = qkv.shape
+    if qkv.stride(2) != 1:
+        refuse("qkv", f"strides {qkv.stride()}", "a last stride of 1")
+    if three_C % 3:
+        refuse("qkv", f"shape {tuple(qkv.shape)}", "a width of 3·C: queries, keys, values")
+    D = head_width(three_C // 3, n_heads)
+    arch = architecture(qkv.device)
+    size = qkv.element_size()
+    aligned = qkv.data_ptr() % 16 == 0 and all(s * size % 16 == 0 for s in qkv.stride()[:2])
+    TMA = aligned and copy_engine_serves(arch, D, size)
+    return Problem(B, T, n_heads, D, padded(D), size, arch, TMA)
+
+
+def padded(D: int) -> int:
+    """BLOCK_D: the width of a tile that holds D columns."""
+    return max(16, next_power_of_two(D))
+
+
+def copy_engine_serves(architecture: int, D: int, element_bytes: int) -> bool:
+    """Whether tiles can come by descriptors: it exists, and heads begin on 16 bytes.
+
+    float32 tiles come by plain loads: their products are formed in registers.
+    """
+    return architecture >= 90 and element_bytes == 2 and D * element_bytes % 16 == 0
+
+
+def head_width(C: int, n_heads: int) -> int:
+    """D = C / n_heads. ValueError if that is not a whole number from 1 to 256."""
+    if n_heads < 1 or C % n_heads:
+        refuse("n_heads", n_heads, f"a divisor of C = {C}")
+    if not 1 <= C // n_heads <= MAX_HEAD_WIDTH:
+        refuse("head width", f"C / n_heads = {C // n_heads}", f"1 to {MAX_HEAD_WIDTH}")
+    return C // n_heads
+
+
+def tiles_of(x: Tensor, problem: Problem, rows: int) -> Tensor | TensorDescriptor:
+    """x (B, T, heads·D) as `load_tile` reads it, in tiles of `rows`."""
+    if not problem.TMA:
+        return x
+    B, T, D = problem.B, problem.T, problem.D
+    strides = [x.stride(0), D, x.stride(1), 1]
+    return TensorDescriptor(x, [B, x.shape[2] // D, T, D], strides, [1, 1, rows, problem.BLOCK_D])
+
+
+def row_statistics(x: Tensor, problem: Problem, rows: int) -> Tensor | TensorDescriptor:
+    """x (B, H, T) float32 as `load_row_statistic` reads it, `rows` at a time."""
+    if not problem.TMA:
+        return x
+    return TensorDescriptor(x, [problem.B * problem.H, problem.T], [x.stride(1), 1], [1, rows])
+
+
+def empty_row_statistic(like: Tensor, problem: Problem) -> Tensor:
+    """(B, H, T) float32, unwritten; rows start on 16 bytes, as the copy engine wants them."""
+    B, T, H = problem.B, problem.T, problem.H
+    return torch.empty((B, H, cdiv(T, 4) * 4), dtype=torch.float32, device=like.device)[..., :T]
+
+
+def check_documents(document_start: Tensor | None, problem: Problem, device: torch.device) -> None:
+    """ValueError unless document_start is None or (B, T) int32 on `device`."""
+    if document_start is not None:
+        shape = (problem.B, problem.T)
+        check_tensor(
+            "document_start", document_start, shape=shape, dtype=torch.int32, device=device
+        )
