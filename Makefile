@@ -14,9 +14,10 @@ export TOKENIZERS_PARALLELISM ?= false
 train: $(VENV)/.installed
 	$(PY) train.py
 
+# One thread a process: pytest-xdist starts a process a core.
 test: $(VENV)/.installed-test
-	$(PY) -m pytest
-	TRITON_INTERPRET=1 $(PY) -m pytest tests/interpreted
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(PY) -m pytest -n auto tests/interpreted
 
 test-slow: $(VENV)/.installed-test
 	$(PY) -m pytest -m slow

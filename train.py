@@ -6,6 +6,7 @@ import argparse
 import signal
 import sys
 
+from mantrans import out_of_memory
 from mantrans.config import Config
 from mantrans.errors import MantransError
 from mantrans.training.trainer import Trainer
@@ -41,14 +42,15 @@ def arguments() -> argparse.Namespace:
 def main() -> int:
     args = arguments()
     try:
-        trainer = Trainer(
-            Config.load(args.config, args.set),
-            resume=args.resume,
-            evaluate_coherence=not args.no_coherence_eval,
-            debug_nan=args.debug_nan,
-            check_kernels=not args.no_selfcheck,
-        )
-        trainer.run()
+        with out_of_memory.explained():
+            trainer = Trainer(
+                Config.load(args.config, args.set),
+                resume=args.resume,
+                evaluate_coherence=not args.no_coherence_eval,
+                debug_nan=args.debug_nan,
+                check_kernels=not args.no_selfcheck,
+            )
+            trainer.run()
     except MantransError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

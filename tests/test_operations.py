@@ -179,6 +179,7 @@ CASES = {
     "layer norm": lambda: LayerNorm(7, 33),
     "layer norm no bias": lambda: LayerNorm(7, 33, bias=False),
     "layer norm one row": lambda: LayerNorm(1, 5),
+    "layer norm many rows": lambda: LayerNorm(3000, 24),
     "add layer norm": lambda: AddLayerNorm(6, 20),
     "attention": lambda: Attention(2, 17, 3, 8),
     "attention T=1": lambda: Attention(2, 1, 2, 4),

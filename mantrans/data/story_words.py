@@ -13,10 +13,10 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-GIRLS = ("Lily", "Anna", "Mia", "Rosie", "Emma", "Lucy", "Nina", "Ella", "Zoe", "Sara")
-BOYS = ("Tom", "Ben", "Sam", "Max", "Leo", "Jack", "Tim", "Finn", "Noah", "Oscar")
-ANIMAL_NAMES_SHE = ("Dot", "Mimi", "Hazel", "Poppy", "Daisy", "Coco")
-ANIMAL_NAMES_HE = ("Pip", "Patch", "Teddy", "Bobo", "Rusty", "Milo")
+GIRLS = ("Lily", "Anna", "Mia", "Emma", "Lucy", "Zoe")
+BOYS = ("Tom", "Ben", "Sam", "Max", "Leo", "Finn")
+ANIMAL_NAMES_SHE = ("Dot", "Hazel", "Poppy", "Daisy")
+ANIMAL_NAMES_HE = ("Pip", "Patch", "Teddy", "Bobo")
 ANIMALS = ("rabbit", "mouse", "fox", "duck", "squirrel", "hedgehog", "frog", "bear")
 ANIMAL_HOMES = {
     "rabbit": "in a warm hole under the hill",

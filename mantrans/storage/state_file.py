@@ -10,17 +10,19 @@ the tests use it to kill a process inside one.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
 import sys
 import time
+from collections.abc import Iterator
 from io import FileIO
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from mantrans.errors import CheckpointError
+from mantrans.errors import CheckpointError, MantransError
 from mantrans.storage import archive, plain_pickle
 from mantrans.storage.atomic import replacing, write_all
 
@@ -71,6 +73,21 @@ def verify(path: str | Path) -> None:
         CheckpointError: as for `load`.
     """
     _read(path, keep=False)
+
+
+@contextlib.contextmanager
+def understood(path: str | Path) -> Iterator[None]:
+    """Around code that takes a loaded state apart: what it finds missing or of another kind is a
+    CheckpointError about `path`. A file may be intact and still not be what it is taken for."""
+    try:
+        yield
+    except MantransError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{path}: its state cannot be used ({type(error).__name__}: {reason(error)}); "
+            "accepted: a checkpoint that train.py saved"
+        ) from None
 
 
 class _Portable:

@@ -9,14 +9,17 @@ number (batches and learning rates are functions of it), and what was counted on
 from __future__ import annotations
 
 import math
+import os
 import signal
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
+
+import torch
 
 from kernels import selfcheck
 from mantrans.config import Config
@@ -34,14 +37,14 @@ from mantrans.evaluation.evaluator import (
 from mantrans.optimizers import scheduled_learning_rate
 from mantrans.storage import state_file
 from mantrans.storage.atomic import replacing, write_all
-from mantrans.training import flops
+from mantrans.training import flops, memory
 from mantrans.training.batches import token_source
 from mantrans.training.checkpoint import CheckpointFolder, newest_intact
 from mantrans.training.diagnosis import first_non_finite
 from mantrans.training.lock import RunLock
 from mantrans.training.logger import RunLogger
 from mantrans.training.step import OutlierGuard, StepRecord, TrainStep
-from mantrans.wrapper import CustomTransformerWrapper
+from mantrans.wrapper import CustomTransformerWrapper, resolve_device, resolve_dtype
 
 
 @dataclass
@@ -55,6 +58,20 @@ class Progress:
     pending: list[StepRecord] = field(
         default_factory=list
     )  # read, but not yet in a line of the log
+
+    @classmethod
+    def from_saved(cls, saved: dict[str, Any]) -> Progress:
+        """Undo `Trainer.state`. TypeError or ValueError for what it cannot have written."""
+        progress = cls(**{**saved, "pending": [StepRecord(*record) for record in saved["pending"]]})
+        counts = (progress.step, progress.skipped, progress.not_finite_in_a_row)
+        if any(type(count) is not int or count < 0 for count in counts):
+            raise ValueError(f"found the counts {counts}")
+        if not all(
+            isinstance(number, int | float)
+            for number in [progress.best_loss, *(n for record in progress.pending for n in record)]
+        ):
+            raise ValueError("a loss or norm is no number")
+        return progress
 
 
 class Trainer:
@@ -133,6 +150,7 @@ class Trainer:
         self.folder = CheckpointFolder(
             training.checkpoint_dir, training.experiment_name, training.keep_checkpoints
         )
+        require_memory(self.config, self.tokenizer.vocab_size)
         self.wrapper = build_wrapper(self.config, self.tokenizer.vocab_size)
         self.flops_per_token = flops.flops_per_token(
             self.wrapper.config, self.config.sequence_length
@@ -336,16 +354,27 @@ class Trainer:
         state = state_file.load(path)
         if "progress" not in state:
             raise CheckpointError(f"{path}: holds a model but no run; accepted: a run's checkpoint")
-        refuse_other_tokenizer(state["tokenizer"], self.tokenizer)
-        notes += _differences(state["config"], self.config.to_dict())
-        self.wrapper.load_state_dict(state)
-        if self.guard and state["guard"]:
-            self.guard.load_state(state["guard"])
-        pending = [StepRecord(*record) for record in state["progress"].pop("pending")]
-        self.progress = Progress(**state["progress"], pending=pending)
+        with state_file.understood(path):
+            notes += self._take_over(state)
         if self.progress.step >= self.total_steps:
             notes.append(f"{path} is already at step {self.progress.step}: nothing left to train")
         return [*notes, f"resumed from {path} at step {self.progress.step}"]
+
+    def _take_over(self, state: dict[str, Any]) -> list[str]:
+        """Make a loaded state this run's own; returns what has changed since it was saved."""
+        refuse_other_tokenizer(state["tokenizer"], self.tokenizer)
+        notes = _differences(state["config"], self.config.to_dict())
+        self.wrapper.load_state_dict(state)
+        if self.guard and state["guard"]:
+            window = state["guard"]["values"]
+            if window.shape == self.guard.values.shape:
+                self.guard.load_state(state["guard"])
+            else:
+                notes.append(
+                    f"note: training.outlier_window was {len(window)}: its memory begins empty"
+                )
+        self.progress = Progress.from_saved(state["progress"])
+        return notes
 
     # ------------------------------------------------------------------------------------- ending
 
@@ -491,7 +520,29 @@ def build_wrapper(config: Config, vocab_size: int) -> CustomTransformerWrapper:
     )
 
 
-def _differences(saved: dict, now: dict) -> list[str]:
+def require_memory(config: Config, vocab_size: int) -> None:
+    """Raise ConfigError for a step that the device's whole memory could not hold.
+
+    Otherwise the system would grant the memory and kill the process when it is used.
+    """
+    device = resolve_device(config.training.device)
+    model = replace(config.model, vocab_size=vocab_size)
+    dtype = resolve_dtype(model.dtype, device)
+    needed = memory.predict(replace(config, model=model), dtype, device).total
+    if device.type == "cuda":
+        present = torch.cuda.get_device_properties(device).total_memory
+    else:
+        present = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        tokens = config.training.sequences_per_step * (config.sequence_length + 1)
+        needed += 3 * 8 * tokens  # a step's tokens: made, and kept in two places
+    if needed > present:
+        raise ConfigError(
+            f"model, training.batch_size: a step of this size takes {needed / 2**30:,.1f} GiB; "
+            f"accepted: what fits into the {present / 2**30:,.1f} GiB of {device}"
+        )
+
+
+def _differences(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """Settings that are not those the checkpoint was trained with: the run becomes another one."""
     changed = [
         f"{section}.{name} {saved.get(section, {}).get(name)!r} → {value!r}"

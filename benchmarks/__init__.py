@@ -1,0 +1,1 @@
+"""Every speed and memory figure of the project comes from the modules in this folder."""

@@ -1,0 +1,27 @@
+"""Tests that need a CUDA device: `python -m pytest tests/gpu`. Skipped where there is none."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from types import ModuleType
+
+import pytest
+import torch
+
+
+@pytest.fixture
+def device() -> torch.device:
+    """The CUDA device, with float32 products in float32."""
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        pytest.fail("TRITON_INTERPRET=1: these tests are about compiled kernels")
+    torch.backends.cuda.matmul.allow_tf32 = False
+    return torch.device("cuda")
+
+
+@pytest.fixture
+def fused(device: torch.device) -> ModuleType:
+    """The backend under test, imported only where it can run."""
+    return importlib.import_module("kernels.fused")

@@ -1,0 +1,32 @@
+"""Launches every kernel once on small shapes: `python -m tests.gpu.small_shapes`.
+
+This is what a memory or race checker is pointed at: sizes that no block divides, so that each mask
+is needed, and few enough elements for a tool that slows a program down a hundredfold. Results are
+not looked at; the parity tests do that.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from kernels import fused, selfcheck
+from kernels.selfcheck import Draw, Shapes
+
+SHAPES = (
+    Shapes(B=2, T=130, H=2, D=64, C=128, F=320, V=1000, Vp=1024, N=67),
+    Shapes(B=1, T=70, H=1, D=100, C=100, F=72, V=5, Vp=128, N=33),
+)
+DTYPES = (torch.bfloat16, torch.float32)
+
+
+def main() -> None:
+    for shapes in SHAPES:
+        for dtype in DTYPES:
+            for draw_inputs, program in selfcheck.PROGRAMS:
+                program(fused, draw_inputs(shapes, Draw(dtype, torch.device("cuda"))))
+                torch.cuda.synchronize()
+    print(f"{len(selfcheck.PROGRAMS)} programs at {len(SHAPES)} shapes in {len(DTYPES)} dtypes ran")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,54 @@
+"""The memory that `mantrans.training.memory` predicts is what a captured step takes, within 10%."""
+
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+
+import pytest
+import torch
+
+from mantrans.config import Config
+from mantrans.training.batches import HostTokens
+from mantrans.training.memory import predict
+from mantrans.training.step import TrainStep
+from mantrans.training.trainer import build_wrapper
+from tests.gpu.small_runs import loader
+
+pytestmark = pytest.mark.gpu
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+VOCABULARY = {"tinystories_custom_tokenizer": 4096, "gpt2-124m": 50_257}
+
+
+@pytest.mark.parametrize("recompute", ["none", "gelu", "block"])
+@pytest.mark.parametrize("name", VOCABULARY)
+def test_peak_is_as_predicted(device: torch.device, name: str, recompute: str) -> None:
+    config = Config.load(
+        CONFIGS / f"{name}.yaml",
+        [
+            f"model.vocab_size={VOCABULARY[name]}", "model.dtype=bfloat16",
+            "training.device=cuda", f"training.recompute={recompute}",
+            "training.gradient_accumulation_steps=2",
+        ],
+    )  # fmt: skip
+    predicted = predict(config, torch.bfloat16, device).total
+
+    gc.collect()
+    torch.cuda.empty_cache()
+    # workspaces of earlier tests would otherwise be found, and not be counted
+    torch._C._cuda_clearCublasWorkspaces()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    wrapper = build_wrapper(config, VOCABULARY[name])
+    sequences = config.training.sequences_per_step
+    batches = loader(sequences, config.sequence_length, VOCABULARY[name])
+    step = TrainStep(
+        wrapper.model, wrapper.optimizer, HostTokens(batches, device), micro_batches=2,
+        capture=True,
+    )  # fmt: skip
+    for i in range(3):
+        step.run(i, 1e-4)
+    assert all(record.applied for record in step.read())
+    peak = torch.cuda.max_memory_allocated() - before
+    assert abs(peak / predicted - 1) <= 0.1, f"{peak / 2**20:.0f} of {predicted / 2**20:.0f} MiB"

@@ -1,0 +1,50 @@
+"""The self-check as a GPU run meets it: it passes, it is quick, and it stops a wrong kernel."""
+
+from __future__ import annotations
+
+import time
+import types
+from typing import Any
+
+import pytest
+import torch
+
+from kernels import selfcheck
+from kernels.selfcheck import KernelCheckError
+
+pytestmark = pytest.mark.gpu
+
+GPT2 = {"d_model": 768, "n_heads": 12, "d_ffn": 3072, "vocab_size": 50_257}
+MEDIUM = {"d_model": 2048, "n_heads": 16, "d_ffn": 8192, "vocab_size": 50_257}
+TINY = {"d_model": 256, "n_heads": 4, "d_ffn": 512, "vocab_size": 4096}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("run", "T"), [(GPT2, 1024), (MEDIUM, 2048), (TINY, 256)])
+def test_shipped_shapes_pass_in_under_five_seconds(
+    run: dict[str, int],
+    T: int,
+    dtype: torch.dtype,
+    fused: types.ModuleType,
+    device: torch.device,
+) -> None:
+    def check() -> None:
+        selfcheck.check(fused, **run, sequence_length=T, dtype=dtype, device=device)
+
+    check()  # compiles what the training would compile anyway
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    check()
+    torch.cuda.synchronize()
+    assert time.perf_counter() - start < 5
+
+
+def test_a_wrong_kernel_stops_the_run(fused: types.ModuleType, device: torch.device) -> None:
+    def backward(*arguments: Any) -> torch.Tensor:
+        dqkv = fused.attention_backward(*arguments)
+        dqkv[:, 64:128] = 0  # a block of rows that no program was given
+        return dqkv
+
+    wrong = types.SimpleNamespace(**{**vars(fused), "attention_backward": backward})
+    with pytest.raises(KernelCheckError, match="attention_backward is wrong on cuda"):
+        selfcheck.check(wrong, **TINY, sequence_length=256, dtype=torch.bfloat16, device=device)

@@ -1,0 +1,194 @@
+"""The self-check passes a right backend, and names the operation of a wrong one.
+
+Runs on a CPU: what is checked is `native`, whole, and `native` with one operation replaced by one
+that is wrong in the way that kernels go wrong.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels import native, reference, selfcheck
+from kernels.selfcheck import KernelCheckError, Shapes, check, poisoned_memory, relative_error
+
+RUN: dict[str, Any] = {
+    "d_model": 48,
+    "n_heads": 3,
+    "d_ffn": 80,
+    "vocab_size": 200,
+    "sequence_length": 37,
+    "dtype": torch.float32,
+    "device": torch.device("cpu"),
+}
+
+
+def backend(**replaced: Callable[..., Any]) -> types.SimpleNamespace:
+    """`native` with some operations replaced."""
+    return types.SimpleNamespace(**{**vars(native), **replaced})
+
+
+def test_a_right_backend_passes() -> None:
+    results = check(native, **RUN)
+    checked = {result.operation for result in results}
+    operations = {
+        name
+        for name, value in vars(native).items()
+        if isinstance(value, types.FunctionType)
+        and hasattr(reference, name)
+        and name.endswith(("forward", "backward", "update", "norm", "gradient", "attention"))
+    }
+    assert checked == operations, "every operation of a backend must be checked"
+    assert all(result.error <= result.bound for result in results)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_roundings_of_other_dtypes_pass(dtype: torch.dtype) -> None:
+    # the reference rounds once per operation, so it is right in any dtype
+    assert check(reference, **{**RUN, "dtype": dtype})
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("vocab_size", "sequence_length"), [(5003, 1), (128, 300), (1, 5)])
+def test_other_shapes_pass(dtype: torch.dtype, vocab_size: int, sequence_length: int) -> None:
+    run = {"vocab_size": vocab_size, "sequence_length": sequence_length, "dtype": dtype}
+    assert check(reference, **{**RUN, **run})
+
+
+# ----------------------------------------------------------------------------- wrong on purpose
+
+
+def attention_that_sees_one_key_more(qkv: Tensor, n_heads: int, starts: Tensor | None = None):
+    T = qkv.shape[1]
+    q, k, v = reference.split_heads(qkv, n_heads)
+    hidden = ~torch.ones(T, T, dtype=torch.bool).tril(1)
+    scores = (q @ k.mT / q.shape[-1] ** 0.5).masked_fill(hidden, -torch.inf)
+    return reference.merge_heads(torch.softmax(scores, -1) @ v), torch.logsumexp(scores, -1)
+
+
+def attention_without_documents(qkv: Tensor, n_heads: int, starts: Tensor | None = None):
+    return native.attention_forward(qkv, n_heads)
+
+
+def attention_with_a_block_off(dout, qkv, out, lse, n_heads, starts=None):
+    """Wrong in the last rows of dk only: what an off-by-one at the end of a sequence does."""
+    dqkv = native.attention_backward(dout, qkv, out, lse, n_heads, starts)
+    C = qkv.shape[-1] // 3
+    dqkv[:, -1, C : 2 * C] = 0
+    return dqkv
+
+
+def gelu_that_forgets_a_row(h: Tensor, bias: Tensor | None = None) -> Tensor:
+    y = torch.empty_like(h)
+    y[:-1] = native.bias_gelu_forward(h[:-1], bias)
+    return y
+
+
+def layer_norm_backward_without_residual(*arguments: Any) -> Tensor:
+    return native.layer_norm_backward(*arguments[:-1])
+
+
+def overwriting_bias_gradient(dy: Tensor, dbias: Tensor) -> None:
+    dbias.copy_(dy.sum(0))
+
+
+def loss_that_leaves_the_padding(logits, targets, scale, vocab_size, ignore_index=-100):
+    padding = logits[:, vocab_size:].clone()
+    losses = native.cross_entropy_forward_backward(logits, targets, scale, vocab_size)
+    logits[:, vocab_size:] = padding
+    return losses
+
+
+def adamw_that_never_skips(*arguments: Any) -> None:
+    arguments = list(arguments)
+    arguments[8] = torch.tensor(True)
+    native.adamw_update(*arguments)
+
+
+def sgd_that_decays_everything(*arguments: Any) -> None:
+    arguments = list(arguments)
+    arguments[-1] = arguments[0].numel()
+    native.sgd_update(*arguments)
+
+
+def decoding_that_reads_too_far(q, k_cache, v_cache, lengths, n_heads):
+    return native.decode_attention(
+        q, k_cache, v_cache, (lengths + 1).clamp(max=k_cache.shape[1]), n_heads
+    )
+
+
+def linear_in_tf32(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    x, weight = ((t.view(torch.int32) & ~0x1FFF).view(torch.float32) for t in (x, weight))
+    return native.linear_forward(x, weight, bias)
+
+
+@pytest.mark.parametrize(
+    ("operation", "wrong", "output"),
+    [
+        ("attention_forward", attention_that_sees_one_key_more, "out (2, 37, 48)"),
+        ("attention_forward", attention_without_documents, "out with documents"),
+        ("attention_backward", attention_with_a_block_off, "dqkv (2, 37, 3, 48)"),
+        ("bias_gelu_forward", gelu_that_forgets_a_row, "never written"),
+        ("layer_norm_backward", layer_norm_backward_without_residual, "dx"),
+        ("bias_gradient", overwriting_bias_gradient, "dbias (80,)"),
+        ("cross_entropy_forward_backward", loss_that_leaves_the_padding, "dlogits"),
+        ("adamw_update", adamw_that_never_skips, "finite=False"),
+        ("sgd_update", sgd_that_decays_everything, "finite=True"),
+        ("decode_attention", decoding_that_reads_too_far, "never written"),
+        ("linear_forward", linear_in_tf32, "y"),
+    ],
+)
+def test_a_wrong_operation_is_named(operation: str, wrong: Callable[..., Any], output: str) -> None:
+    with pytest.raises(KernelCheckError) as caught:
+        check(backend(**{operation: wrong}), **RUN)
+    message = str(caught.value)
+    assert message.startswith(f"{operation} is wrong on cpu in float32: ")
+    assert output in message and "\n" not in message
+
+
+def test_an_operation_that_raises_is_named() -> None:
+    def out_of_resources(*arguments: Any) -> None:
+        raise RuntimeError("out of resource: shared memory\nRequired: 300000")
+
+    with pytest.raises(KernelCheckError) as caught:
+        check(backend(attention_backward=out_of_resources), **RUN)
+    assert str(caught.value) == "attention_backward does not run: out of resource: shared memory"
+
+
+# ------------------------------------------------------------------------------------ its parts
+
+
+def test_long_runs_are_cut_to_what_takes_seconds() -> None:
+    shapes = Shapes.of_run(2048, 16, 8192, 50_257, 32_768)
+    assert (shapes.C, shapes.H, shapes.D, shapes.F) == (2048, 16, 128, 8192)
+    assert shapes.B * shapes.H * shapes.T**2 <= selfcheck.MAX_SCORES
+    assert shapes.N * shapes.V <= selfcheck.MAX_LOGITS
+    assert shapes.Vp % 128 == 0 and shapes.Vp >= shapes.V
+    assert Shapes.of_run(768, 12, 3072, 50_257, 512).T == 512
+
+
+def test_the_error_measure() -> None:
+    exact = torch.ones(100, 10)
+    assert relative_error(exact, exact) == 0
+    assert relative_error(exact * 1.01, exact) == pytest.approx(0.01)
+    one_row = exact.clone()
+    one_row[7] = 1.8
+    assert relative_error(one_row, exact) == pytest.approx(0.8 / selfcheck.WORST_ROW)
+    hole = exact.clone()
+    hole[3, 3] = torch.nan
+    assert not relative_error(hole, exact) <= 1e9
+    assert relative_error(torch.zeros(3), torch.zeros(3)) == 0
+    assert relative_error(torch.full((3,), 1e-30), torch.zeros(3)) > 1
+
+
+def test_poisoning_ends_with_its_block() -> None:
+    before = torch.are_deterministic_algorithms_enabled()
+    with poisoned_memory():
+        assert torch.empty(5).isnan().all() and torch.zeros(2).new_empty(5).isnan().all()
+        assert torch.empty_like(torch.zeros(4, dtype=torch.bfloat16)).isnan().all()
+    assert torch.are_deterministic_algorithms_enabled() == before
