@@ -17,6 +17,9 @@ def choose(name: str, device: torch.device) -> ModuleType:
     kernels; CUDA only, or any device under Triton's interpreter), or "auto": triton on CUDA, native
     elsewhere. Raises ValueError for any other name, or for triton where it cannot run.
     """
+    if device.type == "cuda":  # products are summed in float32 to the end, by cuBLAS too
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
     if name == "auto":
         name = "triton" if device.type == "cuda" else "native"
     if name not in BACKENDS:

@@ -102,7 +102,7 @@ class CustomTransformer:
         for block in reversed(self.blocks):
             saved = saved_blocks.pop()
             if self.recompute == "block":
-                _, _, saved = block.forward(saved, None, document_start)
+                saved = block.forward(saved, None, document_start)[2]
             dx = block.backward(dx, saved, document_start)
             del saved
         self.ops.embedding_backward(

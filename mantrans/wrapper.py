@@ -353,6 +353,8 @@ def resolve_device(device: torch.device | str) -> torch.device:
     try:
         resolved = torch.device(device)
         torch.empty(0, device=resolved)
+        if resolved.type == "cuda" and resolved.index is not None:
+            torch.cuda.set_device(resolved)  # kernels are launched on the current device
     except (RuntimeError, AssertionError) as wrong:
         reason = str(wrong).splitlines()[0]
         raise ConfigError(f"device: found {device!r}, which does not work ({reason})") from None

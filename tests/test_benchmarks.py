@@ -53,20 +53,19 @@ def losses_of(name: str, case: steps.Case = CASE) -> list[float]:
 
 def test_losses_of_ours_and_the_rivals_agree_over_ten_steps() -> None:
     expected = losses_of(steps.JUDGE)
-    assert expected[0] - expected[-1] > 0.1, "nothing was learned"
+    assert expected[0] - expected[-1] > 100 * steps.TOLERANCE["float32"]
     for name in NO_COMPILER:
-        assert max(steps.loss_differences(losses_of(name), expected)) < 1e-4, name
+        assert max(steps.loss_differences(losses_of(name), expected)) < 2e-5, name
 
 
 def test_a_wrong_gradient_is_seen_in_the_losses(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The check is worth something: half an attention gradient does not pass."""
+    """The check is worth something: a model whose GELU has no gradient is not timed."""
     from kernels import native
 
-    right = native.attention_backward
-    monkeypatch.setattr(native, "attention_backward", lambda *args: -right(*args))
-    monkeypatch.setattr(native, "weight_gradient", lambda dy, x, dw: dw.add_(dy.T @ x, alpha=-1))
+    right = native.bias_gelu_backward
+    monkeypatch.setattr(native, "bias_gelu_backward", lambda *args: 0 * right(*args))
     differences = steps.loss_differences(losses_of("native"), losses_of(steps.JUDGE))
-    assert max(differences) > steps.TOLERANCE["bfloat16"]
+    assert max(differences) > 5 * steps.TOLERANCE["float32"]
 
 
 @pytest.mark.parametrize(

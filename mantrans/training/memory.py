@@ -10,10 +10,10 @@ model's dtype and w per element of the wide one (float32, or float64 for a float
                                             gelu: without GELU's output. block: the first C only
     kept besides, per token                 final norm: input C and output C (s), mean, root (w);
                                             token and target ids, 8 each; document start, 4
-    while a block goes backward, per token  the MLP's gradients 2F and 2C, or attention's 6C (s);
+    while a block goes backward, per token  the MLP's gradients 2F and 2C, or attention's 8C (s);
                                             for recompute: what the block did not keep
     while the loss is computed              its gradient C per token (s) and the logits of one chunk
-    library                                 cuBLAS's workspace, 32 MiB on a GPU
+    library                                 cuBLAS's workspace on a GPU, 32 MiB a stream
 
 The peak is the buffers and all that is kept, the library's workspace, and the larger of the two
 lines before it. CUDA's own context and the fragmentation of PyTorch's allocator are not in it; the
@@ -81,7 +81,7 @@ def predict(config: Config, dtype: torch.dtype, device: torch.device | str) -> M
     block_kept = _kept_by_block(model, training.recompute, narrow, wide)
     width, inner = model.d_model, model.feed_forward_width
     final = 2 * width * narrow + 2 * wide + 8 + 8 + 4
-    backward = max(2 * inner + 2 * width, 6 * width) * narrow + (block_full - block_kept)
+    backward = max(2 * inner + 2 * width, 8 * width) * narrow + (block_full - block_kept)
     loss = width * narrow + wide
     on_gpu = torch.device(device).type == "cuda"
     return MemoryPrediction(
@@ -92,7 +92,8 @@ def predict(config: Config, dtype: torch.dtype, device: torch.device | str) -> M
         activations=tokens * (model.n_blocks * block_kept + final),
         backward_workspace=tokens * backward,
         loss_workspace=tokens * loss + _logits_chunk(config, narrow, wide, on_gpu),
-        library=CUBLAS_WORKSPACE if on_gpu else 0,
+        # one for the stream that warms up, one for that of the capture
+        library=CUBLAS_WORKSPACE * (1 + training.compile_step) if on_gpu else 0,
     )
 
 

@@ -1,0 +1,34 @@
+"""The arguments that all programs of this folder share, and the clock that bounds a stage."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+from benchmarks.records import RESULTS
+
+
+def parser(description: str, seconds: float) -> argparse.ArgumentParser:
+    """--output, --seconds, --quick and --only; `seconds` is the stage's usual time."""
+    p = argparse.ArgumentParser(description=description)
+    p.add_argument("--output", type=Path, default=RESULTS, help="folder of results")
+    p.add_argument("--seconds", type=float, default=seconds, help="stop starting cases after this")
+    p.add_argument("--quick", action="store_true", help="tiny sizes: does it run at all?")
+    p.add_argument("--only", default="", metavar="TEXT", help="cases whose name contains TEXT")
+    return p
+
+
+class Budget:
+    """How much of a stage's time is left, and how it is shared among the cases still to come."""
+
+    def __init__(self, seconds: float, cases: int) -> None:
+        self.end = time.monotonic() + seconds
+        self.cases = cases
+
+    def next_share(self) -> float:
+        """Seconds for the next case; 0 or less: do not start it."""
+        left = self.end - time.monotonic()
+        share = left / max(1, self.cases)
+        self.cases -= 1
+        return share if left > 0 else 0.0
