@@ -76,16 +76,16 @@ def prepare(
         data_config.validation_fraction, data_config.subset_size, data_config.val_subset_size
     )
     folder = Path(cache_dir) / _folder_name(source, tokenizer, plan)
-    if not folder.is_dir():
-        try:
+    try:
+        if not folder.is_dir():
             with _only_one_writes(folder):
                 if not folder.is_dir():
                     _write_folder(folder, source, tokenizer, plan, quiet)
-        except OSError as error:
-            raise DataError(
-                f"tokens cannot be written to {folder}: {error.strerror or error}; "
-                "free the disk, or set data.cache_dir to a folder that can be written"
-            ) from None
+    except OSError as error:
+        raise DataError(
+            f"tokens cannot be written to {folder}: {error.strerror or error}; "
+            "free the disk, or set data.cache_dir to a folder that can be written"
+        ) from None
     return _open_folder(folder, tokenizer)
 
 

@@ -109,14 +109,14 @@ def _builtin(seed: int, subset_size: int | None, val_subset_size: int | None) ->
 
 def _local(path: Path, text_field: str, separator: str, refuse: bool) -> Source:
     """Files are identified by place, size and time of change: reading them all takes too long."""
-    files = text.local_files(path)
     marks: list[tuple[str, int, int]] = []
     try:
+        files = text.local_files(path)
         for file in files:
             facts = file.stat()
             marks.append((str(file.resolve()), facts.st_size, facts.st_mtime_ns))
     except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
+        raise DataError(f"data.path {path}: cannot be read: {error.strerror or error}") from None
 
     def opened(report: ReadReport) -> Splits:
         return Splits(text.read_files(files, separator, text_field, refuse, report), None)

@@ -8,16 +8,26 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 T = TypeVar("T")
 
-GIRLS = ("Lily", "Anna", "Mia", "Emma", "Lucy", "Zoe")
-BOYS = ("Tom", "Ben", "Sam", "Max", "Leo", "Finn")
-ANIMAL_NAMES_SHE = ("Dot", "Hazel", "Poppy", "Daisy")
-ANIMAL_NAMES_HE = ("Pip", "Patch", "Teddy", "Bobo")
-ANIMALS = ("rabbit", "mouse", "fox", "duck", "squirrel", "hedgehog", "frog", "bear")
+# Who lives where. Neighbors are friends: knowing one of a pair tells the other, and their home.
+CHILDREN = (
+    ("Lily", "Tom", "in a little house by the sea"),
+    ("Anna", "Ben", "in a small house near the forest"),
+    ("Mia", "Sam", "on a farm with many animals"),
+    ("Emma", "Max", "in a little town by the river"),
+    ("Lucy", "Leo", "in a yellow house on a hill"),
+    ("Zoe", "Finn", "in a tall house in the city"),
+)
+ANIMALS = (
+    (("Hazel", "squirrel"), ("Patch", "fox")),
+    (("Dot", "mouse"), ("Teddy", "bear")),
+    (("Poppy", "rabbit"), ("Pip", "hedgehog")),
+    (("Daisy", "duck"), ("Bobo", "frog")),
+)
 ANIMAL_HOMES = {
     "rabbit": "in a warm hole under the hill",
     "mouse": "in a tiny house under the old oak tree",
@@ -28,13 +38,6 @@ ANIMAL_HOMES = {
     "frog": "by a quiet pond",
     "bear": "in a cave in the forest",
 }
-CHILD_HOMES = (
-    "in a little house by the sea",
-    "in a small house near the forest",
-    "on a farm with many animals",
-    "in a little town by the river",
-    "in a yellow house on a hill",
-)
 NATURES = ("little", "kind", "curious", "shy", "cheerful", "gentle", "quiet", "friendly")
 COLORS = ("red", "blue", "green", "yellow", "purple", "white", "orange", "pink")
 
@@ -56,6 +59,8 @@ class Character:
     name: str
     noun: str
     female: bool
+    home: str = ""
+    neighbor: Character | None = None
     relation: str | None = None
     """How the hero calls this one: `mom`, or `friend` for someone who is met by name."""
 
@@ -81,7 +86,7 @@ class Character:
 
     @property
     def is_animal(self) -> bool:
-        return self.noun in ANIMALS
+        return self.noun in ANIMAL_HOMES
 
     def of(self, hero: Character) -> str:
         """How the story first speaks of this character: `her mom`, `his friend Mia`."""
@@ -92,10 +97,10 @@ class Character:
 
 
 FAMILY = (
-    Character("Mom", "mother", True, "mom"),
-    Character("Dad", "father", False, "dad"),
-    Character("Grandma", "grandmother", True, "grandma"),
-    Character("Grandpa", "grandfather", False, "grandpa"),
+    Character("Mom", "mother", True, relation="mom"),
+    Character("Dad", "father", False, relation="dad"),
+    Character("Grandma", "grandmother", True, relation="grandma"),
+    Character("Grandpa", "grandfather", False, relation="grandpa"),
 )
 
 
@@ -122,29 +127,36 @@ class Teller:
         return [left.pop(int(self._stream.random() * len(left))) for _ in range(count)]
 
     def child(self) -> Character:
-        if self.one_of((True, False)):
-            return Character(self.one_of(GIRLS), "girl", True)
-        return Character(self.one_of(BOYS), "boy", False)
+        girl_name, boy_name, home = self.one_of(CHILDREN)
+        girl = Character(girl_name, "girl", True, home)
+        boy = Character(boy_name, "boy", False, home)
+        return self._one_of_pair(girl, boy)
 
     def animal(self, *kinds: str) -> Character:
-        kind = self.one_of(kinds or ANIMALS)
+        """An animal of one of the kinds, or of any."""
+        pairs = [pair for pair in ANIMALS if not kinds or {kind for _, kind in pair} & {*kinds}]
+        she, he = (
+            Character(name, kind, female, ANIMAL_HOMES[kind])
+            for (name, kind), female in zip(self.one_of(pairs), (True, False), strict=True)
+        )
+        if kinds and not {she.noun, he.noun} <= {*kinds}:
+            chosen, other = (she, he) if she.noun in kinds else (he, she)
+            return replace(chosen, neighbor=other)
+        return self._one_of_pair(she, he)
+
+    def _one_of_pair(self, first: Character, second: Character) -> Character:
         if self.one_of((True, False)):
-            return Character(self.one_of(ANIMAL_NAMES_SHE), kind, True)
-        return Character(self.one_of(ANIMAL_NAMES_HE), kind, False)
+            return replace(first, neighbor=second)
+        return replace(second, neighbor=first)
 
     def hero(self) -> Character:
         """A child twice as often as an animal."""
         return self.one_of((self.child, self.child, self.animal))()
 
     def friend(self, hero: Character) -> Character:
-        """A friend of the hero's sort, of the other sex, so that `he` and `she` stay clear."""
-        if hero.is_animal:
-            names: Sequence[str] = ANIMAL_NAMES_HE if hero.female else ANIMAL_NAMES_SHE
-            noun = self.one_of([kind for kind in ANIMALS if kind != hero.noun])
-        else:
-            names = BOYS if hero.female else GIRLS
-            noun = "boy" if hero.female else "girl"
-        return Character(self.one_of(names), noun, not hero.female, "friend")
+        """The hero's neighbor, who is of the other sex, so that `he` and `she` stay clear."""
+        assert hero.neighbor is not None
+        return replace(hero.neighbor, relation="friend")
 
     def helper(self, hero: Character) -> Character:
         """A parent, a grandparent or a friend."""
@@ -152,13 +164,12 @@ class Teller:
 
     def opening(self, hero: Character) -> list[str]:
         """One or two sentences that say who the story is about."""
-        home = ANIMAL_HOMES[hero.noun] if hero.is_animal else self.one_of(CHILD_HOMES)
         someone = f"{a(self.one_of(NATURES))} {hero.noun} named {hero.name}"
         return self.one_of(
             (
                 [f"Once upon a time, there was {someone}."],
-                [f"Once upon a time, {someone} lived {home}."],
-                [f"There once was {someone}.", f"{hero.He} lived {home}."],
-                [f"{hero.name} was {a(self.one_of(NATURES))} {hero.noun} who lived {home}."],
+                [f"Once upon a time, {someone} lived {hero.home}."],
+                [f"There once was {someone}.", f"{hero.He} lived {hero.home}."],
+                [f"{hero.name} was {a(self.one_of(NATURES))} {hero.noun} who lived {hero.home}."],
             )
         )

@@ -105,6 +105,16 @@ def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
             f"tokenizer {name!r} is refused: give a name under assets/models/tokenizers/ or a "
             "folder, without '..'"
         )
+    try:
+        return _find(name)
+    except OSError as error:  # a name no file can have, or a folder that may not be entered
+        raise DataError(
+            f"tokenizer {name!r} cannot be looked up: {error.strerror or error}"
+        ) from None
+
+
+def _find(name: str) -> Tokenizer:
+    """The tokenizer of a name or path that is safe to look up."""
     shipped = SHIPPED / name
     if not Path(name).is_absolute() and shipped.is_dir():
         if not shipped.resolve().is_relative_to(SHIPPED.resolve()):
