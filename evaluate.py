@@ -16,19 +16,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from mantrans import out_of_memory
 from mantrans.config import Config
 from mantrans.data.dataset import prepare
-from mantrans.data.tokenizer import load_tokenizer
+from mantrans.data.tokenizer import Tokenizer, load_tokenizer
 from mantrans.errors import CheckpointError, ConfigError, MantransError
 from mantrans.evaluation.evaluator import as_json, as_text, evaluate, refuse_other_tokenizer
 from mantrans.storage import state_file
-from mantrans.wrapper import CustomTransformerWrapper
+from mantrans.transformer import parameter_specs
+from mantrans.wrapper import CustomTransformerWrapper, check_same_parameters
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     try:
-        run(parse(argv))
+        with out_of_memory.explained():
+            run(parse(argv))
     except MantransError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -42,13 +45,15 @@ def run(arguments: argparse.Namespace) -> None:
     state = load_trained(arguments.checkpoint)
     config = choose_config(arguments, state)
     tokenizer = load_tokenizer(config.data.tokenizer)
-    refuse_other_tokenizer(state["tokenizer"], tokenizer)
-    wrapper = CustomTransformerWrapper.from_state_dict(
-        state,
-        device=arguments.device or config.training.device,
-        backend=config.training.backend,
-        optimizer="sgd",  # nothing is optimized, and SGD has no moments to make room for
-    )
+    with state_file.understood(arguments.checkpoint):
+        refuse_other_tokenizer(state["tokenizer"], tokenizer)
+        check_claims(state, tokenizer)
+        wrapper = CustomTransformerWrapper.from_state_dict(
+            state,
+            device=arguments.device or config.training.device,
+            backend=config.training.backend,
+            optimizer="sgd",  # nothing is optimized, and SGD has no moments to make room for
+        )
     data = prepare(
         config.data, tokenizer, seed=config.training.seed, cache_dir=config.data.cache_dir
     )
@@ -78,6 +83,19 @@ def load_trained(path: Path) -> dict[str, Any]:
             "accepted: a checkpoint that train.py saved"
         )
     return state
+
+
+def check_claims(state: dict[str, Any], tokenizer: Tokenizer) -> None:
+    """CheckpointError unless the weights are there that the state's description of the model asks
+    for, before memory is taken for them, and every token of the tokenizer is one of the model's."""
+    shape = {"model": state["model_config"], "training": {"max_steps": 1}}
+    model = Config.from_dict(shape, "the checkpoint's model_config").model
+    if model.vocab_size != tokenizer.vocab_size:
+        raise CheckpointError(
+            f"the checkpoint's vocab_size: found {model.vocab_size}; accepted: the "
+            f"{tokenizer.vocab_size} entries of its tokenizer ({tokenizer.name})"
+        )
+    check_same_parameters(state["parameters"], {spec.name: spec for spec in parameter_specs(model)})
 
 
 def choose_config(arguments: argparse.Namespace, state: dict[str, Any]) -> Config:

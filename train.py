@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
+import threading
 
 from mantrans import out_of_memory
 from mantrans.config import Config
@@ -34,13 +35,28 @@ def arguments() -> argparse.Namespace:
         help="stop at the first step that is not finite, and name the layer",
     )
     parser.add_argument(
+        "--profile", type=int, default=0, metavar="N", help="profile N steps, see runs/NAME"
+    )
+    parser.add_argument(
         "--no-selfcheck", action="store_true", help="on a GPU: do not check the kernels first"
     )
     return parser.parse_args()
 
 
+def background_failure(failure: threading.ExceptHookArgs) -> None:
+    """TensorBoard writes from a thread of its own; a disk that refuses it is no news by then."""
+    if isinstance(failure.exc_value, OSError):
+        print(
+            f"warning: TensorBoard's files are not written on ({failure.exc_value.strerror})",
+            file=sys.stderr,
+        )
+    else:
+        threading.__excepthook__(failure)
+
+
 def main() -> int:
     args = arguments()
+    threading.excepthook = background_failure
     try:
         with out_of_memory.explained():
             trainer = Trainer(
@@ -49,6 +65,7 @@ def main() -> int:
                 evaluate_coherence=not args.no_coherence_eval,
                 debug_nan=args.debug_nan,
                 check_kernels=not args.no_selfcheck,
+                profile=args.profile,
             )
             trainer.run()
     except MantransError as error:

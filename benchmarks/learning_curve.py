@@ -1,4 +1,4 @@
-"""Draws a run's losses over its tokens: `python -m benchmarks.learning_curve runs/NAME FILE.png`."""
+"""Draws a run's losses: `python -m benchmarks.learning_curve runs/NAME FILE.png`."""
 
 from __future__ import annotations
 

@@ -132,6 +132,13 @@ class Recorder:
 _NOTHING = {"p20": None, "p50": None, "p80": None, "rounds": 0}
 
 
+def reason(failure: Exception) -> str:
+    """A failure as one line for `Row.note`: its kind, its first line, and its cause's."""
+    chain = [failure, *filter(None, [failure.__cause__])]
+    told = [f"{type(e).__name__}: {(str(e).splitlines() or [''])[0][:200]}" for e in chain]
+    return ", because of ".join(told)
+
+
 def _now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 

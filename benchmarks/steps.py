@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 
 from benchmarks import ceilings, commandline, machine, models, timing, trainers
-from benchmarks.records import Quantiles, Recorder
+from benchmarks.records import Quantiles, Recorder, reason
 from benchmarks.timing import Contender, to_milliseconds
 from benchmarks.trainers import Trainer
 from mantrans.training.flops import flops_per_token
@@ -170,7 +170,7 @@ def _prepare(
         try:
             trainer, losses, peak = run_in_common(name, case, config, batches)
         except Exception as failure:
-            failures[name] = f"{type(failure).__name__}: {str(failure).splitlines()[0][:200]}"
+            failures[name] = reason(failure)
             continue
         if name == JUDGE:
             expected = losses

@@ -30,7 +30,7 @@ aten = torch.ops.aten
 
 def embedding_forward(tokens: Tensor, token_table: Tensor, position_table: Tensor) -> Tensor:
     """See `reference.embedding_forward`."""
-    return token_table[tokens].add_(position_table[: tokens.shape[1]])
+    return aten.embedding(token_table, tokens).add_(position_table[: tokens.shape[1]])
 
 
 def embedding_backward(
@@ -433,7 +433,7 @@ def sgd_update(
             **_clip_and_skip(clip, finite),
         )
     if master is not None:
-        weights.copy_(torch.where(finite, master.to(weights.dtype), weights))
+        _round_from(master, weights, finite)
 
 
 def adamw_update(
@@ -492,7 +492,15 @@ def adamw_update(
             **_clip_and_skip(clip, finite),
         )
     if master is not None:
+        _round_from(master, weights, finite)
+
+
+def _round_from(master: Tensor, weights: Tensor, finite: Tensor) -> None:
+    """weights = master in the weights' dtype, unless the step was refused."""
+    if weights.is_cuda:  # where asking whether it was would mean waiting
         weights.copy_(torch.where(finite, master.to(weights.dtype), weights))
+    elif finite:
+        weights.copy_(master)
 
 
 def _decayed_and_not(n_decayed: int, weight_decay: float) -> list[tuple[slice, float]]:

@@ -33,7 +33,7 @@ class CustomTransformerWrapper:
     """A decoder-only transformer with its optimizer.
 
     vocab_size, d_model, n_blocks, n_heads, d_ffn (None: 4 · d_model), max_seq_len, tie_embeddings,
-        bias, layer_norm_epsilon, initializer_range: the network, as in `mantrans.config.ModelConfig`.
+        bias, layer_norm_epsilon, initializer_range: as in `mantrans.config.ModelConfig`.
     dtype: torch.float32, torch.bfloat16, torch.float64, or "auto" (see `resolve_dtype`).
     device: "cpu", "cuda", "cuda:1", or "auto": a GPU if there is one.
     backend: "auto", "reference", "native" or "triton" (see `kernels.backend`).

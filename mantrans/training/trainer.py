@@ -43,6 +43,7 @@ from mantrans.training.checkpoint import CheckpointFolder, newest_intact
 from mantrans.training.diagnosis import first_non_finite
 from mantrans.training.lock import RunLock
 from mantrans.training.logger import RunLogger
+from mantrans.training.profile import StepProfiler
 from mantrans.training.step import OutlierGuard, StepRecord, TrainStep
 from mantrans.wrapper import CustomTransformerWrapper, resolve_device, resolve_dtype
 
@@ -80,6 +81,7 @@ class Trainer:
     resume: a checkpoint's path, or "latest" for the newest intact one of this experiment.
     evaluate_coherence: False overrules the config. debug_nan: stop at the first step that is not
     finite and name the layer. check_kernels: hold each Triton kernel against the reference first.
+    profile: record so many steps (see `mantrans.training.profile`).
     Raises MantransError (one line) for whatever a user can mend.
     """
 
@@ -91,6 +93,7 @@ class Trainer:
         evaluate_coherence: bool = True,
         debug_nan: bool = False,
         check_kernels: bool = True,
+        profile: int = 0,
         quiet: bool = False,
     ) -> None:
         self.config, self.debug_nan = config, debug_nan
@@ -116,6 +119,15 @@ class Trainer:
         except BaseException:
             self.locks.close()
             raise
+        self.profiler = None
+        if profile:
+            self.profiler = StepProfiler(
+                profile,
+                self.directory,
+                self.wrapper.device,
+                self.wrapper.dtype,
+                self.logger.message,
+            )
         for note in [*notes, self.describe()]:
             self.logger.message(note)
 
@@ -187,6 +199,8 @@ class Trainer:
             self._interrupted()
             return None
         finally:
+            if self.profiler:
+                self.profiler.finish()
             restore()
             self.logger.close()
             self.locks.close()
@@ -195,6 +209,8 @@ class Trainer:
         """One step, and what is due after it."""
         training, progress = self.config.training, self.progress
         self.train_step.run(progress.step, self.learning_rate(progress.step))
+        if self.profiler:
+            self.profiler.after_step()
         progress.step += 1
         self.logger.progress(progress.step)
         last = progress.step == self.total_steps
@@ -439,9 +455,7 @@ class Trainer:
                 raise KeyboardInterrupt
             self.stop_signal = number
 
-        before = {
-            number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)
-        }
+        before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
 
         def restore() -> None:
             for number, handler in before.items():

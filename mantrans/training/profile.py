@@ -1,0 +1,155 @@
+"""A profile of a few training steps: a trace to look at, and the operations that cost most.
+
+`train.py --profile N` lets WARM_UP_STEPS steps go by (compilation, capture, first touches of
+memory), records the next N with PyTorch's profiler, and trains on. The run's folder gets
+`profile.json`, a Chrome trace for chrome://tracing or ui.perfetto.dev; the console gets a table:
+
+    share of step    an operation's own time, over all time that operations took: on a GPU of its
+                     kernels, on a CPU of what ran on the host
+    of the roofline  for products whose arithmetic the profiler knows: operations per second over
+                     what a large matrix product reaches here, measured when profiling starts. A
+                     small share marks time that a better kernel or shape would give back. A step
+                     that is replayed as a CUDA graph consists of kernels, whose arithmetic nobody
+                     counts: with `compile_step: false` there are figures for it too.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+WARM_UP_STEPS = 5
+ROWS = 10
+NAME_WIDTH = 52
+
+
+class StepProfiler:
+    """Watches a training loop that calls `after_step` after each of its steps.
+
+    steps: how many to record. directory: where profile.json goes. device, dtype: the run's, for the
+    ceiling. say: shows the table.
+    """
+
+    def __init__(
+        self,
+        steps: int,
+        directory: Path,
+        device: torch.device,
+        dtype: torch.dtype,
+        say: Callable[[str], None],
+    ) -> None:
+        self.steps, self.path, self.say = steps, Path(directory) / "profile.json", say
+        self.device, self.dtype = device, dtype
+        self.seen, self.finished = 0, False
+        self.profile: torch.profiler.profile | None = None
+
+    def after_step(self) -> None:
+        """Count a step; begin or end the recording when it is time."""
+        self.seen += 1
+        if self.seen == WARM_UP_STEPS:
+            self._begin()
+        elif self.seen == WARM_UP_STEPS + self.steps:
+            self.finish()
+
+    def finish(self) -> None:
+        """End the recording and show it, also that of a run which ended too early.
+
+        A second call does nothing.
+        """
+        if self.finished:
+            return
+        self.finished = True
+        recorded = self.seen - WARM_UP_STEPS
+        if self.profile is not None:
+            self._stop(self.profile)
+        if self.profile is None or recorded < 1:
+            self.say(f"nothing was profiled: the run had {self.seen} steps, all warm-up")
+            return
+        self.profile.export_chrome_trace(str(self.path))
+        events = self.profile.key_averages()
+        self.say(f"{table(events, recorded, self.device, self.ceiling)}\ntrace  {self.path}")
+
+    def _stop(self, profile: torch.profiler.profile) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        with without_native_messages():
+            profile.stop()
+
+    def _begin(self) -> None:
+        self.ceiling = product_ceiling(self.device, self.dtype)
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        if self.device.type == "cuda":
+            activities.append(torch.profiler.ProfilerActivity.CUDA)
+        self.profile = torch.profiler.profile(activities=activities, with_flops=True)
+        with without_native_messages():
+            self.profile.start()
+
+
+def table(events: Any, steps: int, device: torch.device, ceiling: float) -> str:
+    """The ten costliest operations as text.
+
+    events: the profiler's averages; steps: how many they are of; ceiling: operations per second of
+    a large matrix product.
+    """
+    on_gpu = device.type == "cuda"
+    cost = _own_device_time if on_gpu else _own_host_time
+    costly = sorted((e for e in events if cost(e) > 0), key=cost, reverse=True)
+    total = sum(cost(e) for e in costly)
+    lines = [f"{'operation':{NAME_WIDTH}}  calls/step  ms/step  of step  of roofline"]
+    for event in costly[:ROWS]:
+        seconds = cost(event) / 1e6
+        roofline = f"{event.flops / seconds / ceiling:>11.0%}" if event.flops else f"{'–':>11}"
+        lines.append(
+            f"{event.key[:NAME_WIDTH]:{NAME_WIDTH}}  {event.count / steps:>10.1f}  "
+            f"{1e3 * seconds / steps:>7.3f}  {cost(event) / total:>7.1%}  {roofline}"
+        )
+    lines.append(
+        f"{steps} steps, {total / steps / 1e3:.2f} ms of operations each; "
+        f"the roofline is a matrix product's {ceiling / 1e12:.3g} TFLOP/s, measured here"
+    )
+    return "\n".join(lines)
+
+
+def _own_host_time(event: Any) -> float:
+    return event.self_cpu_time_total
+
+
+def _own_device_time(event: Any) -> float:
+    """Kernels only: the operation that launched them would count the same time again."""
+    is_kernel = event.device_type.name == "CUDA"
+    return event.self_device_time_total if is_kernel else 0.0
+
+
+def product_ceiling(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations per second of a large square matrix product: the best of a few."""
+    size = 8192 if device.type == "cuda" else 1024
+    a, b = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(2))
+    best = float("inf")
+    for _ in range(6):
+        begin = time.perf_counter()
+        torch.mm(a, b)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - begin)
+    return 2 * size**3 / best
+
+
+@contextmanager
+def without_native_messages() -> Iterator[None]:
+    """Silence what libraries write to standard error themselves: the profiler announces itself."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
