@@ -1,4 +1,4 @@
-"""`python -m tests.gradient_errors`: our gradients beside those of transformers, worst of a group."""
+"""`python -m tests.gradient_errors`: our gradients beside those of transformers, the worst."""
 
 from __future__ import annotations
 

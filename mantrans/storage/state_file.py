@@ -81,9 +81,18 @@ def understood(path: str | Path) -> Iterator[None]:
     CheckpointError about `path`. A file may be intact and still not be what it is taken for."""
     try:
         yield
-    except MantransError:
-        raise
-    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+    except MantransError as error:
+        if str(error).isprintable():
+            raise
+        raise CheckpointError(f"{path}: {reason(error)}") from None  # it quotes the file
+    except (
+        LookupError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        RuntimeError,
+        OverflowError,
+    ) as error:
         raise CheckpointError(
             f"{path}: its state cannot be used ({type(error).__name__}: {reason(error)}); "
             "accepted: a checkpoint that train.py saved"
