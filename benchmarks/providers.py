@@ -19,6 +19,7 @@ from collections.abc import Callable
 from types import ModuleType
 
 import torch
+from torch._functorch import config as functorch_config
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -56,7 +57,7 @@ def providers(operation: Operation, direction: str) -> list[Provider]:
         rivals = {"PyTorch fused": operation.plain}
     else:
         # donated buffers would let a backward be asked for only once
-        torch._functorch.config.donated_buffer = False
+        functorch_config.donated_buffer = False
         rivals["torch.compile"] = torch.compile(operation.plain, dynamic=False)
     rivals |= liger(operation)
     found += [_autograd(name, plain, operation, direction) for name, plain in rivals.items()]

@@ -1,0 +1,290 @@
+"""What is promised, and the tests that prove it: the rows of docs/reliability.md."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+HERE = "tests/reliability/"
+
+
+class Promise(NamedTuple):
+    """A sentence that is true, and the tests (file::function) that would fail if it were not."""
+
+    topic: str
+    text: str
+    tests: tuple[str, ...]
+
+
+PROMISES = (
+    Promise(
+        "Exact resume",
+        "A run stopped after any step and resumed leaves the bits of an unbroken one: weights, "
+        "moments, losses, learning rates, validation losses, samples, metrics.jsonl. With "
+        "accumulation, within an epoch and across its end, after skipped steps; float32, bfloat16.",
+        (
+            HERE + "test_resume.py::test_interrupted_at_any_step",
+            HERE + "test_resume.py::test_interrupted_many_times",
+            "tests/test_training.py::test_a_resumed_run_has_the_bits_of_an_unbroken_one",
+        ),
+    ),
+    Promise(
+        "Exact resume",
+        "The same from best.pt, and of a run that is already finished.",
+        (
+            HERE + "test_resume.py::test_from_the_best_checkpoint",
+            HERE + "test_resume.py::test_a_finished_run_can_be_resumed",
+        ),
+    ),
+    Promise(
+        "Exact resume",
+        "The same on a GPU, with the step captured as a CUDA graph.",
+        ("tests/gpu/test_gpu_resume.py::test_a_resumed_run_has_the_bits_of_an_unbroken_one",),
+    ),
+    Promise(
+        "Exact resume",
+        "metrics.jsonl has every step once: no gap, no duplicate, no half line.",
+        (
+            HERE + "test_resume.py::test_every_step_and_every_validation_is_on_record_once",
+            HERE + "test_crashes.py::test_a_kill_loses_no_record",
+            "tests/test_logger.py::test_an_interrupted_run_has_the_bytes_of_an_unbroken_one",
+            "tests/test_logger.py::test_a_resume_drops_later_records_and_a_line_cut_short",
+            "tests/test_logger.py::test_a_kill_loses_no_record",
+        ),
+    ),
+    Promise(
+        "Crashes",
+        "Killed at random moments, many of them inside a save, and resumed each time: the final "
+        "state is the unbroken run's.",
+        (
+            HERE + "test_crashes.py::test_killed_at_random_moments",
+            "tests/test_checkpoint.py::test_a_kill_inside_a_save_loses_nothing",
+        ),
+    ),
+    Promise(
+        "Crashes",
+        "SIGTERM and Ctrl-C: the step is finished, the state saved, the way on is said; exit "
+        "status 0 and 130. A second Ctrl-C ends the process at once; the last checkpoint stays.",
+        (
+            HERE + "test_crashes.py::test_a_signal_ends_the_step_saves_and_says_how_to_go_on",
+            HERE + "test_crashes.py::test_a_second_ctrl_c_ends_even_a_save",
+            "tests/test_training.py::test_sigterm_saves_and_says_how_to_go_on",
+        ),
+    ),
+    Promise(
+        "Crashes",
+        "latest.pt is never absent once it has existed, and never anything but whole.",
+        (HERE + "test_crashes.py::test_latest_is_never_absent",),
+    ),
+    Promise(
+        "Corruption",
+        "A flipped byte anywhere in a checkpoint, and a checkpoint cut short at any length, are "
+        "found; the message has the file's name and what to do.",
+        (
+            HERE + "test_corruption.py::test_damage_to_a_runs_checkpoint_is_found",
+            "tests/test_checkpoint.py::test_a_flipped_bit_anywhere_is_detected",
+            "tests/test_checkpoint.py::test_truncation_at_any_length_is_detected",
+            "tests/test_checkpoint.py::test_blocks_of_zeros_and_swapped_blocks_are_detected",
+            "tests/test_checkpoint.py::test_a_damaged_tensor_is_named",
+        ),
+    ),
+    Promise(
+        "Corruption",
+        "--resume latest takes the newest intact checkpoint and names those it passed over; with "
+        "none intact it refuses instead of beginning anew.",
+        (
+            HERE + "test_corruption.py::test_the_newest_intact_checkpoint_is_taken",
+            HERE + "test_corruption.py::test_a_run_goes_on_from_the_newest_intact_and_says_so",
+            HERE + "test_corruption.py::test_with_nothing_intact_a_run_is_not_silently_begun_anew",
+            "tests/test_checkpoint.py::"
+            "test_the_newest_intact_checkpoint_is_found_behind_damaged_ones",
+        ),
+    ),
+    Promise(
+        "Corruption",
+        "The same damage to token files and tokenizer files is found, and the advice works.",
+        (
+            HERE + "test_corruption.py::test_damage_to_token_files_is_found",
+            HERE + "test_corruption.py::test_damaged_tokens_and_tokenizers_stop_a_run_in_one_line",
+            "tests/test_data_shards.py::test_every_flipped_byte_is_found",
+            "tests/test_data_shards.py::test_every_truncation_and_every_surplus_is_found",
+            "tests/test_tokenizer.py::test_every_flipped_byte_and_truncation_is_found",
+        ),
+    ),
+    Promise(
+        "Disks",
+        "On a full disk a periodic save fails with a warning and training goes on; a final save "
+        "that fails ends in one line and status 2. What was saved before is intact.",
+        (
+            HERE + "test_disk.py::test_a_full_disk_costs_a_periodic_save_and_not_the_run",
+            HERE + "test_disk.py::test_a_full_disk_under_the_records",
+            HERE + "test_disk.py::test_a_file_size_limit_costs_saves_and_not_the_run",
+            "tests/test_checkpoint.py::test_a_full_disk_leaves_the_old_file_and_no_other",
+            "tests/test_checkpoint.py::test_a_really_full_disk",
+            "tests/test_logger.py::test_a_full_disk_makes_no_gap_and_is_said_once",
+        ),
+    ),
+    Promise(
+        "Disks",
+        "A read-only disk or a folder without permission is refused before training; one that "
+        "becomes so costs saves, not the run.",
+        (
+            HERE + "test_disk.py::test_a_read_only_disk_is_refused_before_training",
+            HERE + "test_disk.py::test_a_folder_without_permission_is_refused_before_training",
+            HERE + "test_disk.py::test_a_folder_that_loses_its_permission_keeps_what_was_saved",
+        ),
+    ),
+    Promise(
+        "Hostile files",
+        "A checkpoint that would run code is refused by train.py and evaluate.py and runs nothing.",
+        (
+            HERE + "test_hostile.py::test_a_pickle_that_runs_code_is_refused_by_every_command",
+            "tests/test_checkpoint.py::test_a_pickle_that_would_run_code_is_refused",
+            "tests/test_checkpoint.py::test_a_mutated_pickle_gives_plain_data_or_is_refused",
+        ),
+    ),
+    Promise(
+        "Hostile files",
+        "A file that claims more than it holds, 2^60 elements for one, is refused without "
+        "allocating; an intact file with an odd state in it is used or refused, never a traceback.",
+        (
+            "tests/test_checkpoint.py::test_claims_beyond_the_file_are_refused_without_allocating",
+            "tests/test_data_shards.py::test_a_hostile_header_is_refused",
+            HERE + "test_hostile.py::"
+            "test_a_model_that_claims_more_than_the_file_holds_takes_no_memory",
+            HERE + "test_hostile.py::test_a_sound_file_with_an_odd_state_is_used_or_refused",
+            HERE + "test_hostile.py::test_evaluation_uses_or_refuses_an_odd_state",
+        ),
+    ),
+    Promise(
+        "Hostile files",
+        "Names that leave their folder are refused, in a configuration and as a tokenizer; planted "
+        "links are not written through.",
+        (
+            HERE + "test_hostile.py::test_names_that_leave_their_folder_are_refused",
+            HERE + "test_hostile.py::test_a_link_in_the_checkpoint_folder_is_not_followed_out",
+            "tests/test_tokenizer.py::test_names_that_climb_are_refused",
+            "tests/test_tokenizer.py::test_a_link_out_of_the_shipped_folder_is_refused",
+        ),
+    ),
+    Promise(
+        "Hostile files",
+        "A YAML alias bomb ends at once and in little memory; the source has no eval, no "
+        "trust_remote_code, no unsafe YAML or pickle.",
+        (
+            HERE + "test_hostile.py::test_a_yaml_alias_bomb_ends_quickly_and_in_little_memory",
+            "tests/test_config.py::test_an_alias_bomb_ends_at_once_and_in_little_memory",
+            HERE + "test_hostile.py::test_the_source_runs_nothing_that_it_reads",
+            HERE + "test_hostile.py::test_the_search_finds_what_it_looks_for",
+        ),
+    ),
+    Promise(
+        "Broken input",
+        "Any configuration gives a run or one line that names the field, never a traceback.",
+        (
+            HERE + "test_broken_input.py::test_any_configuration_runs_or_is_refused_in_one_line",
+            HERE + "test_broken_input.py::test_huge_values_are_refused_or_run",
+            HERE + "test_broken_input.py::test_paths_that_cannot_be",
+            "tests/test_config.py::test_a_mutated_configuration_is_valid_or_refused_in_one_line",
+            "tests/test_config.py::test_any_text_is_yaml_or_refused_in_one_line",
+            "tests/test_config.py::test_any_override_is_applied_or_refused_in_one_line",
+        ),
+    ),
+    Promise(
+        "Broken input",
+        "Text that is empty, one byte, not UTF-8, with a byte order mark, CRLF or NUL, one line of "
+        "100 MB, JSONL with broken lines (counted; skipped or refused as set).",
+        (
+            HERE + "test_broken_input.py::test_any_text_file_is_learnt_from_or_refused_in_one_line",
+            HERE + "test_broken_input.py::test_a_line_of_100_megabytes",
+            HERE + "test_broken_input.py::test_broken_lines_are_skipped_or_refused_as_set",
+            "tests/test_data_text.py::test_unusual_text_files",
+            "tests/test_data_text.py::test_text_that_is_not_utf8_is_refused_with_its_place",
+            "tests/test_data_text.py::test_broken_lines_are_counted_or_refused",
+        ),
+    ),
+    Promise(
+        "Broken input",
+        "A tokenizer with missing or extra tokens is refused, and one that is not the "
+        "checkpoint's; token ids out of range reach no index.",
+        (
+            HERE + "test_broken_input.py::test_a_tokenizer_with_missing_or_extra_tokens_is_refused",
+            HERE + "test_broken_input.py::"
+            "test_a_consistent_tokenizer_of_another_size_cannot_continue_a_run",
+            HERE + "test_hostile.py::test_token_ids_beyond_a_models_vocabulary_reach_no_index",
+            "tests/test_tokenizer.py::test_a_tokenizer_that_is_not_lossless_is_refused",
+            "tests/test_data_shards.py::test_a_token_outside_the_vocabulary_is_refused",
+        ),
+    ),
+    Promise(
+        "Numerical trouble",
+        "NaN or infinity in weights, gradients or loss: the step is skipped, weights and moments "
+        "keep their bits, it is counted and reported.",
+        (
+            HERE + "test_numerics.py::test_a_bad_step_changes_nothing_and_is_counted",
+            "tests/test_step.py::test_a_step_that_is_not_finite_is_skipped_and_counted",
+        ),
+    ),
+    Promise(
+        "Numerical trouble",
+        "max_nan_count in a row, counted across a resume, stop the run with a good checkpoint; "
+        "broken weights are never saved; good ones are, whatever the last step was.",
+        (
+            HERE + "test_numerics.py::test_too_many_in_a_row_end_the_run",
+            HERE + "test_numerics.py::test_the_count_in_a_row_goes_on_after_a_resume",
+            HERE + "test_numerics.py::test_broken_weights_never_replace_a_good_checkpoint",
+            HERE + "test_numerics.py::test_a_run_whose_last_step_is_bad_is_saved_all_the_same",
+            "tests/test_training.py::test_steps_that_are_not_finite_end_the_run_with_a_report",
+        ),
+    ),
+    Promise(
+        "Numerical trouble",
+        "--debug-nan stops at once and names the first layer whose output is not finite.",
+        (
+            HERE + "test_numerics.py::test_debug_nan_names_the_first_layer",
+            "tests/test_training.py::test_debug_nan_stops_at_once_and_names_the_layer",
+        ),
+    ),
+    Promise(
+        "Numerical trouble",
+        "The outlier guard skips what is far above its window; the window is saved and resumed.",
+        (
+            HERE + "test_numerics.py::test_the_outlier_guard_decides_alike_after_a_resume",
+            HERE + "test_numerics.py::test_another_outlier_window_begins_empty_and_says_so",
+            "tests/test_step.py::"
+            "test_outlier_guard_refuses_what_is_far_above_and_learns_a_new_level",
+        ),
+    ),
+    Promise(
+        "Load",
+        "Over 20,000 steps resident memory and open files stay flat, and no line is missing.",
+        (HERE + "test_load.py::test_memory_and_open_files_stay_flat",),
+    ),
+    Promise(
+        "Load",
+        "A second process on a run's folder, or on its checkpoints, is refused; a dead one leaves "
+        "no lock. Runs of other names share folders undisturbed.",
+        (
+            HERE + "test_load.py::test_two_processes_on_one_run",
+            HERE + "test_load.py::test_runs_of_other_names_share_folders",
+            "tests/test_checkpoint.py::"
+            "test_a_second_process_is_refused_and_a_dead_one_leaves_no_lock",
+        ),
+    ),
+    Promise(
+        "Reproducibility",
+        "The same seed gives the same bits, in one process and in another.",
+        (
+            HERE + "test_reproducibility.py::test_the_same_seed_gives_the_same_bits",
+            HERE + "test_reproducibility.py::test_another_seed_gives_other_bits",
+        ),
+    ),
+    Promise(
+        "Reproducibility",
+        "The golden loss curve of 100 float32 steps: within a bound everywhere, exact where the "
+        "processor, PyTorch and the number of threads are on record.",
+        (
+            HERE + "test_reproducibility.py::test_the_golden_curve",
+            HERE + "test_reproducibility.py::test_the_golden_curve_with_two_threads",
+        ),
+    ),
+)

@@ -1,0 +1,158 @@
+"""Killed, terminated, interrupted: the next `--resume latest` goes on as if nothing had been."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mantrans.config import Config
+from mantrans.storage import state_file
+from mantrans.storage.state_file import SLOW_WRITE_VARIABLE
+from mantrans.training.metrics import read_records
+from tests.reliability.nursery import Child, Nursery
+from tests.reliability.runs import assert_same, checkpoints, metrics_file, outcome, small
+
+# A save is some fifty writes: slowed, it takes about as long as the steps between two saves.
+SLOW = {SLOW_WRITE_VARIABLE: "0.001"}
+
+
+def config_for(folder: Path, tokens: Path, **training: Any) -> Config:
+    settings = {"max_steps": 24, "save_every": 4, "eval_every": 12, "log_every": 2} | training
+    config = small(folder, tokens, **settings)
+    folder.mkdir(parents=True, exist_ok=True)
+    config.save(folder / "config.yaml")
+    return config
+
+
+def start(nursery: Nursery, folder: Path, **keywords: Any) -> Child:
+    """The command a person would type: with --resume latest as soon as there is a checkpoint."""
+    resume = ["--resume", "latest"] if (checkpoints(folder) / "latest.pt").exists() else []
+    return nursery.start("--config", "config.yaml", *resume, cwd=folder, **keywords)
+
+
+@pytest.mark.parametrize("rounds", [8, pytest.param(100, marks=pytest.mark.slow)])
+def test_killed_at_random_moments(
+    tmp_path: Path, tokens: Path, nursery: Nursery, rounds: int, record_property: Callable
+) -> None:
+    """SIGKILL `rounds` times, each followed by a resume; a run that gets to its end is compared
+    with the unbroken one, and another is begun."""
+    config_for(tmp_path / "unbroken", tokens)
+    begun = time.monotonic()
+    assert start(nursery, tmp_path / "unbroken", environment=SLOW).wait().status == 0
+    duration = time.monotonic() - begun
+    expected = outcome(tmp_path / "unbroken")
+    rng = random.Random(rounds)
+    kills = inside_a_save = before_any = finished = 0
+    while kills < rounds or finished == 0:
+        folder = tmp_path / f"run_{finished}"
+        config_for(folder, tokens)
+        child = start(nursery, folder, environment=SLOW)
+        if kills < rounds:
+            time.sleep(rng.uniform(0.0, 0.7 * duration))
+            child.kill()
+        ended = child.wait()
+        if ended.status == 0:
+            assert_same(outcome(folder), expected)
+            finished += 1
+            continue
+        assert ended.status == -signal.SIGKILL, ended.text
+        kills += 1
+        inside_a_save += any(checkpoints(folder).glob(".step_*.partial"))
+        before_any += not (checkpoints(folder) / "latest.pt").exists()
+    assert inside_a_save > 0
+    record_property("kills", kills)
+    record_property("of them inside a save", inside_a_save)
+    record_property("before the first checkpoint", before_any)
+    record_property("runs brought to their end", finished)
+    record_property("failures", 0)
+
+
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)], ids=["SIGTERM", "Ctrl-C"]
+)
+def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(
+    tmp_path: Path, tokens: Path, nursery: Nursery, number: int, status: int
+) -> None:
+    config_for(tmp_path / "unbroken", tokens)
+    assert start(nursery, tmp_path / "unbroken").wait().status == 0
+    folder = tmp_path / "broken"
+    config_for(folder, tokens)
+    child = start(nursery, folder)
+    child.wait_for("step 4/24")
+    child.kill(number)
+    ended = child.wait()
+    assert ended.status == status and "--resume latest" in ended.text
+    stopped = state_file.load(checkpoints(folder) / "latest.pt")["progress"]["step"]
+    assert 4 <= stopped < 24
+    assert f"stopped at step {stopped} of 24" in ended.text
+    resumed = start(nursery, folder).wait()
+    assert resumed.status == 0 and f"at step {stopped}" in resumed.text
+    assert_same(outcome(folder), outcome(tmp_path / "unbroken"))
+
+
+def test_a_second_ctrl_c_ends_even_a_save(tmp_path: Path, tokens: Path, nursery: Nursery) -> None:
+    """The save it breaks off leaves no trace; the checkpoint before it is whole."""
+    config_for(tmp_path, tokens, save_every=4, eval_every=24)
+    child = start(nursery, tmp_path, environment={SLOW_WRITE_VARIABLE: "0.02"})
+    folder = checkpoints(tmp_path)
+    wait_until(lambda: (folder / "latest.pt").exists())
+    wait_until(lambda: any(folder.glob(".step_00000008*")))
+    child.kill(signal.SIGINT)
+    time.sleep(0.05)
+    child.kill(signal.SIGINT)
+    ended = child.wait()
+    assert ended.status == 130 and "Traceback" not in ended.text
+    assert not any(folder.glob(".step_*"))
+    assert state_file.load(folder / "latest.pt")["progress"]["step"] == 4
+    assert start(nursery, tmp_path).wait().status == 0
+
+
+def wait_until(condition: Callable[[], bool], timeout: float = 60.0) -> None:
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def test_latest_is_never_absent(
+    tmp_path: Path, tokens: Path, nursery: Nursery, record_property: Callable
+) -> None:
+    """Looked for without a pause while a run saves after every step, under both of its names."""
+    config_for(tmp_path, tokens, save_every=1, log_every=1, keep_checkpoints=1)
+    names = [checkpoints(tmp_path) / "latest.pt", tmp_path / "checkpoints" / "latest.pt"]
+    child = start(nursery, tmp_path)
+    wait_until(lambda: all(name.exists() for name in names))
+    looks = loads = 0
+    seen = 0
+    report = tmp_path / "runs" / "small" / "report.json"
+    while not report.exists():
+        for name in names:
+            os.stat(name)  # raises the moment there is none
+            looks += 1
+        if looks % 200 == 0:
+            step = state_file.load(names[0])["progress"]["step"]
+            assert step >= seen
+            seen, loads = step, loads + 1
+    assert child.wait().status == 0 and looks > 400
+    record_property("saves", 24)
+    record_property("looks", looks)
+    record_property("times absent", 0)
+    record_property("loads in between", loads)
+
+
+def test_a_kill_loses_no_record(tmp_path: Path, tokens: Path, nursery: Nursery) -> None:
+    """What was shown on the screen is in metrics.jsonl, though the process had no time to close."""
+    config_for(tmp_path, tokens, log_every=1, save_every=24, eval_every=24)
+    child = start(nursery, tmp_path)
+    child.wait_for("step 9/24")
+    child.kill()
+    assert child.wait().status == -signal.SIGKILL
+    steps = [record["step"] for record in read_records(metrics_file(tmp_path))]
+    assert steps == list(range(1, len(steps) + 1)) and len(steps) >= 9
