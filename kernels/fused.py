@@ -6,11 +6,14 @@ two where a sum over all rows is needed, in the file that bears its name.
 
 from __future__ import annotations
 
+from types import ModuleType
+
+import torch
 from torch import Tensor
 
-from kernels import native
+from kernels import attention, native
 from kernels.adamw import adamw_update
-from kernels.attention import attention_backward, attention_forward
+from kernels.attention_tiles import MAX_HEAD_WIDTH
 from kernels.bias_gradient import bias_gradient
 from kernels.cross_entropy import (
     cross_entropy_backward,
@@ -52,6 +55,37 @@ __all__ = [
     "linear_forward",
     "sgd_update",
 ]
+
+
+# dk and dv of wider float32 heads do not fit in a GPU's registers: they go by batched products.
+WIDEST_FLOAT32_HEAD = 128
+
+
+def attention_forward(
+    qkv: Tensor, n_heads: int, document_start: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """See `reference.attention_forward`."""
+    return _attention_of(qkv, n_heads).attention_forward(qkv, n_heads, document_start)
+
+
+def attention_backward(
+    dout: Tensor,
+    qkv: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    n_heads: int,
+    document_start: Tensor | None = None,
+) -> Tensor:
+    """See `reference.attention_backward`."""
+    ops = _attention_of(qkv, n_heads)
+    return ops.attention_backward(dout, qkv, out, lse, n_heads, document_start)
+
+
+def _attention_of(qkv: Tensor, n_heads: int) -> ModuleType:
+    """The module that serves this dtype and head width."""
+    wide = qkv.shape[-1] > 3 * WIDEST_FLOAT32_HEAD * max(1, n_heads)
+    too_wide = wide and qkv.shape[-1] <= 3 * MAX_HEAD_WIDTH * n_heads
+    return native if qkv.dtype == torch.float32 and too_wide else attention
 
 
 def linear_backward(
