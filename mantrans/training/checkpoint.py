@@ -89,6 +89,18 @@ class CheckpointFolder:
         """
         path = self.folder / f"step_{step:08d}.pt"
         save(path, state)
+        self.name(path, best=best)
+        return self.latest
+
+    def name(self, path: Path, *, best: bool) -> None:
+        """Name one of this folder's checkpoints latest, and best if so; drop the oldest.
+
+        The second half of `save`; a resumed run does it again, should the first have been killed
+        between the two.
+
+        Raises:
+            CheckpointError: the folder cannot be changed.
+        """
         with _explained(path):
             _name_too(path, self.latest)
             if best:
@@ -97,7 +109,6 @@ class CheckpointFolder:
             self._rotate()
             self._link("latest.pt")
             self._link("best.pt")
-        return self.latest
 
     def _rotate(self) -> None:
         """Remove all but the `keep` numbered checkpoints that were written last."""

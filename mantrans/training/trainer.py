@@ -54,6 +54,7 @@ class Progress:
 
     step: int = 0
     best_loss: float = math.inf
+    best_step: int = 0
     skipped: int = 0  # steps refused so far
     not_finite_in_a_row: int = 0
     pending: list[StepRecord] = field(
@@ -64,7 +65,9 @@ class Progress:
     def from_saved(cls, saved: dict[str, Any]) -> Progress:
         """Undo `Trainer.state`. TypeError or ValueError for what it cannot have written."""
         progress = cls(**{**saved, "pending": [StepRecord(*record) for record in saved["pending"]]})
-        counts = (progress.step, progress.skipped, progress.not_finite_in_a_row)
+        counts = (
+            progress.step, progress.best_step, progress.skipped, progress.not_finite_in_a_row
+        )  # fmt: skip
         if any(type(count) is not int or count < 0 for count in counts):
             raise ValueError(f"found the counts {counts}")
         if not all(
@@ -305,7 +308,7 @@ class Trainer:
         )
         if not measured.loss < self.progress.best_loss:  # nor is NaN an improvement
             return False
-        self.progress.best_loss = measured.loss
+        self.progress.best_loss, self.progress.best_step = measured.loss, self.progress.step
         return True
 
     # -------------------------------------------------------------------------- saving, resuming
@@ -324,6 +327,7 @@ class Trainer:
             "progress": {
                 "step": progress.step,
                 "best_loss": progress.best_loss,
+                "best_step": progress.best_step,
                 "skipped": progress.skipped,
                 "not_finite_in_a_row": progress.not_finite_in_a_row,
                 "pending": [tuple(record) for record in progress.pending],
@@ -372,6 +376,8 @@ class Trainer:
             raise CheckpointError(f"{path}: holds a model but no run; accepted: a run's checkpoint")
         with state_file.understood(path):
             notes += self._take_over(state)
+        if resume == "latest":
+            self.folder.name(path, best=self.progress.best_step == self.progress.step)
         if self.progress.step >= self.total_steps:
             notes.append(f"{path} is already at step {self.progress.step}: nothing left to train")
         return [*notes, f"resumed from {path} at step {self.progress.step}"]

@@ -57,6 +57,7 @@ PROMISES = (
         "state is the unbroken run's.",
         (
             HERE + "test_crashes.py::test_killed_at_random_moments",
+            HERE + "test_crashes.py::test_killed_between_the_names_of_a_checkpoint",
             "tests/test_checkpoint.py::test_a_kill_inside_a_save_loses_nothing",
         ),
     ),

@@ -52,11 +52,14 @@ def metrics_file(folder: Path) -> Path:
 
 def outcome(folder: Path) -> dict[str, Any]:
     """All that a finished run leaves which does not depend on the clock: weights, moments and
-    counters; the metrics' bytes; the report, with the last validation and the samples."""
-    state = state_file.load(checkpoints(folder) / "latest.pt")
-    state.pop("config")  # holds the paths
+    counters, last and best; the metrics' bytes; the report, with the last validation and the
+    samples."""
+    names = ("latest.pt", "best.pt")
+    states = {name: state_file.load(checkpoints(folder) / name) for name in names}
+    for state in states.values():
+        state.pop("config")  # holds the paths
     report = json.loads((folder / "runs" / NAME / "report.json").read_text())
-    return {"state": state, "metrics": metrics_file(folder).read_bytes(), "report": report}
+    return {**states, "metrics": metrics_file(folder).read_bytes(), "report": report}
 
 
 def assert_same(one: Any, other: Any, where: str = "") -> None:

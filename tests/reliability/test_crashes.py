@@ -15,9 +15,18 @@ import pytest
 from mantrans.config import Config
 from mantrans.storage import state_file
 from mantrans.storage.state_file import SLOW_WRITE_VARIABLE
+from mantrans.training import checkpoint
+from mantrans.training.checkpoint import CheckpointFolder
 from mantrans.training.metrics import read_records
 from tests.reliability.nursery import Child, Nursery
-from tests.reliability.runs import assert_same, checkpoints, metrics_file, outcome, small
+from tests.reliability.runs import (
+    assert_same,
+    checkpoints,
+    finish,
+    metrics_file,
+    outcome,
+    small,
+)
 
 # A save is some fifty writes: slowed, it takes about as long as the steps between two saves.
 SLOW = {SLOW_WRITE_VARIABLE: "0.001"}
@@ -33,7 +42,7 @@ def config_for(folder: Path, tokens: Path, **training: Any) -> Config:
 
 def start(nursery: Nursery, folder: Path, **keywords: Any) -> Child:
     """The command a person would type: with --resume latest as soon as there is a checkpoint."""
-    resume = ["--resume", "latest"] if (checkpoints(folder) / "latest.pt").exists() else []
+    resume = ["--resume", "latest"] if any(checkpoints(folder).glob("*.pt")) else []
     return nursery.start("--config", "config.yaml", *resume, cwd=folder, **keywords)
 
 
@@ -43,10 +52,11 @@ def test_killed_at_random_moments(
 ) -> None:
     """SIGKILL `rounds` times, each followed by a resume; a run that gets to its end is compared
     with the unbroken one, and another is begun."""
-    config_for(tmp_path / "unbroken", tokens)
-    begun = time.monotonic()
-    assert start(nursery, tmp_path / "unbroken", environment=SLOW).wait().status == 0
-    duration = time.monotonic() - begun
+    for name in ("unbroken", "timed"):  # the first run ever takes longer
+        config_for(tmp_path / name, tokens)
+        begun = time.monotonic()
+        assert start(nursery, tmp_path / name, environment=SLOW).wait().status == 0
+        duration = time.monotonic() - begun
     expected = outcome(tmp_path / "unbroken")
     rng = random.Random(rounds)
     kills = inside_a_save = before_any = finished = 0
@@ -65,13 +75,56 @@ def test_killed_at_random_moments(
         assert ended.status == -signal.SIGKILL, ended.text
         kills += 1
         inside_a_save += any(checkpoints(folder).glob(".step_*.partial"))
-        before_any += not (checkpoints(folder) / "latest.pt").exists()
+        before_any += not any(checkpoints(folder).glob("*.pt"))
     assert inside_a_save > 0
     record_property("kills", kills)
     record_property("of them inside a save", inside_a_save)
     record_property("before the first checkpoint", before_any)
     record_property("runs brought to their end", finished)
     record_property("failures", 0)
+
+
+class Killed(BaseException):
+    """What no code catches."""
+
+
+def test_killed_between_the_names_of_a_checkpoint(
+    tmp_path: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch, record_property: Callable
+) -> None:
+    """A save gives its file up to five names, one after the other. A run that dies before any of
+    them, at any of its saves, ends with the unbroken run's latest.pt and best.pt all the same."""
+    settings = {"eval_every": 4, "max_steps": 8}
+    finish(small(tmp_path / "unbroken", tokens, **settings))
+    expected = outcome(tmp_path / "unbroken")
+    places = 0
+    while True:
+        folder = tmp_path / f"killed_{places}"
+        calls = 0
+
+        def dying(original: Callable, *arguments: Any, after: int = places) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls > after:
+                raise Killed
+            return original(*arguments)
+
+        with monkeypatch.context() as patch:
+            for owner, name in ((checkpoint, "_name_too"), (CheckpointFolder, "_link")):
+                original = getattr(owner, name)
+                patch.setattr(owner, name, lambda *a, f=original: dying(f, *a))
+            try:
+                finish(small(folder, tokens, **settings))
+                break
+            except Killed:
+                places += 1
+        resume = "latest" if list(checkpoints(folder).glob("*.pt")) else None
+        finish(small(folder, tokens, **settings), resume=resume)
+        assert_same(outcome(folder), expected, f"killed before name {places}")
+        for name in ("latest.pt", "best.pt"):
+            path = tmp_path / f"killed_{places - 1}" / "checkpoints" / name
+            assert path.resolve() == (checkpoints(folder) / name).resolve()
+    assert places == 8
+    record_property("places", places)
 
 
 @pytest.mark.parametrize(
