@@ -34,6 +34,10 @@ bench: $(VENV)/.installed-test
 	$(PY) -m pytest benchmarks/test_bench.py --benchmark-autosave --record benchmarks/results
 	$(PY) -m benchmarks.report
 
+# Every promise of docs/reliability.md in its long form; writes that page anew.
+soak: $(VENV)/.installed-test
+	OMP_NUM_THREADS=1 $(PY) -m tests.reliability.report
+
 clean:
 	rm -rf $(VENV) .cache .pytest_cache .ruff_cache .mypy_cache build *.egg-info
 

@@ -41,8 +41,9 @@ def test_memory_and_open_files_stay_flat(
     the same moments; and a line of metrics for every tenth step, with saves and validations.
 
     The short run shows that the measurement works and that nothing large is kept: over its 150 warm
-    steps a single megabyte that the allocator takes is a slope of 7,000. The long run's bound is that of 60 bytes a step: no Python object is so small that one could be
-    kept each time. Without saves the slope is 0; the allocator takes half a KiB for each of them.
+    steps a single megabyte that the allocator takes is a slope of 7,000. The long run's bound is
+    that of 60 bytes a step: no Python object is so small that one could be kept each time. Without
+    saves the slope is 0; the allocator takes half a KiB for each of them.
     """
     config = small(tmp_path, tokens, max_steps=steps, log_every=10, eval_every=100, save_every=50)
     config.save(tmp_path / "c.yaml")
