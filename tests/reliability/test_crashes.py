@@ -76,7 +76,8 @@ def test_killed_at_random_moments(
         kills += 1
         inside_a_save += any(checkpoints(folder).glob(".step_*.partial"))
         before_any += not any(checkpoints(folder).glob("*.pt"))
-    assert inside_a_save > 0
+    # by chance a few kills may all miss; `test_a_kill_inside_a_save_loses_nothing` aims at them
+    assert inside_a_save > 0 or rounds < 100
     record_property("kills", kills)
     record_property("of them inside a save", inside_a_save)
     record_property("before the first checkpoint", before_any)
