@@ -25,7 +25,7 @@ def slope(points: list[tuple[float, float]]) -> float:
 @pytest.mark.parametrize(
     ("steps", "kib_per_thousand_steps"),
     [
-        (300, 20_000.0),
+        (900, 3_000.0),
         pytest.param(20_000, 60.0, marks=pytest.mark.slow),
     ],
 )
@@ -40,10 +40,11 @@ def test_memory_and_open_files_stay_flat(
     """Resident memory's slope over the second half of the run, when caches are warm; open files at
     the same moments; and a line of metrics for every tenth step, with saves and validations.
 
-    The short run shows that the measurement works and that nothing large is kept: over its 150 warm
-    steps a single megabyte that the allocator takes is a slope of 7,000. The long run's bound is
-    that of 60 bytes a step: no Python object is so small that one could be kept each time. Without
-    saves the slope is 0; the allocator takes half a KiB for each of them.
+    The long run's bound is that of 60 bytes a step: no Python object is so small that one could be
+    kept each time. Without saves the slope is 0; the allocator takes half a KiB for each of them.
+
+    TensorBoard's thread opens its file for a moment at each write. A file that is kept open raises
+    the fewest that are ever open, which therefore may not change at all.
     """
     config = small(tmp_path, tokens, max_steps=steps, log_every=10, eval_every=100, save_every=50)
     config.save(tmp_path / "c.yaml")
@@ -56,9 +57,10 @@ def test_memory_and_open_files_stay_flat(
     samples = json.loads((tmp_path / "samples.json").read_text())
     warm = samples[len(samples) // 2 :]
     growth = 1000 * slope([(step, kib) for step, kib, _ in warm])
-    files = {number for _, _, number in warm}
+    files = [number for _, _, number in warm]
+    half = len(files) // 2
     assert growth < kib_per_thousand_steps
-    assert max(files) - min(files) <= 2  # a save and TensorBoard's thread open one for a moment
+    assert min(files[:half]) == min(files[half:]), files
     records = read_records(metrics_file(tmp_path))
     assert [r["step"] for r in records if "loss" in r] == list(range(10, steps + 1, 10))
     assert [r["step"] for r in records if "validation_loss" in r] == list(
