@@ -23,7 +23,7 @@ from mantrans.config import Config, ModelConfig
 from mantrans.errors import CheckpointError, ConfigError
 from mantrans.optimizers import SGD, AdamW, Optimizer
 from mantrans.storage import state_file
-from mantrans.transformer import CustomTransformer
+from mantrans.transformer import CustomTransformer, parameter_specs
 
 OPTIMIZERS: dict[str, type[Optimizer]] = {"sgd": SGD, "adamw": AdamW}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
@@ -223,40 +223,55 @@ class CustomTransformerWrapper:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what `state_dict` gave. Raises CheckpointError if it is of another shape.
+        """Take over what `state_dict` gave; the optimizer's part where both are of the same kind.
 
-        An optimizer state is taken over where both optimizers are of the same kind.
+        Raises CheckpointError if it is of another shape. Nothing is changed before all is checked.
         """
         p = self.model.parameters
         check_same_parameters(state["parameters"], p.specs)
+        moments = {}
+        if state["optimizer"] == self.optimizer_name:
+            moments = {key: state["optimizer_state"][key] for key in self.optimizer.state()}
+            for named in moments.values():
+                check_same_parameters(named, p.specs)
+            self.optimizer.updates.fill_(_checked_count(state["optimizer_updates"]))
         for name, value in state["parameters"].items():
             p.write(name, value)
-        if state["optimizer"] == self.optimizer_name:
-            for key, flat in self.optimizer.state().items():
-                check_same_parameters(state["optimizer_state"][key], p.specs)
-                for name, value in state["optimizer_state"][key].items():
-                    p.view(flat, name).copy_(value)
-            self.optimizer.updates.fill_(state["optimizer_updates"])
+        for key, named in moments.items():
+            for name, value in named.items():
+                p.view(self.optimizer.state()[key], name).copy_(value)
 
     def save_checkpoint(self, path: str | Path, **extra: Any) -> None:
         """Write the model, its optimizer and `extra` (plain data, such as epoch=5) to one file."""
         state_file.save(path, {**self.state_dict(), "extra": extra})
 
     def load_checkpoint(self, path: str | Path) -> dict[str, Any]:
-        """Take over a checkpoint's weights and optimizer; returns its extras."""
+        """Take over a checkpoint's weights and optimizer; returns its extras.
+
+        Raises CheckpointError for a file that is damaged or of a model of another shape.
+        """
         state = state_file.load(path)
-        self.load_state_dict(state)
-        return state["extra"]
+        with state_file.understood(path):
+            self.load_state_dict(state)
+            return state["extra"]
 
     @classmethod
     def from_checkpoint(cls, path: str | Path, **keywords: Any) -> CustomTransformerWrapper:
-        """The model that a checkpoint holds. `keywords` override device, backend, dtype, ..."""
-        return cls.from_state_dict(state_file.load(path), **keywords)
+        """The model that a checkpoint holds. `keywords` override device, backend, dtype, ...
+
+        Raises CheckpointError, before memory is taken for the model, for a file that is damaged or
+        whose weights are not those that its description of the model asks for.
+        """
+        state = state_file.load(path)
+        with state_file.understood(path):
+            return cls.from_state_dict(state, **keywords)
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any], **keywords: Any) -> CustomTransformerWrapper:
-        """The model that a `state_dict` describes."""
+        """The model that a `state_dict` describes; CheckpointError if its weights are another's."""
         options = dict(state["model_config"])
+        described = parameter_specs(_checked_model_config(options))
+        check_same_parameters(state["parameters"], {spec.name: spec for spec in described})
         options["dtype"] = DTYPES[options["dtype"]]
         wrapper = cls(**{**options, "optimizer": state["optimizer"], **keywords})
         wrapper.load_state_dict(state)
@@ -346,6 +361,12 @@ def check_same_parameters(found: dict[str, Tensor], specs: dict[str, Any]) -> No
             )
 
 
+def _checked_count(found: Any) -> int:
+    if type(found) is not int or found < 0:
+        raise CheckpointError(f"optimizer_updates: found {found!r:.20}; accepted: a count of steps")
+    return found
+
+
 def resolve_device(device: torch.device | str) -> torch.device:
     """A GPU for "auto", if there is one. Raises ConfigError for a device that is not there."""
     if device == "auto":
@@ -384,9 +405,12 @@ def _checked_model_config(shape: dict[str, Any]) -> ModelConfig:
     """The config's own checks, with the argument's name in the message."""
     training = {"max_steps": 1}
     try:
-        return Config.from_dict({"model": shape, "training": training}, "CustomTransformer").model
+        model = Config.from_dict({"model": shape, "training": training}, "CustomTransformer").model
     except ConfigError as wrong:
         raise ConfigError(str(wrong).replace("model.", "")) from None
+    if model.vocab_size is None:  # a run asks its tokenizer; here is none to ask
+        raise ConfigError("vocab_size: found None; accepted: an integer of at least 1")
+    return model
 
 
 def _check_sampling(

@@ -386,9 +386,6 @@ class Trainer:
         """Make a loaded state this run's own; returns what has changed since it was saved."""
         refuse_other_tokenizer(state["tokenizer"], self.tokenizer)
         notes = _differences(state["config"], self.config.to_dict())
-        updates = state["optimizer_updates"]
-        if type(updates) is not int or updates < 0:
-            raise ValueError(f"found {updates!r:.20} optimizer updates")
         self.wrapper.load_state_dict(state)
         if self.guard and state["guard"]:
             window = state["guard"]["values"]

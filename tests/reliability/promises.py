@@ -154,6 +154,8 @@ PROMISES = (
             "test_a_model_that_claims_more_than_the_file_holds_takes_no_memory",
             HERE + "test_hostile.py::test_a_sound_file_with_an_odd_state_is_used_or_refused",
             HERE + "test_hostile.py::test_evaluation_uses_or_refuses_an_odd_state",
+            HERE + "test_hostile.py::"
+            "test_a_library_user_gets_a_model_or_one_line_and_keeps_what_he_has",
         ),
     ),
     Promise(

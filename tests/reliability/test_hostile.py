@@ -17,9 +17,10 @@ import pytest
 import torch
 
 from mantrans.config import Config
-from mantrans.errors import MantransError
+from mantrans.errors import CheckpointError, MantransError
 from mantrans.storage import state_file
 from mantrans.training.trainer import Trainer
+from mantrans.wrapper import CustomTransformerWrapper
 from tests.reliability.nursery import Nursery
 from tests.reliability.runs import NAME, checkpoints, finish, small, stop_after
 
@@ -145,6 +146,37 @@ def test_evaluation_uses_or_refuses_an_odd_state(
     record_property("tracebacks", 0)
 
 
+@pytest.mark.parametrize("trials", [60, pytest.param(1500, marks=pytest.mark.slow)])
+def test_a_library_user_gets_a_model_or_one_line_and_keeps_what_he_has(
+    tmp_path: Path, stopped: Config, trials: int, record_property: Callable
+) -> None:
+    """from_checkpoint builds a model that runs, or says why not; load_checkpoint, where it refuses,
+    leaves the model and its moments as they were."""
+    state = state_file.load(checkpoints(tmp_path) / "latest.pt")
+    own = CustomTransformerWrapper.from_state_dict(state)
+    buffers = [own.model.parameters.weights, *own.optimizer.state().values(), own.optimizer.updates]
+    chance = random.Random(trials)
+    refused = 0
+    for _ in range(trials):
+        state_file.save(tmp_path / "odd.pt", mutated(state, chance))
+        try:
+            model = CustomTransformerWrapper.from_checkpoint(tmp_path / "odd.pt")
+            model.forward(torch.zeros(1, 4, dtype=torch.int64))
+        except MantransError as error:
+            assert "\n" not in str(error)
+            refused += 1
+        before = [buffer.clone() for buffer in buffers]
+        try:
+            own.load_checkpoint(tmp_path / "odd.pt")
+        except MantransError as error:
+            assert "\n" not in str(error)
+            assert all(map(torch.equal, before, buffers))
+    assert trials // 8 < refused
+    record_property("odd states", trials)
+    record_property("of them refused", refused)
+    record_property("tracebacks", 0)
+
+
 def test_a_model_that_claims_more_than_the_file_holds_takes_no_memory(
     tmp_path: Path, nursery: Nursery, stopped: Config
 ) -> None:
@@ -157,6 +189,8 @@ def test_a_model_that_claims_more_than_the_file_holds_takes_no_memory(
         limits={"RLIMIT_AS": 8 * GIB},
     )  # fmt: skip
     assert ended.is_one_line_error and "found shape" in ended.text
+    with pytest.raises(CheckpointError, match=r"token_embedding\.weight: found shape"):
+        CustomTransformerWrapper.from_checkpoint(tmp_path / "huge.pt")
 
 
 def test_token_ids_beyond_a_models_vocabulary_reach_no_index(
