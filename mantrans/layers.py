@@ -163,10 +163,14 @@ class MLP:
         self.bias, self.up.bias = self.up.bias, None  # the GELU adds it
 
     def forward(self, x: Tensor) -> tuple[Tensor, Saved]:
-        h = self.up.forward(x)
-        a = self.ops.bias_gelu_forward(h, self.bias and self.bias.value)
+        h, a = self.hidden(x)
         y = self.down.forward(a)
         return y, self.Saved(x, h, None if self.recompute_gelu else a)
+
+    def hidden(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The forward as far as the backward needs it: up to the last product's input."""
+        h = self.up.forward(x)
+        return h, self.ops.bias_gelu_forward(h, self.bias and self.bias.value)
 
     def backward(self, dy: Tensor, saved: Saved) -> Tensor:
         x, h, a = saved
@@ -209,11 +213,23 @@ class Block:
         self, x: Tensor, branch: Tensor | None, document_start: Tensor | None
     ) -> tuple[Tensor, Tensor, Saved]:
         """x, branch (B, T, C) -> the residual, and the MLP's output that is still to be added."""
+        y, norm_1, attention, norm_2 = self._up_to_mlp(x, branch, document_start)
+        branch, mlp = self.mlp.forward(y)
+        return norm_2.x, branch, self.Saved(norm_1, attention, norm_2, mlp)
+
+    def recompute(self, x: Tensor, document_start: Tensor | None) -> Saved:
+        """The `Saved` of a forward, from its `norm_1.x`. The MLP's last product, a third of a
+        block's arithmetic, is left out: nobody reads its result again."""
+        y, norm_1, attention, norm_2 = self._up_to_mlp(x, None, document_start)
+        return self.Saved(norm_1, attention, norm_2, self.mlp.Saved(y, *self.mlp.hidden(y)))
+
+    def _up_to_mlp(
+        self, x: Tensor, branch: Tensor | None, document_start: Tensor | None
+    ) -> tuple[Tensor, LayerNorm.Saved, Attention.Saved, LayerNorm.Saved]:
         y, norm_1 = self.norm_1.forward(x, branch)
         branch, attention = self.attention.forward(y, document_start)
         y, norm_2 = self.norm_2.forward(norm_1.x, branch)
-        branch, mlp = self.mlp.forward(y)
-        return norm_2.x, branch, self.Saved(norm_1, attention, norm_2, mlp)
+        return y, norm_1, attention, norm_2
 
     def backward(self, dx: Tensor, saved: Saved, document_start: Tensor | None) -> Tensor:
         """dx: of the sum of the block's two outputs. Returns that of the sum of its two inputs."""

@@ -102,7 +102,7 @@ class CustomTransformer:
         for block in reversed(self.blocks):
             saved = saved_blocks.pop()
             if self.recompute == "block":
-                saved = block.forward(saved, None, document_start)[2]
+                saved = block.recompute(saved, document_start)
             dx = block.backward(dx, saved, document_start)
             del saved
         self.ops.embedding_backward(
