@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mantrans.config import ModelConfig
+from mantrans.interop.huggingface import oriented, their_name
 
 NamedTensors = Iterable[tuple[str, Tensor]]
 
@@ -79,18 +80,6 @@ class TransformersGPT2(nn.Module):
     faster of the two that it has for the same formula.
     """
 
-    OUTER = {  # noqa: RUF012  (a table, never changed)
-        "token_embedding.weight": "wte.weight",
-        "position_embedding.weight": "wpe.weight",
-        "final_norm.weight": "ln_f.weight",
-        "final_norm.bias": "ln_f.bias",
-    }
-    INNER = (
-        ("blocks.", "h."), ("norm_1", "ln_1"), ("norm_2", "ln_2"), ("attention.qkv", "attn.c_attn"),
-        ("attention.projection", "attn.c_proj"), ("mlp.up", "mlp.c_fc"),
-        ("mlp.down", "mlp.c_proj"),
-    )  # fmt: skip
-
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         from transformers import GPT2Config, GPT2LMHeadModel
@@ -112,12 +101,8 @@ class TransformersGPT2(nn.Module):
         return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100)
 
     def load(self, named_parameters: NamedTensors) -> None:
-        """Take over our model's weights; their Conv1D stores matrices transposed, (in, out)."""
-        theirs = dict(self.gpt2.transformer.named_parameters())
+        """Take over our model's weights: (name, tensor) pairs."""
+        theirs = dict(self.gpt2.named_parameters())
         with torch.no_grad():
             for name, value in named_parameters:
-                their_name = self.OUTER.get(name, name)
-                for ours, their in self.INNER:
-                    their_name = their_name.replace(ours, their)
-                in_block = name.startswith("blocks.") and value.dim() == 2
-                theirs[their_name].copy_(value.T if in_block else value)
+                theirs[their_name(name)].copy_(oriented(name, value))

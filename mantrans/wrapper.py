@@ -21,6 +21,7 @@ from kernels.reference import IGNORE_INDEX
 from mantrans import generation
 from mantrans.config import Config, ModelConfig
 from mantrans.errors import CheckpointError, ConfigError
+from mantrans.interop import huggingface
 from mantrans.optimizers import SGD, AdamW, Optimizer
 from mantrans.storage import state_file
 from mantrans.transformer import CustomTransformer, parameter_specs
@@ -276,6 +277,30 @@ class CustomTransformerWrapper:
         wrapper = cls(**{**options, "optimizer": state["optimizer"], **keywords})
         wrapper.load_state_dict(state)
         return wrapper
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path, **keywords: Any) -> CustomTransformerWrapper:
+        """The model in a folder of transformers' GPT-2 format (see `mantrans.interop.huggingface`).
+
+        keywords: dtype, device, backend, optimizer, ... as for the class; whatever the dtype of the
+        file, that of the model is float32 unless given. The network's shape is the folder's.
+
+        Raises CheckpointError, before memory is taken for the model, for a folder of anything else.
+        """
+        shape = huggingface.read_shape(directory)
+        weights = huggingface.Weights(directory, parameter_specs(ModelConfig(**shape)))
+        wrapper = cls(**shape, **keywords)
+        for name, value in weights:
+            wrapper.model.parameters.write(name, value)
+        return wrapper
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write the weights, the masters where there are any, as transformers' GPT-2.
+
+        Raises CheckpointError if the folder cannot be written.
+        """
+        p = self.model.parameters
+        huggingface.save(directory, self.config, dict(p.named(p.best_weights())))
 
     # --------------------------------------------------------------------------------- what it is
 

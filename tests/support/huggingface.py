@@ -3,41 +3,11 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from mantrans.config import ModelConfig
+from mantrans.interop.huggingface import oriented, their_name
 
-# our name -> theirs; their Conv1D stores matrices transposed, (in, out)
-OUTER = {
-    "token_embedding.weight": "transformer.wte.weight",
-    "position_embedding.weight": "transformer.wpe.weight",
-    "output.weight": "lm_head.weight",
-    "final_norm": "transformer.ln_f",
-}
-INNER = {
-    "norm_1": "ln_1",
-    "attention.qkv": "attn.c_attn",
-    "attention.projection": "attn.c_proj",
-    "norm_2": "ln_2",
-    "mlp.up": "mlp.c_fc",
-    "mlp.down": "mlp.c_proj",
-}
-
-
-def their_name(name: str) -> str:
-    """The name of one of our parameters in GPT2LMHeadModel."""
-    if name in OUTER:
-        return OUTER[name]
-    layer, _, kind = name.rpartition(".")
-    if layer in OUTER:
-        return f"{OUTER[layer]}.{kind}"
-    _, index, layer = layer.split(".", 2)
-    return f"transformer.h.{index}.{INNER[layer]}.{kind}"
-
-
-def oriented(name: str, x: Tensor) -> Tensor:
-    """A tensor of theirs (or a gradient) in our orientation."""
-    return x.T if name.startswith("blocks.") and x.dim() == 2 else x
+__all__ = ["gpt2", "oriented", "their_name"]
 
 
 def gpt2(config: ModelConfig, dtype: torch.dtype, named_parameters) -> torch.nn.Module:
@@ -66,6 +36,5 @@ def gpt2(config: ModelConfig, dtype: torch.dtype, named_parameters) -> torch.nn.
     theirs = dict(model.named_parameters())
     with torch.no_grad():
         for name, value in named_parameters:
-            target = theirs[their_name(name)]
-            target.copy_(oriented(name, value))
+            theirs[their_name(name)].copy_(oriented(name, value))
     return model

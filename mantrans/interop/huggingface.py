@@ -1,0 +1,401 @@
+"""transformers' GPT-2: our names and theirs, and the folder that both sides read and write.
+
+    config.json                   the shape; of its fields those in FIELDS and ACCEPTED matter here
+    model.safetensors             the weights, or, in several files,
+    model.safetensors.index.json  {"weight_map": {tensor: file}} beside them
+
+Two things differ from our side: the names, and that their Conv1D stores a block's matrices
+transposed, (in, out). Theirs always has biases: a model without is written with zeros, the same
+function, and is a model with biases when it is read again. Dropout fields are ignored in reading
+and 0 in writing, because we have none; so are the ids of special tokens, which are the tokenizer's
+affair, and written as null.
+
+Source: GPT2LMHeadModel of transformers 5.24, and the safetensors format as its README describes it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import struct
+import typing
+from collections.abc import Iterable, Iterator
+from io import FileIO
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mantrans.config import ModelConfig
+from mantrans.errors import CheckpointError, ConfigError
+from mantrans.options import checked_value, show
+from mantrans.parameters import Spec
+from mantrans.storage.atomic import replacing, write_all
+from mantrans.storage.state_file import reason
+from mantrans.strict_yaml import single_line
+
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+PREFIX = "transformer."
+OUTPUT = "lm_head.weight"
+MAX_JSON_BYTES = 4 << 20
+
+# our layer -> theirs, outside the blocks and inside
+OUTER = {
+    "token_embedding": "transformer.wte",
+    "position_embedding": "transformer.wpe",
+    "final_norm": "transformer.ln_f",
+    "output": "lm_head",
+}
+INNER = {
+    "norm_1": "ln_1",
+    "attention.qkv": "attn.c_attn",
+    "attention.projection": "attn.c_proj",
+    "norm_2": "ln_2",
+    "mlp.up": "mlp.c_fc",
+    "mlp.down": "mlp.c_proj",
+}
+# our field -> theirs; the optional ones have the same defaults on both sides
+FIELDS = {
+    "vocab_size": "vocab_size",
+    "max_seq_len": "n_positions",
+    "d_model": "n_embd",
+    "n_blocks": "n_layer",
+    "n_heads": "n_head",
+    "d_ffn": "n_inner",
+    "layer_norm_epsilon": "layer_norm_epsilon",
+    "initializer_range": "initializer_range",
+    "tie_embeddings": "tie_word_embeddings",
+}
+REQUIRED = ("model_type", "vocab_size", "n_positions", "n_embd", "n_layer", "n_head")
+# Fields that make another function of the same weights; an absent one means the first value.
+ACCEPTED: dict[str, tuple] = {
+    "model_type": ("gpt2",),
+    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+    "scale_attn_weights": (True,),
+    "scale_attn_by_inverse_layer_idx": (False,),
+    "add_cross_attention": (False,),
+}
+DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+}
+# Masks that older versions of transformers saved among the weights.
+_BUFFER = re.compile(r"h\.\d+\.attn\.(masked_)?bias")
+
+
+# ---------------------------------------------------------------------------------- the mapping
+
+
+def their_name(name: str) -> str:
+    """The name of one of our parameters in GPT2LMHeadModel."""
+    layer, _, kind = name.rpartition(".")
+    if layer in OUTER:
+        return f"{OUTER[layer]}.{kind}"
+    _, index, layer = layer.split(".", 2)
+    return f"{PREFIX}h.{index}.{INNER[layer]}.{kind}"
+
+
+def oriented(name: str, x: Tensor) -> Tensor:
+    """A tensor of theirs (or its gradient) in our orientation, and the other way round: a view."""
+    return x.T if name.startswith("blocks.") and x.dim() == 2 else x
+
+
+# --------------------------------------------------------------------------------------- reading
+
+
+def read_shape(directory: str | Path) -> dict[str, Any]:
+    """What a folder's config.json says of the network, as keywords of `ModelConfig`.
+
+    Raises CheckpointError that names the field, what was found and what is accepted.
+    """
+    if not os.path.isdir(directory):
+        raise CheckpointError(
+            f"{_shown(directory)}: no such folder; accepted: one with {CONFIG} and {WEIGHTS} "
+            "(nothing is downloaded)"
+        )
+    path = Path(directory) / CONFIG
+    found, where = _read_json(path), _shown(path)
+    for field in REQUIRED:
+        if field not in found:
+            raise CheckpointError(f"{where}: {field} is missing; accepted: the file of a GPT-2")
+    for field, choices in ACCEPTED.items():
+        if found.get(field, choices[0]) not in choices:
+            accepted = ", ".join(json.dumps(choice) for choice in choices)
+            raise CheckpointError(
+                f"{where}: {field}: found {show(found[field])}; accepted: {accepted}"
+            )
+    shape = _checked_fields(found, where)
+    if shape["d_model"] % shape["n_heads"]:
+        raise CheckpointError(
+            f"{where}: n_embd: found {shape['d_model']}; "
+            f"accepted: a multiple of n_head ({shape['n_heads']})"
+        )
+    return shape
+
+
+def _checked_fields(found: dict[str, Any], where: str) -> dict[str, Any]:
+    """The values of FIELDS under our names, each within the limits of `ModelConfig`."""
+    hints = typing.get_type_hints(ModelConfig)
+    fields = {field.name: field for field in dataclasses.fields(ModelConfig)}
+    shape = {}
+    for ours, theirs in FIELDS.items():
+        if theirs not in found:
+            continue
+        hint = int if theirs in REQUIRED else hints[ours]  # no null where it must be given
+        limits = fields[ours].metadata
+        try:
+            shape[ours] = checked_value(found[theirs], hint, limits, f"{where}: {theirs}")
+        except ConfigError as wrong:
+            raise CheckpointError(str(wrong)) from None
+    return shape
+
+
+class Weights:
+    """The tensors of a folder, which are exactly those that a model of these `specs` needs.
+
+    That is checked at once, from the files' headers; iterating then gives (our name, tensor in our
+    orientation), one at a time, in the files' dtype, on the CPU. Names may lack the leading
+    `transformer.`. The format has no checksums: a changed weight is not noticed.
+
+    Raises CheckpointError that names the file and the first tensor missing, surplus or of another
+    shape or dtype.
+    """
+
+    def __init__(self, directory: str | Path, specs: Iterable[Spec]) -> None:
+        self.folder = Path(directory)
+        self.specs = {_bare(their_name(spec.name)): spec for spec in specs}
+        self.is_tied = OUTPUT not in self.specs
+        self.found: dict[str, tuple[Any, str]] = {}  # bare name: open file, name in it
+        for path in _weight_files(self.folder):
+            file = _open(path)
+            for name in file.keys():  # noqa: SIM118  (a safetensors file is no mapping)
+                self._add(path, file, name)
+        for name in self.specs:
+            if name not in self.found:
+                raise CheckpointError(
+                    f"{_shown(self.folder)}: tensor {name} is missing from the files of weights; "
+                    f"accepted: all {len(self.specs)} that {CONFIG} calls for"
+                )
+        self._check_copy()
+
+    def _add(self, path: Path, file: Any, name: str) -> None:
+        """Take note of one tensor, or refuse it."""
+        bare = _bare(name)
+        if _BUFFER.fullmatch(bare):
+            return
+        where = f"{_shown(path)}: tensor {single_line(name)}"
+        if bare in self.found:
+            raise CheckpointError(f"{where} is there twice; accepted: each tensor once")
+        # Where embeddings are tied, an output projection may be there, as a copy.
+        spec = self.specs.get("wte.weight" if bare == OUTPUT and self.is_tied else bare)
+        if spec is None:
+            raise CheckpointError(f"{where} is surplus; accepted: those that {CONFIG} calls for")
+        claim = file.get_slice(name)
+        _check_claim(where, spec, claim.get_shape(), claim.get_dtype())
+        self.found[bare] = file, name
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        for bare, spec in self.specs.items():
+            yield spec.name, oriented(spec.name, self._tensor(bare))
+
+    def _tensor(self, bare: str) -> Tensor:
+        file, name = self.found[bare]
+        return file.get_tensor(name)
+
+    def _check_copy(self) -> None:
+        """An output projection that is tied to the embedding and saved all the same is equal to it.
+        Where they differ, transformers 4 believes the config and transformers 5 the tensors."""
+        if not self.is_tied or OUTPUT not in self.found:
+            return
+        output, embedding = self._tensor(OUTPUT), self._tensor("wte.weight")
+        if output.dtype != embedding.dtype or not torch.equal(output, embedding):
+            raise CheckpointError(
+                f"{_shown(self.folder / CONFIG)}: tie_word_embeddings: found true, but {OUTPUT} "
+                "differs from wte.weight; accepted: false, or equal tensors"
+            )
+
+
+def _check_claim(where: str, spec: Spec, shape: list[int], dtype: str) -> None:
+    """A tensor's shape in their orientation, and its dtype, are what the model needs."""
+    transposed = spec.name.startswith("blocks.") and len(spec.shape) == 2
+    expected = spec.shape[::-1] if transposed else spec.shape
+    if tuple(shape) != expected:
+        raise CheckpointError(
+            f"{where}: found shape {tuple(shape)}; accepted: {expected}, as {CONFIG} says"
+        )
+    if dtype not in DTYPES.values():
+        accepted = ", ".join(DTYPES.values())
+        raise CheckpointError(f"{where}: found dtype {dtype}; accepted: {accepted}")
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a folder; the single one goes first, as in transformers."""
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    if (folder / INDEX).is_file():
+        return _shards(folder / INDEX)
+    pickled = sorted(path.name for path in folder.glob("pytorch_model*"))
+    if pickled:
+        raise CheckpointError(
+            f"{_shown(folder / pickled[0])}: is a pickle, which may run code when it is read; "
+            f"accepted: {WEIGHTS}; save the model again as safetensors, with transformers' "
+            "save_pretrained"
+        )
+    raise CheckpointError(f"{_shown(folder)}: found neither {WEIGHTS} nor {INDEX}; accepted: one")
+
+
+def _shards(index: Path) -> list[Path]:
+    """The files that an index names, each inside its folder."""
+    weight_map = _read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise CheckpointError(
+            f"{_shown(index)}: weight_map: found {show(weight_map)}; accepted: a mapping from "
+            "tensors to files"
+        )
+    for name in weight_map.values():
+        plain = isinstance(name, str) and name.isprintable() and not re.search(r"[/\\]", name)
+        if not plain or name in ("", ".", ".."):
+            raise CheckpointError(
+                f"{_shown(index)}: weight_map: found the file {show(name)}; "
+                "accepted: a name in the same folder"
+            )
+    return [index.parent / name for name in sorted(set(weight_map.values()))]
+
+
+def _open(path: Path) -> Any:
+    """An open safetensors file, its header checked against its size; no tensor is read yet."""
+    try:
+        from safetensors import SafetensorError, safe_open
+    except ImportError:
+        raise CheckpointError(
+            f"{_shown(path)}: is read with the package safetensors, which is missing; "
+            "pip install safetensors"
+        ) from None
+    if not path.is_file():
+        raise CheckpointError(f"{_shown(path)}: no such file; accepted: all that {INDEX} names")
+    try:
+        return safe_open(path, framework="pt", device="cpu")
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{_shown(path)}: is damaged or no safetensors file ({single_line(reason(error))}); "
+            "accepted: a file that transformers or save_pretrained wrote"
+        ) from None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises CheckpointError for anything else, in one line."""
+    where = _shown(path)
+    try:
+        if not path.is_file():
+            raise CheckpointError(f"{where}: no such file; accepted: a folder that has it")
+        with open(path, "rb") as file:
+            text = file.read(MAX_JSON_BYTES + 1)
+        value = json.loads(text) if len(text) <= MAX_JSON_BYTES else None
+    except OSError as error:
+        raise CheckpointError(f"{where}: cannot be read ({reason(error)})") from None
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"{where}: is not JSON ({single_line(reason(error))}); accepted: a JSON object"
+        ) from None
+    if len(text) > MAX_JSON_BYTES:
+        size = f"{MAX_JSON_BYTES >> 20} MiB"
+        raise CheckpointError(f"{where}: found more than {size}; accepted: at most that")
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{where}: found {show(value)}; accepted: a JSON object")
+    return value
+
+
+def _bare(name: str) -> str:
+    return name.removeprefix(PREFIX)
+
+
+def _shown(path: str | Path) -> str:
+    return single_line(str(path))
+
+
+# --------------------------------------------------------------------------------------- writing
+
+
+def save(directory: str | Path, config: ModelConfig, weights: dict[str, Tensor]) -> None:
+    """Write a model as the folder that `GPT2LMHeadModel.from_pretrained` reads.
+
+    weights: all parameters by our names, on any device; they keep their dtype, which config.json
+    records. Each file replaces an older one whole: the weights first, the config last. Files of
+    other names in the folder stay.
+
+    Raises CheckpointError if a file cannot be written; it is then as it was.
+    """
+    folder = Path(directory)
+    tensors = _theirs(weights)
+    dtype = next(iter(tensors.values())).dtype
+    text = json.dumps(_their_config(config, dtype), indent=2) + "\n"
+    path = folder
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / WEIGHTS
+        with replacing(path) as file:
+            _write_tensors(file, tensors)
+        path = folder / CONFIG
+        with replacing(path) as file:
+            write_all(file, text.encode())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{_shown(path)}: could not be written ({single_line(reason(error))}); "
+            "accepted: a folder with room that may be written to"
+        ) from None
+
+
+def _their_config(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
+    """config.json: the shape, the only values we accept, no dropout, no special tokens."""
+    return {
+        "architectures": ["GPT2LMHeadModel"],
+        **{theirs: getattr(config, ours) for ours, theirs in FIELDS.items()},
+        **{field: choices[0] for field, choices in ACCEPTED.items()},
+        "dtype": str(dtype).removeprefix("torch."),
+        "attn_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "resid_pdrop": 0.0,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
+
+
+def _theirs(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Views of our weights under their names; zeros for the biases of a model without."""
+    tensors = {}
+    for name, value in weights.items():
+        tensors[their_name(name)] = oriented(name, value)
+        layer, _, kind = name.rpartition(".")
+        has_bias = layer == "final_norm" or layer not in OUTER
+        if kind == "weight" and has_bias and f"{layer}.bias" not in weights:
+            tensors[their_name(f"{layer}.bias")] = value.new_zeros(len(value))
+    return tensors
+
+
+def _write_tensors(file: FileIO, tensors: dict[str, Tensor]) -> None:
+    """The safetensors format: length of the header (8 bytes, little-endian), header, tensors.
+
+    The package's own writer wants all of it in memory once more; this needs one tensor's room.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers wants to see that
+    end = 0
+    for name, tensor in tensors.items():
+        start, end = end, end + tensor.numel() * tensor.element_size()
+        header[name] = {
+            "dtype": DTYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # so that the tensors are aligned
+    write_all(file, struct.pack("<Q", len(text)) + text)
+    for tensor in tensors.values():
+        flat = tensor.cpu().contiguous().flatten()
+        write_all(file, flat.view(torch.uint8).numpy().data)
