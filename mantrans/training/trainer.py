@@ -35,6 +35,7 @@ from mantrans.evaluation.evaluator import (
     refuse_other_tokenizer,
 )
 from mantrans.optimizers import scheduled_learning_rate
+from mantrans.report import write_page
 from mantrans.storage import state_file
 from mantrans.storage.atomic import replacing, write_all
 from mantrans.training import flops, memory
@@ -411,11 +412,16 @@ class Trainer:
             coherence=self.evaluate_coherence,
             say=self.logger.say_once,
         )
-        self._write_report(report)
+        about = {"step": self.progress.step, **self.wrapper.get_model_info()}
+        self._write_report({"run": about} | report)
+        try:
+            write_page(self.directory)
+        except MantransError as failure:
+            self.logger.message(f"warning: {failure}")
         self.logger.console.close()
         self.logger.message(
             f"\n{as_text(report)}\n\n"
-            f"metrics, report   {self.directory}/\n"
+            f"metrics, report   {self.directory}/ (to look at: report.html)\n"
             f"checkpoints       {self.folder.latest}, {self.folder.best}"
         )
         return report

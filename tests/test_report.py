@@ -1,0 +1,325 @@
+"""The page about a run: right coordinates, nothing made up, and no text that turns into HTML."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mantrans import report_svg
+from mantrans.config import Config
+from mantrans.report import STYLE, Run, main, number, page, write_page
+from mantrans.report_svg import Curve, Scale, figure, short, tick_labels, ticks
+from mantrans.training.logger import RunLogger
+from mantrans.training.trainer import Trainer
+
+ROOT = Path(__file__).parents[1]
+HOSTILE = "<img src=x onerror=\"alert('1')\">&</b></pre></script><script>'\x1b\ud800"
+
+
+class Page(HTMLParser):
+    """Elements, attributes and text of a page; a tag that is not closed in order is an error."""
+
+    def __init__(self, content: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.open: list[str] = []
+        self.feed(content)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        self.elements.append((tag, dict(attrs)))
+        if tag != "meta":
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: Any) -> None:
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+    def all(self, tag: str, **attributes: str) -> list[dict[str, str | None]]:
+        return [a for t, a in self.elements if t == tag and attributes.items() <= a.items()]
+
+
+def make_run(folder: Path, *, losses: list[float], skipped: list[int] | None = None) -> Path:
+    """A run of ten steps a record, with one validation at its end and nothing else."""
+    with RunLogger(folder, tensorboard=False, quiet=True) as log:
+        for i, loss in enumerate(losses, 1):
+            counted = skipped[i - 1] if skipped else 0
+            log.log(10 * i, loss=loss, learning_rate=1e-3, tokens=1000 * i, skipped=counted)
+            log.log_timing(10 * i, tokens_per_second=5e3, mfu=None)
+        log.log(10 * len(losses), validation_loss=losses[-1] + 0.5)
+    return folder
+
+
+def add_report(folder: Path, **values: Any) -> None:
+    samples = [{"prompt": "Once", "continuation": " upon a time"}]
+    report = {"loss": 1.25, "perplexity": 3.49, "diversity": {"distinct_1": 0.375}}
+    text = json.dumps({**report, "coherence": None, "samples": samples, **values})
+    (folder / "report.json").write_text(text)
+
+
+def read(folder: Path) -> Page:
+    return Page(write_page(folder).read_text(encoding="utf-8"))
+
+
+# --------------------------------------------------------------------------------- axes and curves
+
+
+def test_ticks_are_round() -> None:
+    assert ticks(0, 150, 6) == [0, 50, 100, 150]
+    assert ticks(1.2, 5.7, 5) == [2, 3, 4, 5]
+    assert ticks(0, 24_000, 6) == [0, 5000, 10_000, 15_000, 20_000]
+    assert ticks(-0.25, 0.25, 5) == pytest.approx([-0.2, -0.1, 0, 0.1, 0.2])
+
+
+@given(st.floats(-1e9, 1e9), st.floats(1e-6, 1e9), st.integers(2, 10))
+def test_ticks_lie_on_the_axis_and_are_neither_many_nor_few(low, span, most) -> None:
+    found = ticks(low, low + span, most)
+    step = report_svg.round_step(low, low + span, most)
+    tolerance = 1e-6 * step + 1e-15 * abs(low)
+    assert all(low - tolerance <= t <= low + span + tolerance for t in found)
+    assert most / 2.5 - 1.01 <= len(found) <= most + 1
+    assert f"{step:.3e}"[:5] in ("1.000", "2.000", "5.000")
+
+
+def test_an_axis_holds_its_values_and_ends_at_round_numbers() -> None:
+    assert Scale.around([1.2, 5.7]) == Scale(1, 6)
+    assert Scale.around([0, 12_345]) == Scale(0, 15_000)
+    for value in (0.0, 2.5, -3e-5, 1e30):
+        axis = Scale.around([value, value])
+        assert axis.low < value < axis.high
+
+
+def test_labels_have_the_digits_that_tell_ticks_apart() -> None:
+    assert tick_labels([0, 0.5, 1.0]) == ["0", "0.5", "1.0"]
+    assert tick_labels([3.25, 3.3, 3.35]) == ["3.25", "3.30", "3.35"]
+    assert tick_labels([0, 5000, 10_000]) == ["0", "5k", "10k"]
+    assert tick_labels([0, 2e-5, 4e-5]) == ["0", "2e-5", "4e-5"]
+    assert tick_labels([0, 2e6, 4e6]) == ["0", "2000k", "4000k"]
+    assert [short(n) for n in (0, 7, 1920, 288_000, 999_600, 1_712_960)] == [
+        "0", "7", "1.92k", "288k", "1M", "1.71M"
+    ]  # fmt: skip
+
+
+def test_a_point_is_drawn_where_its_numbers_say() -> None:
+    """On axes from 0 to 200 and from 2 to 12, (50, 8) is a quarter to the right, 60% up."""
+    points = [(0, 2.0), (50, 8.0), (200, 12.0)]
+    drawn = Page(figure("Loss", "", [Curve("a", points), Curve("b", points[1:2], dots=True)]))
+    (path,) = drawn.all("path")
+    assert path["d"] == "M0.000,100.000 25.000,40.000 100.000,0.000"
+    (dot,) = drawn.all("circle")
+    assert (dot["cx"], dot["cy"]) == ("25.000%", "40.000%")
+    (stretched,) = drawn.all("svg", preserveaspectratio="none")
+    assert stretched["viewbox"] == "0 0 100 100"
+
+
+def test_labels_stand_at_their_values() -> None:
+    drawn = figure("Loss", "", [Curve("a", [(0, 0.0), (200, 10.0)])], tokens_per_step=1000)
+    left = re.findall(r'x="-8" y="([\d.]+)%" dy="[^"]*">([^<]+)<', drawn)
+    assert left == [(f"{100 - 10 * v}.000", str(v)) for v in (0, 2, 4, 6, 8, 10)]
+    below = re.findall(r'<text x="([\d.]+)%" y="100%" dy="[^"]*">([^<]+)<', drawn)
+    steps = [(f"{at}.000", str(2 * at)) for at in (0, 25, 50, 75, 100)]
+    tokens = [(at, f"{step}k" if step != "0" else "0") for at, step in steps]
+    assert below == steps + tokens
+
+
+def test_what_is_not_finite_is_a_gap() -> None:
+    points = [(1, 1.0), (2, 2.0), (3, None), (4, 1.0), (5, None), (6, 2.0), (7, 1.0), (8, None)]
+    drawn = Page(figure("Loss", "", [Curve("a", points)]))
+    (path,) = drawn.all("path")
+    assert [part.count(",") for part in path["d"].split("M")[1:]] == [2, 2]
+    (alone,) = drawn.all("circle")  # a line of one point would not be seen
+    assert alone["cx"] == "50.000%"
+    assert figure("Loss", "", [Curve("a", [(1, None)])]) == ""
+
+
+def test_only_finite_numbers_are_numbers() -> None:
+    assert [number(n) for n in (0, 2.5, -3)] == [0.0, 2.5, -3.0]
+    for other in (math.nan, -math.inf, 10**400, 1e300, "nan", "1", True, None, [1]):
+        assert number(other) is None
+
+
+def test_a_long_line_is_thinned_without_losing_a_spike() -> None:
+    points = [(float(i), 1.0 + i % 2) for i in range(100_000)]
+    points[54_321], points[77_777] = (54_321.0, 99.0), (77_777.0, -99.0)
+    (kept,) = report_svg.segments(points)
+    assert len(kept) <= 2000 and kept == sorted(kept)
+    assert points[54_321] in kept and points[77_777] in kept
+
+
+# ---------------------------------------------------------------------------------------- the page
+
+
+def test_the_page_says_what_is_on_record(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "tiny", losses=[4.0, 3.0, 2.5])
+    Config.from_dict({"training": {"max_steps": 40}}).save(folder / "config.yaml")
+    marks = {"model": "m", "grammar": 3.25, "coherence": 2.5, "plot": 2, "scores": []}
+    add_report(folder, run={"step": 30, "parameters": 1_712_960}, coherence=marks)
+    found = read(folder)
+    for words in (
+        "tiny", "1.71M parameters", "4 blocks of width 256", "30 of 40 steps", "3k tokens",
+        "best validation loss 3.0000 at step 30", "torch", "Learning rate", "highest 0.001",
+        "Tokens per second", "median 5k", "perplexity3.49", "distinct 10.375", "grammar3.25",
+        "Once upon a time", "d_model: 256",
+    ):  # fmt: skip
+        assert words in found.text, words
+    assert len(found.all("details")) == 1 and len(found.all("figure")) == 3
+    (validation,) = found.all("circle")
+    assert validation["cx"] == "100.000%"
+
+
+def test_the_page_needs_nothing_from_elsewhere(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", losses=[4.0, 3.0])
+    add_report(folder)
+    content = write_page(folder).read_text(encoding="utf-8")
+    for reference in ("http://", "https://", "src=", "url(", "@import", "<script", "<link", "href"):
+        assert reference not in content
+    assert "default-src 'none'" in content and "prefers-color-scheme: dark" in content
+
+
+def test_text_from_files_stays_text(tmp_path: Path) -> None:
+    """In every place that a stranger can write to: the same elements as with harmless text."""
+
+    def fill(folder: Path, words: str) -> Page:
+        make_run(folder, losses=[4.0, 3.0], skipped=[0, 1])
+        model = {"n_blocks": words, "d_model": words, "dtype": words}
+        values = {"model": model, "training": {"device": words, words: [words]}}
+        (folder / "config.yaml").write_text(json.dumps(values))
+        (folder / "versions.json").write_text(
+            json.dumps(dict.fromkeys(("device", "torch", "git_commit"), words))
+        )
+        samples = [{"prompt": words, "continuation": words}]
+        add_report(folder, samples=samples, loss=words, diversity={words: 1.0, "distinct_1": words})
+        runs = [Run.load(folder), Run.load(folder)]
+        return Page(page(runs[0], runs[1:]))
+
+    name = HOSTILE.replace("/", "").replace("\ud800", "")
+    harmless, hostile = fill(tmp_path / "harmless", "x"), fill(tmp_path / name, HOSTILE)
+    assert hostile.elements == harmless.elements
+    assert hostile.text.count("<img src=x onerror=\"alert('1')\">") > 8
+    assert "\x1b" not in hostile.text and "\ud800" not in hostile.text
+
+
+def test_what_a_run_has_not_is_left_out(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 5, "loss": 2.0}\n{"step": 10, "lo')
+    found = read(tmp_path)
+    assert len(found.all("figure")) == 1 and len(found.all("circle")) == 1
+    shown = found.text.partition(STYLE)[2]
+    assert "5 steps" in shown
+    for words in ("validation", "evaluation", "Samples", "Configuration", "tokens", "skipped"):
+        assert words not in shown, words
+    assert not found.all("table") and not found.all("details") and not found.all("ul")
+
+    (tmp_path / "metrics.jsonl").write_text("")
+    assert not read(tmp_path).all("figure")
+
+
+def test_a_loss_that_was_nan_leaves_a_gap_and_skipped_steps_a_mark(tmp_path: Path) -> None:
+    losses = [4.0, 3.0, math.nan, 2.5, 2.0]
+    found = read(make_run(tmp_path, losses=losses, skipped=[0, 0, 10, 12, 12]))
+    assert found.all("path")[0]["d"].count("M") == 2
+    marks = [(m["x1"], m["x2"]) for m in found.all("line", **{"class": "mark"})]
+    assert marks == [("40.000%", "60.000%"), ("60.000%", "80.000%")]
+    assert "10 skipped after step 20 until 30" in found.text and "skipped steps" in found.text
+
+
+def test_a_report_of_another_step_is_not_this_run_s(tmp_path: Path) -> None:
+    folder = make_run(tmp_path, losses=[4.0, 3.0])
+    add_report(folder, run={"step": 10})
+    assert "Final evaluation" not in read(folder).text
+    add_report(folder, run={"step": 20})
+    assert "Final evaluation" in read(folder).text
+
+
+def test_other_runs_are_drawn_beside_it(tmp_path: Path) -> None:
+    one = make_run(tmp_path / "one", losses=[4.0, 3.0])
+    other = make_run(tmp_path / "other", losses=[4.5, 2.0])
+    output = tmp_path / "both.html"
+    write_page(one, output, [other])
+    found = Page(output.read_text(encoding="utf-8"))
+    assert found.text.count("one") >= 3 and "other2.5000202.00002k" in found.text
+    colors = [path["class"] for path in found.all("path")]
+    assert colors[:2] == ["c0", "c1"] and not (one / "report.html").exists()
+    assert [dot["class"] for dot in found.all("circle")] == ["c0", "c1"]
+
+    namesake = make_run(tmp_path / "elsewhere" / "one", losses=[1.0])
+    write_page(one, output, [namesake])
+    assert str(namesake) in Page(output.read_text(encoding="utf-8")).text
+
+
+# ---------------------------------------------------------------------- command line, end of a run
+
+
+def test_bad_input_is_one_line_and_status_2(tmp_path: Path, capsys: Any) -> None:
+    run = make_run(tmp_path / "run", losses=[1.0])
+    broken = make_run(tmp_path / "broken", losses=[1.0])
+    (broken / "report.json").write_text('["not", "a report"]')
+    (tmp_path / "empty").mkdir()
+    for arguments, words in (
+        ([tmp_path / "absent"], "absent: no such folder"),
+        ([tmp_path / "empty"], "no metrics.jsonl in it"),
+        ([run / "metrics.jsonl"], "no such folder"),
+        ([broken], "report.json: not understood"),
+        ([run, "--compare", tmp_path / "empty"], "no metrics.jsonl in it"),
+        ([run, "--compare", *[run] * 5], "found 5 runs; accepted: at most 4"),
+        ([run, "--output", tmp_path], "found no regular file"),
+        ([run, "--output", tmp_path / "no" / "page.html"], "cannot be written"),
+    ):
+        assert main([str(argument) for argument in arguments]) == 2
+        said = capsys.readouterr()
+        assert said.out == "" and said.err.startswith("error: ") and words in said.err, said.err
+        assert said.err.count("\n") == 1
+    assert not (run / "report.html").exists()
+
+
+def test_the_command(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", losses=[2.0, 1.0])
+    command = [sys.executable, "-m", "mantrans.report", str(run)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, f"{run / 'report.html'}\n"), done.stderr
+    assert "1.5000" in (run / "report.html").read_text(encoding="utf-8")
+
+
+def tiny(tmp_path: Path) -> Config:
+    model = {"d_model": 16, "n_blocks": 1, "n_heads": 2, "max_seq_len": 16, "dtype": "float32"}
+    training = {
+        "experiment_name": "tiny", "device": "cpu", "batch_size": 2, "max_steps": 4,
+        "log_every": 1, "eval_every": 2, "eval_batches": 1,
+        "output_dir": str(tmp_path / "runs"), "checkpoint_dir": str(tmp_path / "checkpoints"),
+    }  # fmt: skip
+    data = {"subset_size": 20, "val_subset_size": 4, "cache_dir": str(tmp_path / "tokens")}
+    evaluation = {"max_generation_length": 14}
+    return Config.from_dict(
+        {"model": model, "training": training, "data": data, "evaluation": evaluation}
+    )
+
+
+def test_a_run_ends_with_its_page_and_not_for_want_of_one(tmp_path: Path, capsys: Any) -> None:
+    Trainer(tiny(tmp_path)).run()
+    file = tmp_path / "runs" / "tiny" / "report.html"
+    found = Page(file.read_text(encoding="utf-8"))
+    assert "parameters" in found.text and "float32" in found.text and "4 steps" in found.text
+    assert len(found.all("circle")) == 2 and len(found.all("blockquote")) == 3
+    assert "warning" not in capsys.readouterr().err
+
+    file.unlink()
+    file.mkdir()
+    assert Trainer(tiny(tmp_path)).run() is not None
+    warnings = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    assert len(warnings) == 1 and "report.html: found no regular file" in warnings[0]
