@@ -81,7 +81,7 @@ def known(output: Path, quick: bool = False) -> Ceilings:
 
 
 def main() -> None:
-    arguments = commandline.parser(__doc__ or "", seconds=10).parse_args()
+    arguments = commandline.arguments(__doc__ or "", seconds=10)
     found = measure(Recorder(arguments.output, "ceilings", arguments.quick), arguments.seconds)
     products = ", ".join(f"{k} {v / 1e12:.2f} TFLOP/s" for k, v in found.flops_per_s.items())
     print(f"{machine.device_name()}: copy {found.bytes_per_s / 1e9:.1f} GB/s; products {products}")

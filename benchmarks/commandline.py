@@ -7,16 +7,21 @@ import time
 from pathlib import Path
 
 from benchmarks.records import RESULTS
+from mantrans.training.host_memory import keep_freed_memory
 
 
-def parser(description: str, seconds: float) -> argparse.ArgumentParser:
-    """--output, --seconds, --quick and --only; `seconds` is the stage's usual time."""
+def arguments(description: str, seconds: float) -> argparse.Namespace:
+    """--output, --seconds, --quick and --only; `seconds` is the stage's usual time.
+
+    Everybody is measured with freed memory kept, as `train.py` asks of the C library.
+    """
+    keep_freed_memory()
     p = argparse.ArgumentParser(description=description)
     p.add_argument("--output", type=Path, default=RESULTS, help="folder of results")
     p.add_argument("--seconds", type=float, default=seconds, help="stop starting cases after this")
     p.add_argument("--quick", action="store_true", help="tiny sizes: does it run at all?")
     p.add_argument("--only", default="", metavar="TEXT", help="cases whose name contains TEXT")
-    return p
+    return p.parse_args()
 
 
 class Budget:

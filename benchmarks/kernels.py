@@ -89,7 +89,7 @@ class Prepared(NamedTuple):
 
 
 def main() -> int:
-    arguments = commandline.parser(__doc__ or "", seconds=240).parse_args()
+    arguments = commandline.arguments(__doc__ or "", seconds=240)
     here = [c for c in cases(arguments.quick) if arguments.only in c.name]
     todo = [(case, direction) for case in here for direction in case.cost]
     limits = ceilings.known(arguments.output, arguments.quick)

@@ -21,7 +21,7 @@ NOTHING = "Nothing has been measured yet."
 
 
 def main() -> None:
-    arguments = commandline.parser(__doc__ or "", seconds=60).parse_args()
+    arguments = commandline.arguments(__doc__ or "", seconds=60)
     rows = records.newest(records.load(arguments.output), arguments.quick)
     own = arguments.output.resolve() != RESULTS.resolve()
     page = arguments.output / "benchmarks.md" if own else PAGE

@@ -77,7 +77,7 @@ def exponent(sizes: Sequence[float], costs: Sequence[float]) -> float:
 
 
 def main() -> int:
-    arguments = commandline.parser(__doc__ or "", seconds=120).parse_args()
+    arguments = commandline.arguments(__doc__ or "", seconds=120)
     on_gpu = machine.device().type == "cuda"
     base, sizes = (GPU_BASE, GPU_SIZES) if on_gpu else (CPU_BASE, CPU_SIZES)
     if arguments.quick:

@@ -93,7 +93,7 @@ def cases(quick: bool) -> list[Case]:
 
 
 def main() -> int:
-    arguments = commandline.parser(__doc__ or "", seconds=300).parse_args()
+    arguments = commandline.arguments(__doc__ or "", seconds=300)
     todo = [c for c in cases(arguments.quick) if arguments.only in f"{c.model} {c.shape} {c.dtype}"]
     limits = ceilings.known(arguments.output, arguments.quick)
     recorder = Recorder(arguments.output, "steps", arguments.quick)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kernels import reference
 from kernels.reference import (
+    CHUNK_ROWS,
     IGNORE_INDEX,
     accumulation_dtype,
     document_starts,
@@ -80,8 +81,11 @@ def weight_gradient(dy: Tensor, x: Tensor, dweight: Tensor) -> None:
 
 
 def bias_gradient(dy: Tensor, dbias: Tensor) -> None:
-    """See `reference.bias_gradient`."""
-    dbias += dy.reshape(-1, dy.shape[-1]).sum(0, dtype=dbias.dtype)
+    """See `reference.bias_gradient`. On a CPU rounded once, as in `weight_gradient`: a sum
+    of bfloat16 in float32 would make a float32 copy of it all."""
+    rounded_once = dy.device.type == "cpu" and dy.dtype == torch.bfloat16
+    dtype = torch.bfloat16 if rounded_once else dbias.dtype
+    dbias += dy.reshape(-1, dy.shape[-1]).sum(0, dtype=dtype)
 
 
 # --------------------------------------------------------------------------------- layer norm
@@ -147,15 +151,16 @@ def _norm_weights(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tenso
 
 # ---------------------------------------------------------------------------------- attention
 
-# A block of this many query rows at a time, so that its probabilities stay in the cache of a CPU.
-QUERY_BLOCK = 128
+# Query rows worked on at a time: none of them looks at a key that the block's last row cannot see.
+QUERY_BLOCK = 256
+LONGEST_BATCHED = 1024
 
 
 def attention_forward(
     qkv: Tensor, n_heads: int, document_start: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """See `reference.attention_forward`; lse is empty where the backward does not need it."""
-    if _has_flash(qkv):
+    """See `reference.attention_forward`; lse is empty where the backward cannot need it."""
+    if _flash_forward(qkv):
         q, k, v = split_heads(qkv, n_heads)
         mask = _additive_mask(qkv, document_start)
         out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
@@ -166,8 +171,8 @@ def attention_forward(
     out = torch.empty_like(q)
     for rows, keys in _query_blocks(qkv.shape[1]):
         p = _probabilities(q, k, rows, keys, n_heads, document_start)
-        out[:, rows] = torch.bmm(p, v[:, keys])
-    return _unpack_heads(out, n_heads), qkv.new_empty(0)
+        torch.bmm(p, v[:, keys], out=out[:, rows])
+    return _unpack_heads(out[None], n_heads), qkv.new_empty(0)
 
 
 def attention_backward(
@@ -180,7 +185,7 @@ def attention_backward(
 ) -> Tensor:
     """See `reference.attention_backward`."""
     B, T, C = out.shape
-    if _has_flash(qkv):
+    if _flash_backward(qkv, lse):
         q, k, v = split_heads(qkv, n_heads)
         do, o = (x.view(B, T, n_heads, -1).transpose(1, 2) for x in (dout, out))
         mask = _additive_mask(qkv, document_start)
@@ -191,16 +196,16 @@ def attention_backward(
     q, k, v = _pack_heads(qkv, n_heads, 3)
     (do,) = _pack_heads(dout, n_heads, 1)
     scale = q.shape[-1] ** -0.5
-    dq = torch.empty_like(q)
-    dk, dv = torch.zeros(2, *k.shape, dtype=accumulation_dtype(k), device=k.device)
-    for rows, keys in _query_blocks(T):
+    dq, dk, dv = dqkv = q.new_empty(3, *q.shape)
+    for rows, keys in reversed(list(_query_blocks(T))):
+        beta = 0 if rows.stop == T else 1  # the last rows see all keys, and write; the others add
         p = _probabilities(q, k, rows, keys, n_heads, document_start)
-        dv[:, keys] += torch.bmm(p.mT, do[:, rows])
+        dv[:, keys].baddbmm_(p.mT, do[:, rows], beta=beta)
         dp = torch.bmm(do[:, rows], v[:, keys].mT)
-        ds = aten._softmax_backward_data(dp, p, -1, p.dtype)
-        dq[:, rows] = torch.bmm(ds, k[:, keys]).mul_(scale)
-        dk[:, keys] += torch.bmm(ds.mT, q[:, rows]).mul_(scale)
-    return torch.cat([_unpack_heads(dx.to(qkv.dtype), n_heads) for dx in (dq, dk, dv)], dim=-1)
+        ds = aten._softmax_backward_data.out(dp, p, -1, p.dtype, grad_input=dp)
+        dq[:, rows].baddbmm_(ds, k[:, keys], beta=0, alpha=scale)
+        dk[:, keys].baddbmm_(ds.mT, q[:, rows], beta=beta, alpha=scale)
+    return _unpack_heads(dqkv, n_heads)
 
 
 def decode_attention(
@@ -210,10 +215,20 @@ def decode_attention(
     return reference.decode_attention(q, k_cache, v_cache, lengths, n_heads)
 
 
-def _has_flash(qkv: Tensor) -> bool:
-    """PyTorch's blocked CPU kernel serves float32 and float64. In bfloat16 it was measured three
-    times slower than the batched products below, which also serve every other device."""
-    return qkv.device.type == "cpu" and qkv.dtype in (torch.float32, torch.float64)
+def _flash_forward(qkv: Tensor) -> bool:
+    """Whether PyTorch's blocked CPU kernel goes forward, and not the batched products below, which
+    serve every other device. In bfloat16 it needs AMX: with it it was measured 1.7 to 4 times as
+    fast as they are, without it a third as fast."""
+    if qkv.device.type != "cpu" or qkv.dtype == torch.float16:
+        return False
+    return qkv.dtype != torch.bfloat16 or torch.cpu._is_amx_tile_supported()
+
+
+def _flash_backward(qkv: Tensor, lse: Tensor) -> bool:
+    """Whether its backward, which reads the forward's lse, is the faster one too: in bfloat16 only
+    beyond LONGEST_BATCHED positions."""
+    short = qkv.shape[1] <= LONGEST_BATCHED and qkv.dtype == torch.bfloat16
+    return bool(lse.numel()) and not short
 
 
 def _additive_mask(qkv: Tensor, document_start: Tensor | None) -> Tensor | None:
@@ -231,9 +246,10 @@ def _pack_heads(x: Tensor, n_heads: int, n: int) -> Tensor:
 
 
 def _unpack_heads(x: Tensor, n_heads: int) -> Tensor:
-    """(BH, T, D) -> (B, T, C)."""
-    BH, T, D = x.shape
-    return x.view(-1, n_heads, T, D).transpose(1, 2).reshape(BH // n_heads, T, n_heads * D)
+    """(n, BH, T, D) -> (B, T, n·C)."""
+    n, BH, T, D = x.shape
+    x = x.view(n, BH // n_heads, n_heads, T, D).permute(1, 3, 0, 2, 4)
+    return x.reshape(BH // n_heads, T, n * n_heads * D)
 
 
 def _query_blocks(T: int) -> Iterator[tuple[slice, slice]]:
@@ -264,7 +280,7 @@ def _probabilities(
         seen = seen.repeat_interleave(n_heads, 0)
     mask = torch.zeros_like(seen, dtype=q.dtype).masked_fill_(~seen, -torch.inf)
     scores = torch.baddbmm(mask, q[:, rows], k[:, keys].mT, alpha=q.shape[-1] ** -0.5)
-    return aten._softmax(scores, -1, False)
+    return aten._softmax.out(scores, -1, False, out=scores)
 
 
 # ---------------------------------------------------------------------------------- bias + GELU
@@ -308,8 +324,8 @@ def cross_entropy_backward(
     ignore_index: int = IGNORE_INDEX,
 ) -> Tensor:
     """See `reference.cross_entropy_backward`."""
-    log_p = logits[:, :vocab_size] - lse[:, None]
-    return _write_gradient(logits, log_p, targets, scale, vocab_size, ignore_index)
+    p = (logits[:, :vocab_size] - lse[:, None]).exp_()
+    return _write_gradient(logits, p, targets, scale, ignore_index)
 
 
 def cross_entropy_forward_backward(
@@ -319,42 +335,46 @@ def cross_entropy_forward_backward(
     vocab_size: int,
     ignore_index: int = IGNORE_INDEX,
 ) -> Tensor:
-    """See `reference.cross_entropy_forward_backward`: one log-softmax serves both."""
-    z = logits[:, :vocab_size]
-    log_p = torch.log_softmax(z, -1, dtype=accumulation_dtype(logits))
-    counted = targets != ignore_index
-    picked = log_p.gather(1, targets.where(counted, 0)[:, None])[:, 0]
-    losses = torch.where(counted, -picked, 0)
-    _write_gradient(logits, log_p, targets, scale, vocab_size, ignore_index)
+    """See `reference.cross_entropy_forward_backward`. The probabilities are formed once, a few rows
+    at a time, and lse comes back from each row's largest one: log Σ exp z = max z - log max p."""
+    losses = torch.empty(len(logits), dtype=accumulation_dtype(logits), device=logits.device)
+    for rows in row_chunks(len(logits), softmax_rows(logits.shape[1])):
+        z, target = logits[rows, :vocab_size].to(losses.dtype, copy=True), targets[rows]
+        counted = target != ignore_index
+        picked = z.gather(1, target.where(counted, 0)[:, None])[:, 0]
+        largest = z.amax(-1)
+        p = aten._softmax.out(z, -1, False, out=z)
+        lse = largest - p.amax(-1).log_()
+        losses[rows] = torch.where(counted, lse - picked, 0)
+        _write_gradient(logits[rows], p, target, scale, ignore_index)
     return losses
 
 
 def _write_gradient(
-    logits: Tensor,
-    log_p: Tensor,
-    targets: Tensor,
-    scale: Tensor,
-    vocab_size: int,
-    ignore_index: int,
+    logits: Tensor, p: Tensor, targets: Tensor, scale: Tensor, ignore_index: int
 ) -> Tensor:
-    """(exp(log_p) - onehot) · scale over the logits; log_p (N, V) is overwritten."""
+    """(p - onehot) · scale over the logits (N, Vp); p (N, V) is used up."""
     counted = (targets != ignore_index)[:, None]
-    dz = log_p.exp_()
-    dz.scatter_add_(1, targets[:, None].where(counted, 0), -counted.to(dz.dtype))
-    dz.mul_(scale * counted)
-    logits[:, :vocab_size] = dz
-    logits[:, vocab_size:] = 0
+    p.scatter_add_(1, targets[:, None].where(counted, 0), -counted.to(p.dtype))
+    p.mul_(scale * counted)
+    logits[:, : p.shape[1]] = p
+    logits[:, p.shape[1] :] = 0
     return logits
 
 
 # ---------------------------------------------------------- output projection + cross-entropy
 
-# Logits of one chunk: small enough for a CPU's cache, large enough to keep its cores busy.
-CHUNK_ELEMENTS = 2**20
+# Probabilities in float32 at a time, of which several passes are made: 4 MB stay in a CPU's cache.
+SOFTMAX_ELEMENTS = 2**20
 
 
-def _row_chunks(n_rows: int, vocab_size: int) -> Iterator[slice]:
-    size = max(64, CHUNK_ELEMENTS // vocab_size)
+def softmax_rows(n_columns: int) -> int:
+    """How many rows of logits go through the softmax at a time."""
+    return max(16, SOFTMAX_ELEMENTS // n_columns)
+
+
+def row_chunks(n_rows: int, size: int) -> Iterator[slice]:
+    """Slices of `size` rows, the last one shorter, that cover n_rows."""
     for start in range(0, n_rows, size):
         yield slice(start, min(start + size, n_rows))
 
@@ -364,20 +384,25 @@ def linear_cross_entropy_forward(
 ) -> Tensor:
     """See `reference.linear_cross_entropy_forward`."""
     losses = torch.empty(len(x), dtype=accumulation_dtype(x), device=x.device)
-    for rows in _row_chunks(len(x), len(weight)):
+    for rows in row_chunks(len(x), CHUNK_ROWS):
         logits = torch.mm(x[rows], weight.T)
-        losses[rows] = cross_entropy_forward(logits, targets[rows], vocab_size)[0]
+        parts = zip(
+            *(y.split(softmax_rows(len(weight))) for y in (logits, targets[rows])), strict=True
+        )
+        losses[rows] = torch.cat([cross_entropy_forward(z, t, vocab_size)[0] for z, t in parts])
     return losses
 
 
 def linear_cross_entropy_forward_backward(
     x: Tensor, weight: Tensor, targets: Tensor, scale: Tensor, dweight: Tensor, vocab_size: int
 ) -> tuple[Tensor, Tensor]:
-    """See `reference.linear_cross_entropy_forward_backward`."""
+    """See `reference.linear_cross_entropy_forward_backward`. Each chunk adds a whole (Vp, C) to
+    dweight, so chunks are long; the softmax inside takes fewer rows at a time."""
     losses = torch.empty(len(x), dtype=accumulation_dtype(x), device=x.device)
     dx = torch.empty_like(x)
-    for rows in _row_chunks(len(x), len(weight)):
-        logits = torch.mm(x[rows], weight.T)
+    workspace = x.new_empty(min(len(x), CHUNK_ROWS), len(weight))
+    for rows in row_chunks(len(x), CHUNK_ROWS):
+        logits = torch.mm(x[rows], weight.T, out=workspace[: rows.stop - rows.start])
         losses[rows] = cross_entropy_forward_backward(logits, targets[rows], scale, vocab_size)
         torch.mm(logits, weight, out=dx[rows])
         weight_gradient(logits, x[rows], dweight)

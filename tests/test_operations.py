@@ -252,6 +252,20 @@ def test_bf16_attention_is_as_good_as_pytorchs_own() -> None:
     assert ours <= 2 * relative_error(reference.merge_heads(theirs), expected)
 
 
+@pytest.mark.parametrize("flash", ["forward", "forward and backward", "never"])
+@pytest.mark.parametrize("documents", [False, True])
+def test_bf16_attention_by_every_way_that_a_cpu_may_choose(
+    monkeypatch: pytest.MonkeyPatch, flash: str, documents: bool
+) -> None:
+    """With AMX or without, short or long: whatever this machine would choose by itself."""
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: flash != "never")
+    monkeypatch.setattr(native, "LONGEST_BATCHED", 0 if "backward" in flash else 1024)
+    case = Attention(2, 300, 2, 16, documents)
+    expected, actual = (case.run(ops, torch.bfloat16) for ops in (reference, native))
+    for name, value in expected.items():
+        assert_close(actual[name], value, NATIVE[torch.bfloat16], name)
+
+
 # -------------------------------------------------------------------------------- cross-entropy
 
 
@@ -306,7 +320,8 @@ def test_native_cross_entropy_equals_reference(dtype: torch.dtype, ignored: str)
 def test_linear_cross_entropy_equals_autograd(ops, monkeypatch) -> None:
     """Over several chunks, the last one short, with ignored rows and padded columns."""
     monkeypatch.setattr(reference, "CHUNK_ROWS", 16)
-    monkeypatch.setattr(native, "CHUNK_ELEMENTS", 1)
+    monkeypatch.setattr(native, "CHUNK_ROWS", 40)
+    monkeypatch.setattr(native, "SOFTMAX_ELEMENTS", 1)
     N, C, V, padded = 150, 12, 29, 40
     x, weight = randn(N, C).requires_grad_(), randn(padded, C).requires_grad_()
     targets = torch.randint(0, V, (N,))

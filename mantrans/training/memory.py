@@ -138,7 +138,8 @@ def _logits_chunk(config: Config, narrow: int, wide: int, on_gpu: bool) -> int:
 
         chunk = next(iter(row_chunks(rows, padded * narrow)))
         return (chunk.stop - chunk.start) * padded * narrow
-    from kernels.native import CHUNK_ELEMENTS
+    from kernels.native import CHUNK_ROWS, softmax_rows
 
-    # The native backend keeps the chunk's logits and, in the wide dtype, their softmax.
-    return min(rows, max(64, CHUNK_ELEMENTS // padded)) * padded * (narrow + wide)
+    # The native backend keeps the chunk's logits and, in the wide dtype, a few rows' softmax.
+    softmax = min(rows, CHUNK_ROWS, softmax_rows(padded))
+    return (min(rows, CHUNK_ROWS) * narrow + softmax * wide) * padded

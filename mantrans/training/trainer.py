@@ -42,6 +42,7 @@ from mantrans.training import flops, memory
 from mantrans.training.batches import token_source
 from mantrans.training.checkpoint import CheckpointFolder, newest_intact
 from mantrans.training.diagnosis import first_non_finite
+from mantrans.training.host_memory import keep_freed_memory
 from mantrans.training.lock import RunLock
 from mantrans.training.logger import RunLogger
 from mantrans.training.profile import StepProfiler
@@ -167,6 +168,7 @@ class Trainer:
             training.checkpoint_dir, training.experiment_name, training.keep_checkpoints
         )
         require_memory(self.config, self.tokenizer.vocab_size)
+        keep_freed_memory()
         self.wrapper = build_wrapper(self.config, self.tokenizer.vocab_size)
         self.flops_per_token = flops.flops_per_token(
             self.wrapper.config, self.config.sequence_length
