@@ -11,7 +11,7 @@ from mantrans.training.host_memory import keep_freed_memory
 
 
 def arguments(description: str, seconds: float) -> argparse.Namespace:
-    """--output, --seconds, --quick and --only; `seconds` is the stage's usual time.
+    """--output, --seconds, --quick, --only, --providers; `seconds` is the stage's usual time.
 
     Everybody is measured with freed memory kept, as `train.py` asks of the C library.
     """
@@ -21,11 +21,19 @@ def arguments(description: str, seconds: float) -> argparse.Namespace:
     p.add_argument("--seconds", type=float, default=seconds, help="stop starting cases after this")
     p.add_argument("--quick", action="store_true", help="tiny sizes: does it run at all?")
     p.add_argument("--only", default="", metavar="TEXT", help="cases whose name contains TEXT")
+    p.add_argument("--providers", type=_names, default=(), metavar="A,B", help="nobody else")
     return p.parse_args()
 
 
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(","))
+
+
 class Budget:
-    """How much of a stage's time is left, and how it is shared among the cases still to come."""
+    """How much of a stage's time is left, and how it is shared among the cases still to come.
+
+    end: when it is over, on `time.monotonic`'s clock.
+    """
 
     def __init__(self, seconds: float, cases: int) -> None:
         self.end = time.monotonic() + seconds

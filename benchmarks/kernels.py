@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import gc
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -64,13 +64,13 @@ def model_shapes(B: int, T: int, C: int, H: int, F: int, V: int, dtype: str) -> 
 def gpu_shapes() -> Iterator[Operation]:
     """The shapes of the targets: attention to 16k, norms of GPT-2's widths, two vocabularies."""
     dtype = "bfloat16"
-    for T in (1024, 4096, 16384, 2048, 8192):
-        for H, D in ((32, 64), (16, 128)):
-            yield operations.attention(16384 // T, T, H, D, dtype)
     for C in (768, 256, 1600):
         yield operations.add_layer_norm(32768, C, dtype)
     yield operations.cross_entropy(8192, 50304, dtype)
     yield operations.cross_entropy(32768, 4096, dtype)
+    for T in (1024, 4096, 16384, 2048, 8192):
+        for H, D in ((32, 64), (16, 128)):
+            yield operations.attention(16384 // T, T, H, D, dtype)
     yield operations.linear_cross_entropy(16384, 768, 50304, dtype)
     yield operations.bias_gelu(32768, 3072, dtype)
     yield operations.adamw(124_475_904, dtype)
@@ -102,18 +102,27 @@ def main() -> int:
         if share <= 0:
             print(f"{name}: not measured, the stage's time is over")
             continue
-        failed |= measure(case, direction, min(share, MOST_SECONDS), limits, recorder)
+        seconds = min(share, MOST_SECONDS)
+        failed |= measure(case, direction, seconds, limits, recorder, arguments.providers)
     return int(failed)
 
 
 def measure(
-    case: Operation, direction: str, seconds: float, limits: ceilings.Ceilings, recorder: Recorder
+    case: Operation,
+    direction: str,
+    seconds: float,
+    limits: ceilings.Ceilings,
+    recorder: Recorder,
+    wanted: Sequence[str] = (),
 ) -> bool:
-    """Check, time and record all providers of one case. True if one of ours failed."""
+    """Check, time and record the providers of one case that are `wanted`, or all where nobody is
+    named. True if one of ours failed."""
     torch._dynamo.reset()
     where = (direction, case.shape, case.dtype)
     prepared, our_failure = [], False
     for provider in providers(case, direction):
+        if wanted and provider.name not in wanted:
+            continue
         try:
             prepared.append(_prepare(provider, case, direction))
         except Exception as failure:

@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import gc
 import itertools
+import math
 import sys
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -28,6 +30,8 @@ JUDGE = "PyTorch eager"
 # 2e-3 in bfloat16 (everybody rounds elsewhere) and 6e-6 in float32; with GELU's gradient left out
 # they differ by 3.4e-2, without attention's by 4.1e-2, with its sign turned by 1.3e-1.
 TOLERANCE = {"bfloat16": 2e-2, "float32": 2e-4}
+# Estimates from above. Nobody is built who would not be ready before the time is over.
+BUILD_SECONDS = {"torch.compile": 60, "torch.compile reduce-overhead": 60, "transformers": 15}
 CPU_PROVIDERS = ("native", "PyTorch eager", "torch.compile", "transformers")
 GPU_PROVIDERS = ("triton captured", "triton", *trainers.RIVALS)
 # For the cases that only show how cost grows.
@@ -53,6 +57,12 @@ class Case:
     @property
     def shape(self) -> dict[str, int]:
         return {"B": self.B, "T": self.T, "micro-batches": self.micro_batches}
+
+    @property
+    def title(self) -> str:
+        """What --only looks in."""
+        size = " ".join(f"{name}={value}" for name, value in self.shape.items())
+        return f"{self.model} {size} {self.dtype}"
 
     @property
     def tokens(self) -> int:
@@ -94,7 +104,11 @@ def cases(quick: bool) -> list[Case]:
 
 def main() -> int:
     arguments = commandline.arguments(__doc__ or "", seconds=300)
-    todo = [c for c in cases(arguments.quick) if arguments.only in f"{c.model} {c.shape} {c.dtype}"]
+    todo = [
+        replace(case, providers=_wanted(case.providers, arguments.providers))
+        for case in cases(arguments.quick)
+        if arguments.only in case.title
+    ]
     limits = ceilings.known(arguments.output, arguments.quick)
     recorder = Recorder(arguments.output, "steps", arguments.quick)
     budget = commandline.Budget(arguments.seconds, len(todo))
@@ -102,18 +116,32 @@ def main() -> int:
     for case in todo:
         share = budget.next_share()
         if share <= 0:
-            print(f"{case.operation} {case.shape} {case.dtype}: not measured, the time is over")
+            print(f"{case.title}: not measured, the time is over")
             continue
-        failed |= measure(case, share / 3, limits, recorder)
+        failed |= measure(case, share / 3, limits, recorder, budget.end)
     return int(failed)
 
 
-def measure(case: Case, seconds: float, limits: ceilings.Ceilings, recorder: Recorder) -> bool:
-    """Agree, time for about `seconds`, record. True if one of ours failed."""
+def _wanted(names: tuple[str, ...], chosen: tuple[str, ...]) -> tuple[str, ...]:
+    """Those of `names` that were chosen, all if none were; and always the judge."""
+    return tuple(name for name in names if name in (*chosen, JUDGE)) if chosen else names
+
+
+def measure(
+    case: Case,
+    seconds: float,
+    limits: ceilings.Ceilings,
+    recorder: Recorder,
+    end: float = math.inf,
+) -> bool:
+    """Agree, time for about `seconds`, record. True if one of ours failed.
+
+    end: on `time.monotonic`'s clock, after which nobody should still be building.
+    """
     torch._dynamo.reset()
     config = models.model_config(case.model, case.T)
     batches = models.Batches(case.B * case.micro_batches, case.T)
-    ready, failures = _prepare(case, config, batches)
+    ready, failures = _prepare(case, config, batches, end)
     steps = {name: itertools.count(STEPS_IN_COMMON) for name in ready}
     contenders = [
         Contender(name, [_next_step(trainer, steps[name])], capture=False)
@@ -139,14 +167,14 @@ def measure(case: Case, seconds: float, limits: ceilings.Ceilings, recorder: Rec
                 note=f"largest of {STEPS_IN_COMMON} steps {max(differences):.1e}",
             )  # fmt: skip
         print(
-            f"{case.operation} {case.shape} {case.dtype} {name}: {t.p50 * 1e3:.1f} ms, "
+            f"{case.title} {name}: {t.p50 * 1e3:.1f} ms, "
             f"{case.tokens / t.p50:,.0f} tokens/s, {peak / 2**20:,.0f} MiB, losses within "
             f"{max(differences):.0e}",
             flush=True,
         )
     for name, note in failures.items():
         recorder.add(case.operation, name, *where, "time", "ms", None, note=note)
-        print(f"{case.operation} {case.shape} {case.dtype} {name}: failed, {note}", flush=True)
+        print(f"{case.title} {name}: failed, {note}", flush=True)
     del ready, contenders
     gc.collect()
     if machine.device().type == "cuda":
@@ -155,7 +183,7 @@ def measure(case: Case, seconds: float, limits: ceilings.Ceilings, recorder: Rec
 
 
 def _prepare(
-    case: Case, config: models.ModelConfig, batches: models.Batches
+    case: Case, config: models.ModelConfig, batches: models.Batches, end: float
 ) -> tuple[dict[str, tuple[Trainer, int, list[float]]], dict[str, str]]:
     """Build everybody and let them agree.
 
@@ -167,6 +195,9 @@ def _prepare(
     failures: dict[str, str] = {}
     expected: list[float] = []
     for name in order:
+        if name != JUDGE and time.monotonic() + BUILD_SECONDS.get(name, 0) > end:
+            failures[name] = "not built: it would not have been ready before the time was over"
+            continue
         try:
             trainer, losses, peak = run_in_common(name, case, config, batches)
         except Exception as failure:

@@ -95,16 +95,16 @@ def to_milliseconds(seconds: float) -> float:
 
 
 def _graph_of(function: Callable[[], None]) -> Callable[[], None] | None:
-    """What replays the function's launches; None for what no graph can hold.
-
-    A failed capture leaves its stream unusable for a moment: the function is then timed directly.
-    """
+    """What replays the function's launches; None for what no graph can hold: timed as it is."""
     from mantrans.training.step import cuda_graph
 
+    outside = torch.cuda.current_stream()
     try:
         return cuda_graph(function)
-    except RuntimeError:
+    except RuntimeError as failure:
+        torch.cuda.set_stream(outside)  # a capture that fails does not leave its stream by itself
         torch.cuda.synchronize()
+        print(f"not captured: {(str(failure.__context__ or failure)).splitlines()[0]}")
         return None
 
 
@@ -113,6 +113,8 @@ def compete(contenders: list[Contender], seconds: float) -> dict[str, Quantiles]
 
     At least LEAST_ROUNDS rounds are made, at most MOST_ROUNDS. Returns seconds per call by name.
     """
+    if not contenders:
+        return {}
     end = time.monotonic() + seconds
     for turn in range(MOST_ROUNDS):
         if turn >= LEAST_ROUNDS and time.monotonic() > end:

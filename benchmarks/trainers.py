@@ -62,6 +62,7 @@ class OurTrainer:
         )  # fmt: skip
 
     def step(self, i: int) -> None:
+        reduced_precision_reductions(False)
         if self.train_step.unread == HISTORY:
             self.train_step.read()
         self.train_step.run(i, LEARNING_RATE)
@@ -88,6 +89,12 @@ def new_model(config: ModelConfig, dtype: str, backend: str = "auto") -> CustomT
             "weight_decay": WEIGHT_DECAY, "max_grad_norm": MAX_GRAD_NORM,
         },
     )  # fmt: skip
+
+
+def reduced_precision_reductions(allowed: bool) -> None:
+    """Whether cuBLAS may add partial products in bfloat16. PyTorch lets it, and so do the rivals;
+    we do not (`kernels.backend`). The switch is one for the whole process."""
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = allowed
 
 
 class RivalTrainer:
@@ -129,6 +136,7 @@ class RivalTrainer:
         self._losses: list[Tensor] = []
 
     def step(self, i: int) -> None:
+        reduced_precision_reductions(True)
         self.batches.load(i)
         rows = self.batches.rows()
         inputs, targets = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import time
 from pathlib import Path
 
 import pytest
@@ -86,6 +87,32 @@ def test_who_disagrees_is_recorded_and_not_timed(
     (found,) = comparisons(load(tmp_path), "steps")
     assert ours_failed and list(found.time) == [steps.JUDGE]
     assert "losses differ" in (found.failures["native"].note or "")
+
+
+def test_nobody_is_built_who_would_not_be_ready_in_time(tmp_path: Path) -> None:
+    case = dataclasses.replace(CASE, providers=("native", "torch.compile", steps.JUDGE))
+    limits = ceilings.Ceilings(1e9, {"float32": 1e9})
+    end = time.monotonic() + steps.BUILD_SECONDS["torch.compile"] - 1
+    assert not steps.measure(case, 0, limits, Recorder(tmp_path, "steps"), end)
+    (found,) = comparisons(load(tmp_path), "steps")
+    assert set(found.time) == {"native", steps.JUDGE}
+    assert "not built" in (found.failures["torch.compile"].note or "")
+
+
+def test_only_the_providers_that_are_wanted(tmp_path: Path) -> None:
+    names = ("native", "PyTorch eager", "transformers")
+    assert steps._wanted(names, ()) == names
+    assert steps._wanted(names, ("native",)) == ("native", steps.JUDGE)
+    attention = operations.attention(1, 16, 2, 8, "float32")
+    limits = ceilings.Ceilings(1e9, {"float32": 1e9})
+    wanted = ("native", "SDPA math")
+    kernels.measure(attention, "forward", 0, limits, Recorder(tmp_path, "kernels"), wanted)
+    (found,) = comparisons(load(tmp_path), "kernels")
+    assert set(found.time) == set(wanted)
+
+
+def test_where_nobody_competes_nothing_is_timed() -> None:
+    assert compete([], 1) == {}
 
 
 @pytest.mark.parametrize(

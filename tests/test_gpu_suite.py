@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -17,7 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu_table
+from benchmarks import gpu_table, machine, providers, steps, trainers
 from benchmarks.records import Row
 
 ROOT = Path(__file__).parents[1]
@@ -133,6 +134,20 @@ def test_a_failed_test_fails_its_stage_only(tmp_path: Path) -> None:
     expected = {"machine": "passed", "parity": "failed", "step": "passed"}
     assert outcomes(tmp_path / "out") == expected
     assert "1 failed, 3 passed" in (tmp_path / "out" / "suite.log").read_text()
+
+
+def test_what_the_suite_asks_for_exists(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name that fits nothing would leave a stage with nothing to measure, and passed."""
+    monkeypatch.setattr(machine, "device", lambda: torch.device("cuda"))
+    script = SUITE.read_text()
+    titles = [case.title for case in steps.cases(quick=False)]
+    only = re.findall(r'--only "(.*?)"', script)
+    assert len(only) == 2
+    for text in only:
+        assert sum(text in title for title in titles) == 1, text
+    known = {*trainers.OURS, *trainers.RIVALS, *providers.OURS, *providers.SDPA}
+    for names in re.findall(r'--providers "(.*?)"', script):
+        assert set(names.split(",")) <= known
 
 
 def row(stage: str, operation: str, provider: str, direction: str, p50: float, **more) -> Row:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mantrans.data.loader import BatchLoader
 
-# Of a GPU's free memory, what the tokens of a data set may take.
+# Of the memory that a step leaves free on a GPU, what the tokens of a data set may take.
 DEVICE_SHARE = 0.25
 
 
@@ -42,6 +42,8 @@ class HostTokens:
         self.tokens = torch.zeros(shape, dtype=torch.int64, device=device)
         self.side_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.staging = torch.zeros_like(self.tokens)
+        if self.side_stream is not None:
+            self.staging.record_stream(self.side_stream)  # not reused while a copy is under way
         self.staged_step: int | None = None
 
     def load(self, step: int) -> None:
@@ -89,10 +91,13 @@ class DeviceTokens:
         return self.corpus[self.starts + self.offsets].long() & self.mask
 
 
-def token_source(loader: BatchLoader, device: torch.device) -> TokenSource:
-    """On a GPU whose memory has room for all tokens they go there; else they stay on the host."""
+def token_source(loader: BatchLoader, device: torch.device, step_bytes: int = 0) -> TokenSource:
+    """On a GPU whose memory has room for all tokens they go there; else they stay on the host.
+
+    step_bytes: of the free memory, what a step will take.
+    """
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
-        if loader.stream.tokens.nbytes <= DEVICE_SHARE * free:
+        if loader.stream.tokens.nbytes <= DEVICE_SHARE * (free - step_bytes):
             return DeviceTokens(loader, device)
     return HostTokens(loader, device)

@@ -167,7 +167,7 @@ class Trainer:
         self.folder = CheckpointFolder(
             training.checkpoint_dir, training.experiment_name, training.keep_checkpoints
         )
-        require_memory(self.config, self.tokenizer.vocab_size)
+        step_bytes = require_memory(self.config, self.tokenizer.vocab_size)
         keep_freed_memory()
         self.wrapper = build_wrapper(self.config, self.tokenizer.vocab_size)
         self.flops_per_token = flops.flops_per_token(
@@ -182,7 +182,7 @@ class Trainer:
         self.train_step = TrainStep(
             self.wrapper.model,
             self.wrapper.optimizer,
-            token_source(self.loader, self.wrapper.device),
+            token_source(self.loader, self.wrapper.device, step_bytes),
             micro_batches=training.gradient_accumulation_steps,
             end_of_text=None if data.attend_across_documents else self.tokenizer.eot_id,
             guards=[self.guard] if self.guard else [],
@@ -548,8 +548,8 @@ def build_wrapper(config: Config, vocab_size: int) -> CustomTransformerWrapper:
     )
 
 
-def require_memory(config: Config, vocab_size: int) -> None:
-    """Raise ConfigError for a step that the device's whole memory could not hold.
+def require_memory(config: Config, vocab_size: int) -> int:
+    """The bytes that a step takes; ConfigError if the device's whole memory could not hold them.
 
     Otherwise the system would grant the memory and kill the process when it is used.
     """
@@ -568,6 +568,7 @@ def require_memory(config: Config, vocab_size: int) -> None:
             f"model, training.batch_size: a step of this size takes {needed / 2**30:,.1f} GiB; "
             f"accepted: what fits into the {present / 2**30:,.1f} GiB of {device}"
         )
+    return needed
 
 
 def _differences(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import os
+from collections.abc import Iterator
 from types import ModuleType
 
 import pytest
 import torch
+
+
+@pytest.fixture(autouse=True)
+def memory_is_given_back() -> Iterator[None]:
+    """Many processes share one GPU: what this one caches is room that the others lack."""
+    yield
+    if torch.cuda.is_available():
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 @pytest.fixture

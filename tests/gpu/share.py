@@ -1,10 +1,12 @@
 """A pytest plugin that deals tests out to processes: `pytest -p tests.gpu.share --share 0/4 ...`.
 
-Nearly all the time of the GPU tests is compilation, on one core each. Tests with the same
-parameters need the same kernels and go to the same process.
+Nearly all the time of the GPU tests is compilation, on one core each. Tests whose parameters differ
+in a number of rows alone (T, N, B) need the same kernels and go to the same process.
 """
 
 from __future__ import annotations
+
+import re
 
 import pytest
 
@@ -19,7 +21,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     kept, dropped = [], []
     for item in items:
         case = getattr(item, "callspec", None)
-        key = case.id if case is not None else item.nodeid
+        key = item.nodeid if case is None else re.sub(r"\b[TNB][-=]?\d+", "", case.id)
         owner = groups.setdefault(key, len(groups)) % shares
         (kept if owner == share else dropped).append(item)
     config.hook.pytest_deselected(items=dropped)

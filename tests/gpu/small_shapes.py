@@ -1,11 +1,15 @@
-"""Launches every kernel once on small shapes: `python -m tests.gpu.small_shapes`.
+"""Launches every kernel once on small shapes: `python -m tests.gpu.small_shapes [PART ...]`.
 
+A part is one of the shapes in one dtype; --list prints their names. Without any, all are launched.
 This is what a memory or race checker is pointed at: sizes that no block divides, so that each mask
 is needed, and few enough elements for a tool that slows a program down a hundredfold. Results are
 not looked at; the parity tests do that.
 """
 
 from __future__ import annotations
+
+import itertools
+import sys
 
 import torch
 
@@ -17,15 +21,20 @@ SHAPES = (
     Shapes(B=1, T=70, H=1, D=100, C=100, F=72, V=5, Vp=128, N=33),
 )
 DTYPES = (torch.bfloat16, torch.float32)
+PARTS = {str(i): part for i, part in enumerate(itertools.product(SHAPES, DTYPES))}
 
 
 def main() -> None:
-    for shapes in SHAPES:
-        for dtype in DTYPES:
-            for draw_inputs, program in selfcheck.PROGRAMS:
-                program(fused, draw_inputs(shapes, Draw(dtype, torch.device("cuda"))))
-                torch.cuda.synchronize()
-    print(f"{len(selfcheck.PROGRAMS)} programs at {len(SHAPES)} shapes in {len(DTYPES)} dtypes ran")
+    chosen = sys.argv[1:] or list(PARTS)
+    if chosen == ["--list"]:
+        print(*PARTS)
+        return
+    for part in chosen:
+        shapes, dtype = PARTS[part]
+        for draw_inputs, program in selfcheck.PROGRAMS:
+            program(fused, draw_inputs(shapes, Draw(dtype, torch.device("cuda"))))
+            torch.cuda.synchronize()
+        print(f"{len(selfcheck.PROGRAMS)} programs ran in {dtype} at {shapes}")
 
 
 if __name__ == "__main__":
