@@ -95,9 +95,14 @@ def cases(quick: bool) -> list[Case]:
             Case("seed-sized", 16, 256, providers=everybody),
             *here[:1],
             Case("seed-sized", 2, 256, 8, providers=everybody),
-            *(Case("seed-sized", 4096 // T, T, providers=few) for T in (1024, 4096)),
-            Case("TinyStories 33M", 2, 512, providers=few),
-            Case("GPT-2 124M", 1, 256, providers=few),
+            Case("TinyStories 33M", 2, 512, providers=everybody),
+            Case("GPT-2 124M", 1, 256, providers=everybody),
+            Case("GPT-2 124M", 1, 256, 8, providers=few),
+            Case("GPT-2 350M", 1, 256, providers=few),
+            *(
+                Case("seed-sized", max(1, 4096 // T), T, providers=few)
+                for T in (1024, 2048, 4096, 8192)
+            ),
         ]
     return here
 

@@ -7,7 +7,7 @@ each step's mean loss until it is taken.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -79,15 +79,23 @@ class OurTrainer:
 
 def new_model(config: ModelConfig, dtype: str, backend: str = "auto") -> CustomTransformerWrapper:
     """Our model of this shape with AdamW; the same weights every time."""
-    assert config.vocab_size is not None
-    return CustomTransformerWrapper(
-        config.vocab_size, config.d_model, config.n_blocks, config.n_heads, config.d_ffn,
-        config.max_seq_len, dtype=dtype, device=machine.device(), backend=backend,
-        optimizer="adamw", seed=1,
+    return _model(
+        config, dtype, backend, optimizer="adamw",
         optimizer_options={
             "beta1": BETAS[0], "beta2": BETAS[1], "epsilon": EPSILON,
             "weight_decay": WEIGHT_DECAY, "max_grad_norm": MAX_GRAD_NORM,
         },
+    )  # fmt: skip
+
+
+def _model(
+    config: ModelConfig, dtype: str, backend: str, **optimizer: Any
+) -> CustomTransformerWrapper:
+    assert config.vocab_size is not None
+    return CustomTransformerWrapper(
+        config.vocab_size, config.d_model, config.n_blocks, config.n_heads, config.d_ffn,
+        config.max_seq_len, dtype=dtype, device=machine.device(), backend=backend, seed=1,
+        **optimizer,
     )  # fmt: skip
 
 
@@ -186,6 +194,6 @@ def build(
         backend, capture = OURS[provider]
         return OurTrainer(config, batches, micro_batches, dtype, backend, capture)
     make, mode = RIVALS[provider]
-    source = new_model(config, dtype, "native").model.parameters
+    source = _model(config, dtype, "native").model.parameters
     start = list(source.named(source.best_weights()))
     return RivalTrainer(make, config, start, batches, micro_batches, dtype, mode)

@@ -26,6 +26,8 @@ __all__ = ["document_starts"]
 
 aten = torch.ops.aten
 
+CACHED_ELEMENTS = 2**18  # of a float32 temporary: 1 MB, which a CPU core's second cache holds
+
 # ---------------------------------------------------------------------------------- embedding
 
 
@@ -37,11 +39,14 @@ def embedding_forward(tokens: Tensor, token_table: Tensor, position_table: Tenso
 def embedding_backward(
     dx: Tensor, tokens: Tensor, dtoken_table: Tensor, dposition_table: Tensor
 ) -> None:
-    """See `reference.embedding_backward`. Deterministic: `embedding_dense_backward` sorts on CUDA
-    and walks the rows in order on a CPU."""
-    T = tokens.shape[1]
+    """See `reference.embedding_backward`. Deterministic: on a CPU `index_add_` walks the rows in
+    order; on CUDA it would not, and `embedding_dense_backward` sorts, but fills a whole table."""
+    T, C = dx.shape[1:]
     wide = dx.to(dtoken_table.dtype)
-    dtoken_table += aten.embedding_dense_backward(wide, tokens, len(dtoken_table), -1, False)
+    if dx.is_cuda:
+        dtoken_table += aten.embedding_dense_backward(wide, tokens, len(dtoken_table), -1, False)
+    else:
+        dtoken_table.index_add_(0, tokens.reshape(-1), wide.reshape(-1, C))
     dposition_table[:T] += wide.sum(0)
 
 
@@ -70,14 +75,16 @@ def weight_gradient(dy: Tensor, x: Tensor, dweight: Tensor) -> None:
 
     cuBLAS adds bfloat16 products straight into the float32 buffer. PyTorch offers no such product
     on a CPU: there each product, itself summed in float32, is rounded to bfloat16 once and then
-    added in float32.
+    added in float32, a few rows at a time, so that the float32 copy this takes stays in a cache.
     """
     if x.dtype == dweight.dtype:
         dweight.addmm_(dy.T, x)
     elif x.is_cuda:
         torch.addmm(dweight, dy.T, x, out_dtype=dweight.dtype, out=dweight)
     else:
-        dweight += torch.mm(dy.T, x)
+        rows = max(1, CACHED_ELEMENTS // x.shape[1])
+        for total, part in zip(dweight.split(rows), torch.mm(dy.T, x).split(rows), strict=True):
+            total += part
 
 
 def bias_gradient(dy: Tensor, dbias: Tensor) -> None:
