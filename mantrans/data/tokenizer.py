@@ -5,16 +5,13 @@ is accepted here is narrower than what the `tokenizers` library can run: every b
 that there is no unknown one; text is neither normalised nor given a leading space, so that any
 text comes back exactly; `<|endoftext|>` is the one special token. That text is *never* read as the
 special token: inside a document it is ordinary text, so no document can end itself early; the end
-of a document is the number `eot_id`, which only `shards` appends.
-
-    python -m mantrans.data.tokenizer train|analyze|encode      see tokenizer_tool
+of a document is the number `eot_id`, which only `shards` appends. `tokenizer_tool` trains one.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import sys
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -312,9 +309,3 @@ def _is_unicode(text: object) -> bool:
     return isinstance(text, str) and not any(
         0xD800 <= ord(character) <= 0xDFFF for character in text
     )
-
-
-if __name__ == "__main__":
-    from mantrans.data.tokenizer_tool import main
-
-    sys.exit(main())

@@ -1,9 +1,10 @@
 """The command line of the tokenizers: train one, look at one, encode with one.
 
-    python -m mantrans.data.tokenizer train --output assets/models/tokenizers/NAME \\
+    python -m mantrans.data.tokenizer_tool train --output assets/models/tokenizers/NAME \\
         --input stories.txt --dataset builtin-stories --vocab-size 4096 --hold-out 0.1
-    python -m mantrans.data.tokenizer analyze --tokenizer NAME --input stories.txt --held-out 0.1
-    python -m mantrans.data.tokenizer encode --tokenizer NAME "Once upon a time"
+    python -m mantrans.data.tokenizer_tool analyze --tokenizer NAME --input stories.txt \\
+        --held-out 0.1
+    python -m mantrans.data.tokenizer_tool encode --tokenizer NAME "Once upon a time"
 
 `--hold-out` leaves out the very documents that `data.validation_fraction` of the same size holds
 out of training, so that neither tokenizer nor model has seen them; `analyze --held-out` counts on
@@ -143,7 +144,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m mantrans.data.tokenizer", description="Byte-level BPE tokenizers."
+        prog="python -m mantrans.data.tokenizer_tool", description="Byte-level BPE tokenizers."
     )
     commands = parser.add_subparsers(required=True)
     text = argparse.ArgumentParser(add_help=False)
@@ -274,3 +275,7 @@ def _fraction(text: str) -> float:
     if not 0.0 <= number < 1.0:
         raise argparse.ArgumentTypeError(f"{text} is not in [0, 1)")
     return number
+
+
+if __name__ == "__main__":
+    sys.exit(main())
