@@ -26,10 +26,13 @@ from mantrans.training.flops import flops_per_token
 
 STEPS_IN_COMMON = 10
 JUDGE = "PyTorch eager"
-# Tried on the seed-sized model, of whose losses these steps take 1.2: ours and PyTorch's differ by
-# 2e-3 in bfloat16 (everybody rounds elsewhere) and 6e-6 in float32; with GELU's gradient left out
-# they differ by 3.4e-2, without attention's by 4.1e-2, with its sign turned by 1.3e-1.
-TOLERANCE = {"bfloat16": 2e-2, "float32": 2e-4}
+# As parts of what these steps take from the judge's loss: an early AdamW step is as long for a tiny
+# gradient as for a large one, so differences grow where the loss falls fast. Tried on the seed-sized
+# model, whose loss falls by 1.2: ours and PyTorch's differ by 0.2% of that in bfloat16 (everybody
+# rounds elsewhere) and by 0.0005% in float32; with GELU's gradient left out by 2.8%, without
+# attention's by 3.4%, with its sign turned by 11%. On GPT-2 350M, whose loss falls by 3.9: 0.8% and
+# 0.03%, where PyTorch's own bfloat16 is 0.4% away from its float32.
+TOLERANCE = {"bfloat16": 1.5e-2, "float32": 5e-4}
 # Estimates from above. Nobody is built who would not be ready before the time is over.
 BUILD_SECONDS = {"torch.compile": 60, "torch.compile reduce-overhead": 60, "transformers": 15}
 CPU_PROVIDERS = ("native", "PyTorch eager", "torch.compile", "transformers")
@@ -211,7 +214,8 @@ def _prepare(
         if name == JUDGE:
             expected = losses
         differences = loss_differences(losses, expected)
-        if not max(differences) <= TOLERANCE[case.dtype]:
+        fall = max(expected, default=0.0) - min(expected, default=0.0)
+        if not max(differences) <= TOLERANCE[case.dtype] * fall:
             failures[name] = f"losses differ from {JUDGE}'s by {max(differences):.1e}: not timed"
             continue
         ready[name] = trainer, peak, differences
