@@ -27,7 +27,7 @@ from mantrans.training.flops import flops_per_token
 STEPS_IN_COMMON = 10
 JUDGE = "PyTorch eager"
 # As parts of what these steps take from the judge's loss: an early AdamW step is as long for a tiny
-# gradient as for a large one, so differences grow where the loss falls fast. Tried on the seed-sized
+# gradient as for a large one, so differences grow where the loss falls fast. Tried on the smallest
 # model, whose loss falls by 1.2: ours and PyTorch's differ by 0.2% of that in bfloat16 (everybody
 # rounds elsewhere) and by 0.0005% in float32; with GELU's gradient left out by 2.8%, without
 # attention's by 3.4%, with its sign turned by 11%. On GPT-2 350M, whose loss falls by 3.9: 0.8% and
