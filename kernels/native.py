@@ -277,8 +277,7 @@ def _probabilities(
     """softmax(q kᵀ / √D + mask) for a block of query rows: (BH, rows, keys), in q's dtype.
 
     In bfloat16 the scores are rounded before the softmax, which PyTorch's batched product on a CPU
-    cannot avoid; the softmax itself is computed in float32. Recomputed in the backward, the
-    probabilities are the same to the bit.
+    cannot avoid; the softmax itself is computed in float32.
     """
     seen = visible(keys.stop, None, q.device)[rows]
     if document_start is not None:
