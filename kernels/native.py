@@ -218,8 +218,17 @@ def attention_backward(
 def decode_attention(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, n_heads: int
 ) -> Tensor:
-    """See `reference.decode_attention`: one row of scores, which nothing need be fused for."""
-    return reference.decode_attention(q, k_cache, v_cache, lengths, n_heads)
+    """See `reference.decode_attention`. On a CPU PyTorch's kernel serves rows of one length, the
+    usual case; it would look beyond a shorter one, at what was never written."""
+    longest = int(lengths[0]) if _flash_forward(q) else 0
+    if not longest or (lengths != longest).any():
+        return reference.decode_attention(q, k_cache, v_cache, lengths, n_heads)
+    heads = (len(q), -1, n_heads, q.shape[1] // n_heads)
+    q, k, v = (
+        x.view(heads).transpose(1, 2) for x in (q, k_cache[:, :longest], v_cache[:, :longest])
+    )
+    out, _ = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, False)
+    return out.transpose(1, 2).reshape(len(q), -1)
 
 
 def _flash_forward(qkv: Tensor) -> bool:

@@ -358,19 +358,20 @@ def test_native_linear_cross_entropy_equals_reference(dtype: torch.dtype) -> Non
 # ------------------------------------------------------------------------------ decode attention
 
 
+@pytest.mark.parametrize("lengths", [[11, 1, 6], [7, 7, 7], [1, 1, 1]], ids=str)
 @pytest.mark.parametrize("ops", [reference, native], ids=["reference", "native"])
-def test_decode_attention_is_the_last_row_of_attention(ops) -> None:
+def test_decode_attention_is_the_last_row_of_attention(ops, lengths: list[int]) -> None:
     B, T, H, D = 3, 11, 2, 6
     qkv = randn(B, T, 3 * H * D)
     out, _ = reference.attention_forward(qkv, H)
     q, k, v = qkv.chunk(3, dim=-1)
     k_cache, v_cache = (torch.full((B, T + 4, H * D), math.nan, dtype=q.dtype) for _ in "kv")
-    lengths = torch.tensor([11, 1, 6])
-    for b, n in enumerate(lengths.tolist()):
+    for b, n in enumerate(lengths):
         k_cache[b, :n], v_cache[b, :n] = k[b, :n], v[b, :n]
-    last = torch.stack([q[b, n - 1] for b, n in enumerate(lengths.tolist())])
-    expected = torch.stack([out[b, n - 1] for b, n in enumerate(lengths.tolist())])
-    assert_close(ops.decode_attention(last, k_cache, v_cache, lengths, H), expected, 1e-12)
+    last = torch.stack([q[b, n - 1] for b, n in enumerate(lengths)])
+    expected = torch.stack([out[b, n - 1] for b, n in enumerate(lengths)])
+    actual = ops.decode_attention(last, k_cache, v_cache, torch.tensor(lengths), H)
+    assert_close(actual, expected, 1e-12)
 
 
 def test_document_starts() -> None:
