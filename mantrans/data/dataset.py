@@ -231,7 +231,7 @@ def _split_by_tokens(aside: Path, tokenizer: Tokenizer, plan: _Plan, facts: dict
     for name, start, stop in ((names[0], 0, cut), (names[1], cut, len(whole))):
         with ShardWriter(aside / f"part-{name}", tokenizer.vocab_size, facts) as writer:
             for first in range(start, stop, _COPY):
-                part = whole.tokens[first : min(first + _COPY, stop)]
+                part = whole.read(first, min(first + _COPY, stop))
                 n_bytes = int(tokenizer.token_bytes[part].sum())
                 writer.write(part, n_bytes, int((part == tokenizer.eot_id).sum()))
     for name in names:

@@ -142,6 +142,12 @@ class TokenStream:
     def __repr__(self) -> str:
         return f"TokenStream({str(self.path)!r}, {len(self):,} tokens)"
 
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """A copy of tokens[start:stop], read: pages of a mapped file, once touched, would count as
+        this process's memory."""
+        offset = HEADER_BYTES + start * self.dtype.itemsize
+        return np.fromfile(self.path, self.dtype, stop - start, offset=offset)
+
     def require_vocabulary(self, vocab_size: int) -> None:
         """DataError if a token is not below `vocab_size`."""
         if len(self) and self.max_token >= vocab_size:
