@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from mantrans import out_of_memory
+from mantrans.checkpoint import state_file
 from mantrans.config import Config
 from mantrans.data.dataset import prepare
 from mantrans.data.tokenizer import Tokenizer, load_tokenizer
 from mantrans.errors import CheckpointError, ConfigError, MantransError
 from mantrans.evaluation.evaluator import as_json, as_text, evaluate, refuse_other_tokenizer
-from mantrans.storage import state_file
 from mantrans.wrapper import CustomTransformerWrapper
 
 

@@ -2,8 +2,8 @@
 
     python -m benchmarks.kernels [--only attention]
 
-Before anything is timed, each provider's results are compared with those of `kernels.native` on the
-same tensors; one that computes something else is refused and not timed.
+Before anything is timed, each provider's results are compared with those of
+`mantrans.kernels.native` on the same tensors; one that computes something else is refused.
 """
 
 from __future__ import annotations
@@ -168,12 +168,12 @@ def _tensors(case: Operation, seed: int) -> operations.Tensors:
 
 
 def _check(provider: Provider, case: Operation, direction: str) -> None:
-    """Raises ValueError where a result is not that of `kernels.native`.
+    """Raises ValueError where a result is not that of `mantrans.kernels.native`.
 
     Compared are results of equal shape: PyTorch's attention backends give three gradients where
     ours is packed, and a loss where ours is the gradient is left out.
     """
-    import kernels.native as oracle
+    import mantrans.kernels.native as oracle
 
     t = _tensors(case, 99)
     expected = case.forward(oracle, t)

@@ -1,6 +1,6 @@
 """Who competes in an operation, and how each is called.
 
-    ours            kernels.fused ("triton", on a GPU), kernels.native, kernels.reference
+    ours            the backends triton (on a GPU), native and reference
     PyTorch eager   the plain function under autograd
     torch.compile   the same, compiled
     SDPA ...        PyTorch's attention backends, each on contiguous q, k, v: what suits them best
@@ -28,7 +28,7 @@ from benchmarks.operations import EPSILON, Operation, Tensors
 
 Call = Callable[[], tuple]
 Plain = Callable[[Tensors], tuple]
-OURS = {"triton": "kernels.fused", "native": "kernels.native", "reference": "kernels.reference"}
+OURS = {name: f"mantrans.kernels.{name}" for name in ("triton", "native", "reference")}
 SDPA = {
     "SDPA flash": SDPBackend.FLASH_ATTENTION,
     "SDPA cuDNN": SDPBackend.CUDNN_ATTENTION,

@@ -43,7 +43,7 @@ class Trainer(Protocol):
 class OurTrainer:
     """mantrans: bfloat16 weights with float32 masters, or all float32.
 
-    backend: as in `kernels.backend`. capture: the step as one CUDA graph.
+    backend: as in `mantrans.kernels.backend`. capture: the step as one CUDA graph.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ def _model(
 
 def reduced_precision_reductions(allowed: bool) -> None:
     """Whether cuBLAS may add partial products in bfloat16. PyTorch lets it, and so do the rivals;
-    we do not (`kernels.backend`). The switch is one for the whole process."""
+    we do not (`mantrans.kernels.backend`). The switch is one for the whole process."""
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = allowed
 
 

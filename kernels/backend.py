@@ -7,7 +7,7 @@ from types import ModuleType
 
 import torch
 
-BACKENDS = {"reference": "kernels.reference", "native": "kernels.native", "triton": "kernels.fused"}
+BACKENDS = ("reference", "native", "triton")
 
 
 def choose(name: str, device: torch.device) -> ModuleType:
@@ -25,14 +25,14 @@ def choose(name: str, device: torch.device) -> ModuleType:
     if name not in BACKENDS:
         raise ValueError(f"backend {name!r}: accepted are auto, {', '.join(BACKENDS)}")
     if name != "triton":
-        return importlib.import_module(BACKENDS[name])
+        return importlib.import_module(f"mantrans.kernels.{name}")
     try:
-        fused = importlib.import_module(BACKENDS[name])
-        from kernels.launch import interpreted
+        module = importlib.import_module(f"mantrans.kernels.{name}")
+        from mantrans.kernels.triton.launch import interpreted
     except ImportError as missing:
         raise ValueError(f"backend 'triton' needs the package `triton` ({missing})") from missing
     if device.type != "cuda" and not interpreted():
         raise ValueError(
             f"backend 'triton' runs on cuda, not {device.type}; accepted there: native, reference"
         )
-    return fused
+    return module

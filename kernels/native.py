@@ -12,8 +12,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from kernels import reference
-from kernels.reference import (
+from mantrans.kernels import reference
+from mantrans.kernels.reference import (
     CHUNK_ROWS,
     IGNORE_INDEX,
     accumulation_dtype,

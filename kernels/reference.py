@@ -1,7 +1,7 @@
 """The mathematics of the whole model, in plain torch: each forward, and below it its backward.
 
 This file is the oracle of every test. It is written to be read: one textbook expression after the
-other, no fusion, no in-place tricks but the accumulation of gradients. `native` and `fused` offer
+other, no fusion, no in-place tricks but the accumulation of gradients. `native` and `triton` offer
 the same functions under the same names and are compared with these.
 
 The contract of every backward, stated once:

@@ -20,8 +20,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kernels import reference
-from kernels.reference import IGNORE_INDEX
+from mantrans.kernels import reference
+from mantrans.kernels.reference import IGNORE_INDEX
 
 # How far the root mean square of the error may go, relative to that of the exact result.
 BOUNDS = {

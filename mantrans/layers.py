@@ -1,7 +1,7 @@
 """The layers: each has a forward, and below it the backward that mirrors it line by line.
 
 A layer owns no memory. It holds views of its weights and of their gradients, and the module of
-operations (`ops`, see `kernels.backend`) that it computes with.
+operations (`ops`, see `mantrans.kernels.backend`) that it computes with.
 
     forward(x)         -> y, saved      `saved` is what the backward needs, named as in mathematics
     backward(dy, saved) -> dx           weight gradients are added to, activation gradients returned

@@ -16,15 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels import backend as backends
-from kernels.reference import IGNORE_INDEX
-from mantrans import generation
+from mantrans.checkpoint import state_file
 from mantrans.config import Config, ModelConfig
 from mantrans.errors import CheckpointError, ConfigError
+from mantrans.inference import generation
 from mantrans.interop import huggingface
-from mantrans.optimizers import SGD, AdamW, Optimizer
-from mantrans.storage import state_file
-from mantrans.transformer import CustomTransformer, parameter_specs
+from mantrans.kernels import backend as backends
+from mantrans.kernels.reference import IGNORE_INDEX
+from mantrans.models.transformer import CustomTransformer, parameter_specs
+from mantrans.optim.optimizers import SGD, AdamW, Optimizer
 
 OPTIMIZERS: dict[str, type[Optimizer]] = {"sgd": SGD, "adamw": AdamW}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
@@ -37,7 +37,7 @@ class CustomTransformerWrapper:
         bias, layer_norm_epsilon, initializer_range: as in `mantrans.config.ModelConfig`.
     dtype: torch.float32, torch.bfloat16, torch.float64, or "auto" (see `resolve_dtype`).
     device: "cpu", "cuda", "cuda:1", or "auto": a GPU if there is one.
-    backend: "auto", "reference", "native" or "triton" (see `kernels.backend`).
+    backend: "auto", "reference", "native" or "triton" (see `mantrans.kernels.backend`).
     optimizer: "sgd" or "adamw", with `optimizer_options` as its keywords.
     seed: of the initial weights.
     recompute: "none", "gelu" or "block": activations computed again instead of kept.
@@ -173,7 +173,7 @@ class CustomTransformerWrapper:
         seed: int = 0,
         use_cache: bool = True,
     ) -> Tensor | list[Tensor]:
-        """Continue prompts by sampling (see `mantrans.generation`).
+        """Continue prompts by sampling (see `mantrans.inference.generation`).
 
         input_ids: (B, T) or (T,) integers, or a list of prompts of different lengths.
         max_length counts the prompt. A row ends after eos_token_id.
@@ -317,7 +317,7 @@ class CustomTransformerWrapper:
             "d_ffn": self.config.feed_forward_width,
             "parameters": self.count_parameters(),
             "device": str(self.device),
-            "backend": self.model.ops.__name__.removeprefix("kernels."),
+            "backend": self.model.ops.__name__.rpartition(".")[2],
             "optimizer": self.optimizer_name,
             "state_bytes": sum(x.numel() * x.element_size() for x in buffers if x is not None),
         }

@@ -27,7 +27,7 @@ class Mutation(NamedTuple):
     """One deliberate mistake."""
 
     mistake: str
-    kernel: str  # kernels/<kernel>.py
+    kernel: str  # kernels/triton/<kernel>.py
     right: str  # occurs exactly once in that file
     wrong: str
     tests: str  # tests/interpreted/test_<tests>.py
@@ -214,11 +214,11 @@ class Verdict(NamedTuple):
 
 def mutate(mutation: Mutation, root: Path) -> None:
     """Write the mistake into the tree at `root`. ValueError if the kernel's text has moved on."""
-    path = root / "kernels" / f"{mutation.kernel}.py"
+    path = root / "kernels" / "triton" / f"{mutation.kernel}.py"
     text = path.read_text()
     if text.count(mutation.right) != 1:
         raise ValueError(
-            f"kernels/{mutation.kernel}.py: {mutation.right!r} occurs "
+            f"kernels/triton/{mutation.kernel}.py: {mutation.right!r} occurs "
             f"{text.count(mutation.right)} times; a mutation needs exactly 1"
         )
     path.write_text(text.replace(mutation.right, mutation.wrong))
@@ -259,7 +259,7 @@ def judge(mutation: Mutation) -> Verdict:
 def document(verdicts: Sequence[Verdict]) -> str:
     """The page that --write leaves behind."""
     rows = [
-        f"| {m.mistake} | `kernels/{m.kernel}.py` | {caught_by(verdict)} |"
+        f"| {m.mistake} | `kernels/triton/{m.kernel}.py` | {caught_by(verdict)} |"
         for verdict in verdicts
         for m in [verdict.mutation]
     ]

@@ -61,7 +61,7 @@ def test_losses_of_ours_and_the_rivals_agree_over_ten_steps() -> None:
 
 def test_a_wrong_gradient_is_seen_in_the_losses(monkeypatch: pytest.MonkeyPatch) -> None:
     """The check is worth something: a model whose GELU has no gradient is not timed."""
-    from kernels import native
+    from mantrans.kernels import native
 
     right = native.bias_gelu_backward
     monkeypatch.setattr(native, "bias_gelu_backward", lambda *args: 0 * right(*args))

@@ -26,10 +26,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mantrans.checkpoint import archive, atomic, plain_pickle, state_file
+from mantrans.checkpoint.folder import CheckpointFolder, newest_intact
+from mantrans.checkpoint.state_file import load, save, verify
 from mantrans.errors import CheckpointError, MantransError
-from mantrans.storage import archive, atomic, plain_pickle, state_file
-from mantrans.storage.state_file import load, save, verify
-from mantrans.training.checkpoint import CheckpointFolder, newest_intact
 from mantrans.training.lock import RunLock
 
 ROOT = Path(__file__).parents[1]
@@ -519,7 +519,7 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: Any) -> No
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
     with monkeypatch.context() as patch:
-        patch.setattr("mantrans.storage.atomic.open", refuse, raising=False)
+        patch.setattr("mantrans.checkpoint.atomic.open", refuse, raising=False)
         with pytest.raises(CheckpointError, match="Read-only file system"):
             folder.save(2, example_state(2))
     for function in ("replace", "unlink", "symlink", "fsync"):
@@ -535,7 +535,7 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: Any) -> No
 
 KILLED = """
 import sys, torch
-from mantrans.training.checkpoint import CheckpointFolder
+from mantrans.checkpoint.folder import CheckpointFolder
 folder = CheckpointFolder(sys.argv[1], "run", keep=2)
 for step in range(int(sys.argv[2]), 10**6):
     folder.save(step, {"step": step, "w": torch.full((500,), float(step))}, best=step % 3 == 0)

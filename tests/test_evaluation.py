@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from evaluate import main as evaluate_main
-from kernels.reference import IGNORE_INDEX, document_starts
+from mantrans.checkpoint import state_file
 from mantrans.config import Config
 from mantrans.data.dataset import TokenDataset
 from mantrans.data.tokenizer import Tokenizer, load_tokenizer
@@ -30,7 +30,7 @@ from mantrans.evaluation.evaluator import (
     printable,
 )
 from mantrans.evaluation.perplexity import Perplexity, batches, measure
-from mantrans.storage import state_file
+from mantrans.kernels.reference import IGNORE_INDEX, document_starts
 from mantrans.training.trainer import Trainer
 from mantrans.wrapper import CustomTransformerWrapper
 

@@ -15,11 +15,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import config_summary
 from benchmarks.timing import peak_on_cpu
-from kernels import native
-from kernels.cross_entropy import row_chunks
 from mantrans.config import Config, ModelConfig
+from mantrans.kernels import native
+from mantrans.kernels.triton.cross_entropy import row_chunks
+from mantrans.models.transformer import CustomTransformer
 from mantrans.training import flops, memory
-from mantrans.transformer import CustomTransformer
 
 GPT2 = ModelConfig(d_model=768, n_blocks=12, n_heads=12, max_seq_len=1024, vocab_size=50257)
 SMALL = ModelConfig(

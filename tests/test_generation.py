@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mantrans import CustomTransformerWrapper
-from mantrans.generation import sample, stream, window_start
+from mantrans.inference.generation import sample, stream, window_start
 
 V = 61
 

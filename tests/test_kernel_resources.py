@@ -1,5 +1,6 @@
-"""The gate of `kernels.resources`: no kernel ships that spills, outgrows shared memory, or misses
-the tensor cores. Compiled without a GPU, with the Triton at hand and with the oldest supported one.
+"""The gate of `tools.kernel_resources`: no kernel ships that spills, outgrows shared memory,
+or misses the tensor cores. Compiled without a GPU, with the Triton at hand
+and with the oldest supported one.
 """
 
 from __future__ import annotations
@@ -13,19 +14,19 @@ from typing import Any
 
 import pytest
 
-from kernels.resources import Usage, count_instructions, document, read_log, violations
+from tools.kernel_resources import Usage, count_instructions, document, read_log, violations
 
 ROOT = Path(__file__).parents[1]
 OLDEST_TRITON = ROOT / ".venv/triton-3.6.0"  # `make setup` puts it there
 
 
 def run_gate(python_path: Path | None, *arch: str) -> subprocess.CompletedProcess[str]:
-    """`python -m kernels.resources`, with another Triton before the installed one if given."""
+    """`python -m tools.kernel_resources`, with another Triton before the installed one if given."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     if python_path is not None:
         environment["PYTHONPATH"] = str(python_path)
     return subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "kernels.resources", "--arch", *arch],
+        [sys.executable, "-W", "ignore", "-m", "tools.kernel_resources", "--arch", *arch],
         cwd=ROOT,
         env=environment,
         capture_output=True,

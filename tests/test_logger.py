@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 
+from mantrans.checkpoint.atomic import write_all
 from mantrans.config import Config
 from mantrans.errors import MantransError
-from mantrans.storage.atomic import write_all
 from mantrans.training import metrics
 from mantrans.training.console import Console, describe
 from mantrans.training.logger import RunLogger, git_commit, versions

@@ -14,7 +14,7 @@ from tests.mutations import MUTATIONS, ROOT, Mutation, copy_tree, mutate
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.mistake)
 def test_each_mistake_can_still_be_made(mutation: Mutation) -> None:
-    text = (ROOT / "kernels" / f"{mutation.kernel}.py").read_text()
+    text = (ROOT / "kernels" / "triton" / f"{mutation.kernel}.py").read_text()
     assert text.count(mutation.right) == 1
     assert mutation.wrong != mutation.right
     assert (ROOT / "tests/interpreted" / f"test_{mutation.tests}.py").exists()
@@ -22,10 +22,10 @@ def test_each_mistake_can_still_be_made(mutation: Mutation) -> None:
 
 def test_a_mistake_is_made_in_the_copy_alone(tmp_path: Path) -> None:
     mutation = MUTATIONS[0]
-    original = (ROOT / "kernels" / f"{mutation.kernel}.py").read_text()
+    original = (ROOT / "kernels" / "triton" / f"{mutation.kernel}.py").read_text()
     mutate(mutation, copy_tree(tmp_path))
-    assert (ROOT / "kernels" / f"{mutation.kernel}.py").read_text() == original
-    changed = (tmp_path / "kernels" / f"{mutation.kernel}.py").read_text()
+    assert (ROOT / "kernels" / "triton" / f"{mutation.kernel}.py").read_text() == original
+    changed = (tmp_path / "kernels" / "triton" / f"{mutation.kernel}.py").read_text()
     assert changed == original.replace(mutation.right, mutation.wrong) != original
 
 

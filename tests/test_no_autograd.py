@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import ast
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -75,37 +73,3 @@ def test_training_never_builds_a_graph(backend: str, monkeypatch) -> None:
     model.generate(ids[:, :3], max_length=6)
     for _, tensor in [*model.model.named_parameters(), *model.model.named_gradients()]:
         assert tensor.grad_fn is None and not tensor.requires_grad
-
-
-def test_transformers_runs_with_our_package_called_kernels() -> None:
-    """transformers probes for Hugging Face's package of that name."""
-    pytest.importorskip("transformers", reason="transformers is what is tested here")
-    program = (
-        "import kernels, torch; assert hasattr(kernels, '__path__')\n"
-        "from kernels import reference\n"
-        "from transformers import GPT2Config, GPT2LMHeadModel\n"
-        "config = GPT2Config(vocab_size=50, n_embd=16, n_layer=1, n_head=2, n_positions=16)\n"
-        "model = GPT2LMHeadModel(config)\n"
-        "ids = torch.randint(0, 50, (1, 8))\n"
-        "model(ids, labels=ids).loss.backward()\n"
-        "print('ran')"
-    )
-    result = subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert result.stdout.strip() == "ran", result.stderr
-
-
-def test_somebody_elses_kernels_is_named(tmp_path: Path) -> None:
-    (tmp_path / "kernels").mkdir()
-    (tmp_path / "kernels" / "__init__.py").write_text("def get_kernel(name): ...\n")
-    program = f"import sys; sys.path[:0] = [{str(tmp_path)!r}, {str(ROOT)!r}]; import mantrans"
-    result = subprocess.run(
-        [sys.executable, "-S", "-c", program],  # -S: as if nothing were installed
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    last = result.stderr.strip().splitlines()[-1]
-    assert "needs its own package `kernels`" in last and str(tmp_path / "kernels") in last

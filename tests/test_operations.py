@@ -19,7 +19,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import native, reference
+from mantrans.kernels import native, reference
 from tests.support.compare import assert_close, relative_error
 
 NATIVE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}

@@ -15,10 +15,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mantrans import report_svg
 from mantrans.config import Config
-from mantrans.report import STYLE, Run, main, number, page, write_page
-from mantrans.report_svg import Curve, Scale, figure, short, tick_labels, ticks
+from mantrans.report import svg as report_svg
+from mantrans.report.page import STYLE, Run, main, number, page, write_page
+from mantrans.report.svg import Curve, Scale, figure, short, tick_labels, ticks
 from mantrans.training.logger import RunLogger
 from mantrans.training.trainer import Trainer
 

@@ -14,8 +14,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import native, reference, selfcheck
-from kernels.selfcheck import KernelCheckError, Shapes, check, poisoned_memory, relative_error
+from mantrans.kernels import native, reference, selfcheck
+from mantrans.kernels.selfcheck import (
+    KernelCheckError,
+    Shapes,
+    check,
+    poisoned_memory,
+    relative_error,
+)
 
 RUN: dict[str, Any] = {
     "d_model": 48,

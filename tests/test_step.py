@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.reference import document_starts
 from mantrans import CustomTransformerWrapper
+from mantrans.kernels.reference import document_starts
 from mantrans.training import step as step_module
 from mantrans.training.batches import DeviceTokens, HostTokens
 from mantrans.training.step import OutlierGuard, TrainStep

@@ -15,10 +15,10 @@ import pytest
 import torch
 
 from mantrans import CustomTransformerWrapper
+from mantrans.checkpoint import state_file
 from mantrans.config import Config
 from mantrans.errors import CheckpointError, ConfigError, MantransError
-from mantrans.optimizers import scheduled_learning_rate
-from mantrans.storage import state_file
+from mantrans.optim.optimizers import scheduled_learning_rate
 from mantrans.training.metrics import read_records
 from mantrans.training.trainer import Trainer
 

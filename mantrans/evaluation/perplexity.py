@@ -21,8 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernels.reference import IGNORE_INDEX, document_starts
 from mantrans.errors import DataError
+from mantrans.kernels.reference import IGNORE_INDEX, document_starts
 
 
 class LossModel(Protocol):

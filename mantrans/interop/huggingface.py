@@ -29,12 +29,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mantrans.checkpoint.atomic import replacing, write_all
+from mantrans.checkpoint.state_file import reason
 from mantrans.config import ModelConfig
 from mantrans.errors import CheckpointError, ConfigError
 from mantrans.options import checked_value, show
 from mantrans.parameters import Spec
-from mantrans.storage.atomic import replacing, write_all
-from mantrans.storage.state_file import reason
 from mantrans.strict_yaml import single_line
 
 CONFIG = "config.json"

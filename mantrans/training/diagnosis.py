@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from mantrans.transformer import CustomTransformer
+from mantrans.models.transformer import CustomTransformer
 from mantrans.wrapper import mean_scale
 
 

@@ -21,9 +21,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
+from mantrans.checkpoint.atomic import replacing, write_all
 from mantrans.config import Config
 from mantrans.errors import MantransError
-from mantrans.storage.atomic import replacing, write_all
 from mantrans.training.console import Console
 from mantrans.training.metrics import JsonLines
 

@@ -27,8 +27,8 @@ from dataclasses import dataclass
 import torch
 
 from mantrans.config import Config, ModelConfig
+from mantrans.models.transformer import parameter_specs
 from mantrans.parameters import ALIGNMENT, numel
-from mantrans.transformer import parameter_specs
 
 CUBLAS_WORKSPACE = 32 << 20
 _BYTES = {torch.float32: 4, torch.bfloat16: 2, torch.float64: 8}
@@ -134,11 +134,11 @@ def _logits_chunk(config: Config, narrow: int, wide: int, on_gpu: bool) -> int:
     padded = -(-config.model.vocab_size // 128) * 128
     rows = config.training.batch_size * config.sequence_length
     if on_gpu and config.training.backend in ("auto", "triton"):
-        from kernels.cross_entropy import row_chunks
+        from mantrans.kernels.triton.cross_entropy import row_chunks
 
         chunk = next(iter(row_chunks(rows, padded * narrow)))
         return (chunk.stop - chunk.start) * padded * narrow
-    from kernels.native import CHUNK_ROWS, softmax_rows
+    from mantrans.kernels.native import CHUNK_ROWS, softmax_rows
 
     # The native backend keeps the chunk's logits and, in the wide dtype, a few rows' softmax.
     softmax = min(rows, CHUNK_ROWS, softmax_rows(padded))

@@ -14,8 +14,8 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
+from mantrans.checkpoint.atomic import replacing, write_all
 from mantrans.errors import MantransError
-from mantrans.storage.atomic import replacing, write_all
 
 _MAX_WAITING = 100_000
 

@@ -14,10 +14,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.reference import document_starts
-from mantrans.optimizers import Guard, Optimizer
+from mantrans.kernels.reference import document_starts
+from mantrans.models.transformer import CustomTransformer
+from mantrans.optim.optimizers import Guard, Optimizer
 from mantrans.training.batches import TokenSource
-from mantrans.transformer import CustomTransformer
 from mantrans.wrapper import mean_scale
 
 WARM_UP_RUNS = 3

@@ -21,7 +21,9 @@ from typing import Any
 
 import torch
 
-from kernels import selfcheck
+from mantrans.checkpoint import state_file
+from mantrans.checkpoint.atomic import replacing, write_all
+from mantrans.checkpoint.folder import CheckpointFolder, newest_intact
 from mantrans.config import Config
 from mantrans.data.dataset import prepare
 from mantrans.data.loader import BatchLoader
@@ -34,13 +36,11 @@ from mantrans.evaluation.evaluator import (
     measure_stream,
     refuse_other_tokenizer,
 )
-from mantrans.optimizers import scheduled_learning_rate
-from mantrans.report import write_page
-from mantrans.storage import state_file
-from mantrans.storage.atomic import replacing, write_all
+from mantrans.kernels import selfcheck
+from mantrans.optim.optimizers import scheduled_learning_rate
+from mantrans.report.page import write_page
 from mantrans.training import flops, memory
 from mantrans.training.batches import token_source
-from mantrans.training.checkpoint import CheckpointFolder, newest_intact
 from mantrans.training.diagnosis import first_non_finite
 from mantrans.training.host_memory import keep_freed_memory
 from mantrans.training.lock import RunLock

@@ -33,6 +33,6 @@ def device() -> torch.device:
 
 
 @pytest.fixture
-def fused(device: torch.device) -> ModuleType:
+def triton(device: torch.device) -> ModuleType:
     """The backend under test, imported only where it can run."""
-    return importlib.import_module("kernels.fused")
+    return importlib.import_module("mantrans.kernels.triton")

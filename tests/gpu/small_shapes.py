@@ -13,8 +13,8 @@ import sys
 
 import torch
 
-from kernels import fused, selfcheck
-from kernels.selfcheck import Draw, Shapes
+from mantrans.kernels import selfcheck, triton
+from mantrans.kernels.selfcheck import Draw, Shapes
 
 SHAPES = (
     Shapes(B=2, T=130, H=2, D=64, C=128, F=320, V=1000, Vp=1024, N=67),
@@ -32,7 +32,7 @@ def main() -> None:
     for part in chosen:
         shapes, dtype = PARTS[part]
         for draw_inputs, program in selfcheck.PROGRAMS:
-            program(fused, draw_inputs(shapes, Draw(dtype, torch.device("cuda"))))
+            program(triton, draw_inputs(shapes, Draw(dtype, torch.device("cuda"))))
             torch.cuda.synchronize()
         print(f"{len(selfcheck.PROGRAMS)} programs ran in {dtype} at {shapes}")
 

@@ -2,7 +2,7 @@
 
 Each is held to what PyTorch's own kernels achieve in the same dtype: both are compared with the
 reference in float64, and ours may err FACTOR times as much. Run again, it must give the same bits.
-The programs of operations are those of `kernels.selfcheck`.
+The programs of operations are those of `mantrans.kernels.selfcheck`.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from kernels import native, reference, selfcheck
-from kernels.selfcheck import Draw, Inputs, Outputs, Program, Shapes, poisoned_memory
+from mantrans.kernels import native, reference, selfcheck
+from mantrans.kernels.selfcheck import Draw, Inputs, Outputs, Program, Shapes, poisoned_memory
 
 pytestmark = pytest.mark.gpu
 
@@ -138,11 +138,11 @@ def run(program: Program, ops: Any, inputs: Inputs) -> Outputs:
 
 @pytest.mark.parametrize("case", CASES, ids=label)
 def test_error_is_at_most_pytorchs(
-    case: Case, fused: types.ModuleType, device: torch.device
+    case: Case, triton: types.ModuleType, device: torch.device
 ) -> None:
     inputs, program = draw(case, device)
     exact = run(program, reference, {k: selfcheck.in_float64(v) for k, v in inputs.items()})
-    ours, theirs = run(program, fused, inputs), run(program, pytorch(), inputs)
+    ours, theirs = run(program, triton, inputs), run(program, pytorch(), inputs)
     for key, value in exact.items():
         error = selfcheck.relative_error(ours[key], value)
         rival = selfcheck.relative_error(theirs[key], value)
@@ -150,16 +150,16 @@ def test_error_is_at_most_pytorchs(
 
 
 @pytest.mark.parametrize("case", CASES, ids=label)
-def test_bits_repeat(case: Case, fused: types.ModuleType, device: torch.device) -> None:
+def test_bits_repeat(case: Case, triton: types.ModuleType, device: torch.device) -> None:
     inputs, program = draw(case, device)
-    first = run(program, fused, inputs)
+    first = run(program, triton, inputs)
     for _ in range(3):
-        again = run(program, fused, inputs)
+        again = run(program, triton, inputs)
         for key, value in first.items():
             assert torch.equal(again[key], value), f"{key} differs between two runs"
 
 
-def test_offsets_beyond_int32_in_the_loss(fused: types.ModuleType, device: torch.device) -> None:
+def test_offsets_beyond_int32_in_the_loss(triton: types.ModuleType, device: torch.device) -> None:
     """More than 2³¹ logits: the last rows must come out as they do alone."""
     V = 50_304
     N = 2**31 // V + 300
@@ -171,13 +171,13 @@ def test_offsets_beyond_int32_in_the_loss(fused: types.ModuleType, device: torch
     logits[-64:] = tail
     targets = torch.randint(V, (N,), device=device, generator=generator)
     scale = torch.tensor(1.0, device=device)
-    losses = fused.cross_entropy_forward_backward(logits, targets, scale, V)
-    alone = fused.cross_entropy_forward_backward(tail, targets[-64:].contiguous(), scale, V)
+    losses = triton.cross_entropy_forward_backward(logits, targets, scale, V)
+    alone = triton.cross_entropy_forward_backward(tail, targets[-64:].contiguous(), scale, V)
     assert torch.equal(losses[-64:], alone)
     assert torch.equal(logits[-64:], tail)
 
 
-def test_offsets_beyond_int32_in_attention(fused: types.ModuleType, device: torch.device) -> None:
+def test_offsets_beyond_int32_in_attention(triton: types.ModuleType, device: torch.device) -> None:
     """More than 2³¹ elements of qkv: the last sequence must come out as it does alone."""
     B, T, H, D = 90, 16_384, 8, 64
     if torch.cuda.mem_get_info()[0] < 4 * B * T * 3 * H * D * 2:
@@ -186,8 +186,8 @@ def test_offsets_beyond_int32_in_attention(fused: types.ModuleType, device: torc
     qkv = torch.zeros(B, T, 3 * H * D, dtype=torch.bfloat16, device=device)
     qkv[-1] = torch.randn(T, 3 * H * D, device=device, generator=generator).bfloat16()
     last = qkv[-1:].clone()
-    out, lse = fused.attention_forward(qkv, H)
-    alone, lse_alone = fused.attention_forward(last, H)
+    out, lse = triton.attention_forward(qkv, H)
+    alone, lse_alone = triton.attention_forward(last, H)
     assert torch.equal(out[-1:], alone)
-    dqkv = fused.attention_backward(out, qkv, out, lse, H)
-    assert torch.equal(dqkv[-1:], fused.attention_backward(alone, last, alone, lse_alone, H))
+    dqkv = triton.attention_backward(out, qkv, out, lse, H)
+    assert torch.equal(dqkv[-1:], triton.attention_backward(alone, last, alone, lse_alone, H))

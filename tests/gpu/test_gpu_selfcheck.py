@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from kernels import selfcheck
-from kernels.selfcheck import KernelCheckError
+from mantrans.kernels import selfcheck
+from mantrans.kernels.selfcheck import KernelCheckError
 
 pytestmark = pytest.mark.gpu
 
@@ -25,11 +25,11 @@ def test_shipped_shapes_pass_in_under_five_seconds(
     run: dict[str, int],
     T: int,
     dtype: torch.dtype,
-    fused: types.ModuleType,
+    triton: types.ModuleType,
     device: torch.device,
 ) -> None:
     def check() -> None:
-        selfcheck.check(fused, **run, sequence_length=T, dtype=dtype, device=device)
+        selfcheck.check(triton, **run, sequence_length=T, dtype=dtype, device=device)
 
     check()  # compiles what the training would compile anyway
     torch.cuda.synchronize()
@@ -39,12 +39,12 @@ def test_shipped_shapes_pass_in_under_five_seconds(
     assert time.perf_counter() - start < 5
 
 
-def test_a_wrong_kernel_stops_the_run(fused: types.ModuleType, device: torch.device) -> None:
+def test_a_wrong_kernel_stops_the_run(triton: types.ModuleType, device: torch.device) -> None:
     def backward(*arguments: Any) -> torch.Tensor:
-        dqkv = fused.attention_backward(*arguments)
+        dqkv = triton.attention_backward(*arguments)
         dqkv[:, 64:128] = 0  # a block of rows that no program was given
         return dqkv
 
-    wrong = types.SimpleNamespace(**{**vars(fused), "attention_backward": backward})
+    wrong = types.SimpleNamespace(**{**vars(triton), "attention_backward": backward})
     with pytest.raises(KernelCheckError, match="attention_backward is wrong on cuda"):
         selfcheck.check(wrong, **TINY, sequence_length=256, dtype=torch.bfloat16, device=device)

@@ -17,7 +17,7 @@ try:
 except RuntimeError as too_late:
     raise pytest.UsageError(str(too_late)) from None
 
-from kernels.selfcheck import poisoned_memory
+from mantrans.kernels.selfcheck import poisoned_memory
 
 
 @pytest.fixture(autouse=True)

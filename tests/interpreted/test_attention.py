@@ -1,4 +1,4 @@
-"""Attention and decode attention, interpreted, against `kernels.reference` in float64.
+"""Attention and decode attention, interpreted, against `mantrans.kernels.reference` in float64.
 
 Tolerances are relative root-mean-square errors, `n` roundings deep:
   * float32: each sum has up to a few hundred terms of relative error 2^-24 = 6e-8, which average
@@ -19,9 +19,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import attention_tiles, fused, native, reference
-from kernels.attention import attention_backward, attention_forward
-from kernels.decode_attention import decode_attention
+from mantrans.kernels import native, reference, triton
+from mantrans.kernels.triton import attention_tiles
+from mantrans.kernels.triton.attention import attention_backward, attention_forward
+from mantrans.kernels.triton.decode_attention import decode_attention
 from tests.support.compare import assert_close
 
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 6e-4, torch.bfloat16: 5e-3}
@@ -304,16 +305,16 @@ def test_decode_refuses(changed: dict[str, object], message: str) -> None:
 
 
 def test_wide_float32_heads_go_by_batched_products() -> None:
-    """Their dk/dv kernel would spill, so `fused` ships the products of `native` instead."""
+    """Their dk/dv kernel would spill: `triton` ships the products of `native` instead."""
     generator = torch.Generator().manual_seed(0)
     qkv, dout = (torch.randn(2, 17, n * 200, generator=generator) for n in (3, 1))
-    assert fused._attention_of(qkv, 1) is native
-    assert fused._attention_of(qkv.bfloat16(), 1) is not native
-    out, lse = fused.attention_forward(qkv, 1)
+    assert triton._attention_of(qkv, 1) is native
+    assert triton._attention_of(qkv.bfloat16(), 1) is not native
+    out, lse = triton.attention_forward(qkv, 1)
     expected, expected_lse = reference.attention_forward(qkv, 1)
     assert_close(out, expected, TOLERANCE[torch.float32], "out")
-    dqkv = fused.attention_backward(dout, qkv, out, lse, 1)
+    dqkv = triton.attention_backward(dout, qkv, out, lse, 1)
     expected = reference.attention_backward(dout, qkv, expected, expected_lse, 1)
     assert_close(dqkv, expected, TOLERANCE[torch.float32], "dqkv")
     with pytest.raises(ValueError, match="1 to 256"):
-        fused.attention_forward(torch.randn(1, 4, 3 * 300), 1)
+        triton.attention_forward(torch.randn(1, 4, 3 * 300), 1)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kernels import cross_entropy, reference
+from mantrans.kernels import reference
+from mantrans.kernels.triton import cross_entropy
 from tests.interpreted.common import (
     SUM_TOLERANCE,
     TOLERANCE,

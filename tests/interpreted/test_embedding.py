@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kernels import embedding, reference
+from mantrans.kernels import reference
+from mantrans.kernels.triton import embedding
 from tests.interpreted.common import (
     DTYPES,
     SUM_TOLERANCE,

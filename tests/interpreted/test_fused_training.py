@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import fused, native, reference, selfcheck
+from mantrans.kernels import native, reference, selfcheck, triton
 from mantrans.wrapper import CustomTransformerWrapper
 
 # Nothing is a power of two or a multiple of a block: D = 24, F = 80, V = 61 (stored as 128 rows).
@@ -117,9 +117,9 @@ def test_the_backend_passes_its_selfcheck(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(selfcheck, "MAX_ROWS", 18)
     run = {"d_model": 48, "n_heads": 2, "d_ffn": 80, "vocab_size": 61, "sequence_length": 21}
     device = torch.device("cpu")
-    results = selfcheck.check(fused, **run, dtype=torch.bfloat16, device=device)
-    assert {result.operation for result in results} == set(fused.__all__) - {"document_starts"}
+    results = selfcheck.check(triton, **run, dtype=torch.bfloat16, device=device)
+    assert {result.operation for result in results} == set(triton.__all__) - {"document_starts"}
 
 
 def test_all_backends_offer_the_same_operations() -> None:
-    assert set(fused.__all__) <= set(vars(reference)) & set(vars(native))
+    assert set(triton.__all__) <= set(vars(reference)) & set(vars(native))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kernels import gelu, reference
+from mantrans.kernels import reference
+from mantrans.kernels.triton import gelu
 from tests.interpreted.common import (
     SUM_TOLERANCE,
     TOLERANCE,

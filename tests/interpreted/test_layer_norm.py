@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kernels import bias_gradient as column_sums
-from kernels import layer_norm, reference
+from mantrans.kernels import reference
+from mantrans.kernels.triton import bias_gradient as column_sums
+from mantrans.kernels.triton import layer_norm
 from tests.interpreted.common import (
     SUM_TOLERANCE,
     TOLERANCE,

@@ -7,7 +7,8 @@ import itertools
 import pytest
 import torch
 
-from kernels import adamw, gradient_norm, reference, sgd, weights
+from mantrans.kernels import reference
+from mantrans.kernels.triton import adamw, gradient_norm, sgd, weights
 from tests.interpreted.common import SUM_TOLERANCE, generator, normal
 from tests.support.compare import assert_close
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
+from mantrans.checkpoint import state_file
 from mantrans.config import Config
-from mantrans.storage import state_file
 from mantrans.training.trainer import Trainer
 
 NAME = "small"

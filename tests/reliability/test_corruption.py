@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from mantrans.checkpoint import state_file
+from mantrans.checkpoint.folder import newest_intact
 from mantrans.config import Config
 from mantrans.data.dataset import prepare
 from mantrans.data.tokenizer import SHIPPED, load_tokenizer
 from mantrans.errors import CheckpointError, DataError
-from mantrans.storage import state_file
-from mantrans.training.checkpoint import newest_intact
 from tests.reliability.nursery import Nursery
 from tests.reliability.runs import assert_same, checkpoints, finish, outcome, small, stop_after
 

@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
+from mantrans.checkpoint import folder as checkpoint
+from mantrans.checkpoint import state_file
+from mantrans.checkpoint.folder import CheckpointFolder
+from mantrans.checkpoint.state_file import SLOW_WRITE_VARIABLE
 from mantrans.config import Config
-from mantrans.storage import state_file
-from mantrans.storage.state_file import SLOW_WRITE_VARIABLE
-from mantrans.training import checkpoint
-from mantrans.training.checkpoint import CheckpointFolder
 from mantrans.training.metrics import read_records
 from tests.reliability.nursery import Child, Nursery
 from tests.reliability.runs import (

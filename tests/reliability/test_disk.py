@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from mantrans.checkpoint import state_file
 from mantrans.config import Config
-from mantrans.storage import state_file
 from mantrans.training.metrics import read_records
 from tests.reliability.nursery import Ended, Nursery
 from tests.reliability.runs import checkpoints, metrics_file, small

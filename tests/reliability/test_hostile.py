@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 import torch
 
+from mantrans.checkpoint import state_file
 from mantrans.config import Config
 from mantrans.errors import CheckpointError, MantransError
-from mantrans.storage import state_file
 from mantrans.training.trainer import Trainer
 from mantrans.wrapper import CustomTransformerWrapper
 from tests.reliability.nursery import Nursery

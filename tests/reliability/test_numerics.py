@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from mantrans.checkpoint import state_file
 from mantrans.errors import MantransError
-from mantrans.storage import state_file
 from mantrans.training.metrics import read_records
 from mantrans.training.trainer import Trainer
 from tests.reliability.runs import (

@@ -27,7 +27,7 @@ import zlib
 from io import FileIO
 from typing import NamedTuple
 
-from mantrans.storage.atomic import write_all
+from mantrans.checkpoint.atomic import write_all
 
 MAX_DIRECTORY_BYTES = 16 << 20
 MAX_PICKLE_BYTES = 16 << 20

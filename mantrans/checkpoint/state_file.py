@@ -22,9 +22,9 @@ from typing import Any
 
 import torch
 
+from mantrans.checkpoint import archive, plain_pickle
+from mantrans.checkpoint.atomic import replacing, write_all
 from mantrans.errors import CheckpointError, MantransError
-from mantrans.storage import archive, plain_pickle
-from mantrans.storage.atomic import replacing, write_all
 
 SLOW_WRITE_VARIABLE = "MANTRANS_TEST_SLOW_WRITE"
 _SAVABLE = frozenset(plain_pickle.STORAGE_TYPES.values())

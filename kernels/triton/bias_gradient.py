@@ -11,11 +11,11 @@ write such partials themselves and share the second kernel: `add_partials`.
 from __future__ import annotations
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from kernels.launch import (
+import triton
+import triton.language as tl
+from mantrans.kernels.triton.launch import (
     TRITON_NAME,
     ResourceCase,
     cdiv,

@@ -27,7 +27,7 @@ class CustomTransformer:
     """A decoder-only transformer that knows its own gradients.
 
     config: shape of the network; vocab_size must be set.
-    ops: the module of operations to compute with (`kernels.backend.choose`).
+    ops: the module of operations to compute with (`mantrans.kernels.backend.choose`).
     dtype: float32, bfloat16 or float64, of weights and activations.
     recompute: "none" keeps all activations; "gelu" drops GELU's outputs and computes them again in
         the backward; "block" keeps only each block's input.
@@ -115,7 +115,7 @@ class CustomTransformer:
         """tokens (B, T) int64, T <= max_seq_len -> logits (B, T, V) in the model's dtype.
 
         document_start (B, T) int32: where each position's document begins, if attention is to stay
-        inside it (`kernels.reference.document_starts`).
+        inside it (`mantrans.kernels.reference.document_starts`).
         """
         y = self._trunk_forward(tokens, document_start)
         return self.ops.linear_forward(y, self.output.value)[..., : self.vocab_size]

@@ -10,9 +10,15 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kernels.launch import cdiv, check_tensor, interpreted, next_power_of_two, refuse
+from mantrans.kernels.triton.launch import (
+    cdiv,
+    check_tensor,
+    interpreted,
+    next_power_of_two,
+    refuse,
+)
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 MAX_HEAD_WIDTH = 256
 

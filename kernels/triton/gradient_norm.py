@@ -11,11 +11,11 @@ device: the clip factor and the finite check are computed from it there.
 from __future__ import annotations
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from kernels.launch import ResourceCase, check_tensor, launch
+import triton
+import triton.language as tl
+from mantrans.kernels.triton.launch import ResourceCase, check_tensor, launch
 
 PROGRAMS = 1024  # of 8 warps: a single wave on 132 multiprocessors of 64 warps
 BLOCK = 4096  # four 16-byte loads of float32 under way in each lane

@@ -11,25 +11,30 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from kernels import attention, native
-from kernels.adamw import adamw_update
-from kernels.attention_tiles import MAX_HEAD_WIDTH
-from kernels.bias_gradient import bias_gradient
-from kernels.cross_entropy import (
+from mantrans.kernels import native
+from mantrans.kernels.native import linear_forward
+from mantrans.kernels.reference import document_starts
+from mantrans.kernels.triton import attention
+from mantrans.kernels.triton.adamw import adamw_update
+from mantrans.kernels.triton.attention_tiles import MAX_HEAD_WIDTH
+from mantrans.kernels.triton.bias_gradient import bias_gradient
+from mantrans.kernels.triton.cross_entropy import (
     cross_entropy_backward,
     cross_entropy_forward,
     cross_entropy_forward_backward,
     linear_cross_entropy_forward,
     linear_cross_entropy_forward_backward,
 )
-from kernels.decode_attention import decode_attention
-from kernels.embedding import embedding_backward, embedding_forward
-from kernels.gelu import bias_gelu_backward, bias_gelu_forward
-from kernels.gradient_norm import gradient_norm
-from kernels.layer_norm import add_layer_norm_forward, layer_norm_backward, layer_norm_forward
-from kernels.native import linear_forward
-from kernels.reference import document_starts
-from kernels.sgd import sgd_update
+from mantrans.kernels.triton.decode_attention import decode_attention
+from mantrans.kernels.triton.embedding import embedding_backward, embedding_forward
+from mantrans.kernels.triton.gelu import bias_gelu_backward, bias_gelu_forward
+from mantrans.kernels.triton.gradient_norm import gradient_norm
+from mantrans.kernels.triton.layer_norm import (
+    add_layer_norm_forward,
+    layer_norm_backward,
+    layer_norm_forward,
+)
+from mantrans.kernels.triton.sgd import sgd_update
 
 __all__ = [
     "adamw_update",

@@ -10,12 +10,12 @@ flag is False nothing at all is written.
 
 from __future__ import annotations
 
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from kernels.launch import ResourceCase, launch
-from kernels.weights import (
+import triton
+import triton.language as tl
+from mantrans.kernels.triton.launch import ResourceCase, launch
+from mantrans.kernels.triton.weights import (
     BLOCK,
     WARPS,
     check_buffers,

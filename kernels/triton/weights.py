@@ -17,11 +17,11 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from kernels.launch import TRITON_NAME, cdiv, check_tensor, refuse
+import triton
+import triton.language as tl
+from mantrans.kernels.triton.launch import TRITON_NAME, cdiv, check_tensor, refuse
 
 BLOCK = 1024  # eight elements a lane
 WARPS = 4

@@ -25,12 +25,12 @@ import math
 from typing import NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from kernels.attention_tiles import head_width, padded
-from kernels.launch import (
+import triton
+import triton.language as tl
+from mantrans.kernels.triton.attention_tiles import head_width, padded
+from mantrans.kernels.triton.launch import (
     TRITON_NAME,
     ResourceCase,
     cdiv,

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from mantrans.transformer import CustomTransformer
+from mantrans.models.transformer import CustomTransformer
 
 
 def window_start(length: int, max_seq_len: int) -> int:

@@ -27,11 +27,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from kernels.launch import (
+import triton
+import triton.language as tl
+from mantrans.kernels.native import weight_gradient
+from mantrans.kernels.triton.launch import (
     FLOAT_DTYPES,
     TRITON_NAME,
     ResourceCase,
@@ -41,7 +42,6 @@ from kernels.launch import (
     next_power_of_two,
     refuse,
 )
-from kernels.native import weight_gradient
 
 IGNORE_INDEX = -100
 WORKSPACE_BYTES = 256 * 2**20  # of logits at a time: large enough to keep the products efficient

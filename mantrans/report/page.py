@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from mantrans import strict_yaml
+from mantrans.checkpoint.atomic import replacing, write_all
 from mantrans.errors import MantransError
 from mantrans.evaluation.evaluator import printable
-from mantrans.report_svg import Curve, Mark, Point, figure, short
-from mantrans.storage.atomic import replacing, write_all
+from mantrans.report.svg import Curve, Mark, Point, figure, short
 from mantrans.training.metrics import read_records
 
 PAGE = "report.html"

@@ -5,7 +5,7 @@
     checkpoints/<experiment>/best.pt            the one with the lowest validation loss
     checkpoints/latest.pt, best.pt              links into the run that saved last
 
-What is in such a file, and how it is written and verified, is `mantrans.storage.state_file`.
+What is in such a file, and how it is written and verified, is `mantrans.checkpoint.state_file`.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
-from mantrans.errors import CheckpointError
-from mantrans.storage.atomic import (
+from mantrans.checkpoint.atomic import (
     remove_leftovers,
     replacing,
     sync_folder,
     temporary_name,
     write_all,
 )
-from mantrans.storage.state_file import reason, save, verify
+from mantrans.checkpoint.state_file import reason, save, verify
+from mantrans.errors import CheckpointError
 
 
 def newest_intact(directory: str | Path) -> tuple[Path, list[str]]:

@@ -12,8 +12,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
+
+import triton
 
 # The dtypes a kernel computes on; float64 is left to the reference and native backends.
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)

@@ -18,12 +18,12 @@ from __future__ import annotations
 import math
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from kernels.bias_gradient import add_partials, column_blocks, row_programs
-from kernels.launch import (
+import triton
+import triton.language as tl
+from mantrans.kernels.triton.bias_gradient import add_partials, column_blocks, row_programs
+from mantrans.kernels.triton.launch import (
     TRITON_NAME,
     ResourceCase,
     cdiv,

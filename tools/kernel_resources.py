@@ -1,6 +1,6 @@
 """What each shipped kernel costs on a GPU, and whether it may ship: measured without a GPU.
 
-    python -m kernels.resources [--arch 80 90 100] [--write docs/kernel-resources.md] [--fresh]
+    python -m tools.kernel_resources [--arch 80 90 100] [--write docs/kernel-resources.md] [--fresh]
 
 Every configuration that a file of this package names in its `resource_cases()` is compiled for
 each architecture. The compiler's own log and the disassembly then say what no test on a CPU can
@@ -40,7 +40,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-import kernels
+from mantrans.kernels import triton as kernels
 
 # Bytes of shared memory that one program can have (CUDA C++ Programming Guide, "Technical
 # Specifications per Compute Capability"), less the 1 KiB that the driver keeps.
@@ -87,7 +87,7 @@ class Usage(NamedTuple):
 def jobs(architectures: Sequence[int]) -> Iterator[Job]:
     """Every configuration of every kernel file, for every architecture."""
     for info in pkgutil.iter_modules(kernels.__path__):
-        module = importlib.import_module(f"kernels.{info.name}")
+        module = importlib.import_module(f"{kernels.__name__}.{info.name}")
         if not hasattr(module, "resource_cases"):
             continue
         for number, case in enumerate(module.resource_cases()):
@@ -294,18 +294,18 @@ def document(usages: Sequence[Usage], broken: Sequence[str]) -> str:
     verdict = "\n".join(f"- {line}" for line in broken) or "No configuration breaks the gate."
     return (
         "# What each kernel takes on a GPU\n\n"
-        "Written by `python -m kernels.resources --write docs/kernel-resources.md` with Triton "
-        f"{triton.__version__}: every shipped configuration, compiled ahead of time. Registers, "
-        "stack and spilled bytes are a thread's, shared bytes a program's; products, accesses and "
-        "TMA (tiles moved by the copy engine) count instructions. The gate is described in "
-        "`kernels/resources.py`.\n\n"
+        "Written by `python -m tools.kernel_resources --write docs/kernel-resources.md` "
+        f"with Triton {triton.__version__}: every shipped configuration, compiled ahead of "
+        "time. Registers, stack and spilled bytes are a thread's, shared bytes a program's; "
+        "products, accesses and TMA (tiles moved by the copy engine) count "
+        "instructions. The gate is described in `tools/kernel_resources.py`.\n\n"
         f"{verdict}\n\n{table(usages)}\n"
     )
 
 
 def main() -> int:
     """Measure, print, and say with the exit status whether everything may ship."""
-    parser = argparse.ArgumentParser(prog="python -m kernels.resources", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tools.kernel_resources", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--arch", type=int, nargs="+", choices=SHARED_LIMIT, default=[80, 90, 100])
     parser.add_argument("--write", type=Path, metavar="FILE", help="write the table there as well")

@@ -38,11 +38,11 @@ from __future__ import annotations
 import math
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from kernels.attention_tiles import (
+import triton
+import triton.language as tl
+from mantrans.kernels.triton.attention_tiles import (
     ARCHITECTURES,
     Problem,
     check_documents,
@@ -53,7 +53,14 @@ from kernels.attention_tiles import (
     row_statistics,
     tiles_of,
 )
-from kernels.launch import TRITON_NAME, ResourceCase, cdiv, check_tensor, launch, refuse
+from mantrans.kernels.triton.launch import (
+    TRITON_NAME,
+    ResourceCase,
+    cdiv,
+    check_tensor,
+    launch,
+    refuse,
+)
 
 LOG2_E = tl.constexpr(math.log2(math.e))
 LOWEST = tl.constexpr(-1e30)  # below any score, and finite: -inf - -inf would be NaN
@@ -656,7 +663,7 @@ def resource_cases() -> list[ResourceCase]:
     """Every row of TILES, with documents (three loops) and, on Hopper, without (two).
 
     Left out because they do spill, and are not shipped: dk and dv of float32 heads wider than 128,
-    which `fused` leaves to batched products.
+    which the backend leaves to batched products.
     """
     cases = []
     for kernel in KERNELS:

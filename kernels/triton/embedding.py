@@ -28,12 +28,12 @@ from __future__ import annotations
 from functools import partial
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from kernels.bias_gradient import add_column_sums
-from kernels.launch import (
+import triton
+import triton.language as tl
+from mantrans.kernels.triton.bias_gradient import add_column_sums
+from mantrans.kernels.triton.launch import (
     TRITON_NAME,
     ResourceCase,
     cdiv,

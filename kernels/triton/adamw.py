@@ -16,12 +16,12 @@ from __future__ import annotations
 
 import math
 
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from kernels.launch import ResourceCase, launch, refuse
-from kernels.weights import (
+import triton
+import triton.language as tl
+from mantrans.kernels.triton.launch import ResourceCase, launch, refuse
+from mantrans.kernels.triton.weights import (
     BLOCK,
     WARPS,
     check_buffers,

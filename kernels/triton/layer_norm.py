@@ -20,12 +20,12 @@ from __future__ import annotations
 from functools import partial
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from kernels.bias_gradient import add_partials
-from kernels.launch import (
+import triton
+import triton.language as tl
+from mantrans.kernels.triton.bias_gradient import add_partials
+from mantrans.kernels.triton.launch import (
     TRITON_NAME,
     ResourceCase,
     cdiv,

@@ -1,0 +1,1 @@
+"""The networks: a trunk of blocks, composed from a config."""

@@ -1,0 +1,5 @@
+"""python -m mantrans.report RUN ..."""
+
+from mantrans.report.page import main
+
+main()
