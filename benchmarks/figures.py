@@ -136,8 +136,9 @@ def steps(cases: Sequence[Comparison]) -> Any:
             axes.spines["bottom"].set_visible(False)
         memory.set_yticks([])
         title = case.example.operation.removeprefix("training step ")
+        size = case.example.size.removesuffix(" micro-batches=1")
         speed.set_title(
-            f"{title}, {case.example.dtype}, {case.example.size}: tokens/s", loc="left", fontsize=9
+            f"{title}, {case.example.dtype}, {size}: tokens/s", loc="left", fontsize=9
         )
         memory.set_title("peak memory, MiB", loc="left", fontsize=9)
     return figure
