@@ -137,9 +137,7 @@ def steps(cases: Sequence[Comparison]) -> Any:
         memory.set_yticks([])
         title = case.example.operation.removeprefix("training step ")
         size = case.example.size.removesuffix(" micro-batches=1")
-        speed.set_title(
-            f"{title}, {case.example.dtype}, {size}: tokens/s", loc="left", fontsize=9
-        )
+        speed.set_title(f"{title}, {case.example.dtype}, {size}: tokens/s", loc="left", fontsize=9)
         memory.set_title("peak memory, MiB", loc="left", fontsize=9)
     return figure
 
