@@ -57,6 +57,8 @@ def _figures(rows: Sequence[Row]) -> list[tuple[str, str, Any]]:
     cases = [c for c in comparisons(rows, "kernels") if c.time]
     for dtype in dict.fromkeys(case.example.dtype for case in cases):
         those = [case for case in cases if case.example.dtype == dtype]
+        if len(those) < 2:
+            continue  # a table says it better than a picture of one line
         figure = rooflines(those, rows, dtype)
         found.append((f"Operations under the roofline, {dtype}", f"roofline-{dtype}", figure))
     if cases := [c for c in comparisons(rows, "steps") if c.time]:
@@ -134,9 +136,8 @@ def steps(cases: Sequence[Comparison]) -> Any:
             axes.spines["bottom"].set_visible(False)
         memory.set_yticks([])
         title = case.example.operation.removeprefix("training step ")
-        speed.set_title(
-            f"{title}, {case.example.dtype}, {case.example.size}: tokens/s", loc="left", fontsize=9
-        )
+        size = case.example.size.removesuffix(" micro-batches=1")
+        speed.set_title(f"{title}, {case.example.dtype}, {size}: tokens/s", loc="left", fontsize=9)
         memory.set_title("peak memory, MiB", loc="left", fontsize=9)
     return figure
 

@@ -1,7 +1,7 @@
 """The figures of a GPU run beside the bars they must pass: `python -m benchmarks.gpu_table FOLDER`.
 
 The bars are the project's own, set before anything was measured (docs/performance-log.md has the
-predictions). A figure that is not there is "not measured", never a pass.
+predictions, and results beside them). A figure that is not there is "not measured", never a pass.
 """
 
 from __future__ import annotations

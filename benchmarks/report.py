@@ -17,7 +17,7 @@ from benchmarks.records import RESULTS, Row
 PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
 BEGIN = "<!-- results: written by python -m benchmarks.report, not by hand -->"
 END = "<!-- end of results -->"
-NOTHING = "Nothing has been measured yet."
+NOTHING = "No results: there are no rows."
 
 
 def main() -> None:

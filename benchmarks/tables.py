@@ -31,14 +31,17 @@ def factor(value: float | None) -> str:
 
 
 def spread(row: Row) -> str:
+    """Median and quantiles; a dagger where a row has a note: launched one by one, not replayed."""
     assert row.p20 is not None and row.p80 is not None
-    return f"{short(milliseconds(row))} ({short(row.p20)}–{short(row.p80)})"
+    mark = " †" if row.stage == "kernels" and row.note else ""
+    return f"{short(milliseconds(row))} ({short(row.p20)}–{short(row.p80)}){mark}"
 
 
 def provenance(rows: Sequence[Row]) -> str:
-    """Versions, commits and days of the rows, as a sentence."""
-    last = max(rows, key=lambda row: row.date)
-    versions = ", ".join(f"{name} {v}" for name, v in last.versions.items() if v)
+    """Versions, commits and days of the rows, as a sentence; every version that occurs."""
+    names = dict.fromkeys(name for row in rows for name in row.versions)
+    found = {name: sorted({v for row in rows if (v := row.versions.get(name))}) for name in names}
+    versions = ", ".join(f"{name} {' and '.join(v)}" for name, v in found.items() if v)
     commits = sorted({_short_commit(row.commit) for row in rows})
     days = sorted({row.date[:10] for row in rows})
     return f"Measured {' and '.join(days)} at commit {', '.join(commits)}, with {versions}."

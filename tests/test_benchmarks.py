@@ -198,6 +198,13 @@ def test_where_we_are_slower_the_table_says_so() -> None:
     assert tables.factor(1.25) == "1.25×"
 
 
+def test_rows_that_were_not_replayed_and_all_versions_are_named(results: Path) -> None:
+    row = next(r for r in load(results) if r.stage == "kernels" and r.metric == "time")
+    direct = dataclasses.replace(row, note="launched one by one", versions={"torch": "0.1"})
+    assert tables.spread(direct) == tables.spread(row) + " †"
+    assert f"torch 0.1 and {row.versions['torch']}" in tables.provenance([row, direct])
+
+
 def test_exponents() -> None:
     sizes = [1.0, 2.0, 4.0, 8.0]
     assert scaling.exponent(sizes, [3 * n**1.5 for n in sizes]) == pytest.approx(1.5)
