@@ -336,7 +336,7 @@ def adamw(P: int, dtype: str) -> Operation:
         master = t["master"] if low else None
         ops.adamw_update(
             t["weights"], master, t["gradients"], t["exp_avg"], t["exp_avg_sq"], t["step"],
-            t["learning_rate"], t["clip"], t["finite"], 0.9, 0.95, 1e-8, 0.1, P, None,
+            t["learning_rate"], t["clip"], t["finite"], 0.9, 0.95, 1e-8, 0.1,
         )  # fmt: skip
         return (t["master"] if low else t["weights"],)
 

@@ -17,7 +17,12 @@ def choose(name: str, device: torch.device) -> ModuleType:
     kernels; CUDA only, or any device under Triton's interpreter), or "auto": triton on CUDA, native
     elsewhere. Raises ValueError for any other name, or for triton where it cannot run.
     """
-    if device.type == "cuda":  # products are summed in float32 to the end, by cuBLAS too
+    if (
+        device.type == "cuda"
+    ):  # products are exact in their dtype and summed in float32, by cuBLAS too
+        torch.backends.cuda.matmul.allow_tf32 = (
+            False  # some images turn it on by an environment variable
+        )
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
         torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
     if name == "auto":

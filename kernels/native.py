@@ -18,11 +18,13 @@ from mantrans.kernels.reference import (
     IGNORE_INDEX,
     accumulation_dtype,
     document_starts,
+    partial_rows,
     split_heads,
+    sum_partials,
     visible,
 )
 
-__all__ = ["document_starts"]
+__all__ = ["document_starts", "partial_rows", "sum_partials"]
 
 aten = torch.ops.aten
 
@@ -59,32 +61,39 @@ def linear_forward(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
 
 
 def linear_backward(
-    dy: Tensor, x: Tensor, weight: Tensor, dweight: Tensor, dbias: Tensor | None = None
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    dweight: Tensor,
+    dbias: Tensor | None = None,
+    accumulate: bool = True,
 ) -> Tensor:
     """See `reference.linear_backward`."""
     M, K = weight.shape
     rows = dy.reshape(-1, M)
-    weight_gradient(rows, x.reshape(-1, K), dweight)
+    weight_gradient(rows, x.reshape(-1, K), dweight, accumulate)
     if dbias is not None:
         bias_gradient(rows, dbias)
     return torch.mm(rows, weight).view(x.shape)
 
 
-def weight_gradient(dy: Tensor, x: Tensor, dweight: Tensor) -> None:
-    """dW += dyᵀ x.   dy (N, M); x (N, K). Adds to dweight (M, K).
+def weight_gradient(dy: Tensor, x: Tensor, dweight: Tensor, accumulate: bool) -> None:
+    """dW += dyᵀ x.   dy (N, M); x (N, K). Adds to dweight (M, K), or overwrites it.
 
     cuBLAS adds bfloat16 products straight into the float32 buffer. PyTorch offers no such product
     on a CPU: there each product, itself summed in float32, is rounded to bfloat16 once and then
     added in float32, a few rows at a time, so that the float32 copy this takes stays in a cache.
     """
     if x.dtype == dweight.dtype:
-        dweight.addmm_(dy.T, x)
-    elif x.is_cuda:
+        dweight.addmm_(dy.T, x, beta=int(accumulate))  # beta 0 reads nothing
+    elif x.is_cuda and accumulate:
         torch.addmm(dweight, dy.T, x, out_dtype=dweight.dtype, out=dweight)
+    elif x.is_cuda:
+        torch.mm(dy.T, x, out_dtype=dweight.dtype, out=dweight)
     else:
         rows = max(1, CACHED_ELEMENTS // x.shape[1])
         for total, part in zip(dweight.split(rows), torch.mm(dy.T, x).split(rows), strict=True):
-            total += part
+            total.add_(part) if accumulate else total.copy_(part)
 
 
 def bias_gradient(dy: Tensor, dbias: Tensor) -> None:
@@ -125,6 +134,7 @@ def layer_norm_backward(
     dweight: Tensor,
     dbias: Tensor | None = None,
     dresidual: Tensor | None = None,
+    dbranch_bias: Tensor | None = None,
 ) -> Tensor:
     """See `reference.layer_norm_backward`."""
     weight, bias = _norm_weights(x, weight, weight if dbias is not None else None)
@@ -146,7 +156,10 @@ def layer_norm_backward(
     dweight += dw
     if dbias is not None:
         dbias += db
-    return (dx if dresidual is None else dx.add_(dresidual)).to(dtype)
+    dx = (dx if dresidual is None else dx.add_(dresidual)).to(dtype)
+    if dbranch_bias is not None:
+        bias_gradient(dx, dbranch_bias)
+    return dx
 
 
 def _norm_weights(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -409,18 +422,27 @@ def linear_cross_entropy_forward(
 
 
 def linear_cross_entropy_forward_backward(
-    x: Tensor, weight: Tensor, targets: Tensor, scale: Tensor, dweight: Tensor, vocab_size: int
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    scale: Tensor,
+    dweight: Tensor,
+    vocab_size: int,
+    accumulate: bool = True,
+    chunk_rows: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See `reference.linear_cross_entropy_forward_backward`. Each chunk adds a whole (Vp, C) to
     dweight, so chunks are long; the softmax inside takes fewer rows at a time."""
     losses = torch.empty(len(x), dtype=accumulation_dtype(x), device=x.device)
     dx = torch.empty_like(x)
-    workspace = x.new_empty(min(len(x), CHUNK_ROWS), len(weight))
-    for rows in row_chunks(len(x), CHUNK_ROWS):
+    size = chunk_rows or CHUNK_ROWS
+    workspace = x.new_empty(min(len(x), size), len(weight))
+    for rows in row_chunks(len(x), size):
         logits = torch.mm(x[rows], weight.T, out=workspace[: rows.stop - rows.start])
         losses[rows] = cross_entropy_forward_backward(logits, targets[rows], scale, vocab_size)
         torch.mm(logits, weight, out=dx[rows])
-        weight_gradient(logits, x[rows], dweight)
+        weight_gradient(logits, x[rows], dweight, accumulate)
+        accumulate = True
     return losses.sum() * scale, dx
 
 
@@ -440,8 +462,8 @@ def sgd_update(
     clip: Tensor,
     finite: Tensor,
     weight_decay: float,
-    n_decayed: int,
     rounding_seed: Tensor | None = None,
+    offset: int = 0,
 ) -> None:
     """See `reference.sgd_update`. Scales `gradients` in place."""
     if rounding_seed is not None:
@@ -453,25 +475,24 @@ def sgd_update(
             clip,
             finite,
             weight_decay,
-            n_decayed,
             rounding_seed,
+            offset,
         )
         return
     w = weights if master is None else master
-    for part, decay in _decayed_and_not(n_decayed, weight_decay):
-        torch._fused_sgd_(
-            [w[part]],
-            [gradients[part]],
-            [],
-            weight_decay=decay,
-            momentum=0.0,
-            lr=learning_rate,
-            dampening=0.0,
-            nesterov=False,
-            maximize=False,
-            is_first_step=False,
-            **_clip_and_skip(clip, finite),
-        )
+    torch._fused_sgd_(
+        [w],
+        [gradients],
+        [],
+        weight_decay=weight_decay,
+        momentum=0.0,
+        lr=learning_rate,
+        dampening=0.0,
+        nesterov=False,
+        maximize=False,
+        is_first_step=False,
+        **_clip_and_skip(clip, finite),
+    )
     if master is not None:
         _round_from(master, weights, finite)
 
@@ -490,8 +511,8 @@ def adamw_update(
     beta2: float,
     eps: float,
     weight_decay: float,
-    n_decayed: int,
     rounding_seed: Tensor | None = None,
+    offset: int = 0,
 ) -> None:
     """See `reference.adamw_update`. Scales `gradients` in place."""
     if rounding_seed is not None:
@@ -509,28 +530,27 @@ def adamw_update(
             beta2,
             eps,
             weight_decay,
-            n_decayed,
             rounding_seed,
+            offset,
         )
         return
     w = weights if master is None else master
-    for part, decay in _decayed_and_not(n_decayed, weight_decay):
-        torch._fused_adamw_(
-            [w[part]],
-            [gradients[part]],
-            [exp_avg[part]],
-            [exp_avg_sq[part]],
-            [],
-            [step],
-            lr=learning_rate,
-            beta1=beta1,
-            beta2=beta2,
-            weight_decay=decay,
-            eps=eps,
-            amsgrad=False,
-            maximize=False,
-            **_clip_and_skip(clip, finite),
-        )
+    torch._fused_adamw_(
+        [w],
+        [gradients],
+        [exp_avg],
+        [exp_avg_sq],
+        [],
+        [step],
+        lr=learning_rate,
+        beta1=beta1,
+        beta2=beta2,
+        weight_decay=weight_decay,
+        eps=eps,
+        amsgrad=False,
+        maximize=False,
+        **_clip_and_skip(clip, finite),
+    )
     if master is not None:
         _round_from(master, weights, finite)
 
@@ -541,11 +561,6 @@ def _round_from(master: Tensor, weights: Tensor, finite: Tensor) -> None:
         weights.copy_(torch.where(finite, master.to(weights.dtype), weights))
     elif finite:
         weights.copy_(master)
-
-
-def _decayed_and_not(n_decayed: int, weight_decay: float) -> list[tuple[slice, float]]:
-    """The flat buffers' two parts: matrices, which decay, and vectors, which do not."""
-    return [(slice(0, n_decayed), weight_decay), (slice(n_decayed, None), 0.0)]
 
 
 def _clip_and_skip(clip: Tensor, finite: Tensor) -> dict[str, Tensor]:

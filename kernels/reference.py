@@ -75,14 +75,21 @@ def linear_forward(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
 
 
 def linear_backward(
-    dy: Tensor, x: Tensor, weight: Tensor, dweight: Tensor, dbias: Tensor | None = None
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    dweight: Tensor,
+    dbias: Tensor | None = None,
+    accumulate: bool = True,
 ) -> Tensor:
     """dx = dy W;  dW += dyᵀ x;  db += Σ_rows dy.
 
-    dy (..., M); x (..., K); weight (M, K). Adds to dweight (M, K) and dbias (M,).
-    Returns dx (..., K).
+    dy (..., M); x (..., K); weight (M, K). Adds to dweight (M, K) and dbias (M,); without
+    `accumulate` dweight is overwritten. Returns dx (..., K).
     """
     M, K = weight.shape
+    if not accumulate:
+        dweight.zero_()
     dweight += widen(dy).reshape(-1, M).T @ widen(x).reshape(-1, K)
     if dbias is not None:
         bias_gradient(dy, dbias)
@@ -92,6 +99,21 @@ def linear_backward(
 def bias_gradient(dy: Tensor, dbias: Tensor) -> None:
     """db += Σ_rows dy.   dy (..., M). Adds to dbias (M,)."""
     dbias += widen(dy).reshape(-1, dy.shape[-1]).sum(0)
+
+
+def partial_rows(device: torch.device) -> int:
+    """Rows of partial sums that the gradients of vectors want: none, each is summed where it is
+    made. See `sum_partials`."""
+    return 0
+
+
+def sum_partials(partials: Tensor, gradients: Tensor) -> None:
+    """g += Σ_rows p, and p ← 0.   partials p (P, W). Adds to gradients g (W,).
+
+    For backends whose kernels run as many programs at once: each adds to a row of its own.
+    """
+    gradients += partials.sum(0)
+    partials.zero_()
 
 
 # --------------------------------------------------------------------------------- layer norm
@@ -137,12 +159,15 @@ def layer_norm_backward(
     dweight: Tensor,
     dbias: Tensor | None = None,
     dresidual: Tensor | None = None,
+    dbranch_bias: Tensor | None = None,
 ) -> Tensor:
     """With g = γ dy:  dx = rstd (g - mean(g) - x̂ mean(g x̂));  dγ += Σ dy x̂;  dβ += Σ dy.
 
     The two means are what g loses because μ and σ depend on every element of the row.
     dy, x (..., C); mean, rstd (N,). Adds to dweight (C,), dbias (C,).
     Returns dx (..., C), plus `dresidual` (..., C), the gradient that by-passed the norm, if given.
+    dbranch_bias (C,): where x = residual + branch and the branch ended in a bias, its gradient is
+    Σ dx, because dx is the gradient of the branch; added to.
     """
     C = x.shape[-1]
     dy_rows = widen(dy).reshape(-1, C)
@@ -155,7 +180,10 @@ def layer_norm_backward(
     dx = dx.reshape(x.shape)
     if dresidual is not None:
         dx = dx + widen(dresidual)
-    return dx.to(x.dtype)
+    dx = dx.to(x.dtype)
+    if dbranch_bias is not None:
+        bias_gradient(dx, dbranch_bias)
+    return dx
 
 
 # ---------------------------------------------------------------------------------- attention
@@ -370,18 +398,27 @@ def linear_cross_entropy_forward(
 
 
 def linear_cross_entropy_forward_backward(
-    x: Tensor, weight: Tensor, targets: Tensor, scale: Tensor, dweight: Tensor, vocab_size: int
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    scale: Tensor,
+    dweight: Tensor,
+    vocab_size: int,
+    accumulate: bool = True,
+    chunk_rows: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Loss and gradients of the output projection; the (N, V) logits never exist whole.
+    """Loss and gradients of the output projection, `chunk_rows` rows of logits at a time.
 
-    x (N, C); weight (Vp, C); targets (N,); scale 0-d. Adds to dweight (Vp, C).
-    Returns the loss, scale · Σ losses (0-d), and dx (N, C).
+    x (N, C); weight (Vp, C); targets (N,); scale 0-d. Adds to dweight (Vp, C); without `accumulate`
+    overwrites it. Returns the loss, scale · Σ losses (0-d), and dx (N, C).
     """
     losses, dx = [], []
-    for x_chunk, t_chunk in zip(x.split(CHUNK_ROWS), targets.split(CHUNK_ROWS), strict=True):
+    size = chunk_rows or CHUNK_ROWS
+    for x_chunk, t_chunk in zip(x.split(size), targets.split(size), strict=True):
         logits = linear_forward(x_chunk, weight)
         losses.append(cross_entropy_forward_backward(logits, t_chunk, scale, vocab_size))
-        dx.append(linear_backward(logits, x_chunk, weight, dweight))
+        dx.append(linear_backward(logits, x_chunk, weight, dweight, accumulate=accumulate))
+        accumulate = True
     return torch.cat(losses).sum() * scale, torch.cat(dx)
 
 
@@ -401,19 +438,20 @@ def sgd_update(
     clip: Tensor,
     finite: Tensor,
     weight_decay: float,
-    n_decayed: int,
     rounding_seed: Tensor | None = None,
+    offset: int = 0,
 ) -> None:
-    """w ← w - η (c g), after w ← w (1 - η λ) for the first n_decayed elements.
+    """w ← w (1 - η λ) - η (c g).
 
     weights (P,) in the model's dtype, master (P,) float32 or None where the weights are their own
     master; gradients (P,). learning_rate η, clip c, finite: 0-d; where finite is False nothing
-    changes. rounding_seed 0-d int64: round stochastically to bfloat16 weights without a master.
+    changes. rounding_seed 0-d int64: round stochastically to bfloat16 weights without a master;
+    offset: the index of weights[0] in the whole buffer, of which the noise is a function.
     """
     w = (weights if master is None else master).to(gradients.dtype, copy=True)
-    w[:n_decayed] *= 1 - learning_rate * weight_decay
+    w *= 1 - learning_rate * weight_decay
     w -= learning_rate * clip * gradients
-    write_weights(w, weights, master, finite, rounding_seed)
+    write_weights(w, weights, master, finite, rounding_seed, offset)
 
 
 def adamw_update(
@@ -430,8 +468,8 @@ def adamw_update(
     beta2: float,
     eps: float,
     weight_decay: float,
-    n_decayed: int,
     rounding_seed: Tensor | None = None,
+    offset: int = 0,
 ) -> None:
     """AdamW (Loshchilov & Hutter 2019, algorithm 2), t = step, 1 at the first update.
 
@@ -447,9 +485,9 @@ def adamw_update(
     m_hat = m / (1 - beta1**t)
     v_hat = v / (1 - beta2**t)
     w = (weights if master is None else master).to(gradients.dtype, copy=True)
-    w[:n_decayed] *= 1 - learning_rate * weight_decay
+    w *= 1 - learning_rate * weight_decay
     w -= learning_rate * m_hat / (v_hat.sqrt() + eps)
-    write_weights(w, weights, master, finite, rounding_seed)
+    write_weights(w, weights, master, finite, rounding_seed, offset)
     exp_avg.copy_(torch.where(finite, m, exp_avg))
     exp_avg_sq.copy_(torch.where(finite, v, exp_avg_sq))
 
@@ -460,23 +498,24 @@ def write_weights(
     master: Tensor | None,
     finite: Tensor,
     rounding_seed: Tensor | None,
+    offset: int,
 ) -> None:
     """Put `updated` (P,) into the master and the weights, or leave both alone if not finite."""
     if master is not None:
         master.copy_(torch.where(finite, updated, master))
     if rounding_seed is not None:
-        updated = round_stochastically(updated, rounding_seed)
+        updated = round_stochastically(updated, rounding_seed, offset)
     weights.copy_(torch.where(finite, updated.to(weights.dtype), weights))
 
 
-def round_stochastically(x: Tensor, seed: Tensor) -> Tensor:
+def round_stochastically(x: Tensor, seed: Tensor, offset: int = 0) -> Tensor:
     """float32 (P,) -> bfloat16, up or down with the probability that makes the mean exact.
 
     bfloat16 is the upper half of a float32. Adding a uniform 16-bit number to the lower half
     carries into the upper one exactly as often as the lower half is large. The number is a hash of
-    (position, seed), so that every backend draws the same one.
+    (offset + position, seed), so that every backend draws the same one.
     """
-    index = torch.arange(x.numel(), device=x.device)
+    index = torch.arange(offset, offset + x.numel(), device=x.device)
     noise = hash32(index, seed) & 0xFFFF
     bits = (x.view(torch.int32).to(torch.int64) + noise).to(torch.int32) & -0x10000
     return torch.where(x.isfinite(), bits.view(torch.float32), x).bfloat16()

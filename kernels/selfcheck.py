@@ -153,6 +153,9 @@ def linear_inputs(s: Shapes, draw: Draw) -> Inputs:
         "dweight": draw.number(1).repeat(s.F, s.C),
         "dbias": draw.number(1).repeat(s.F),
         "sums": draw.number(1).repeat(s.F),
+        "overwritten": draw.number(1).repeat(s.F, s.C),
+        "partials": draw.normal(37, s.F, dtype=draw.wide),
+        "total": draw.number(1).repeat(s.F),
     }
 
 
@@ -160,12 +163,17 @@ def linear(ops: Any, i: Inputs) -> Outputs:
     y = ops.linear_forward(i["x"], i["weight"], i["bias"])
     dx = ops.linear_backward(i["dy"], i["x"], i["weight"], i["dweight"], i["dbias"])
     ops.bias_gradient(i["dy"], i["sums"])
+    ops.linear_backward(i["dy"], i["x"], i["weight"], i["overwritten"], accumulate=False)
+    ops.sum_partials(i["partials"], i["total"])
     return {
         ("linear_forward", "y"): y,
         ("linear_backward", "dx"): dx,
         ("linear_backward", "dweight"): i["dweight"],
         ("linear_backward", "dbias"): i["dbias"],
+        ("linear_backward", "dweight, overwritten"): i["overwritten"],
         ("bias_gradient", "dbias"): i["sums"],
+        ("sum_partials", "gradients"): i["total"],
+        ("sum_partials", "partials"): i["partials"],
     }
 
 
@@ -179,6 +187,7 @@ def layer_norm_inputs(s: Shapes, draw: Draw) -> Inputs:
         "dresidual": draw.normal(s.N, s.C),
         "dweight": draw.number(1).repeat(s.C),
         "dbias": draw.number(1).repeat(s.C),
+        "dbranch_bias": draw.number(1).repeat(s.C),
     }
 
 
@@ -187,8 +196,9 @@ def layer_norm(ops: Any, i: Inputs) -> Outputs:
     y, mean, rstd = ops.layer_norm_forward(i["residual"], weight, bias, EPS)
     added = ops.add_layer_norm_forward(i["branch"], i["residual"], weight, bias, EPS)
     dx = ops.layer_norm_backward(
-        i["dy"], i["residual"], weight, mean, rstd, i["dweight"], i["dbias"], i["dresidual"]
-    )
+        i["dy"], i["residual"], weight, mean, rstd,
+        i["dweight"], i["dbias"], i["dresidual"], i["dbranch_bias"],
+    )  # fmt: skip
     return {
         ("layer_norm_forward", "y"): y,
         ("layer_norm_forward", "mean"): mean,
@@ -198,6 +208,7 @@ def layer_norm(ops: Any, i: Inputs) -> Outputs:
         ("layer_norm_backward", "dx"): dx,
         ("layer_norm_backward", "dweight"): i["dweight"],
         ("layer_norm_backward", "dbias"): i["dbias"],
+        ("layer_norm_backward", "dbranch_bias"): i["dbranch_bias"],
     }
 
 
@@ -305,7 +316,6 @@ def steps_inputs(s: Shapes, draw: Draw) -> Inputs:
         "step": draw.number(3),
         "learning_rate": draw.number(1e-2),
         "clip": draw.number(0.5),
-        "n_decayed": P // 2,
         "finite": torch.tensor(True, device=draw.device),
     }
 
@@ -334,11 +344,10 @@ def take_step(update: Callable[..., None], state: list[Any], i: Inputs, finite: 
     weights, master, *moments = state
     gradients = i["gradients"].clone()  # a backend may use them up
     rates = (i["learning_rate"], i["clip"], i["finite"] if finite else ~i["finite"])
-    decay = (0.1, i["n_decayed"])
     if not moments:
-        update(weights, master, gradients, *rates, *decay)
+        update(weights, master, gradients, *rates, 0.1)
         return
-    update(weights, master, gradients, *moments, i["step"], *rates, 0.9, 0.95, 1e-8, *decay)
+    update(weights, master, gradients, *moments, i["step"], *rates, 0.9, 0.95, 1e-8, 0.1)
 
 
 PROGRAMS: list[tuple[Callable[[Shapes, Draw], Inputs], Program]] = [

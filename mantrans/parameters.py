@@ -1,9 +1,11 @@
 """Where weights and gradients live: one flat buffer each, and named views into them.
 
-One buffer means one kernel launch for the optimizer, the gradient norm and the zeroing, one tensor
-to save, and a gradient that a matrix product writes is already where the optimizer reads it.
+One buffer means one kernel launch for the gradient norm, a few for the optimizer, one tensor to
+save, and a gradient that a matrix product writes is already where the optimizer reads it.
 
-    order     all matrices first (they decay), then all vectors (they do not)
+    order     three groups: `tables` (embeddings), `matrices`, `vectors` (biases and gains).
+              Matrices of one shape lie side by side, as one stack (n, M, K); vectors in the order
+              in which the network meets them, so those of one block are one range
     offsets   multiples of 64 elements, so that every view starts on a 128-byte line
     padding   zeros between views, and zero rows that fill a table up to a convenient height;
               they receive no gradient and stay zero under every optimizer
@@ -12,29 +14,71 @@ to save, and a gradient that a matrix product writes is already where the optimi
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 ALIGNMENT = 64
+GROUPS = ("tables", "matrices", "vectors")
 
 
-@dataclass(frozen=True)
-class Spec:
-    """One parameter: its name and public shape, and how many rows its storage has (>= shape[0])."""
+class Parameter:
+    """One trainable tensor: its name, its shape and how it begins; once placed, where it lives.
 
-    name: str
-    shape: tuple[int, ...]
-    stored_rows: int | None = None
+    name: as in checkpoints, e.g. "blocks.0.mlp.up.weight".
+    shape: (C,), or (rows, columns).
+    std: of the normal numbers that it begins with; None: it begins as `constant`.
+    stored_rows: rows in memory, at least shape[0]; None for shape[0].
+    table: whether it is looked up, not multiplied with.
+
+    `Parameters` sets value (stored shape, the model's dtype) and gradient (stored shape, float32 or
+    float64; for a vector possibly rows of partial sums, see `Parameters.partials`).
+    """
+
+    value: Tensor
+    gradient: Tensor
+
+    def __init__(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        *,
+        std: float | None = None,
+        constant: float = 0.0,
+        stored_rows: int | None = None,
+        table: bool = False,
+    ) -> None:
+        self.name, self.shape, self.std, self.constant = name, shape, std, constant
+        self.stored_shape = shape if stored_rows is None else (stored_rows, *shape[1:])
+        self.group = "vectors" if len(shape) == 1 else "tables" if table else "matrices"
 
     @property
-    def stored_shape(self) -> tuple[int, ...]:
-        return self.shape if self.stored_rows is None else (self.stored_rows, *self.shape[1:])
+    def stored_elements(self) -> int:
+        """Elements of the flat buffer that it takes, padding included."""
+        return -(-numel(self.stored_shape) // ALIGNMENT) * ALIGNMENT
+
+    def begin(self, generator: torch.Generator) -> Tensor:
+        """Its first values, float32 on the CPU, so that a seed means the same on any device."""
+        if self.std is None:
+            return torch.full(self.shape, self.constant)
+        return torch.randn(self.shape, generator=generator) * self.std
 
 
 def numel(shape: tuple[int, ...]) -> int:
     return torch.Size(shape).numel()
+
+
+def in_memory_order(parameters: Iterable[Parameter]) -> list[Parameter]:
+    """Group by group; in the group `matrices` shape by shape."""
+    parameters = list(parameters)
+    by_group: dict[str, list[Parameter]] = {group: [] for group in GROUPS}
+    for parameter in parameters:
+        by_group[parameter.group].append(parameter)
+    by_shape: dict[tuple[int, ...], list[Parameter]] = {}
+    for parameter in by_group["matrices"]:
+        by_shape.setdefault(parameter.stored_shape, []).append(parameter)
+    by_group["matrices"] = [p for same in by_shape.values() for p in same]
+    return [p for group in GROUPS for p in by_group[group]]
 
 
 class Parameters:
@@ -44,67 +88,97 @@ class Parameters:
     master     (P,) float32: what the optimizer updates; None where the weights are float32 or
                float64 and thus their own master, or where `keep_master` is False
     gradients  (P,) float32, or float64 for a float64 model: what the backward adds to
-    n_decayed  the first so many elements belong to matrices
+    updates    0-d int64: how often the weights were updated
+    groups     where in the buffers each of GROUPS lies
+
+    training: False leaves out master and gradients.
+    partial_rows: rows in which a backend's kernels leave the sums that are gradients of vectors
+        (`sum_partials` adds them up); 0 if they add to the gradients themselves.
     """
 
     def __init__(
         self,
-        specs: Iterable[Spec],
+        parameters: Iterable[Parameter],
         dtype: torch.dtype,
         device: torch.device,
+        *,
+        training: bool = True,
         keep_master: bool = True,
+        partial_rows: int = 0,
     ) -> None:
-        specs = list(specs)
-        matrices = [s for s in specs if len(s.shape) > 1]
-        vectors = [s for s in specs if len(s.shape) == 1]
-        self.specs = {spec.name: spec for spec in specs}
+        parameters = list(parameters)
+        self.by_name = {p.name: p for p in parameters}
         self._offsets: dict[str, int] = {}
-        end = self._place(matrices, 0)
-        self.n_decayed = end
-        end = self._place(vectors, end)
+        self.groups: dict[str, slice] = {}
+        end = 0
+        for p in in_memory_order(parameters):
+            self._offsets[p.name] = end
+            start = self.groups.get(p.group, slice(end, end)).start
+            end += p.stored_elements
+            self.groups[p.group] = slice(start, end)
 
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        self.wide = torch.float64 if dtype == torch.float64 else torch.float32
+        self.training = training
         self.weights = torch.zeros(end, dtype=dtype, device=device)
-        self.gradients = torch.zeros(end, dtype=wide, device=device)
+        self.updates = torch.zeros((), dtype=torch.int64, device=device)
         self.master: Tensor | None = None
-        if keep_master and dtype != wide:
-            self.master = torch.zeros(end, dtype=wide, device=device)
+        if training:
+            self.gradients = torch.zeros(end, dtype=self.wide, device=device)
+            if keep_master and dtype != self.wide:
+                self.master = torch.zeros(end, dtype=self.wide, device=device)
+        for p in parameters:
+            p.value = self.stored(self.weights, p.name)
+            if training:
+                p.gradient = self.stored(self.gradients, p.name)
+        self.partials = Partials(self, partial_rows) if training and partial_rows else None
 
-    def _place(self, specs: list[Spec], end: int) -> int:
-        for spec in specs:
-            self._offsets[spec.name] = end
-            end += -(-numel(spec.stored_shape) // ALIGNMENT) * ALIGNMENT
-        return end
+    def offset(self, name: str) -> int:
+        """Where the parameter begins in a flat buffer."""
+        return self._offsets[name]
 
     def stored(self, flat: Tensor, name: str) -> Tensor:
         """The view of `name` in a flat buffer, with its padded rows: what the layers compute on."""
-        spec, offset = self.specs[name], self._offsets[name]
-        return flat[offset : offset + numel(spec.stored_shape)].view(spec.stored_shape)
+        shape, offset = self.by_name[name].stored_shape, self._offsets[name]
+        return flat[offset : offset + numel(shape)].view(shape)
 
     def view(self, flat: Tensor, name: str) -> Tensor:
         """The view of `name` in a flat buffer, in its public shape."""
-        return self.stored(flat, name)[: self.specs[name].shape[0]]
+        return self.stored(flat, name)[: self.by_name[name].shape[0]]
 
     def named(self, flat: Tensor) -> Iterator[tuple[str, Tensor]]:
         """(name, view) of every parameter, in the order in which the model declares them."""
-        for name in self.specs:
+        for name in self.by_name:
             yield name, self.view(flat, name)
+
+    def stacks(self, flat: Tensor) -> Iterator[tuple[list[str], Tensor]]:
+        """(names, view (n, M, K)) of all matrices of one shape, for each shape."""
+        matrices = [p for p in in_memory_order(self.by_name.values()) if p.group == "matrices"]
+        for shape in dict.fromkeys(p.stored_shape for p in matrices):
+            names = [p.name for p in matrices if p.stored_shape == shape]
+            step = self.by_name[names[0]].stored_elements
+            strides = (step, shape[1], 1)
+            yield names, flat.as_strided((len(names), *shape), strides, self._offsets[names[0]])
 
     def count(self) -> int:
         """Number of parameters, padding not counted."""
-        return sum(numel(spec.shape) for spec in self.specs.values())
+        return sum(numel(p.shape) for p in self.by_name.values())
+
+    def begin(self, seed: int) -> None:
+        """Give every parameter its first values, drawn in the order of declaration."""
+        generator = torch.Generator().manual_seed(seed)
+        for parameter in self.by_name.values():
+            self.write(parameter.name, parameter.begin(generator))
 
     def write(self, name: str, value: Tensor) -> None:
         """Set one parameter: the master keeps all digits, the weights are rounded from it.
 
         Raises ValueError for an unknown name or a shape other than the parameter's.
         """
-        if name not in self.specs:
-            raise ValueError(f"no parameter is named {name!r}; there are {', '.join(self.specs)}")
-        if tuple(value.shape) != self.specs[name].shape:
-            raise ValueError(
-                f"{name}: shape {tuple(value.shape)}, accepted is {self.specs[name].shape}"
-            )
+        if name not in self.by_name:
+            raise ValueError(f"expected one of {', '.join(self.by_name)}, got {name!r}")
+        if tuple(value.shape) != self.by_name[name].shape:
+            expected, got = self.by_name[name].shape, tuple(value.shape)
+            raise ValueError(f"{name}: expected shape {expected}, got {got}")
         for flat in (self.weights, self.master):
             if flat is not None:
                 self.view(flat, name).copy_(value)
@@ -112,3 +186,43 @@ class Parameters:
     def best_weights(self) -> Tensor:
         """The flat buffer with the most digits: the master where there is one."""
         return self.weights if self.master is None else self.master
+
+    def low_precision(self) -> bool:
+        """Whether weights have fewer digits than gradients and no master: they are rounded
+        stochastically, or small updates would be lost."""
+        return self.master is None and self.weights.dtype != self.wide
+
+
+class Partials:
+    """Where kernels leave the gradients of vectors: in rows of partial sums, a block at a time.
+
+    A block's vectors are one range of the flat buffer. Two buffers (rows, widest block) take turns,
+    because the norm that a block begins with also sums a bias of the block before it. A vector's
+    `gradient` is its columns in its block's buffer; `finish` sums them into the flat buffer.
+    """
+
+    def __init__(self, parameters: Parameters, rows: int) -> None:
+        self.flat = parameters.gradients
+        self.ranges: dict[str, slice] = {}
+        vectors = [p for p in parameters.by_name.values() if p.group == "vectors"]
+        for p in vectors:
+            start = parameters.offset(p.name)
+            first = self.ranges.get(_block(p), slice(start, start)).start
+            self.ranges[_block(p)] = slice(first, start + p.stored_elements)
+        widest = max(r.stop - r.start for r in self.ranges.values())
+        buffers = self.flat.new_zeros(2, rows, widest)
+        self.rows = {block: buffers[i % 2] for i, block in enumerate(self.ranges)}
+        for p in vectors:
+            column = parameters.offset(p.name) - self.ranges[_block(p)].start
+            p.gradient = self.rows[_block(p)][:, column : column + p.shape[0]]
+
+    def of(self, block: str) -> tuple[Tensor, Tensor]:
+        """(partial sums (rows, W), gradients (W,)) of a block's vectors, for `sum_partials`."""
+        where = self.ranges[block]
+        return self.rows[block][:, : where.stop - where.start], self.flat[where]
+
+
+def _block(parameter: Parameter) -> str:
+    """ "blocks.3" for what is in block 3, "" for all else."""
+    head, number, *_ = parameter.name.split(".")
+    return f"{head}.{number}" if head == "blocks" else ""

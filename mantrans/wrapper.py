@@ -9,9 +9,9 @@ tokens = model.generate(input_ids, max_length=100)
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -23,10 +23,11 @@ from mantrans.inference import generation
 from mantrans.interop import huggingface
 from mantrans.kernels import backend as backends
 from mantrans.kernels.reference import IGNORE_INDEX
-from mantrans.models.transformer import CustomTransformer, parameter_specs
-from mantrans.optim.optimizers import SGD, AdamW, Optimizer
+from mantrans.models import build
+from mantrans.models.transformer import CustomTransformer
+from mantrans.optim import OPTIMIZERS, Optimizer
+from mantrans.parameters import Parameter
 
-OPTIMIZERS: dict[str, type[Optimizer]] = {"sgd": SGD, "adamw": AdamW}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
@@ -42,6 +43,7 @@ class CustomTransformerWrapper:
     seed: of the initial weights.
     recompute: "none", "gelu" or "block": activations computed again instead of kept.
     stochastic_rounding: bfloat16 weights without float32 masters.
+    inference: weights alone, 2 bytes a parameter in bfloat16: no gradients, masters or optimizer.
 
     Raises ConfigError (a ValueError) that names the argument, what it was and what is accepted.
     """
@@ -67,23 +69,63 @@ class CustomTransformerWrapper:
         initializer_range: float = 0.02,
         recompute: str = "none",
         stochastic_rounding: bool = False,
+        inference: bool = False,
+    ) -> None:
+        resolved = resolve_device(device)
+        config = _checked_model_config(
+            {
+                "vocab_size": vocab_size,
+                "d_model": d_model,
+                "n_blocks": n_blocks,
+                "n_heads": n_heads,
+                "d_ffn": d_ffn,
+                "max_seq_len": max_seq_len,
+                "tie_embeddings": tie_embeddings,
+                "bias": bias,
+                "layer_norm_epsilon": layer_norm_epsilon,
+                "initializer_range": initializer_range,
+                "dtype": _name(resolve_dtype(dtype, resolved)),
+            }
+        )
+        self._build(
+            config,
+            device=resolved,
+            backend=backend,
+            optimizer=optimizer,
+            optimizer_options=optimizer_options,
+            seed=seed,
+            recompute=recompute,
+            stochastic_rounding=stochastic_rounding,
+            inference=inference,
+        )
+
+    @classmethod
+    def from_config(cls, config: ModelConfig, **keywords: Any) -> CustomTransformerWrapper:
+        """The model that `config` describes; vocab_size must be set.
+
+        keywords: device, backend, optimizer, optimizer_options, seed, recompute,
+        stochastic_rounding, inference: as for the class.
+        """
+        wrapper = cls.__new__(cls)
+        wrapper._build(config, **keywords)
+        return wrapper
+
+    def _build(
+        self,
+        config: ModelConfig,
+        *,
+        device: torch.device | str = "auto",
+        backend: str = "auto",
+        optimizer: str = "sgd",
+        optimizer_options: dict[str, Any] | None = None,
+        seed: int = 0,
+        recompute: str = "none",
+        stochastic_rounding: bool = False,
+        inference: bool = False,
     ) -> None:
         self.device = resolve_device(device)
-        self.dtype = resolve_dtype(dtype, self.device)
-        shape = {
-            "vocab_size": vocab_size,
-            "d_model": d_model,
-            "n_blocks": n_blocks,
-            "n_heads": n_heads,
-            "d_ffn": d_ffn,
-            "max_seq_len": max_seq_len,
-            "tie_embeddings": tie_embeddings,
-            "bias": bias,
-            "layer_norm_epsilon": layer_norm_epsilon,
-            "initializer_range": initializer_range,
-            "dtype": str(self.dtype).removeprefix("torch."),
-        }
-        self.config = _checked_model_config(shape)
+        self.dtype = resolve_dtype(config.dtype, self.device)
+        self.config = replace(config, dtype=_name(self.dtype))
         if optimizer not in OPTIMIZERS:
             raise ConfigError(f"optimizer: found {optimizer!r}; accepted: {', '.join(OPTIMIZERS)}")
         try:
@@ -96,13 +138,16 @@ class CustomTransformerWrapper:
             dtype=self.dtype,
             device=self.device,
             recompute=recompute,
+            training=not inference,
             keep_master=not stochastic_rounding,
             seed=seed,
         )
         self.optimizer_name = optimizer
-        self.optimizer = OPTIMIZERS[optimizer](
-            ops, self.model.parameters, **(optimizer_options or {})
-        )
+        self.optimizer: Optimizer | None = None
+        if not inference:
+            self.optimizer = OPTIMIZERS[optimizer](
+                ops, self.model.parameters, **(optimizer_options or {})
+            )
 
     # ---------------------------------------------------------------------------------- training
 
@@ -114,7 +159,7 @@ class CustomTransformerWrapper:
         Returns {"logits": (B, T, V)} and, with labels, {"loss": 0-d}.
         """
         input_ids = self._checked_ids(input_ids, "input_ids")
-        logits = self.model.forward(input_ids)
+        logits = self.model.forward(input_ids, keep=False)
         if labels is None:
             return {"logits": logits}
         targets = shift(self._checked_labels(labels, input_ids)).flatten()
@@ -127,11 +172,13 @@ class CustomTransformerWrapper:
         input_ids: Tensor,
         labels: Tensor,
         learning_rate: float = 1e-3,
-        max_grad_norm: float | None = 1.0,
+        max_grad_norm: float | Literal["configured"] | None = "configured",
         micro_batches: int = 1,
     ) -> dict[str, Any]:
         """Forward, backward, clip, update.
 
+        max_grad_norm: what a longer gradient is scaled down to, None for never; if it is left out,
+            the optimizer's own (optimizer_options), 1.0 unless it was set.
         micro_batches: the batch is worked through in so many parts, to save memory; the gradient is
         that of the whole batch, a mean over all its targets however they fall into the parts.
 
@@ -140,23 +187,34 @@ class CustomTransformerWrapper:
         """
         input_ids = self._checked_ids(input_ids, "input_ids")
         targets = shift(self._checked_labels(labels, input_ids))
-        self.model.zero_gradients()
-        loss = self.accumulate_gradients(input_ids, targets, micro_batches)
-        self.optimizer.max_grad_norm = max_grad_norm
+        optimizer = self.trainable()
+        loss = self.accumulate_gradients(input_ids, targets, micro_batches, anew=True)
         rate = torch.tensor(learning_rate, dtype=self._wide, device=self.device)
-        outcome = self.optimizer.step(loss, rate)
+        outcome = optimizer.step(loss, rate, max_grad_norm=max_grad_norm)
         status = "ok"
         if not outcome.applied:
             status = "nan_gradient" if loss.isfinite() else "nan_detected"
         return {"loss": loss.item(), "status": status, "grad_norm": outcome.grad_norm.item()}
 
+    def trainable(self) -> Optimizer:
+        """The optimizer. RuntimeError for a model that was built for inference."""
+        if self.optimizer is None:
+            raise RuntimeError("training: expected a model with gradients, got inference=True")
+        return self.optimizer
+
     def accumulate_gradients(
-        self, tokens: Tensor, targets: Tensor, micro_batches: int = 1
+        self, tokens: Tensor, targets: Tensor, micro_batches: int = 1, anew: bool = False
     ) -> Tensor:
-        """Add the gradient of the mean loss over (B, T) tokens and targets; returns that loss."""
+        """Add the gradient of the mean loss over (B, T) tokens and targets; returns that loss.
+
+        anew: gradients begin with this batch instead of being added to.
+        """
         scale = mean_scale(targets, self._wide)
         parts = zip(tokens.chunk(micro_batches), targets.chunk(micro_batches), strict=True)
-        losses = [self.model.forward_backward(t, y, scale) for t, y in parts]
+        losses = [
+            self.model.forward_backward(t, y, scale, accumulate=not anew or i > 0)
+            for i, (t, y) in enumerate(parts)
+        ]
         return torch.stack(losses).sum()
 
     # -------------------------------------------------------------------------------- generation
@@ -214,13 +272,14 @@ class CustomTransformerWrapper:
         The tensors are the model's own memory, as in PyTorch: copy them to keep them.
         """
         p = self.model.parameters
-        optimizer = {name: dict(p.named(flat)) for name, flat in self.optimizer.state().items()}
+        moments = self.optimizer.state() if self.optimizer else {}
+        optimizer = {name: dict(p.named(flat)) for name, flat in moments.items()}
         return {
             "model_config": asdict(self.config),
             "parameters": dict(p.named(p.best_weights())),
             "optimizer": self.optimizer_name,
             "optimizer_state": optimizer,
-            "optimizer_updates": int(self.optimizer.updates.item()),
+            "optimizer_updates": int(p.updates.item()),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -229,18 +288,19 @@ class CustomTransformerWrapper:
         Raises CheckpointError if it is of another shape. Nothing is changed before all is checked.
         """
         p = self.model.parameters
-        check_same_parameters(state["parameters"], p.specs)
-        moments = {}
-        if state["optimizer"] == self.optimizer_name:
-            moments = {key: state["optimizer_state"][key] for key in self.optimizer.state()}
+        check_same_parameters(state["parameters"], p.by_name)
+        own = {} if self.optimizer is None else self.optimizer.state()
+        moments: dict[str, dict[str, Tensor]] = {}
+        if self.optimizer is not None and state["optimizer"] == self.optimizer_name:
+            moments = {key: state["optimizer_state"][key] for key in own}
             for named in moments.values():
-                check_same_parameters(named, p.specs)
-            self.optimizer.updates.fill_(_checked_count(state["optimizer_updates"]))
+                check_same_parameters(named, p.by_name)
+            p.updates.fill_(_checked_count(state["optimizer_updates"]))
         for name, value in state["parameters"].items():
             p.write(name, value)
         for key, named in moments.items():
             for name, value in named.items():
-                p.view(self.optimizer.state()[key], name).copy_(value)
+                p.view(own[key], name).copy_(value)
 
     def save_checkpoint(self, path: str | Path, **extra: Any) -> None:
         """Write the model, its optimizer and `extra` (plain data, such as epoch=5) to one file."""
@@ -270,11 +330,14 @@ class CustomTransformerWrapper:
     @classmethod
     def from_state_dict(cls, state: dict[str, Any], **keywords: Any) -> CustomTransformerWrapper:
         """The model that a `state_dict` describes; CheckpointError if its weights are another's."""
-        options = dict(state["model_config"])
-        described = parameter_specs(_checked_model_config(options))
-        check_same_parameters(state["parameters"], {spec.name: spec for spec in described})
-        options["dtype"] = DTYPES[options["dtype"]]
-        wrapper = cls(**{**options, "optimizer": state["optimizer"], **keywords})
+        config = _checked_model_config(dict(state["model_config"]))
+        described = {p.name: p for p in build(config).parameters()}
+        check_same_parameters(state["parameters"], described)
+        if "dtype" in keywords:
+            device = resolve_device(keywords.get("device", "auto"))
+            wanted = resolve_dtype(keywords.pop("dtype"), device)
+            config = replace(config, dtype=_name(wanted))
+        wrapper = cls.from_config(config, **{"optimizer": state["optimizer"], **keywords})
         wrapper.load_state_dict(state)
         return wrapper
 
@@ -288,7 +351,7 @@ class CustomTransformerWrapper:
         Raises CheckpointError, before memory is taken for the model, for a folder of anything else.
         """
         shape = huggingface.read_shape(directory)
-        weights = huggingface.Weights(directory, parameter_specs(ModelConfig(**shape)))
+        weights = huggingface.Weights(directory, build(ModelConfig(**shape)).parameters())
         wrapper = cls(**shape, **keywords)
         for name, value in weights:
             wrapper.model.parameters.write(name, value)
@@ -311,7 +374,9 @@ class CustomTransformerWrapper:
     def get_model_info(self) -> dict[str, Any]:
         """The model's shape, size and where it runs."""
         p = self.model.parameters
-        buffers = [p.weights, p.gradients, p.master, *self.optimizer.state().values()]
+        buffers = [p.weights, p.master]
+        if self.optimizer is not None:
+            buffers += [p.gradients, *self.optimizer.state().values()]
         return {
             **asdict(self.config),
             "d_ffn": self.config.feed_forward_width,
@@ -326,7 +391,7 @@ class CustomTransformerWrapper:
 
     @property
     def _wide(self) -> torch.dtype:
-        return self.model.parameters.gradients.dtype
+        return self.model.parameters.wide
 
     def _checked_ids(self, ids: Tensor, name: str, any_length: bool = False) -> Tensor:
         """(B, T) int64 on the model's device; ValueError for what would be a wrong index."""
@@ -370,20 +435,24 @@ def mean_scale(targets: Tensor, dtype: torch.dtype) -> Tensor:
     return 1 / (targets != IGNORE_INDEX).sum().clamp(min=1).to(dtype)
 
 
-def check_same_parameters(found: dict[str, Tensor], specs: dict[str, Any]) -> None:
+def check_same_parameters(found: dict[str, Tensor], described: dict[str, Parameter]) -> None:
     """Raises CheckpointError unless names and shapes are those of the model."""
-    if found.keys() != specs.keys():
-        odd = sorted(found.keys() ^ specs.keys())
+    if found.keys() != described.keys():
+        odd = sorted(found.keys() ^ described.keys())
         raise CheckpointError(
             f"checkpoint and model differ in {len(odd)} parameters, the first of them {odd[0]}; "
             "accepted: a checkpoint of a model of the same shape"
         )
     for name, value in found.items():
-        if tuple(value.shape) != specs[name].shape:
+        if tuple(value.shape) != described[name].shape:
             raise CheckpointError(
                 f"checkpoint parameter {name}: found shape {tuple(value.shape)}; "
-                f"accepted: the model's, {specs[name].shape}"
+                f"accepted: the model's, {described[name].shape}"
             )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _checked_count(found: Any) -> int:

@@ -161,10 +161,10 @@ MUTATIONS = (
         "embedding",
     ),
     Mutation(
-        "weight decay reaches vectors too",
-        "weights",
-        "index < n_decayed, w * (1.0 - rate), w",
-        "index < n_decayed, w * (1.0 - rate), w * (1.0 - rate)",
+        "weights do not decay",
+        "adamw",
+        "w *= 1.0 - rate * WEIGHT_DECAY",
+        "w *= 1.0",
         "optimizers",
     ),
     Mutation(

@@ -17,7 +17,7 @@ import config_summary
 from benchmarks.timing import peak_on_cpu
 from mantrans.config import Config, ModelConfig
 from mantrans.kernels import native
-from mantrans.kernels.triton.cross_entropy import row_chunks
+from mantrans.kernels.triton.cross_entropy import chunk_rows_within
 from mantrans.models.transformer import CustomTransformer
 from mantrans.training import flops, memory
 
@@ -37,11 +37,8 @@ def configured(model: ModelConfig, **training: Any) -> Config:
 
 def test_gpt2_by_hand() -> None:
     """84,934,656 weights in the blocks and 38,597,376 in the output; 512.5 keys a query."""
-    assert flops.weights_in_products(GPT2) == 84_934_656 + 38_597_376
     expected = 6 * (84_934_656 + 38_597_376) + 3 * 12 * 4 * 768 * 512.5
     assert flops.flops_per_token(GPT2) == expected
-    palm = 6 * (84_934_656 + 38_597_376) + 12 * 12 * 768 * 1024
-    assert flops.flops_per_token(GPT2, causal=False) == palm
 
 
 class Products(TorchDispatchMode):
@@ -85,11 +82,8 @@ def test_recomputing_a_block_leaves_out_its_last_product() -> None:
     assert counts["block"] - counts["none"] == SMALL.n_blocks * again
 
 
-def test_length_and_vocabulary_can_be_given() -> None:
-    unknown = dataclasses.replace(SMALL, vocab_size=None)
-    with pytest.raises(ValueError, match="vocab_size"):
-        flops.flops_per_token(unknown)
-    assert flops.flops_per_token(unknown, 24, 256) == flops.flops_per_token(SMALL)
+def test_length_can_be_given() -> None:
+    assert flops.flops_per_token(SMALL, 24) == flops.flops_per_token(SMALL)
     difference = flops.flops_per_token(SMALL, 24) - flops.flops_per_token(SMALL, 12)
     assert difference == 3 * 3 * 4 * 32 * (12.5 - 6.5)
 
@@ -188,6 +182,10 @@ class ResultsOnly:
     do (a kernel's partial sums, some hundred rows, left out)."""
 
     @staticmethod
+    def partial_rows(device: torch.device) -> int:
+        return 0
+
+    @staticmethod
     def embedding_forward(tokens: Tensor, token_table: Tensor, position_table: Tensor) -> Tensor:
         return token_table.new_empty(*tokens.shape, token_table.shape[1])
 
@@ -240,8 +238,8 @@ class ResultsOnly:
         x: Tensor, weight: Tensor, *_: Any
     ) -> tuple[Tensor, Tensor]:
         losses, dx = torch.empty(len(x)), torch.empty_like(x)
-        chunk = next(iter(row_chunks(len(x), len(weight) * x.itemsize)))
-        logits = x.new_empty(chunk.stop - chunk.start, len(weight))
+        chunk = min(len(x), chunk_rows_within(len(x), len(weight) * x.itemsize))
+        logits = x.new_empty(chunk, len(weight))
         del logits
         return losses.sum(), dx
 

@@ -131,8 +131,8 @@ def test_the_mapping_is_what_makes_them_agree(tmp_path, monkeypatch) -> None:
     """Two layers of one shape exchanged: every name and shape is right, and the function wrong."""
     ours = build()
     ours.save_pretrained(tmp_path / "right")
-    swapped = {**huggingface.INNER, "norm_1": "ln_2", "norm_2": "ln_1"}
-    monkeypatch.setattr(huggingface, "INNER", swapped)
+    swapped = {**huggingface.INNER_NAMES, "norm_1": "ln_2", "norm_2": "ln_1"}
+    monkeypatch.setattr(huggingface, "INNER_NAMES", swapped)
     ours.save_pretrained(tmp_path / "wrong")
     expected = ours.forward(IDS)["logits"]
     assert_close(logits_of(their_load(tmp_path / "right")), expected, 1e-5)

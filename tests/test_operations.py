@@ -388,7 +388,7 @@ def update(ops, name: str, state: dict[str, Tensor], gradient: Tensor, step: int
     """One update of `state` = {weights, master, exp_avg, exp_avg_sq} by the named optimizer."""
     scalars = {key: torch.as_tensor(options.pop(key, 1.0)) for key in ("learning_rate", "clip")}
     finite = options.pop("finite", torch.tensor(True))
-    common = {**scalars, "finite": finite, "weight_decay": 0.1, "n_decayed": 5, **options}
+    common = {**scalars, "finite": finite, "weight_decay": 0.1, **options}
     weights, master = state["weights"], state.get("master")
     if name == "sgd":
         ops.sgd_update(weights, master, gradient, **common)
@@ -426,7 +426,10 @@ def test_adamw_and_sgd_equal_torch_optim(ops) -> None:
             decayed.grad, plain.grad = gradient[:5] * 0.5, gradient[5:] * 0.5
             torch_optimizer.step()
             lr = torch.tensor(0.01, dtype=torch.float64)
-            update(ops, name, state, gradient.clone(), step, learning_rate=lr, clip=0.5)
+            for part, decay in ((slice(5), 0.1), (slice(5, 9), 0.0)):
+                views = {key: x[part] for key, x in state.items()}
+                options = {"learning_rate": lr, "clip": 0.5, "weight_decay": decay}
+                update(ops, name, views, gradient[part].clone(), step, **options)
         expected = torch.cat([decayed, plain]).detach()
         assert_close(state["weights"], expected, 1e-12, name)
 
@@ -456,6 +459,23 @@ def test_native_update_of_bf16_weights_equals_reference(name: str) -> None:
     for key, value in states[0].items():
         # float32 state: a few roundings apart. bfloat16 weights: the same master, rounded.
         assert_close(states[1][key], value, 1e-3 if key == "weights" else 1e-6, key)
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_an_update_in_parts_is_that_of_the_whole(name: str) -> None:
+    """The noise of stochastic rounding is a function of the place in the whole buffer."""
+    whole = optimizer_state(4096, torch.bfloat16, master=False)
+    parts = {key: x.clone() for key, x in whole.items()}
+    gradient, options = randn(4096, dtype=torch.float32), {"rounding_seed": torch.tensor(3)}
+    update(reference, name, whole, gradient, 1, learning_rate=1e-2, **options)
+    for start in (0, 1000):
+        part = slice(start, 1000 if start == 0 else None)
+        views = {key: x[part] for key, x in parts.items()}
+        update(
+            reference, name, views, gradient[part], 1, learning_rate=1e-2, offset=start, **options
+        )
+    for key, x in whole.items():
+        assert torch.equal(x, parts[key]), key
 
 
 def test_stochastic_rounding_is_unbiased_and_leaves_exact_values() -> None:

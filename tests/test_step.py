@@ -14,9 +14,10 @@ from torch import Tensor
 
 from mantrans import CustomTransformerWrapper
 from mantrans.kernels.reference import document_starts
+from mantrans.optim.guards import OutlierGuard
 from mantrans.training import step as step_module
 from mantrans.training.batches import DeviceTokens, HostTokens
-from mantrans.training.step import OutlierGuard, TrainStep
+from mantrans.training.step import TrainStep
 
 V, B, T, EOT = 53, 4, 12, 0
 CPU = torch.device("cpu")
@@ -58,7 +59,7 @@ def train(step: TrainStep, n: int = 6) -> list:
 
 def everything(wrapper: CustomTransformerWrapper) -> dict[str, Tensor]:
     p, o = wrapper.model.parameters, wrapper.optimizer
-    found = {"weights": p.weights, "updates": o.updates, **o.state()}
+    found = {"weights": p.weights, "updates": p.updates, **o.state()}
     if p.master is not None:
         found["master"] = p.master
     return {name: x.clone() for name, x in found.items()}
@@ -162,8 +163,8 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(dtype, where, monkeypa
     else:  # the loss stays finite, a gradient does not
         original = wrapper.model.forward_backward
 
-        def poisoned(*args):
-            loss = original(*args)
+        def poisoned(*args, **options):
+            loss = original(*args, **options)
             wrapper.model.parameters.gradients[3] = math.inf
             return loss
 
@@ -187,11 +188,13 @@ def test_wrapper_names_what_was_not_finite(monkeypatch) -> None:
     ids = torch.randint(0, V, (2, T))
     before = everything(wrapper)
     original = wrapper.model.forward_backward
-    monkeypatch.setattr(wrapper.model, "forward_backward", lambda *a: original(*a) * math.nan)
+    monkeypatch.setattr(
+        wrapper.model, "forward_backward", lambda *a, **o: original(*a, **o) * math.nan
+    )
     assert wrapper.train_step(ids, ids)["status"] == "nan_detected"
 
-    def poisoned(*args):
-        loss = original(*args)
+    def poisoned(*args, **options):
+        loss = original(*args, **options)
         wrapper.model.parameters.gradients[3] = math.nan
         return loss
 

@@ -1,4 +1,4 @@
-"""The Triton operations, gathered under the names that `reference` and `native` give them.
+"""The Triton operations, under the names that `reference` and `native` give them.
 
 Matrix products are cuBLAS's, as in `native`: nothing is gained over it. All else is one kernel, or
 two where a sum over all rows is needed, in the file that bears its name.
@@ -34,6 +34,7 @@ from mantrans.kernels.triton.layer_norm import (
     layer_norm_backward,
     layer_norm_forward,
 )
+from mantrans.kernels.triton.partials import partial_rows, sum_partials
 from mantrans.kernels.triton.sgd import sgd_update
 
 __all__ = [
@@ -58,7 +59,9 @@ __all__ = [
     "linear_cross_entropy_forward",
     "linear_cross_entropy_forward_backward",
     "linear_forward",
+    "partial_rows",
     "sgd_update",
+    "sum_partials",
 ]
 
 
@@ -94,9 +97,14 @@ def _attention_of(qkv: Tensor, n_heads: int) -> ModuleType:
 
 
 def linear_backward(
-    dy: Tensor, x: Tensor, weight: Tensor, dweight: Tensor, dbias: Tensor | None = None
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    dweight: Tensor,
+    dbias: Tensor | None = None,
+    accumulate: bool = True,
 ) -> Tensor:
     """See `reference.linear_backward`: native's products, and our column sums for the bias."""
     if dbias is not None:
         bias_gradient(dy, dbias)
-    return native.linear_backward(dy, x, weight, dweight)
+    return native.linear_backward(dy, x, weight, dweight, accumulate=accumulate)

@@ -2,7 +2,7 @@
 
     m ← β₁ m + (1 - β₁) c g
     v ← β₂ v + (1 - β₂) (c g)²
-    w ← w (1 - η λ)                                           for the first n_decayed elements
+    w ← w (1 - η λ)
     w ← w - η (m / (1 - β₁ᵗ)) / (√(v / (1 - β₂ᵗ)) + ε)
 
 Each element is read once and written once: 16 bytes in (g, m, v, master), 14 out (m, v, master and
@@ -16,10 +16,10 @@ from __future__ import annotations
 
 import math
 
-from torch import Tensor
-
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from mantrans.kernels.triton.launch import ResourceCase, launch, refuse
 from mantrans.kernels.triton.weights import (
     BLOCK,
@@ -27,7 +27,6 @@ from mantrans.kernels.triton.weights import (
     check_buffers,
     check_scalars,
     check_switches,
-    decay,
     grid,
     load_master,
     precisions,
@@ -57,7 +56,7 @@ def adamw_kernel(
     finite_ptr,
     seed_ptr,
     n,
-    n_decayed,
+    offset,
     BETA1: tl.constexpr,
     BETA2: tl.constexpr,
     LOG_BETA1: tl.constexpr,
@@ -78,7 +77,8 @@ def adamw_kernel(
     clip_ptr           0-d float32 or float64: c
     finite_ptr         0-d bool
     seed_ptr           0-d int64: round the weights stochastically with it, or None
-    n, n_decayed       n a multiple of 16 keeps the last loads whole
+    n                  a multiple of 16 keeps the last loads whole
+    offset             of the first element in the whole buffer
     """
     if tl.load(finite_ptr):
         index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -95,12 +95,12 @@ def adamw_kernel(
         v = v * BETA2 + g * g * (1.0 - BETA2)
         m_hat = m * bias_correction(step, LOG_BETA1)
         v_hat = v * bias_correction(step, LOG_BETA2)
-        w = decay(w, index, n_decayed, rate * WEIGHT_DECAY)
+        w *= 1.0 - rate * WEIGHT_DECAY
         w -= rate * m_hat / (tl.sqrt(v_hat) + EPS)
 
         tl.store(exp_avg_ptr + index, m, mask=mask)
         tl.store(exp_avg_sq_ptr + index, v, mask=mask)
-        store_weights(w, weights_ptr, master_ptr, seed_ptr, index, mask)
+        store_weights(w, weights_ptr, master_ptr, seed_ptr, index, offset, mask)
 
 
 def constants(beta1: float, beta2: float, eps: float, weight_decay: float) -> dict[str, float]:
@@ -133,8 +133,8 @@ def adamw_update(
     beta2: float,
     eps: float,
     weight_decay: float,
-    n_decayed: int,
     rounding_seed: Tensor | None = None,
+    offset: int = 0,
 ) -> None:
     """One step, in place. See `reference.adamw_update`.
 
@@ -144,7 +144,7 @@ def adamw_update(
     """
     check_buffers(weights, master, gradients=gradients, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
     check_scalars(weights.device, step=step, learning_rate=learning_rate, clip=clip)
-    check_switches(weights, finite, rounding_seed, n_decayed)
+    check_switches(weights, finite, rounding_seed)
     launch(
         adamw_kernel,
         grid(weights),
@@ -159,7 +159,7 @@ def adamw_update(
         finite,
         rounding_seed,
         weights.numel(),
-        n_decayed,
+        offset,
         **constants(beta1, beta2, eps, weight_decay),
         num_warps=WARPS,
     )
@@ -179,10 +179,10 @@ def resource_cases() -> list[ResourceCase]:
                 **numbers,
                 "finite_ptr": "*i1",
                 "n": "i32",
-                "n_decayed": "i32",
+                "offset": "i32",
             },
             constexprs={**way.absent, **constants(0.9, 0.95, 1e-8, 0.1)},
-            divisible_by_16=(*way.pointers, *buffers, "n", "n_decayed"),
+            divisible_by_16=(*way.pointers, *buffers, "n", "offset"),
             num_warps=WARPS,
             num_stages=3,
         )

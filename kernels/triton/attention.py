@@ -38,10 +38,10 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor
-
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from mantrans.kernels.triton.attention_tiles import (
     ARCHITECTURES,
     Problem,
@@ -310,10 +310,10 @@ def delta_kernel(
     after its last. None without documents.
     out, dout (B, T, C) float; document_start (B, T) int32 or None.
     """
-    pair = tl.program_id(1)
+    pair = tl.program_id(0)  # on the axis that has room for 2³¹ programs, not 65,535
     batch = pair // n_heads
     head = pair % n_heads
-    row = tl.program_id(0) * M
+    row = tl.program_id(1) * M
     rows = row + tl.arange(0, M)
     C = n_heads * D
     o = load_tile(out, batch, head, row, T, T * C, C, M, D, BLOCK_D, False)
@@ -635,7 +635,7 @@ def output_gradient_statistics(
     document_end = None if document_start is None else torch.empty_like(document_start)
     launch(
         delta_kernel,
-        (cdiv(problem.T, DELTA_ROWS), problem.B * problem.H),
+        (problem.B * problem.H, cdiv(problem.T, DELTA_ROWS)),
         delta,
         document_end,
         out,

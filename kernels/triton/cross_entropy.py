@@ -27,11 +27,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor
-
 import triton
 import triton.language as tl
-from mantrans.kernels.native import weight_gradient
+from torch import Tensor
+
+from mantrans.kernels.native import row_chunks, weight_gradient
 from mantrans.kernels.triton.launch import (
     FLOAT_DTYPES,
     TRITON_NAME,
@@ -388,17 +388,14 @@ def cross_entropy_forward_backward(
 # --------------------------------------------------------- output projection + cross-entropy
 
 
-def row_chunks(n_rows: int, row_bytes: int) -> Iterator[slice]:
-    """Slices of nearly equal length that cover n_rows, each of at most WORKSPACE_BYTES of logits.
-
-    Lengths are multiples of CHUNK_ROW_MULTIPLE, but for the last one.
-    """
-    most = max(1, WORKSPACE_BYTES // row_bytes // CHUNK_ROW_MULTIPLE)  # in multiples
+def chunk_rows_within(n_rows: int, row_bytes: int, workspace_bytes: int = WORKSPACE_BYTES) -> int:
+    """The rows of a chunk if n_rows of logits are cut into nearly equal ones that fit into
+    workspace_bytes: n_rows if they all do, else a multiple of CHUNK_ROW_MULTIPLE."""
+    if n_rows * row_bytes <= workspace_bytes:
+        return max(1, n_rows)
+    most = max(1, workspace_bytes // row_bytes // CHUNK_ROW_MULTIPLE)  # in multiples
     multiples = cdiv(n_rows, CHUNK_ROW_MULTIPLE)
-    n_chunks = cdiv(multiples, most)
-    length = cdiv(multiples, max(n_chunks, 1)) * CHUNK_ROW_MULTIPLE
-    for first in range(0, n_rows, length or 1):
-        yield slice(first, min(first + length, n_rows))
+    return cdiv(multiples, cdiv(multiples, most)) * CHUNK_ROW_MULTIPLE
 
 
 def check_projection(x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int) -> None:
@@ -410,12 +407,14 @@ def check_projection(x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int
     check_vocab_size(vocab_size, weight.shape[0])
 
 
-def projected_chunks(x: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
+def projected_chunks(
+    x: Tensor, weight: Tensor, chunk_rows: int | None = None
+) -> Iterator[tuple[slice, Tensor]]:
     """Each chunk of rows with its logits x Wᵀ, all in one workspace: use them before the next."""
     N, Vp = x.shape[0], weight.shape[0]
-    chunks = list(row_chunks(N, Vp * x.element_size()))
-    workspace = x.new_empty(max((c.stop - c.start for c in chunks), default=0), Vp)
-    for rows in chunks:
+    size = chunk_rows or chunk_rows_within(N, Vp * x.element_size())
+    workspace = x.new_empty(min(N, size), Vp)
+    for rows in row_chunks(N, size):
         yield rows, torch.mm(x[rows], weight.t(), out=workspace[: rows.stop - rows.start])
 
 
@@ -446,12 +445,21 @@ def linear_cross_entropy_forward(
 
 
 def linear_cross_entropy_forward_backward(
-    x: Tensor, weight: Tensor, targets: Tensor, scale: Tensor, dweight: Tensor, vocab_size: int
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    scale: Tensor,
+    dweight: Tensor,
+    vocab_size: int,
+    accumulate: bool = True,
+    chunk_rows: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Loss and gradients of the output projection, a chunk of rows at a time.
+    """Loss and gradients of the output projection, chunk_rows rows at a time.
 
     x (N, C), weight (Vp, C) of one dtype, targets (N,) int64, scale 0-d float32; adds to
-    dweight (Vp, C) float32. Returns scale · Σ losses (0-d float32) and dx (N, C).
+    dweight (Vp, C) float32, or without `accumulate` overwrites it. chunk_rows: None for as many as
+    WORKSPACE_BYTES of logits hold. The gradient's last bits depend on it.
+    Returns scale · Σ losses (0-d float32) and dx (N, C).
     Raises ValueError for another dtype, shape, stride or device.
     """
     check_projection(x, weight, targets, vocab_size)
@@ -459,7 +467,7 @@ def linear_cross_entropy_forward_backward(
     check_tensor("dweight", dweight, shape=weight.shape, dtype=torch.float32, device=x.device)
     losses = torch.empty(len(x), dtype=torch.float32, device=x.device)
     dx = torch.empty_like(x)
-    for rows, logits in projected_chunks(x, weight):
+    for rows, logits in projected_chunks(x, weight, chunk_rows):
         launch(
             cross_entropy_forward_backward_kernel,
             (len(logits),),
@@ -474,7 +482,8 @@ def linear_cross_entropy_forward_backward(
         )
         dlogits = logits
         torch.mm(dlogits, weight, out=dx[rows])
-        weight_gradient(dlogits, x[rows], dweight)
+        weight_gradient(dlogits, x[rows], dweight, accumulate)
+        accumulate = True
     return losses.sum() * scale, dx
 
 

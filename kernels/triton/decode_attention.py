@@ -25,10 +25,10 @@ import math
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
-
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from mantrans.kernels.triton.attention_tiles import head_width, padded
 from mantrans.kernels.triton.launch import (
     TRITON_NAME,

@@ -28,10 +28,10 @@ from __future__ import annotations
 from functools import partial
 
 import torch
-from torch import Tensor
-
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from mantrans.kernels.triton.bias_gradient import add_column_sums
 from mantrans.kernels.triton.launch import (
     TRITON_NAME,

@@ -9,8 +9,8 @@
 
 because tanh z = 2 σ(2z) - 1: one exponential and one division an element. What the forward keeps
 is h, its own input; the backward recomputes u and s from it. The bias gradient falls out of the
-same pass: each program sums its rows' dh, in float32 and before rounding, into one row of partial
-sums, and `add_partials` adds those up in a fixed order.
+same pass: each program adds its rows' dh, in float32 and before rounding, to one row of partial
+sums (see `partials`).
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor
-
 import triton
 import triton.language as tl
-from mantrans.kernels.triton.bias_gradient import add_partials, column_blocks, row_programs
+from torch import Tensor
+
+from mantrans.kernels.triton.bias_gradient import column_blocks, row_programs
 from mantrans.kernels.triton.launch import (
     TRITON_NAME,
     ResourceCase,
@@ -30,6 +30,7 @@ from mantrans.kernels.triton.launch import (
     check_tensor,
     launch,
 )
+from mantrans.kernels.triton.partials import check_vector_gradient, most_programs, rows_for
 
 FORWARD_ROWS, FORWARD_WARPS = 16, 4  # four 16-byte loads of bf16 under way in each lane
 BACKWARD_LANE_BYTES = 64  # of each of two tensors, under way in each lane of one warp
@@ -89,10 +90,11 @@ def bias_gelu_backward_kernel(
     h_ptr,
     bias_ptr,
     dh_ptr,
-    partials_ptr,
+    dbias_ptr,
     n_rows,
     n_columns,
     n_programs,
+    stride,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
@@ -102,7 +104,8 @@ def bias_gelu_backward_kernel(
     h_ptr         (n_rows, n_columns) like dy: the product before its bias
     bias_ptr      (n_columns,) any float, or None
     dh_ptr        (n_rows, n_columns) like dy: written
-    partials_ptr  (n_programs, n_columns) float32: row p receives program p's share of db; or None
+    dbias_ptr     (n_programs, n_columns) float32, rows `stride` apart: program p adds its share of
+                  db to row p; or None
     """
     program = tl.program_id(1)
     columns = tl.program_id(0) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
@@ -119,10 +122,11 @@ def bias_gelu_backward_kernel(
         dz = (1.0 + u * u * (3.0 * CUBIC)) * SCALE
         dh = dy * (s + 2.0 * u * s * (1.0 - s) * dz)  # where masked: times dy = 0
         tl.store(dh_ptr + offsets, dh.to(dh_ptr.dtype.element_ty), mask=mask)
-        if partials_ptr is not None:
+        if dbias_ptr is not None:
             dbias += tl.sum(dh, 0)
-    if partials_ptr is not None:
-        share_ptrs = partials_ptr + program.to(tl.int64) * n_columns + columns
+    if dbias_ptr is not None:
+        share_ptrs = dbias_ptr + program.to(tl.int64) * stride + columns
+        dbias += tl.load(share_ptrs, mask=in_columns, other=0.0)
         tl.store(share_ptrs, dbias, mask=in_columns)
 
 
@@ -172,37 +176,36 @@ def bias_gelu_backward(
 ) -> Tensor:
     """The gradient of h; its column sums are added to dbias.
 
-    dy, h (..., F) of one dtype; bias (F,) or None; dbias (F,) float32 or None. Returns dh (..., F).
-    Raises ValueError for another dtype, shape, stride or device.
+    dy, h (..., F) of one dtype; bias (F,) or None; dbias (F,) float32, partial sums (P, F), or
+    None. Returns dh (..., F). Raises ValueError for another dtype, shape, stride or device.
     """
     check_tensor("h", h)
     check_tensor("dy", dy, shape=h.shape, dtype=h.dtype, device=h.device)
     check_bias(bias, h)
     if dbias is not None:
-        check_tensor("dbias", dbias, shape=h.shape[-1:], dtype=torch.float32, device=h.device)
+        check_vector_gradient("dbias", dbias, h.shape[-1], h.device)
     F = h.shape[-1]
     N = h.numel() // F
     dh = torch.empty_like(h)
     block, n_blocks = column_blocks(F)
-    n_programs = row_programs(N, n_blocks, h.device)
-    partials = None if dbias is None else dbias.new_empty(1, n_programs, F)
-    launch(
-        bias_gelu_backward_kernel,
-        (n_blocks, n_programs),
-        dy,
-        h,
-        bias,
-        dh,
-        partials,
-        N,
-        F,
-        n_programs,
-        BLOCK_ROWS=backward_rows(h.dtype),
-        BLOCK_COLUMNS=block,
-        num_warps=1,
-    )
-    if partials is not None and dbias is not None:
-        add_partials(partials, dbias)
+    n_programs = row_programs(N, n_blocks, h.device, most_programs(dbias))
+    with rows_for(n_programs, dbias) as (rows,):
+        launch(
+            bias_gelu_backward_kernel,
+            (n_blocks, n_programs),
+            dy,
+            h,
+            bias,
+            dh,
+            rows,
+            N,
+            F,
+            n_programs,
+            0 if rows is None else rows.stride(0),
+            BLOCK_ROWS=backward_rows(h.dtype),
+            BLOCK_COLUMNS=block,
+            num_warps=1,
+        )
     return dh
 
 
@@ -243,18 +246,18 @@ def _forward_case(dtype: torch.dtype, with_bias: bool) -> ResourceCase:
 def _backward_case(dtype: torch.dtype, with_bias: bool) -> ResourceCase:
     pointers = {name: f"*{TRITON_NAME[dtype]}" for name in ("dy_ptr", "h_ptr", "dh_ptr")}
     if with_bias:
-        pointers |= {"bias_ptr": f"*{TRITON_NAME[dtype]}", "partials_ptr": "*fp32"}
-    lengths = {"n_rows": "i32", "n_columns": "i32", "n_programs": "i32"}
+        pointers |= {"bias_ptr": f"*{TRITON_NAME[dtype]}", "dbias_ptr": "*fp32"}
+    lengths = {name: "i32" for name in ("n_rows", "n_columns", "n_programs", "stride")}
     return ResourceCase(
         name=f"{'bias_' if with_bias else ''}gelu_backward {TRITON_NAME[dtype]}",
         fn=bias_gelu_backward_kernel,
         signature={**pointers, **lengths},
         constexprs={
-            **({} if with_bias else {"bias_ptr": None, "partials_ptr": None}),
+            **({} if with_bias else {"bias_ptr": None, "dbias_ptr": None}),
             "BLOCK_ROWS": backward_rows(dtype),
             "BLOCK_COLUMNS": column_blocks(3072)[0],
         },
-        divisible_by_16=(*pointers, "n_columns"),
+        divisible_by_16=(*pointers, "n_columns", "stride"),
         num_warps=1,
         num_stages=3,
     )

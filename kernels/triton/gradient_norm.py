@@ -11,10 +11,10 @@ device: the clip factor and the finite check are computed from it there.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
-
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from mantrans.kernels.triton.launch import ResourceCase, check_tensor, launch
 
 PROGRAMS = 1024  # of 8 warps: a single wave on 132 multiprocessors of 64 warps

@@ -12,15 +12,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
-
 import triton
+from torch import Tensor
 
 # The dtypes a kernel computes on; float64 is left to the reference and native backends.
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 # How a signature for ahead-of-time compilation names them.
 TRITON_NAME = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+
+# Programs on the three axes of a grid (CUDA C++ Programming Guide, compute capabilities).
+GRID_LIMITS = (2**31 - 1, 65_535, 65_535)
 
 # On a CPU, kernels run one program after the other; two "multiprocessors" are enough to send
 # persistent loops round more than once.
@@ -70,10 +72,12 @@ def multiprocessors(device: torch.device) -> int:
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
     """kernel[grid](*arguments, **constants) on the device of the first argument, a tensor.
 
-    An empty grid launches nothing.
+    An empty grid launches nothing. ValueError for one that no GPU takes.
     """
     if 0 in grid:
         return
+    if any(n > limit for n, limit in zip(grid, GRID_LIMITS, strict=False)):
+        refuse(f"grid of {kernel.__name__}", grid, f"at most {GRID_LIMITS} programs")
     device = arguments[0].device
     on_device = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
     with on_device:

@@ -6,13 +6,15 @@
 
     backward    g = γ dy
                 dx = r (g - mean(g) - x̂ mean(g x̂)) + dresidual
-                dγ += Σ_rows dy x̂      dβ += Σ_rows dy
+                dγ += Σ_rows dy x̂      dβ += Σ_rows dy      db += Σ_rows dx
+
+db is that of the bias that ends the branch: x = residual + branch, so dx is the branch's gradient.
 
 Both directions stream whole rows once through registers, in tiles of several rows so that many
 loads are under way at a time. Statistics and sums are float32. The backward runs a fixed number of
-programs, each with many rows: its share of dγ and dβ stays in registers until its last row, then
-goes to one row of a partial buffer that `add_partials` sums in a fixed order. So the gradient is
-the same bits in every run, and no launch depends on the number of rows but in its grid.
+programs, each with many rows: its share of dγ, dβ and db stays in registers, a sum for each place
+in the tile, until its last row, then goes to one row of partial sums (see `partials`). So the
+gradient is the same bits in every run, and no launch depends on the number of rows but in its grid.
 """
 
 from __future__ import annotations
@@ -20,11 +22,10 @@ from __future__ import annotations
 from functools import partial
 
 import torch
-from torch import Tensor
-
 import triton
 import triton.language as tl
-from mantrans.kernels.triton.bias_gradient import add_partials
+from torch import Tensor
+
 from mantrans.kernels.triton.launch import (
     TRITON_NAME,
     ResourceCase,
@@ -35,14 +36,18 @@ from mantrans.kernels.triton.launch import (
     next_power_of_two,
     refuse,
 )
+from mantrans.kernels.triton.partials import check_vector_gradient, most_programs, rows_for
 
 MAX_WIDTH = 8192  # a row must fit into the registers of one program
 COLUMNS_A_WARP = 256  # 32 lanes of 8 bf16, 16 bytes each
 MAX_WARPS = 16
 # Elements a lane holds of each tensor: two 16-byte loads of bf16 from each under way, and in the
-# backward enough registers left for its share of dγ and dβ.
+# backward enough registers left for its shares of three sums.
 ELEMENTS_A_LANE = 16
-WARPS_A_MULTIPROCESSOR = 16  # of the backward: at up to 128 registers a lane, all are resident
+# Of the backward. At up to 128 registers a lane, 16 warps are resident; four of them at least make
+# a program, because each program costs a row of partial sums.
+WARPS_A_MULTIPROCESSOR = 16
+MIN_BACKWARD_WARPS = 4
 
 
 @triton.jit
@@ -108,6 +113,14 @@ def layer_norm_forward_kernel(
     tl.store(rstd_ptr + rows, rstd, mask=in_rows)
 
 
+@triton.jit
+def add_share(rows_ptr, tile, program, stride, columns, in_columns):
+    """Adds the column sums of tile (BLOCK_ROWS, BLOCK_COLUMNS) to row `program`."""
+    ptrs = rows_ptr + program.to(tl.int64) * stride + columns
+    sums = tl.load(ptrs, mask=in_columns, other=0.0) + tl.sum(tile, 0)
+    tl.store(ptrs, sums, mask=in_columns)
+
+
 @triton.jit(do_not_specialize=["n_rows", "n_programs"])
 def layer_norm_backward_kernel(
     dy_ptr,
@@ -117,15 +130,17 @@ def layer_norm_backward_kernel(
     rstd_ptr,
     dresidual_ptr,
     dx_ptr,
-    partials_ptr,
+    dweight_ptr,
+    dbias_ptr,
+    dbranch_bias_ptr,
     n_rows,
     n_columns,
     n_programs,
-    WITH_BIAS: tl.constexpr,
+    stride,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
-    """Program p goes through row tiles p, p + n_programs, …; one share of dγ and dβ in the end.
+    """Program p goes through row tiles p, p + n_programs, …; its sums go to row p in the end.
 
     dy_ptr         (n_rows, n_columns) any float: the gradient of y
     x_ptr          (n_rows, n_columns) like dy: what was normalized
@@ -134,14 +149,16 @@ def layer_norm_backward_kernel(
     rstd_ptr       (n_rows,) float32: r
     dresidual_ptr  (n_rows, n_columns) like dy: added to dx, or None
     dx_ptr         (n_rows, n_columns) like dy: written
-    partials_ptr   (2, n_programs, n_columns) float32: the shares of dγ, and of dβ WITH_BIAS
+    dweight_ptr, dbias_ptr, dbranch_bias_ptr
+                   (n_programs, n_columns) float32, rows `stride` apart: added to; or None
     """
     program = tl.program_id(0)
     columns = tl.arange(0, BLOCK_COLUMNS)
     in_columns = columns < n_columns
     weight = load_row_vector(weight_ptr, columns, in_columns)
-    dweight = tl.zeros((BLOCK_COLUMNS,), tl.float32)
-    dbias = tl.zeros((BLOCK_COLUMNS,), tl.float32)
+    dweight = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
+    dbias = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
+    dbranch_bias = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
 
     for first in range(program * BLOCK_ROWS, n_rows, n_programs * BLOCK_ROWS):
         rows = first + tl.arange(0, BLOCK_ROWS)
@@ -160,29 +177,29 @@ def layer_norm_backward_kernel(
         dx = rstd * (g - mean_g[:, None] - x_hat * mean_gx[:, None])
         if dresidual_ptr is not None:
             dx += tl.load(dresidual_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-        tl.store(dx_ptr + offsets, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+        rounded = dx.to(dx_ptr.dtype.element_ty)
+        tl.store(dx_ptr + offsets, rounded, mask=mask)
 
-        dweight += tl.sum(dy * x_hat, 0)
-        if WITH_BIAS:
-            dbias += tl.sum(dy, 0)
+        dweight += dy * x_hat
+        if dbias_ptr is not None:
+            dbias += dy
+        if dbranch_bias_ptr is not None:  # of what the branch gets, so of the rounded dx
+            dbranch_bias += tl.where(mask, rounded.to(tl.float32), 0.0)
 
-    share_ptrs = partials_ptr + program.to(tl.int64) * n_columns + columns
-    tl.store(share_ptrs, dweight, mask=in_columns)
-    if WITH_BIAS:
-        size = tl.cast(n_programs, tl.int64) * n_columns
-        tl.store(share_ptrs + size, dbias, mask=in_columns)
+    add_share(dweight_ptr, dweight, program, stride, columns, in_columns)
+    if dbias_ptr is not None:
+        add_share(dbias_ptr, dbias, program, stride, columns, in_columns)
+    if dbranch_bias_ptr is not None:
+        add_share(dbranch_bias_ptr, dbranch_bias, program, stride, columns, in_columns)
 
 
 # ---------------------------------------------------------------------------------- launchers
 
 
-def tile(n_columns: int) -> tuple[int, int, int]:
-    """(BLOCK_ROWS, BLOCK_COLUMNS, warps): the warps side by side along a row.
-
-    So a sum over the rows of a tile stays inside each lane, and one over a row crosses the warps.
-    """
+def tile(n_columns: int, min_warps: int = 1) -> tuple[int, int, int]:
+    """(BLOCK_ROWS, BLOCK_COLUMNS, warps): the warps side by side along a row, as far as it goes."""
     block_columns = next_power_of_two(n_columns)
-    warps = min(MAX_WARPS, max(1, block_columns // COLUMNS_A_WARP))
+    warps = min(MAX_WARPS, max(min_warps, block_columns // COLUMNS_A_WARP))
     return max(1, 32 * ELEMENTS_A_LANE * warps // block_columns), block_columns, warps
 
 
@@ -272,41 +289,44 @@ def layer_norm_backward(
     dweight: Tensor,
     dbias: Tensor | None = None,
     dresidual: Tensor | None = None,
+    dbranch_bias: Tensor | None = None,
 ) -> Tensor:
-    """The gradient of x, plus `dresidual`; adds those of γ and β to dweight and dbias.
+    """The gradient of x, plus `dresidual`; adds those of γ and β to dweight and dbias, and the
+    column sums of what it returns to dbranch_bias.
 
     dy, x, dresidual (..., C) of one dtype; weight (C,); mean, rstd (N,) float32 from the forward;
-    dweight, dbias (C,) float32. Returns dx (..., C).
-    Raises ValueError for another dtype, shape, stride or device.
+    dweight, dbias, dbranch_bias (C,) float32, or partial sums (P, C), all of one row stride.
+    Returns dx (..., C). Raises ValueError for another dtype, shape, stride or device.
     """
     C = check_width("x", x)
     N = x.numel() // C
-    check_backward(dy, x, weight, mean, rstd, dweight, dbias, dresidual)
-    block_rows, block_columns, warps = tile(C)
-    most = max(1, WARPS_A_MULTIPROCESSOR // warps) * multiprocessors(x.device)
-    n_programs = min(cdiv(N, block_rows), most)
+    check_backward(dy, x, weight, mean, rstd, dresidual)
+    vectors = check_vectors(C, x.device, dweight, dbias, dbranch_bias)
+    block_rows, block_columns, warps = tile(C, MIN_BACKWARD_WARPS)
+    resident = max(1, WARPS_A_MULTIPROCESSOR // warps) * multiprocessors(x.device)
+    n_programs = min(cdiv(N, block_rows), resident, most_programs(*vectors) or resident)
     dx = torch.empty_like(x)
-    partials = dweight.new_empty(2, n_programs, C)
-    launch(
-        layer_norm_backward_kernel,
-        (n_programs,),
-        dy,
-        x,
-        weight,
-        mean,
-        rstd,
-        dresidual,
-        dx,
-        partials,
-        N,
-        C,
-        n_programs,
-        WITH_BIAS=dbias is not None,
-        BLOCK_ROWS=block_rows,
-        BLOCK_COLUMNS=block_columns,
-        num_warps=warps,
-    )
-    add_partials(partials, dweight, dbias)
+    with rows_for(n_programs, *vectors) as rows:
+        assert rows[0] is not None
+        launch(
+            layer_norm_backward_kernel,
+            (n_programs,),
+            dy,
+            x,
+            weight,
+            mean,
+            rstd,
+            dresidual,
+            dx,
+            *rows,
+            N,
+            C,
+            n_programs,
+            rows[0].stride(0),
+            BLOCK_ROWS=block_rows,
+            BLOCK_COLUMNS=block_columns,
+            num_warps=warps,
+        )
     return dx
 
 
@@ -316,23 +336,31 @@ def check_backward(
     weight: Tensor,
     mean: Tensor,
     rstd: Tensor,
-    dweight: Tensor,
-    dbias: Tensor | None,
     dresidual: Tensor | None,
 ) -> None:
     """Refuse arguments of `layer_norm_backward` that do not fit x."""
     C, device = x.shape[-1], x.device
     check_activation = partial(check_tensor, shape=x.shape, dtype=x.dtype, device=device)
-    check_vector = partial(check_tensor, dtype=torch.float32, device=device)
     check_activation("dy", dy)
     check_tensor("weight", weight, shape=(C,), device=device)
     for name, statistic in (("mean", mean), ("rstd", rstd)):
-        check_vector(name, statistic, shape=(x.numel() // C,))
-    check_vector("dweight", dweight, shape=(C,))
-    if dbias is not None:
-        check_vector("dbias", dbias, shape=(C,))
+        check_tensor(name, statistic, shape=(x.numel() // C,), dtype=torch.float32, device=device)
     if dresidual is not None:
         check_activation("dresidual", dresidual)
+
+
+def check_vectors(
+    C: int, device: torch.device, dweight: Tensor, dbias: Tensor | None, dbranch_bias: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The gradients of the vectors, refused unless they are all (C,), or rows of one stride."""
+    check_vector_gradient("dweight", dweight, C, device)
+    for name, vector in (("dbias", dbias), ("dbranch_bias", dbranch_bias)):
+        if vector is None:
+            continue
+        check_vector_gradient(name, vector, C, device)
+        if vector.dim() != dweight.dim() or vector.stride(0) != dweight.stride(0):
+            refuse(name, f"strides {vector.stride()}", f"{dweight.stride()}, those of dweight")
+    return dweight, dbias, dbranch_bias
 
 
 # ------------------------------------------------------------------------ shipped configurations
@@ -351,6 +379,7 @@ def resource_cases() -> list[ResourceCase]:
             _forward_case(dtype, C, add=False),
             _forward_case(dtype, C, add=True),
             _backward_case(dtype, C),
+            _backward_case(dtype, C, bias=False),
         )
     ]
 
@@ -372,18 +401,22 @@ def _forward_case(dtype: str, C: int, add: bool) -> ResourceCase:
     )
 
 
-def _backward_case(dtype: str, C: int) -> ResourceCase:
-    block_rows, block_columns, warps = tile(C)
+def _backward_case(dtype: str, C: int, bias: bool = True) -> ResourceCase:
+    block_rows, block_columns, warps = tile(C, MIN_BACKWARD_WARPS)
+    vectors = ("dbias_ptr", "dbranch_bias_ptr")
     pointers = {
         name: f"*{dtype}" for name in ("dy_ptr", "x_ptr", "weight_ptr", "dresidual_ptr", "dx_ptr")
     }
-    pointers |= {name: "*fp32" for name in ("mean_ptr", "rstd_ptr", "partials_ptr")}
+    pointers |= {name: "*fp32" for name in ("mean_ptr", "rstd_ptr", "dweight_ptr")}
+    pointers |= {name: "*fp32" for name in vectors if bias}
+    lengths = {name: "i32" for name in ("n_rows", "n_columns", "n_programs", "stride")}
+    absent = {} if bias else dict.fromkeys(vectors)
     return ResourceCase(
-        name=f"layer_norm_backward {dtype} C={C}",
+        name=f"layer_norm_backward {dtype} C={C}{'' if bias else ' no bias'}",
         fn=layer_norm_backward_kernel,
-        signature={**pointers, "n_rows": "i32", "n_columns": "i32", "n_programs": "i32"},
-        constexprs={"WITH_BIAS": True, "BLOCK_ROWS": block_rows, "BLOCK_COLUMNS": block_columns},
-        divisible_by_16=(*pointers, "n_columns"),
+        signature={**pointers, **lengths},
+        constexprs={**absent, "BLOCK_ROWS": block_rows, "BLOCK_COLUMNS": block_columns},
+        divisible_by_16=(*pointers, "n_columns", "stride"),
         num_warps=warps,
         num_stages=3,
     )

@@ -1,6 +1,6 @@
 """Plain gradient descent over the flat buffer, one launch.
 
-    w ← w (1 - η λ)        for the first n_decayed elements
+    w ← w (1 - η λ)
     w ← w - η (c g)
 
 η the learning rate, λ the weight decay, c the clip factor. η, c and the flag that says whether the
@@ -10,10 +10,10 @@ flag is False nothing at all is written.
 
 from __future__ import annotations
 
-from torch import Tensor
-
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from mantrans.kernels.triton.launch import ResourceCase, launch
 from mantrans.kernels.triton.weights import (
     BLOCK,
@@ -21,7 +21,6 @@ from mantrans.kernels.triton.weights import (
     check_buffers,
     check_scalars,
     check_switches,
-    decay,
     grid,
     load_master,
     precisions,
@@ -39,7 +38,7 @@ def sgd_kernel(
     finite_ptr,
     seed_ptr,
     n,
-    n_decayed,
+    offset,
     WEIGHT_DECAY: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -52,7 +51,8 @@ def sgd_kernel(
     clip_ptr           0-d float32 or float64: c
     finite_ptr         0-d bool
     seed_ptr           0-d int64: round the weights stochastically with it, or None
-    n, n_decayed       n a multiple of 16 keeps the last loads whole
+    n                  a multiple of 16 keeps the last loads whole
+    offset             of the first element in the whole buffer
     """
     if tl.load(finite_ptr):
         index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -60,9 +60,9 @@ def sgd_kernel(
         rate = tl.load(learning_rate_ptr).to(tl.float32)
         g = tl.load(gradients_ptr + index, mask=mask, other=0.0)
         w = load_master(weights_ptr, master_ptr, index, mask)
-        w = decay(w, index, n_decayed, rate * WEIGHT_DECAY)
+        w *= 1.0 - rate * WEIGHT_DECAY
         w -= rate * (tl.load(clip_ptr).to(tl.float32) * g)
-        store_weights(w, weights_ptr, master_ptr, seed_ptr, index, mask)
+        store_weights(w, weights_ptr, master_ptr, seed_ptr, index, offset, mask)
 
 
 def sgd_update(
@@ -73,8 +73,8 @@ def sgd_update(
     clip: Tensor,
     finite: Tensor,
     weight_decay: float,
-    n_decayed: int,
     rounding_seed: Tensor | None = None,
+    offset: int = 0,
 ) -> None:
     """One step, in place. See `reference.sgd_update`.
 
@@ -84,7 +84,7 @@ def sgd_update(
     """
     check_buffers(weights, master, gradients=gradients)
     check_scalars(weights.device, learning_rate=learning_rate, clip=clip)
-    check_switches(weights, finite, rounding_seed, n_decayed)
+    check_switches(weights, finite, rounding_seed)
     launch(
         sgd_kernel,
         grid(weights),
@@ -96,7 +96,7 @@ def sgd_update(
         finite,
         rounding_seed,
         weights.numel(),
-        n_decayed,
+        offset,
         WEIGHT_DECAY=weight_decay,
         BLOCK=BLOCK,
         num_warps=WARPS,
@@ -115,9 +115,9 @@ def resource_cases() -> list[ResourceCase]:
         ResourceCase(
             name=f"sgd {way.name}",
             fn=sgd_kernel,
-            signature={**way.pointers, **numbers, "n": "i32", "n_decayed": "i32"},
+            signature={**way.pointers, **numbers, "n": "i32", "offset": "i32"},
             constexprs={**way.absent, "WEIGHT_DECAY": 0.1, "BLOCK": BLOCK},
-            divisible_by_16=(*way.pointers, "gradients_ptr", "n", "n_decayed"),
+            divisible_by_16=(*way.pointers, "gradients_ptr", "n", "offset"),
             num_warps=WARPS,
             num_stages=3,
         )

@@ -17,10 +17,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
-
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from mantrans.kernels.triton.launch import TRITON_NAME, cdiv, check_tensor, refuse
 
 BLOCK = 1024  # eight elements a lane
@@ -59,19 +59,16 @@ def load_master(weights_ptr, master_ptr, index, mask):
 
 
 @triton.jit
-def store_weights(w, weights_ptr, master_ptr, seed_ptr, index, mask):
-    """Write float32 w to the master, if there is one, and to the weights in their dtype."""
+def store_weights(w, weights_ptr, master_ptr, seed_ptr, index, offset, mask):
+    """Write float32 w to the master, if there is one, and to the weights in their dtype.
+
+    offset: of element 0 in the whole buffer; the noise of a rounding is a function of the place.
+    """
     if master_ptr is not None:
         tl.store(master_ptr + index, w, mask=mask)
     if seed_ptr is not None:
-        w = round_stochastically(w, index, tl.load(seed_ptr))
+        w = round_stochastically(w, index + offset, tl.load(seed_ptr))
     tl.store(weights_ptr + index, w.to(weights_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def decay(w, index, n_decayed, rate):
-    """w (1 - rate) for the first n_decayed elements, the others as they are."""
-    return tl.where(index < n_decayed, w * (1.0 - rate), w)
 
 
 # ------------------------------------------------------------------------ for the launchers
@@ -97,18 +94,14 @@ def check_scalars(device: torch.device, **numbers: Tensor) -> None:
         check_tensor(name, number, shape=(), dtype=(torch.float32, torch.float64), device=device)
 
 
-def check_switches(
-    weights: Tensor, finite: Tensor, rounding_seed: Tensor | None, n_decayed: int
-) -> None:
-    """Refuse a finite flag, rounding seed or number of decayed elements that makes no sense."""
+def check_switches(weights: Tensor, finite: Tensor, rounding_seed: Tensor | None) -> None:
+    """Refuse a finite flag or rounding seed that makes no sense."""
     device = weights.device
     check_tensor("finite", finite, shape=(), dtype=torch.bool, device=device)
     if rounding_seed is not None:
         check_tensor("rounding_seed", rounding_seed, shape=(), dtype=torch.int64, device=device)
         if weights.dtype != torch.bfloat16:
             refuse("rounding_seed", f"a seed for {weights.dtype} weights", "None but for bfloat16")
-    if not 0 <= n_decayed <= weights.numel():
-        refuse("n_decayed", n_decayed, f"0 to {weights.numel()}, the number of weights")
 
 
 class Precision(NamedTuple):

@@ -53,14 +53,23 @@ class Decoder:
     """The next-token logits of a growing batch of sequences.
 
     sequences: one list of tokens a row, which the caller extends by one token each between calls.
+    max_length: how long the shortest will get: room for keys and values is taken for that.
     use_cache: False recomputes everything at each call; the tokens that come out are the same.
     """
 
     def __init__(
-        self, model: CustomTransformer, sequences: list[list[int]], use_cache: bool = True
+        self,
+        model: CustomTransformer,
+        sequences: list[list[int]],
+        max_length: int,
+        use_cache: bool = True,
     ) -> None:
         self.model, self.sequences, self.use_cache = model, sequences, use_cache
-        self.cache = model.new_cache(len(sequences))
+        # Rows that are done go along until the last one is.
+        lengths = [len(s) for s in sequences] or [0]
+        length = max(lengths) + max(0, max_length - min(lengths))
+        length = min(length, model.config.max_seq_len)
+        self.cache = model.new_cache(len(sequences), length)
         self.starts: list[int] | None = None  # of the windows that the cache holds
 
     def next_logits(self) -> Tensor:
@@ -101,7 +110,7 @@ def stream(
     A row is done at `max_length` tokens, the prompt counted, or after its end-of-text token.
     """
     sequences = [list(prompt) for prompt in prompts]
-    decoder = Decoder(model, sequences, use_cache)
+    decoder = Decoder(model, sequences, max_length, use_cache)
     generator = torch.Generator(model.parameters.weights.device).manual_seed(seed)
     open_rows = [len(s) < max_length for s in sequences]
     while any(open_rows):

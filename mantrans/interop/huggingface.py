@@ -33,8 +33,9 @@ from mantrans.checkpoint.atomic import replacing, write_all
 from mantrans.checkpoint.state_file import reason
 from mantrans.config import ModelConfig
 from mantrans.errors import CheckpointError, ConfigError
+from mantrans.models.gpt2 import INNER_NAMES, OUTER_NAMES
 from mantrans.options import checked_value, show
-from mantrans.parameters import Spec
+from mantrans.parameters import Parameter
 from mantrans.strict_yaml import single_line
 
 CONFIG = "config.json"
@@ -44,21 +45,6 @@ PREFIX = "transformer."
 OUTPUT = "lm_head.weight"
 MAX_JSON_BYTES = 4 << 20
 
-# our layer -> theirs, outside the blocks and inside
-OUTER = {
-    "token_embedding": "transformer.wte",
-    "position_embedding": "transformer.wpe",
-    "final_norm": "transformer.ln_f",
-    "output": "lm_head",
-}
-INNER = {
-    "norm_1": "ln_1",
-    "attention.qkv": "attn.c_attn",
-    "attention.projection": "attn.c_proj",
-    "norm_2": "ln_2",
-    "mlp.up": "mlp.c_fc",
-    "mlp.down": "mlp.c_proj",
-}
 # our field -> theirs; the optional ones have the same defaults on both sides
 FIELDS = {
     "vocab_size": "vocab_size",
@@ -96,10 +82,10 @@ _BUFFER = re.compile(r"h\.\d+\.attn\.(masked_)?bias")
 def their_name(name: str) -> str:
     """The name of one of our parameters in GPT2LMHeadModel."""
     layer, _, kind = name.rpartition(".")
-    if layer in OUTER:
-        return f"{OUTER[layer]}.{kind}"
+    if layer in OUTER_NAMES:
+        return f"{OUTER_NAMES[layer]}.{kind}"
     _, index, layer = layer.split(".", 2)
-    return f"{PREFIX}h.{index}.{INNER[layer]}.{kind}"
+    return f"{PREFIX}h.{index}.{INNER_NAMES[layer]}.{kind}"
 
 
 def oriented(name: str, x: Tensor) -> Tensor:
@@ -168,20 +154,20 @@ class Weights:
     shape or dtype.
     """
 
-    def __init__(self, directory: str | Path, specs: Iterable[Spec]) -> None:
+    def __init__(self, directory: str | Path, parameters: Iterable[Parameter]) -> None:
         self.folder = Path(directory)
-        self.specs = {_bare(their_name(spec.name)): spec for spec in specs}
-        self.is_tied = OUTPUT not in self.specs
+        self.parameters = {_bare(their_name(p.name)): p for p in parameters}
+        self.is_tied = OUTPUT not in self.parameters
         self.found: dict[str, tuple[Any, str]] = {}  # bare name: open file, name in it
         for path in _weight_files(self.folder):
             file = _open(path)
             for name in file.keys():  # noqa: SIM118  (a safetensors file is no mapping)
                 self._add(path, file, name)
-        for name in self.specs:
+        for name in self.parameters:
             if name not in self.found:
                 raise CheckpointError(
                     f"{_shown(self.folder)}: tensor {name} is missing from the files of weights; "
-                    f"accepted: all {len(self.specs)} that {CONFIG} calls for"
+                    f"accepted: all {len(self.parameters)} that {CONFIG} calls for"
                 )
         self._check_copy()
 
@@ -194,16 +180,16 @@ class Weights:
         if bare in self.found:
             raise CheckpointError(f"{where} is there twice; accepted: each tensor once")
         # Where embeddings are tied, an output projection may be there, as a copy.
-        spec = self.specs.get("wte.weight" if bare == OUTPUT and self.is_tied else bare)
-        if spec is None:
+        parameter = self.parameters.get("wte.weight" if bare == OUTPUT and self.is_tied else bare)
+        if parameter is None:
             raise CheckpointError(f"{where} is surplus; accepted: those that {CONFIG} calls for")
         claim = file.get_slice(name)
-        _check_claim(where, spec, claim.get_shape(), claim.get_dtype())
+        _check_claim(where, parameter, claim.get_shape(), claim.get_dtype())
         self.found[bare] = file, name
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        for bare, spec in self.specs.items():
-            yield spec.name, oriented(spec.name, self._tensor(bare))
+        for bare, parameter in self.parameters.items():
+            yield parameter.name, oriented(parameter.name, self._tensor(bare))
 
     def _tensor(self, bare: str) -> Tensor:
         file, name = self.found[bare]
@@ -222,10 +208,10 @@ class Weights:
             )
 
 
-def _check_claim(where: str, spec: Spec, shape: list[int], dtype: str) -> None:
+def _check_claim(where: str, parameter: Parameter, shape: list[int], dtype: str) -> None:
     """A tensor's shape in their orientation, and its dtype, are what the model needs."""
-    transposed = spec.name.startswith("blocks.") and len(spec.shape) == 2
-    expected = spec.shape[::-1] if transposed else spec.shape
+    transposed = parameter.name.startswith("blocks.") and len(parameter.shape) == 2
+    expected = parameter.shape[::-1] if transposed else parameter.shape
     if tuple(shape) != expected:
         raise CheckpointError(
             f"{where}: found shape {tuple(shape)}; accepted: {expected}, as {CONFIG} says"
@@ -373,7 +359,7 @@ def _theirs(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     for name, value in weights.items():
         tensors[their_name(name)] = oriented(name, value)
         layer, _, kind = name.rpartition(".")
-        has_bias = layer == "final_norm" or layer not in OUTER
+        has_bias = layer == "final_norm" or layer not in OUTER_NAMES
         if kind == "weight" and has_bias and f"{layer}.bias" not in weights:
             tensors[their_name(f"{layer}.bias")] = value.new_zeros(len(value))
     return tensors

@@ -4,18 +4,8 @@ Model FLOPs utilisation as Chowdhery et al. 2022 (PaLM, appendix B) define it: t
 the mathematics of forward and backward needs, per second, over the peak of the device. What a
 program computes a second time to save memory is not counted.
 
-Counted, a multiplication and an addition being two operations:
-
-    matrix products with weights    2 per weight and token: QKV 3C², projection C², MLP 2·C·F in
-                                    each block, and the output projection V·C (the padded rows of
-                                    the vocabulary not, the embedding's look-up not)
-    attention                       scores QKᵀ and their product with V: 2·2·C for each key a query
-                                    sees, causal: (T + 1) / 2 of them on average
-    backward                        twice the forward: every product has two gradients
-
-Not counted: norms, GELU, softmax, loss, optimizer; well under 2% at the sizes here. PaLM's formula,
-6N + 12·L·H·Q·T, counts all T keys; `causal=False` gives that, for comparison with published figures
-that do so. Ours are the lower ones.
+What is counted is said where it is counted: `Network.flops_per_token`. PaLM's formula, 6N +
+12·L·H·Q·T, counts all T keys of a query; ours those it sees, so ours are the lower figures.
 """
 
 from __future__ import annotations
@@ -25,6 +15,7 @@ import re
 import torch
 
 from mantrans.config import ModelConfig
+from mantrans.models import build
 
 # Dense peaks in TFLOP/s: bfloat16 with float32 sums, TF32, plain float32. From NVIDIA's data sheets
 # and architecture whitepapers (GA100, GA102, GH100, AD102, Blackwell), which quote figures with
@@ -52,43 +43,14 @@ _PEAKS: tuple[tuple[str, float, float, float], ...] = (
 )
 
 
-def weights_in_products(model: ModelConfig, vocab_size: int | None = None) -> int:
-    """Return how many weights each token is multiplied with: all matrices but the look-up tables.
-
-    Raises:
-        ValueError: the vocabulary's size is neither given nor in the model's configuration.
-    """
-    vocabulary = model.vocab_size if vocab_size is None else vocab_size
-    if vocabulary is None:
-        raise ValueError("vocab_size: found None; accepted: the tokenizer's count")
-    width, inner = model.d_model, model.feed_forward_width
-    block = 4 * width * width + 2 * width * inner
-    return model.n_blocks * block + vocabulary * width
-
-
-def flops_per_token(
-    model: ModelConfig,
-    sequence_length: int | None = None,
-    vocab_size: int | None = None,
-    *,
-    causal: bool = True,
-) -> float:
-    """Return the operations of forward and backward for one token (see the module's text).
+def flops_per_token(model: ModelConfig, sequence_length: int | None = None) -> float:
+    """Return the operations of forward and backward for one token.
 
     Args:
-        model: the network's shape.
+        model: the network's shape; vocab_size must be set.
         sequence_length: tokens T in one training sequence; model.max_seq_len if None.
-        vocab_size: token ids V; model.vocab_size if None.
-        causal: count the keys a query sees; False counts all T.
-
-    Raises:
-        ValueError: the vocabulary's size is not known.
     """
-    length = model.max_seq_len if sequence_length is None else sequence_length
-    keys = (length + 1) / 2 if causal else length
-    forward = 2.0 * weights_in_products(model, vocab_size)
-    forward += model.n_blocks * 4 * model.d_model * keys
-    return 3 * forward
+    return build(model).flops_per_token(sequence_length or model.max_seq_len)
 
 
 def peak_flops(

@@ -1,18 +1,15 @@
 """Predicts a training step's peak memory from the configuration, tensor by tensor.
 
-Counted are the tensors that are alive at the peak, in bytes, with s bytes per element of the
-model's dtype and w per element of the wide one (float32, or float64 for a float64 model):
+Counted are the tensors that are alive at the peak:
 
-    weights, masters, gradients, moments    the flat buffers of `parameters.py`, padding included
-    kept by one block, per token            norm 1: C; attention: input C, QKV 3C, output C;
-                                            norm 2: C; MLP: input C, product F, GELU's output F
-                                            (all times s); two means, two roots, H sums (times w).
-                                            gelu: without GELU's output. block: the first C only
-    kept besides, per token                 final norm: input C and output C (s), mean, root (w);
-                                            token and target ids, 8 each; document start, 4
-    while a block goes backward, per token  the MLP's gradients 2F and 2C, or attention's 8C (s);
-                                            for recompute: what the block did not keep
-    while the loss is computed              its gradient C per token (s) and the logits of one chunk
+    weights, masters, gradients, moments    the flat buffers of `parameters.py`, padding included;
+                                            with the gradients, rows of partial sums on a GPU
+    activations                             what the layers keep (`kept`); for recompute: block only
+                                            each block's input; what the final norm and the output
+                                            keep; of a token its id, target and document start
+    while a block goes backward             what it has alive besides (`workspace`); for recompute:
+                                            block also what it did not keep
+    while the loss is computed              its gradient, and the logits of one chunk
     library                                 cuBLAS's workspace on a GPU, 32 MiB a stream
 
 The peak is the buffers and all that is kept, the library's workspace, and the larger of the two
@@ -27,11 +24,16 @@ from dataclasses import dataclass
 import torch
 
 from mantrans.config import Config, ModelConfig
-from mantrans.models.transformer import parameter_specs
-from mantrans.parameters import ALIGNMENT, numel
+from mantrans.models import build
+from mantrans.models.network import Network
+from mantrans.parameters import Parameter, numel
 
 CUBLAS_WORKSPACE = 32 << 20
+# Of the memory that a step leaves free, so much may go to logits, to have them in one chunk.
+LOGITS_SHARE = 0.25
+_PARTIAL_ROWS = 4 * 132  # of an H100, where there is no GPU to ask
 _BYTES = {torch.float32: 4, torch.bfloat16: 2, torch.float64: 8}
+_TOKEN_BYTES = 8 + 8 + 4  # id, target, document start
 
 
 @dataclass(frozen=True)
@@ -61,83 +63,113 @@ class MemoryPrediction:
         )
 
 
-def predict(config: Config, dtype: torch.dtype, device: torch.device | str) -> MemoryPrediction:
+def predict(
+    config: Config,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    chunk_rows: int | None = None,
+) -> MemoryPrediction:
     """Return the peak of one micro-batch of `config`; config.model.vocab_size must be set.
 
     Args:
         config: the run; batch size, sequence length, recompute mode and optimizer come from it.
         dtype: of weights and activations, "auto" resolved.
         device: where it runs.
+        chunk_rows: rows of logits at a time; None for the backend's own choice.
 
     Raises:
         ValueError: the vocabulary's size is not known.
     """
-    model, training = config.model, config.training
+    training = config.training
+    network = _network(config.model, training.recompute)
     narrow, wide = _BYTES[dtype], 8 if dtype == torch.float64 else 4
-    stored = stored_elements(model)
-    has_master = narrow < wide and not training.stochastic_rounding
-    tokens = training.batch_size * config.sequence_length
-    block_full = _kept_by_block(model, "none", narrow, wide)
-    block_kept = _kept_by_block(model, training.recompute, narrow, wide)
-    width, inner = model.d_model, model.feed_forward_width
-    final = 2 * width * narrow + 2 * wide + 8 + 8 + 4
-    backward = max(2 * inner + 2 * width, 8 * width) * narrow + (block_full - block_kept)
-    loss = width * narrow + wide
     on_gpu = torch.device(device).type == "cuda"
+    stored = sum(p.stored_elements for p in network.parameters())
+    partials = _partial_sums(network, device) if _by_triton(config, on_gpu) else 0
+    tokens = training.batch_size * config.sequence_length
+    block = network.blocks[0].kept().bytes(narrow, wide)
+    C = config.model.d_model * narrow
+    kept = C if training.recompute == "block" else block
+    final = network.final_norm.kept().bytes(narrow, wide) + C + _TOKEN_BYTES
+    backward = network.blocks[0].workspace() * narrow + block - kept
+    loss = network.output.workspace().bytes(narrow, wide)
+    has_master = narrow < wide and not training.stochastic_rounding
     return MemoryPrediction(
         weights=stored * narrow,
         masters=stored * wide if has_master else 0,
-        gradients=stored * wide,
+        gradients=stored * wide + partials,
         moments=2 * stored * wide if training.optimizer == "adamw" else 0,
-        activations=tokens * (model.n_blocks * block_kept + final),
+        activations=tokens * (len(network.blocks) * kept + final),
         backward_workspace=tokens * backward,
-        loss_workspace=tokens * loss + _logits_chunk(config, narrow, wide, on_gpu),
+        loss_workspace=tokens * loss + _logits_chunk(config, network, dtype, on_gpu, chunk_rows),
         # one for the stream that warms up, one for that of the capture
         library=CUBLAS_WORKSPACE * (1 + training.compile_step) if on_gpu else 0,
     )
 
 
+def logits_chunk_rows(
+    config: Config, dtype: torch.dtype, device: torch.device, free: int
+) -> int | None:
+    """Return how many rows of logits to have at a time, None for the backend's own choice.
+
+    All of them is fastest on a GPU (0.8 of 32.8 ms of a GPT-2 124M step on an H100), if they take
+    at most LOGITS_SHARE of the `free` bytes that the step with the backend's choice leaves.
+    """
+    if not _by_triton(config, device.type == "cuda"):
+        return None
+    rows = config.training.batch_size * config.sequence_length
+    small, large = (predict(config, dtype, device, chunk).total for chunk in (None, rows))
+    return rows if large - small <= LOGITS_SHARE * (free - small) else None
+
+
 def parameter_groups(model: ModelConfig) -> dict[str, int]:
-    """Return the parameters of each group, padding not counted; they sum to the model's count."""
+    """Return the parameters of each kind of layer, padding not counted; they sum to the model's."""
     groups: dict[str, int] = {}
-    for spec in _specs(model):
-        name = spec.name.split(".")
-        group = name[2] if name[0] == "blocks" else name[0]
-        group = {"norm_1": "block norms", "norm_2": "block norms", "mlp": "MLP"}.get(group, group)
-        groups[group.replace("_", " ")] = groups.get(group.replace("_", " "), 0) + numel(spec.shape)
+    for parameter in _network(model).parameters():
+        kind = _kind(parameter)
+        groups[kind] = groups.get(kind, 0) + numel(parameter.shape)
     return groups
 
 
-def stored_elements(model: ModelConfig) -> int:
-    """Return the elements of one flat buffer: padded tables, each parameter on its own line."""
-    return sum(-(-numel(spec.stored_shape) // ALIGNMENT) * ALIGNMENT for spec in _specs(model))
+def _kind(parameter: Parameter) -> str:
+    name = parameter.name.split(".")
+    kind = name[2] if name[0] == "blocks" else name[0]
+    if kind.startswith("norm"):
+        return "block norms"
+    return "MLP" if kind == "mlp" else kind.replace("_", " ")
 
 
-def _specs(model: ModelConfig) -> list:
+def _network(model: ModelConfig, recompute: str = "none") -> Network:
     if model.vocab_size is None:
-        raise ValueError("vocab_size: found None; accepted: the tokenizer's count")
-    return parameter_specs(model)
+        raise ValueError("vocab_size: expected the tokenizer's count, got None")
+    return build(model, recompute_gelu=recompute == "gelu")
 
 
-def _kept_by_block(model: ModelConfig, recompute: str, narrow: int, wide: int) -> int:
-    """Return the bytes one block keeps of one token for its backward."""
-    width, inner = model.d_model, model.feed_forward_width
-    if recompute == "block":
-        return width * narrow
-    inner_kept = 1 if recompute == "gelu" else 2
-    return (8 * width + inner_kept * inner) * narrow + (4 + model.n_heads) * wide
+def _by_triton(config: Config, on_gpu: bool) -> bool:
+    return on_gpu and config.training.backend in ("auto", "triton")
 
 
-def _logits_chunk(config: Config, narrow: int, wide: int, on_gpu: bool) -> int:
+def _partial_sums(network: Network, device: torch.device | str) -> int:
+    """Two buffers of the widest block's vectors: see `parameters.Partials`."""
+    from mantrans.kernels.triton import partial_rows
+
+    rows = partial_rows(torch.device(device)) if torch.cuda.is_available() else _PARTIAL_ROWS
+    vectors = [p for p in network.blocks[0].parameters() if p.group == "vectors"]
+    widest = sum(p.stored_elements for p in (vectors or network.final_norm.parameters()))
+    return 2 * rows * widest * 4
+
+
+def _logits_chunk(
+    config: Config, network: Network, dtype: torch.dtype, on_gpu: bool, chunk_rows: int | None
+) -> int:
     """Return the bytes of logits that are alive at once: see `linear_cross_entropy_*`."""
-    assert config.model.vocab_size is not None
-    padded = -(-config.model.vocab_size // 128) * 128
+    padded = network.output.weight.stored_shape[0]
+    narrow, wide = _BYTES[dtype], 8 if dtype == torch.float64 else 4
     rows = config.training.batch_size * config.sequence_length
-    if on_gpu and config.training.backend in ("auto", "triton"):
-        from mantrans.kernels.triton.cross_entropy import row_chunks
+    if _by_triton(config, on_gpu):
+        from mantrans.kernels.triton.cross_entropy import chunk_rows_within
 
-        chunk = next(iter(row_chunks(rows, padded * narrow)))
-        return (chunk.stop - chunk.start) * padded * narrow
+        return (chunk_rows or min(rows, chunk_rows_within(rows, padded * narrow))) * padded * narrow
     from mantrans.kernels.native import CHUNK_ROWS, softmax_rows
 
     # The native backend keeps the chunk's logits and, in the wide dtype, a few rows' softmax.

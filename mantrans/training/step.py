@@ -8,7 +8,7 @@ function runs, and gives the same bits.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,7 +16,8 @@ from torch import Tensor
 
 from mantrans.kernels.reference import document_starts
 from mantrans.models.transformer import CustomTransformer
-from mantrans.optim.optimizers import Guard, Optimizer
+from mantrans.optim import Optimizer
+from mantrans.optim.guards import Guard, Switch
 from mantrans.training.batches import TokenSource
 from mantrans.wrapper import mean_scale
 
@@ -31,50 +32,13 @@ class StepRecord(NamedTuple):
     applied: bool
 
 
-class Switch:
-    """A guard that refuses everything while it is off: steps run, and nothing changes."""
+class MicroBatch(NamedTuple):
+    """What a forward and backward work on at a time; see `CustomTransformer.forward_backward`."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.on = torch.ones((), dtype=torch.bool, device=device)
-
-    def allows(self, loss: Tensor, grad_norm: Tensor) -> Tensor:
-        return self.on
-
-    def state(self) -> dict[str, Tensor]:
-        return {}
-
-
-class OutlierGuard:
-    """Refuses a step whose loss or gradient norm is far above what the last steps had.
-
-    z_score: how many standard deviations above the mean of the last `window` finite steps is too
-    far. Nothing is refused before the window is full. Refused steps enter the window too, so that a
-    lasting change of level is accepted after a while.
-    """
-
-    def __init__(self, z_score: float, window: int, device: torch.device) -> None:
-        self.z_score = z_score
-        self.values = torch.zeros(window, 2, dtype=torch.float64, device=device)
-        self.count = torch.zeros((), dtype=torch.int64, device=device)
-
-    def allows(self, loss: Tensor, grad_norm: Tensor) -> Tensor:
-        now = torch.stack([loss, grad_norm]).double()
-        limit = self.values.mean(0) + self.z_score * self.values.std(0)
-        calm = (now <= limit).all() | (self.count < len(self.values))
-        finite = now.isfinite().all()
-        place = (self.count % len(self.values)).view(1)
-        kept = torch.where(finite, now, self.values[place][0])
-        self.values.index_copy_(0, place, kept[None])
-        self.count += finite
-        return calm
-
-    def state(self) -> dict[str, Tensor]:
-        """The window, for a checkpoint."""
-        return {"values": self.values, "count": self.count}
-
-    def load_state(self, state: dict[str, Tensor]) -> None:
-        for name, tensor in self.state().items():
-            tensor.copy_(state[name])
+    tokens: Tensor  # (B,T)
+    targets: Tensor  # (B,T)
+    scale: Tensor  # 0-d: 1 / targets of the whole batch
+    document_start: Tensor | None  # (B,T)
 
 
 class TrainStep:
@@ -127,17 +91,20 @@ class TrainStep:
         self.unread = 0
         return [StepRecord(loss, norm, bool(applied)) for loss, norm, applied in rows]
 
-    def _step(self) -> None:
-        self.model.zero_gradients()
+    def batch(self) -> Iterator[MicroBatch]:
+        """The parts of the source's present sequences."""
         rows = self.source.rows()
         inputs, targets = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
         scale = mean_scale(targets, self.history.dtype)
-        loss = torch.zeros_like(scale)
-        for x, y in zip(
-            inputs.chunk(self.micro_batches), targets.chunk(self.micro_batches), strict=True
-        ):
+        parts = (inputs.chunk(self.micro_batches), targets.chunk(self.micro_batches))
+        for x, y in zip(*parts, strict=True):
             start = None if self.end_of_text is None else document_starts(x, self.end_of_text)
-            loss = loss + self.model.forward_backward(x, y, scale, start)
+            yield MicroBatch(x, y, scale, start)
+
+    def _step(self) -> None:
+        loss = self.history.new_zeros(())
+        for i, part in enumerate(self.batch()):
+            loss = loss + self.model.forward_backward(*part, accumulate=i > 0)
         outcome = self.optimizer.step(loss, self.learning_rate, self.guards)
         record = torch.stack([loss, outcome.grad_norm, outcome.applied.to(loss.dtype)])
         self.history.index_copy_(0, self.place, record[None])

@@ -74,7 +74,7 @@ def train(step: TrainStep, numbers: range = range(6)) -> list[StepRecord]:
 def everything(wrapper: CustomTransformerWrapper) -> dict[str, Tensor]:
     """Copies of all that a step may change."""
     p, optimizer = wrapper.model.parameters, wrapper.optimizer
-    found = {"weights": p.weights, "updates": optimizer.updates, **optimizer.state()}
+    found = {"weights": p.weights, "updates": p.updates, **optimizer.state()}
     if p.master is not None:
         found["master"] = p.master
     return {name: x.clone() for name, x in found.items()}

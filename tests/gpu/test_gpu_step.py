@@ -15,8 +15,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from mantrans.optim.guards import OutlierGuard
 from mantrans.training.batches import DeviceTokens, HostTokens
-from mantrans.training.step import OutlierGuard
 from tests.gpu.small_runs import (
     END_OF_TEXT,
     PlainTokens,

@@ -12,9 +12,13 @@ order of summation, and round once. So:
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
+
+from mantrans.kernels.triton import partials
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SUM_TOLERANCE = 2e-6
@@ -36,3 +40,20 @@ def normal(source: torch.Generator, *shape: int, dtype: torch.dtype = torch.floa
 def random_gradients(source: torch.Generator, *shapes: tuple[int, ...]) -> list[Tensor]:
     """float32 gradient buffers that already hold something, so that `=` instead of `+=` shows."""
     return [normal(source, *shape) for shape in shapes]
+
+
+def in_partials(backward: Callable[[list[Tensor]], Tensor], vectors: list[Tensor]) -> Tensor:
+    """Run `backward` as a training step does: the gradients of vectors are columns of one buffer of
+    partial sums, which is summed up afterwards, and then holds zeros. What `vectors` hold before is
+    put into the buffer's last row, so that a row that is overwritten shows."""
+    widths = [len(vector) for vector in vectors]
+    rows = partials.partial_rows(vectors[0].device)
+    buffer = torch.zeros(rows, sum(widths))
+    buffer[-1] = torch.cat(vectors)
+    result = backward(list(buffer.split(widths, dim=1)))
+    total = torch.zeros(sum(widths))
+    partials.sum_partials(buffer, total)
+    assert not buffer.any()
+    for vector, value in zip(vectors, total.split(widths), strict=True):
+        vector.copy_(value)
+    return result

@@ -12,6 +12,7 @@ from tests.interpreted.common import (
     TOLERANCE,
     each_dtype,
     generator,
+    in_partials,
     normal,
     random_gradients,
 )
@@ -39,7 +40,8 @@ def test_forward(N, F, dtype, with_bias):
 @each_dtype
 @each_shape
 @each_bias
-def test_backward(N, F, dtype, with_bias):
+@pytest.mark.parametrize("in_parts", [True, False])
+def test_backward(N, F, dtype, with_bias, in_parts):
     source = generator(N, F, 1)
     h, dy = 2 * normal(source, N, F, dtype=dtype), normal(source, N, F, dtype=dtype)
     bias, dbias, expected_dbias = None, None, None
@@ -47,7 +49,10 @@ def test_backward(N, F, dtype, with_bias):
         bias = normal(source, F, dtype=dtype)
         (dbias,) = random_gradients(source, (F,))
         expected_dbias = dbias.clone()
-    dh = gelu.bias_gelu_backward(dy, h, bias, dbias)
+    if with_bias and in_parts:
+        dh = in_partials(lambda rows: gelu.bias_gelu_backward(dy, h, bias, rows[0]), [dbias])
+    else:
+        dh = gelu.bias_gelu_backward(dy, h, bias, dbias)
     expected = reference.bias_gelu_backward(dy, h, bias, expected_dbias)
     assert_close(dh, expected, TOLERANCE[dtype], "dh")
     if with_bias:

@@ -6,13 +6,14 @@ import pytest
 import torch
 
 from mantrans.kernels import reference
-from mantrans.kernels.triton import bias_gradient as column_sums
 from mantrans.kernels.triton import layer_norm
+from mantrans.kernels.triton.bias_gradient import bias_gradient
 from tests.interpreted.common import (
     SUM_TOLERANCE,
     TOLERANCE,
     each_dtype,
     generator,
+    in_partials,
     normal,
     random_gradients,
 )
@@ -60,31 +61,36 @@ def test_forward_with_addition(N, C, dtype):
 
 @each_dtype
 @each_shape
-@pytest.mark.parametrize("with_bias, with_residual", [(True, True), (False, False)])
-def test_backward(N, C, dtype, with_bias, with_residual):
+@pytest.mark.parametrize("complete", [True, False])
+@pytest.mark.parametrize("in_parts", [True, False])
+def test_backward(N, C, dtype, complete, in_parts):
+    """complete: with biases and what by-passed the norm. in_parts: sums go to rows of a buffer."""
     source = generator(N, C, 2)
     dy, x, dresidual = (normal(source, N, C, dtype=dtype) for _ in range(3))
     weight = normal(source, C, dtype=dtype)
     _, mean, rstd = reference.layer_norm_forward(x, weight, None, EPS)
-    dresidual = dresidual if with_residual else None
-    dweight, dbias = random_gradients(source, (C,), (C,))
-    dweight_expected, dbias_expected = dweight.clone(), dbias.clone()
-    dx = layer_norm.layer_norm_backward(
-        dy, x, weight, mean, rstd, dweight, dbias if with_bias else None, dresidual
-    )
-    expected = reference.layer_norm_backward(
-        dy,
-        x,
-        weight,
-        mean,
-        rstd,
-        dweight_expected,
-        dbias_expected if with_bias else None,
-        dresidual,
-    )
-    assert_close(dx, expected, TOLERANCE[dtype], "dx")
-    assert_close(dweight, dweight_expected, SUM_TOLERANCE, "dweight")
-    assert_close(dbias, dbias_expected, SUM_TOLERANCE, "dbias")
+    dresidual = dresidual if complete else None
+    vectors = random_gradients(source, (C,), (C,), (C,))
+    expected_vectors = [vector.clone() for vector in vectors]
+    initial = vectors[2].clone()
+
+    def backward(ops, vectors):
+        dweight, dbias, dbranch_bias = vectors if complete else (vectors[0], None, None)
+        return ops.layer_norm_backward(
+            dy, x, weight, mean, rstd, dweight, dbias, dresidual, dbranch_bias
+        )
+
+    if in_parts:
+        dx = in_partials(lambda rows: backward(layer_norm, rows), vectors)
+    else:
+        dx = backward(layer_norm, vectors)
+    assert_close(dx, backward(reference, expected_vectors), TOLERANCE[dtype], "dx")
+    if complete:  # of the rounded dx, which is not the reference's to the last bit
+        expected_vectors[2] = initial + dx.float().sum(0)
+    for name, actual, expected in zip(
+        ("dweight", "dbias", "dbranch_bias"), vectors, expected_vectors, strict=True
+    ):
+        assert_close(actual, expected, SUM_TOLERANCE, name)
 
 
 def test_one_column():
@@ -138,14 +144,18 @@ def test_leading_axes_are_rows():
     [(1, 5), (40, 1), (40, 300), (200, 64), (130, 257)],
     ids=str,
 )
-def test_bias_gradient(N, M, dtype):
+@pytest.mark.parametrize("in_parts", [True, False])
+def test_bias_gradient(N, M, dtype, in_parts):
     source = generator(N, M)
     dy = (
         normal(source, N, M, dtype=dtype) + 1
     )  # sums that do not cancel: a relative error has sense
     (dbias,) = random_gradients(source, (M,))
     expected = dbias.clone()
-    column_sums.bias_gradient(dy, dbias)
+    if in_parts:
+        in_partials(lambda rows: bias_gradient(dy, rows[0]), [dbias])
+    else:
+        bias_gradient(dy, dbias)
     reference.bias_gradient(dy, expected)
     assert_close(dbias, expected, SUM_TOLERANCE)
 

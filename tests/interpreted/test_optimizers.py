@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 
 import pytest
 import torch
 
 from mantrans.kernels import reference
-from mantrans.kernels.triton import adamw, gradient_norm, sgd, weights
+from mantrans.kernels.triton import adamw, sgd, weights
 from tests.interpreted.common import SUM_TOLERANCE, generator, normal
 from tests.support.compare import assert_close
+
+# The package shows the function of this name.
+gradient_norm = importlib.import_module("mantrans.kernels.triton.gradient_norm")
 
 BLOCK = weights.BLOCK
 SEED = torch.tensor(123_456_789_012_345)  # beyond 32 bits: its lower half is what counts
@@ -23,12 +27,11 @@ WAYS = {
     "bf16 nearest": (torch.bfloat16, False, None),
     "bf16 stochastic": (torch.bfloat16, False, SEED),
 }
-# (P, n_decayed): one element; a block exactly, all decayed; several blocks, the last one short, the
-# border inside a block; none decayed.
-SIZES = [(1, 0), (BLOCK, BLOCK), (2 * BLOCK + 5, 700), (33, 0)]
+# (P, weight decay): one element; a block exactly; several blocks, the last one short; none.
+SIZES = [(1, 0.1), (BLOCK, 0.1), (2 * BLOCK + 5, 0.3), (33, 0.0)]
 
 each_way = pytest.mark.parametrize("dtype, has_master, seed", WAYS.values(), ids=WAYS.keys())
-each_size = pytest.mark.parametrize("P, n_decayed", SIZES, ids=str)
+each_size = pytest.mark.parametrize("P, weight_decay", SIZES, ids=str)
 
 
 def buffers(P, dtype, has_master):
@@ -50,12 +53,12 @@ def scalars(finite=True, step=3.0, dtype=torch.float32):
     return [*numbers, torch.tensor(finite)]
 
 
-def adamw_arguments(n_decayed, seed, **options):
-    return [*scalars(**options), 0.9, 0.999, 1e-8, 0.1, n_decayed, seed]
+def adamw_arguments(weight_decay, seed, offset=0, **options):
+    return [*scalars(**options), 0.9, 0.999, 1e-8, weight_decay, seed, offset]
 
 
-def sgd_arguments(n_decayed, seed, **options):
-    return [*scalars(**options)[1:], 0.1, n_decayed, seed]
+def sgd_arguments(weight_decay, seed, offset=0, **options):
+    return [*scalars(**options)[1:], weight_decay, seed, offset]
 
 
 def assert_same(actual, expected):
@@ -72,21 +75,21 @@ def assert_same(actual, expected):
 
 @each_way
 @each_size
-def test_adamw(P, n_decayed, dtype, has_master, seed):
+def test_adamw(P, weight_decay, dtype, has_master, seed):
     actual = buffers(P, dtype, has_master)
     expected = copies(actual)
-    adamw.adamw_update(*actual, *adamw_arguments(n_decayed, seed))
-    reference.adamw_update(*expected, *adamw_arguments(n_decayed, seed))
+    adamw.adamw_update(*actual, *adamw_arguments(weight_decay, seed, offset=7))
+    reference.adamw_update(*expected, *adamw_arguments(weight_decay, seed, offset=7))
     assert_same(actual, expected)
 
 
 @each_way
 @each_size
-def test_sgd(P, n_decayed, dtype, has_master, seed):
+def test_sgd(P, weight_decay, dtype, has_master, seed):
     actual = buffers(P, dtype, has_master)[:3]
     expected = copies(actual)
-    sgd.sgd_update(*actual, *sgd_arguments(n_decayed, seed))
-    reference.sgd_update(*expected, *sgd_arguments(n_decayed, seed))
+    sgd.sgd_update(*actual, *sgd_arguments(weight_decay, seed, offset=7))
+    reference.sgd_update(*expected, *sgd_arguments(weight_decay, seed, offset=7))
     assert_same(actual, expected)
 
 
@@ -96,8 +99,8 @@ def test_bias_correction(step, dtype):
     """1 - 0.999 must keep its digits, and numbers may come in float64."""
     actual = buffers(64, torch.float32, False)
     expected = copies(actual)
-    adamw.adamw_update(*actual, *adamw_arguments(0, None, step=step, dtype=dtype))
-    reference.adamw_update(*expected, *adamw_arguments(0, None, step=step, dtype=dtype))
+    adamw.adamw_update(*actual, *adamw_arguments(0.0, None, step=step, dtype=dtype))
+    reference.adamw_update(*expected, *adamw_arguments(0.0, None, step=step, dtype=dtype))
     assert_same(actual, expected)
 
 
@@ -114,7 +117,7 @@ def test_twenty_steps_are_torchs():
         theirs.grad = gradients.double()
         optimizer.step()
         numbers = [torch.tensor(x) for x in (float(step), 1e-2, 1.0, True)]
-        adamw.adamw_update(w, None, gradients, m, v, *numbers, 0.9, 0.95, 1e-8, 0.1, 200)
+        adamw.adamw_update(w, None, gradients, m, v, *numbers, 0.9, 0.95, 1e-8, 0.1)
     assert_close(w, theirs, 1e-6)
 
 
@@ -122,7 +125,7 @@ def test_no_momentum():
     """beta 0 is allowed, though the logarithm that its powers are made from does not exist."""
     actual = buffers(64, torch.float32, False)
     expected = copies(actual)
-    arguments = [*scalars(), 0.0, 0.0, 1e-8, 0.1, 64]
+    arguments = [*scalars(), 0.0, 0.0, 1e-8, 0.1]
     adamw.adamw_update(*actual, *arguments)
     reference.adamw_update(*expected, *arguments)
     assert_same(actual, expected)
@@ -133,8 +136,8 @@ def test_a_step_that_is_not_finite_changes_no_bit(dtype, has_master, seed):
     actual = buffers(BLOCK + 7, dtype, has_master)
     actual[2][::3] = float("nan")
     before = copies(actual)
-    adamw.adamw_update(*actual, *adamw_arguments(500, seed, finite=False))
-    sgd.sgd_update(*actual[:3], *sgd_arguments(500, seed, finite=False))
+    adamw.adamw_update(*actual, *adamw_arguments(0.1, seed, finite=False))
+    sgd.sgd_update(*actual[:3], *sgd_arguments(0.1, seed, finite=False))
     for a, b in zip(actual, before, strict=True):
         if a is not None:
             bits = torch.int32 if a.dtype == torch.float32 else torch.int16
@@ -212,9 +215,9 @@ def test_gradient_norm_shows_what_is_not_finite(bad, monkeypatch):
 def refuses(message, change):
     """An AdamW step with one argument changed raises ValueError with this message."""
     names = ["weights", "master", "gradients", "exp_avg", "exp_avg_sq", "step", "learning_rate"]
-    names += ["clip", "finite", "beta1", "beta2", "eps", "weight_decay", "n_decayed"]
-    names += ["rounding_seed"]
-    values = buffers(8, torch.float16, True) + adamw_arguments(4, None)
+    names += ["clip", "finite", "beta1", "beta2", "eps", "weight_decay"]
+    names += ["rounding_seed", "offset"]
+    values = buffers(8, torch.float16, True) + adamw_arguments(0.1, None)
     arguments = dict(zip(names, values, strict=True)) | change
     with pytest.raises(ValueError, match=message):
         adamw.adamw_update(**arguments)
@@ -227,7 +230,6 @@ def test_refusals():
     refuses("step: float came; accepted: a torch.Tensor", {"step": 1.0})
     refuses("step: dtype int64 came; accepted: float32, float64", {"step": torch.tensor(1)})
     refuses("finite: dtype float32 came; accepted: bool", {"finite": torch.tensor(1.0)})
-    refuses("n_decayed: 9 came; accepted: 0 to 8", {"n_decayed": 9})
     refuses("beta2: 1.0 came; accepted: 0 <= value < 1", {"beta2": 1.0})
     refuses("rounding_seed: a seed for torch.float16 weights came", {"rounding_seed": SEED})
     with pytest.raises(ValueError, match="gradients: dtype bfloat16 came; accepted: float32"):

@@ -154,7 +154,11 @@ def test_a_library_user_gets_a_model_or_one_line_and_keeps_what_he_has(
     leaves the model and its moments as they were."""
     state = state_file.load(checkpoints(tmp_path) / "latest.pt")
     own = CustomTransformerWrapper.from_state_dict(state)
-    buffers = [own.model.parameters.weights, *own.optimizer.state().values(), own.optimizer.updates]
+    buffers = [
+        own.model.parameters.weights,
+        *own.optimizer.state().values(),
+        own.model.parameters.updates,
+    ]
     chance = random.Random(trials)
     refused = 0
     for _ in range(trials):

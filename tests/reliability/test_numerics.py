@@ -31,7 +31,7 @@ VALUES = [math.nan, math.inf, -math.inf]
 def optimizer_bits(trainer: Trainer) -> dict[str, torch.Tensor]:
     """Copies of all that an update changes."""
     parameters, optimizer = trainer.wrapper.model.parameters, trainer.wrapper.optimizer
-    state = {"weights": parameters.weights, "updates": optimizer.updates, **optimizer.state()}
+    state = {"weights": parameters.weights, "updates": parameters.updates, **optimizer.state()}
     if parameters.master is not None:
         state["master"] = parameters.master
     return {name: tensor.clone() for name, tensor in state.items()}

@@ -1,0 +1,111 @@
+"""Causal multi-head self-attention, with its two projections and its key/value cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mantrans.layers.elements import Elements
+from mantrans.layers.linear import Linear
+from mantrans.parameters import Parameter
+
+
+class Attention:
+    """softmax(q kᵀ / √D) v of H heads between a packed projection and a second one.
+
+    The packed projection's rows are H heads of queries, then as many of keys and of values, each of
+    width D = head_width, which need not be C / H.
+    """
+
+    class Saved(NamedTuple):
+        x: Tensor  # (B,T,C)     input of the packed projection
+        qkv: Tensor  # (B,T,3HD)
+        out: Tensor  # (B,T,HD)  the heads' outputs, input of the second projection
+        lse: Tensor  # (B,H,T)
+
+    def __init__(
+        self,
+        ops: ModuleType,
+        name: str,
+        C: int,
+        *,
+        n_heads: int,
+        head_width: int,
+        std: float,
+        residual_std: float,
+        bias: bool = True,
+    ) -> None:
+        self.ops, self.n_heads, self.head_width = ops, n_heads, head_width
+        width = n_heads * head_width
+        self.qkv = Linear(ops, f"{name}.qkv", C, 3 * width, std=std, bias=bias)
+        self.projection = Linear(
+            ops, f"{name}.projection", width, C, std=residual_std, bias=bias, into_residual=True
+        )
+
+    def parameters(self) -> Iterator[Parameter]:
+        yield from self.qkv.parameters()
+        yield from self.projection.parameters()
+
+    def forward(self, x: Tensor, document_start: Tensor | None) -> tuple[Tensor, Saved]:
+        qkv = self.qkv.forward(x)
+        out, lse = self.ops.attention_forward(qkv, self.n_heads, document_start)
+        y = self.projection.forward(out)
+        return y, self.Saved(x, qkv, out, lse)
+
+    def backward(
+        self, dy: Tensor, saved: Saved, document_start: Tensor | None, accumulate: bool = True
+    ) -> Tensor:
+        x, qkv, out, lse = saved
+        dout = self.projection.backward(dy, out, accumulate)
+        dqkv = self.ops.attention_backward(dout, qkv, out, lse, self.n_heads, document_start)
+        return self.qkv.backward(dqkv, x, accumulate)
+
+    def decode(self, x: Tensor, cache: KeyValueCache, lengths: Tensor) -> Tensor:
+        """One new position per row: x (B, C) at index lengths[b] - 1. Extends the cache."""
+        q, k, v = self.qkv.forward(x).chunk(3, dim=-1)
+        cache.append(k, v, lengths)
+        out = self.ops.decode_attention(q.contiguous(), cache.k, cache.v, lengths, self.n_heads)
+        return self.projection.forward(out)
+
+    def new_cache(self, batch_size: int, length: int) -> KeyValueCache:
+        """Room for the keys and values of `length` positions."""
+        weight = self.qkv.weight.value
+        shape = (batch_size, length, self.n_heads * self.head_width)
+        return KeyValueCache(weight.new_empty(shape), weight.new_empty(shape))
+
+    def flops(self, T: int) -> float:
+        """Projections; scores and weighted sum over the (T + 1) / 2 keys that a query sees."""
+        width = self.n_heads * self.head_width
+        return self.qkv.flops() + self.projection.flops() + 4 * width * (T + 1) / 2
+
+    def kept(self) -> Elements:
+        M, C = self.qkv.weight.shape
+        return Elements(narrow=C + M + M // 3, wide=self.n_heads)
+
+    def workspace(self) -> int:
+        """dy, dout, dqkv, and the three inputs of the kernels that are copies."""
+        M, C = self.qkv.weight.shape
+        return 2 * M + 2 * C
+
+
+class KeyValueCache(NamedTuple):
+    """The keys and values of all past positions of one attention layer: each (B, T_max, H·D)."""
+
+    k: Tensor
+    v: Tensor
+
+    def fill(self, qkv: Tensor) -> None:
+        """Store the keys and values of a whole prompt, qkv (B, T, 3HD), from position 0 on."""
+        T, width = qkv.shape[1], self.k.shape[2]
+        self.k[:, :T] = qkv[..., width : 2 * width]
+        self.v[:, :T] = qkv[..., 2 * width :]
+
+    def append(self, k: Tensor, v: Tensor, lengths: Tensor) -> None:
+        """Store one position per row, k and v (B, H·D), at index lengths[b] - 1."""
+        rows = torch.arange(len(lengths), device=lengths.device)
+        self.k[rows, lengths - 1] = k
+        self.v[rows, lengths - 1] = v

@@ -1,0 +1,51 @@
+"""Token and learned position embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import ModuleType
+
+from torch import Tensor
+
+from mantrans.parameters import Parameter
+
+# Matrix products want dimensions that are multiples of their tiles: the vocabulary is padded.
+VOCABULARY_MULTIPLE = 128
+
+
+def vocabulary_table(name: str, V: int, C: int, std: float) -> Parameter:
+    """A row (C,) for each of V tokens, and zero rows up to a multiple that products like."""
+    padded = -(-V // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+    return Parameter(name, (V, C), std=std, stored_rows=padded, table=True)
+
+
+class Embedding:
+    """x[b, t] = tokens' row + position's row."""
+
+    def __init__(self, ops: ModuleType, V: int, T_max: int, C: int, *, std: float) -> None:
+        self.ops = ops
+        self.tokens = vocabulary_table("token_embedding.weight", V, C, std)
+        self.positions = Parameter("position_embedding.weight", (T_max, C), std=std, table=True)
+
+    def parameters(self) -> Iterator[Parameter]:
+        yield self.tokens
+        yield self.positions
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """tokens (B, T) -> x (B, T, C)."""
+        return self.ops.embedding_forward(tokens, self.tokens.value, self.positions.value)
+
+    def backward(
+        self, dx: Tensor, tokens: Tensor, accumulate: bool = True, tied: bool = False
+    ) -> None:
+        """Adds to both tables. Without `accumulate` they begin at 0, but for a token table that is
+        `tied`: the output projection has begun it."""
+        if not accumulate:
+            self.positions.gradient.zero_()
+            if not tied:
+                self.tokens.gradient.zero_()
+        self.ops.embedding_backward(dx, tokens, self.tokens.gradient, self.positions.gradient)
+
+    def decode(self, tokens: Tensor, lengths: Tensor) -> Tensor:
+        """tokens (B,) at index lengths[b] - 1 -> x (B, C)."""
+        return self.tokens.value[tokens] + self.positions.value[lengths - 1]

@@ -1,0 +1,54 @@
+"""Linear: a matrix product with its bias."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import ModuleType
+
+from torch import Tensor
+
+from mantrans.parameters import Parameter
+
+
+class Linear:
+    """y = x Wᵀ + b, with W (M, K).
+
+    into_residual: y is added to the residual stream. The norm that reads the sum next has the
+    gradient of y in its hands (it is that of the sum), and sums the bias's gradient as it goes.
+    """
+
+    def __init__(
+        self,
+        ops: ModuleType,
+        name: str,
+        K: int,
+        M: int,
+        *,
+        std: float,
+        bias: bool = True,
+        into_residual: bool = False,
+    ) -> None:
+        self.ops, self.into_residual = ops, into_residual
+        self.weight = Parameter(f"{name}.weight", (M, K), std=std)
+        self.bias = Parameter(f"{name}.bias", (M,)) if bias else None
+
+    def parameters(self) -> Iterator[Parameter]:
+        yield self.weight
+        if self.bias is not None:
+            yield self.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The input is all that the backward needs: the caller, who has it, keeps it."""
+        return self.ops.linear_forward(x, self.weight.value, self.bias and self.bias.value)
+
+    def backward(self, dy: Tensor, x: Tensor, accumulate: bool = True) -> Tensor:
+        bias = None if self.into_residual else self.bias
+        weight = self.weight
+        return self.ops.linear_backward(
+            dy, x, weight.value, weight.gradient, bias and bias.gradient, accumulate
+        )
+
+    def flops(self) -> int:
+        """A multiplication and an addition a weight."""
+        M, K = self.weight.shape
+        return 2 * M * K

@@ -1,0 +1,36 @@
+"""A network: embedding, blocks, final norm, output; and what can be said of it without memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from mantrans.layers import Block, Embedding, LayerNorm, Output
+from mantrans.parameters import Parameter
+
+
+class Network(NamedTuple):
+    """The layers in the order of the forward."""
+
+    embedding: Embedding
+    blocks: list[Block]
+    final_norm: LayerNorm
+    output: Output
+
+    def parameters(self) -> Iterator[Parameter]:
+        """Every parameter, in the order in which the network meets them."""
+        yield from self.embedding.parameters()
+        for block in self.blocks:
+            yield from block.parameters()
+        yield from self.final_norm.parameters()
+        yield from self.output.parameters()
+
+    def flops_per_token(self, T: int) -> float:
+        """Operations of forward and backward for one token of a sequence of T.
+
+        Counted are the products with weights (embedding look-ups are none) and attention's, causal;
+        each has two gradients, so the backward is twice the forward. Not counted are norms, GELU,
+        softmax, loss and optimizer: well under 2% for the sizes here.
+        """
+        forward = sum(block.flops(T) for block in self.blocks) + self.output.flops()
+        return 3.0 * forward

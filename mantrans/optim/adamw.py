@@ -1,0 +1,60 @@
+"""AdamW (Loshchilov & Hutter 2019)."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from mantrans.optim.optimizer import Optimizer
+from mantrans.parameters import Parameters
+
+
+class AdamW(Optimizer):
+    """AdamW with float32 moments (float64 for a float64 model)."""
+
+    def __init__(
+        self,
+        ops: ModuleType,
+        parameters: Parameters,
+        *,
+        beta1: float = 0.9,
+        beta2: float = 0.95,
+        epsilon: float = 1e-8,
+        weight_decay: float = 0.1,
+        max_grad_norm: float | None = 1.0,
+    ) -> None:
+        super().__init__(ops, parameters, weight_decay=weight_decay, max_grad_norm=max_grad_norm)
+        self.beta1, self.beta2, self.epsilon = beta1, beta2, epsilon
+        self.exp_avg = torch.zeros_like(parameters.gradients)
+        self.exp_avg_sq = torch.zeros_like(parameters.gradients)
+
+    def _update(
+        self,
+        where: slice,
+        weight_decay: float,
+        learning_rate: Tensor,
+        clip: Tensor,
+        applied: Tensor,
+    ) -> None:
+        p = self.parameters
+        self.ops.adamw_update(
+            p.weights[where],
+            None if p.master is None else p.master[where],
+            p.gradients[where],
+            self.exp_avg[where],
+            self.exp_avg_sq[where],
+            (p.updates + 1).to(p.wide),
+            learning_rate,
+            clip,
+            applied,
+            self.beta1,
+            self.beta2,
+            self.epsilon,
+            weight_decay,
+            **self._rounding(where),
+        )
+
+    def state(self) -> dict[str, Tensor]:
+        return {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}

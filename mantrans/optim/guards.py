@@ -1,0 +1,66 @@
+"""Further opinions on whether a step's update should happen, formed on the device."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class Guard(Protocol):
+    """Allows or refuses a step."""
+
+    def allows(self, loss: Tensor, grad_norm: Tensor) -> Tensor:
+        """0-d bool for a step of this loss and gradient norm (0-d)."""
+        ...
+
+    def state(self) -> dict[str, Tensor]:
+        """The tensors that it remembers earlier steps in."""
+        ...
+
+
+class Switch:
+    """A guard that refuses everything while it is off: steps run, and nothing changes."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.on = torch.ones((), dtype=torch.bool, device=device)
+
+    def allows(self, loss: Tensor, grad_norm: Tensor) -> Tensor:
+        return self.on
+
+    def state(self) -> dict[str, Tensor]:
+        return {}
+
+
+class OutlierGuard:
+    """Refuses a step whose loss or gradient norm is far above what the last steps had.
+
+    z_score: how many standard deviations above the mean of the last `window` finite steps is too
+    far. Nothing is refused before the window is full. Refused steps enter the window too, so that a
+    lasting change of level is accepted after a while.
+    """
+
+    def __init__(self, z_score: float, window: int, device: torch.device) -> None:
+        self.z_score = z_score
+        self.values = torch.zeros(window, 2, dtype=torch.float64, device=device)
+        self.count = torch.zeros((), dtype=torch.int64, device=device)
+
+    def allows(self, loss: Tensor, grad_norm: Tensor) -> Tensor:
+        now = torch.stack([loss, grad_norm]).double()
+        limit = self.values.mean(0) + self.z_score * self.values.std(0)
+        calm = (now <= limit).all() | (self.count < len(self.values))
+        finite = now.isfinite().all()
+        place = (self.count % len(self.values)).view(1)
+        kept = torch.where(finite, now, self.values[place][0])
+        self.values.index_copy_(0, place, kept[None])
+        self.count += finite
+        return calm
+
+    def state(self) -> dict[str, Tensor]:
+        """The window, for a checkpoint."""
+        return {"values": self.values, "count": self.count}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        for name, tensor in self.state().items():
+            tensor.copy_(state[name])

@@ -1,0 +1,96 @@
+"""What every optimizer does: clip, check, update.
+
+A step never asks the device a question: the gradient's norm, the clip factor and whether everything
+is finite stay there as 0-d tensors, and the update kernels obey them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mantrans.optim.guards import Guard
+from mantrans.parameters import Parameters
+
+
+class StepOutcome(NamedTuple):
+    """What a step found, all 0-d on the device."""
+
+    grad_norm: Tensor  # before clipping
+    applied: Tensor  # bool: whether the weights were changed
+
+
+class Optimizer:
+    """Clip, check, update. A subclass says what the update is.
+
+    max_grad_norm: longer gradients are scaled down to this L2 norm; None never scales.
+    weight_decay: decoupled; biases and gains do not decay.
+    """
+
+    def __init__(
+        self,
+        ops: ModuleType,
+        parameters: Parameters,
+        *,
+        weight_decay: float = 0.0,
+        max_grad_norm: float | None = 1.0,
+    ) -> None:
+        self.ops, self.parameters = ops, parameters
+        self.weight_decay, self.max_grad_norm = weight_decay, max_grad_norm
+
+    def step(
+        self,
+        loss: Tensor,
+        learning_rate: Tensor,
+        guards: Sequence[Guard] = (),
+        max_grad_norm: float | Literal["configured"] | None = "configured",
+    ) -> StepOutcome:
+        """Update the weights from the gradients, unless the loss or their norm is not finite.
+
+        loss, learning_rate 0-d. max_grad_norm: for this step alone. Where this, or one of `guards`,
+        refuses the update, weights and moments keep their bits.
+        """
+        p = self.parameters
+        norm = self.ops.gradient_norm(p.gradients)
+        applied = norm.isfinite() & loss.isfinite()
+        for guard in guards:
+            applied = applied & guard.allows(loss, norm)
+        clip = torch.ones_like(norm)
+        limit = self.max_grad_norm if max_grad_norm == "configured" else max_grad_norm
+        if limit is not None:
+            clip = (limit / (norm + 1e-6)).clamp_(max=1)  # as torch's clip_grad_norm_
+        for where, weight_decay in self._parts():
+            self._update(where, weight_decay, learning_rate, clip, applied)
+        p.updates += applied
+        return StepOutcome(norm, applied)
+
+    def _parts(self) -> list[tuple[slice, float]]:
+        """Ranges of the flat buffers, each with its weight decay: as few as there can be."""
+        vectors = self.parameters.groups.get("vectors")
+        end = self.parameters.weights.numel() if vectors is None else vectors.start
+        parts = [(slice(0, end), self.weight_decay)]
+        return parts if vectors is None else [*parts, (vectors, 0.0)]
+
+    def _update(
+        self,
+        where: slice,
+        weight_decay: float,
+        learning_rate: Tensor,
+        clip: Tensor,
+        applied: Tensor,
+    ) -> None:
+        raise AssertionError("an Optimizer is an SGD or an AdamW")
+
+    def _rounding(self, where: slice) -> dict[str, Tensor | int]:
+        """Weights of low precision without a master are rounded stochastically."""
+        if not self.parameters.low_precision():
+            return {}
+        return {"rounding_seed": self.parameters.updates, "offset": where.start}
+
+    def state(self) -> dict[str, Tensor]:
+        """Flat buffers that hold the optimizer's memory, by name."""
+        return {}

@@ -1,0 +1,36 @@
+"""Learning-rate schedules."""
+
+from __future__ import annotations
+
+import math
+
+
+def scheduled_learning_rate(
+    step: int,
+    total_steps: int,
+    peak: float,
+    *,
+    minimum: float = 0.0,
+    warmup_steps: int = 0,
+    decay: str = "cosine",
+    decay_fraction: float = 0.2,
+) -> float:
+    """The learning rate of step 0 .. total_steps - 1.
+
+    It rises linearly to `peak` over warmup_steps, then
+      constant  stays there
+      linear    falls in a straight line to `minimum` at the last step
+      cosine    falls along half a cosine (Loshchilov & Hutter 2017)
+      wsd       stays, and falls in a straight line over the last `decay_fraction` of all steps
+                (warm-up, stable, decay: Hu et al. 2024)
+    """
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+    start = warmup_steps
+    if decay == "wsd":
+        start = max(start, total_steps - round(decay_fraction * total_steps))
+    if decay == "constant" or step < start:
+        return peak
+    progress = min(1.0, (step - start) / max(1, total_steps - 1 - start))
+    share = 0.5 * (1 + math.cos(math.pi * progress)) if decay == "cosine" else 1 - progress
+    return minimum + (peak - minimum) * share
