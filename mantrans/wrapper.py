@@ -9,7 +9,6 @@ tokens = model.generate(input_ids, max_length=100)
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mantrans.checkpoint import state_file
-from mantrans.config import Config, ModelConfig
+from mantrans.config import ModelConfig
 from mantrans.errors import CheckpointError, ConfigError
 from mantrans.inference import generation
 from mantrans.interop import huggingface
@@ -83,7 +82,7 @@ class CustomTransformerWrapper:
             "initializer_range": initializer_range,
             "dtype": str(self.dtype).removeprefix("torch."),
         }
-        self.config = _checked_model_config(shape)
+        self.config = ModelConfig.complete(shape, "CustomTransformer")
         if optimizer not in OPTIMIZERS:
             raise ConfigError(f"optimizer: found {optimizer!r}; accepted: {', '.join(OPTIMIZERS)}")
         try:
@@ -216,7 +215,7 @@ class CustomTransformerWrapper:
         p = self.model.parameters
         optimizer = {name: dict(p.named(flat)) for name, flat in self.optimizer.state().items()}
         return {
-            "model_config": asdict(self.config),
+            "model_config": self.config.model_dump(),
             "parameters": dict(p.named(p.best_weights())),
             "optimizer": self.optimizer_name,
             "optimizer_state": optimizer,
@@ -271,7 +270,7 @@ class CustomTransformerWrapper:
     def from_state_dict(cls, state: dict[str, Any], **keywords: Any) -> CustomTransformerWrapper:
         """The model that a `state_dict` describes; CheckpointError if its weights are another's."""
         options = dict(state["model_config"])
-        described = parameter_specs(_checked_model_config(options))
+        described = parameter_specs(ModelConfig.complete(options, "CustomTransformer"))
         check_same_parameters(state["parameters"], {spec.name: spec for spec in described})
         options["dtype"] = DTYPES[options["dtype"]]
         wrapper = cls(**{**options, "optimizer": state["optimizer"], **keywords})
@@ -313,7 +312,7 @@ class CustomTransformerWrapper:
         p = self.model.parameters
         buffers = [p.weights, p.gradients, p.master, *self.optimizer.state().values()]
         return {
-            **asdict(self.config),
+            **self.config.model_dump(),
             "d_ffn": self.config.feed_forward_width,
             "parameters": self.count_parameters(),
             "device": str(self.device),
@@ -424,18 +423,6 @@ def resolve_dtype(dtype: torch.dtype | str, device: torch.device) -> torch.dtype
     else:
         native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return torch.bfloat16 if native else torch.float32
-
-
-def _checked_model_config(shape: dict[str, Any]) -> ModelConfig:
-    """The config's own checks, with the argument's name in the message."""
-    training = {"max_steps": 1}
-    try:
-        model = Config.from_dict({"model": shape, "training": training}, "CustomTransformer").model
-    except ConfigError as wrong:
-        raise ConfigError(str(wrong).replace("model.", "")) from None
-    if model.vocab_size is None:  # a run asks its tokenizer; here is none to ask
-        raise ConfigError("vocab_size: found None; accepted: an integer of at least 1")
-    return model
 
 
 def _check_sampling(

@@ -14,7 +14,7 @@ import signal
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -554,9 +554,9 @@ def require_memory(config: Config, vocab_size: int) -> int:
     Otherwise the system would grant the memory and kill the process when it is used.
     """
     device = resolve_device(config.training.device)
-    model = replace(config.model, vocab_size=vocab_size)
+    model = config.model.model_copy(update={"vocab_size": vocab_size})
     dtype = resolve_dtype(model.dtype, device)
-    needed = memory.predict(replace(config, model=model), dtype, device).total
+    needed = memory.predict(config.model_copy(update={"model": model}), dtype, device).total
     if device.type == "cuda":
         present = torch.cuda.get_device_properties(device).total_memory
     else:
