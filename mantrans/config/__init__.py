@@ -123,7 +123,9 @@ class ModelConfig(Section):
     tie_embeddings: bool = setting(True, "output projection shares the token embedding's weights")
     bias: bool = setting(True, "linear layers and layer norms have biases")
     layer_norm_epsilon: Share = setting(1e-5, "added to the variance before its root")
-    initializer_range: Share = setting(0.02, "standard deviation of the matrices; GPT-2's is 0.02")
+    initializer_range: Share = setting(
+        0.02, "standard deviation of initial matrices; GPT-2's: 0.02"
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = setting(
         "auto",
         "weights and activations; auto: bfloat16 where the processor multiplies it, else float32",
@@ -146,7 +148,7 @@ class ModelConfig(Section):
     @model_validator(mode="after")
     def _agree(self) -> Self:
         if self.d_model % self.n_heads:
-            raise clash("d_model", f"a multiple of {{}} ({self.n_heads})", self.d_model, "n_heads")
+            raise clash(self, "d_model", "a multiple of {} ({})", "n_heads")
         return self
 
 
@@ -186,9 +188,9 @@ class DataConfig(Section):
     @model_validator(mode="after")
     def _agree(self) -> Self:
         if self.dataset == "local" and self.path is None:
-            raise clash("path", "a file or folder, since {} is local", None, "dataset")
+            raise clash(self, "path", "a file or folder, since {} is {}", "dataset")
         if self.dataset != "local" and self.path is not None:
-            raise clash("dataset", "local, since {} is given", self.dataset, "path")
+            raise clash(self, "dataset", "local, since {} is given", "path")
         return self
 
 
@@ -273,23 +275,19 @@ class TrainingConfig(Section):
     @model_validator(mode="after")
     def _agree(self) -> Self:
         if self.max_steps is not None and self.num_epochs is not None:
-            raise clash("num_epochs", "null, since {} is given", self.num_epochs, "max_steps")
+            raise clash(self, "num_epochs", "null, since {} is given", "max_steps")
         if self.warmup_steps is not None and self.warmup_ratio is not None:
-            raise clash(
-                "warmup_ratio", "null, since {} is given", self.warmup_ratio, "warmup_steps"
-            )
+            raise clash(self, "warmup_ratio", "null, since {} is given", "warmup_steps")
         if self.min_learning_rate > self.learning_rate:
-            accepted = f"at most {{}} ({self.learning_rate:g})"
-            raise clash("min_learning_rate", accepted, self.min_learning_rate, "learning_rate")
+            raise clash(self, "min_learning_rate", "at most {} ({})", "learning_rate")
         rising = self.warmup_ratio or 0.0
         if self.max_steps is not None:
             rising = self.warmup(self.max_steps) / self.max_steps
         if rising > 1.0:
-            accepted = f"at most {{}} ({self.max_steps})"
-            raise clash("warmup_steps", accepted, self.warmup_steps, "max_steps")
+            raise clash(self, "warmup_steps", "at most {} ({})", "max_steps")
         if self.lr_decay == "wsd" and rising + self.decay_fraction > 1.0:
-            accepted = f"at most {1.0 - rising:g}, what warm-up leaves of the run"
-            raise clash("decay_fraction", accepted, self.decay_fraction)
+            left = f"at most {1.0 - rising:g}, what warm-up leaves of the run"
+            raise clash(self, "decay_fraction", left)
         return self
 
 
@@ -351,12 +349,12 @@ class Config(Section):
         Raises:
             ConfigError: a section or field is unknown, or a value is not accepted.
         """
-        if isinstance(values, dict):  # a section without fields is one of defaults
-            copies = {name: {} if given is None else given for name, given in values.items()}
-            values = {k: dict(v) if isinstance(v, dict) else v for k, v in copies.items()}
         sources: dict[str, str] = {}
-        for override in overrides:
-            _apply(override, values, sources)
+        if isinstance(values, dict):
+            plain = (dict, type(None))  # null: a section of defaults
+            values = {k: dict(v or {}) if isinstance(v, plain) else v for k, v in values.items()}
+            for override in overrides:
+                _apply(override, values, sources)
         return cls.checked(values, source, sources=sources)
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
@@ -370,21 +368,21 @@ class Config(Section):
     @model_validator(mode="after")
     def _agree(self) -> Self:
         if self.sequence_length > self.model.max_seq_len:
-            accepted = f"at most {{}} ({self.model.max_seq_len})"
-            raise clash("data.max_length", accepted, self.data.max_length, "model.max_seq_len")
+            raise clash(self, "data.max_length", "at most {} ({})", "model.max_seq_len")
         if self.model.dtype in ("float32", "float64") and self.training.stochastic_rounding:
-            accepted = f"false, since {{}} is {self.model.dtype}"
-            raise clash("training.stochastic_rounding", accepted, True, "model.dtype")
+            raise clash(
+                self, "training.stochastic_rounding", "false, since {} is {}", "model.dtype"
+            )
         if self.training.max_steps is None and self.training.num_epochs is None:
-            accepted = "a number of steps, since {} is null"
-            raise clash("training.max_steps", accepted, None, "training.num_epochs")
+            epochs = "training.num_epochs"
+            raise clash(self, "training.max_steps", "a number of steps, since {} is null", epochs)
         return self
 
 
 SECTIONS: dict[str, Any] = {name: field.annotation for name, field in Config.model_fields.items()}
 
 
-def _apply(override: str, values: Any, sources: dict[str, str]) -> None:
+def _apply(override: str, values: dict[Any, Any], sources: dict[str, str]) -> None:
     """Set one `section.field=value` in `values`, and note in `sources` that it did.
 
     Whether there is such a section or field is left to the check of the whole.
@@ -399,13 +397,10 @@ def _apply(override: str, values: Any, sources: dict[str, str]) -> None:
     # A shell has taken the quotes away: 2024 or true meant as a name can only be meant as text.
     if field and str in _kinds(field) and isinstance(value, bool | int | float):
         value = text.strip()
-    if not isinstance(values, dict):
-        return
     if section not in values:
         values[section], sources[section] = {}, source
-    if not isinstance(values[section], dict):
-        return
-    other = _ALTERNATIVES.get(name)
-    if other and value is not None and f"{section}.{other}" not in sources:
-        values[section].pop(other, None)
-    values[section][name], sources[f"{section}.{name}"] = value, source
+    if isinstance(values[section], dict):
+        other = _ALTERNATIVES.get(name)
+        if value is not None and f"{section}.{other}" not in sources:
+            values[section].pop(other, None)
+        values[section][name], sources[f"{section}.{name}"] = value, source

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
+from operator import attrgetter
 from types import MappingProxyType
 from typing import Any
 
@@ -19,6 +20,7 @@ from mantrans.errors import ConfigError, show, single_line
 Names = Mapping[str, str]
 NO_NAMES: Names = MappingProxyType({})
 
+_UNKNOWN = ("extra_forbidden", "invalid_key")
 _WORDS = {
     "integer": "an integer",
     "number": "a finite number",
@@ -47,9 +49,13 @@ def accepted(schema: Mapping[str, Any]) -> str:
     return " ".join([_WORDS[schema["type"]], " and ".join(bounds)]).strip()
 
 
-def clash(field: str, expected: str, got: Any, other: str = "") -> PydanticCustomError:
-    """The error of a field that does not fit `other`, whose name replaces {} in `expected`."""
-    context = {"field": field, "expected": expected, "got": got, "other": other}
+def clash(holder: BaseModel, field: str, expected: str, other: str = "") -> PydanticCustomError:
+    """The error of a field that does not fit another of `holder`.
+
+    expected: what would fit; {} and {} in it are replaced by the other's name and value.
+    """
+    got, value = (attrgetter(name)(holder) if name else None for name in (field, other))
+    context = {"field": field, "expected": expected, "got": got, "other": other, "value": value}
     return PydanticCustomError("clash", "fields that do not fit", context)
 
 
@@ -65,16 +71,18 @@ def refusal(
         return ".".join(names.get(part, part) for part in parts if part)
 
     errors: list[Any] = wrong.errors(include_url=False)
-    error = next((e for e in errors if _is_unknown(kind, e)), errors[0])
-    holder, section, rest = _located(kind, error["loc"])
-    if _is_unknown(kind, error):
-        name = rest[0] if error["type"] == "extra_forbidden" else error["input"]
+    error = min(errors, key=lambda e: e["type"] not in _UNKNOWN)
+    place = error["loc"]
+    section = place[0] if place and place[0] in _sections(kind) else ""
+    holder, rest = _sections(kind).get(section, kind), place[1:] if section else place
+    if error["type"] in _UNKNOWN:
+        name = error["input"] if error["type"] == "invalid_key" else rest[0]
         where = sources.get(path(section, str(name)), source)
         expected, got = _known(kind, holder, section, name)
     elif error["type"] == "clash":
         found = error["ctx"]
         where = f"{source}: {path(section, found['field'])}"
-        expected = found["expected"].format(path(section, found["other"]))
+        expected = found["expected"].format(path(section, found["other"]), found["value"])
         got = show(found["got"])
     elif rest:
         name = path(section, rest[0])
@@ -93,19 +101,6 @@ def _sections(kind: type[BaseModel]) -> dict[str, Any]:
     """The fields of `kind` that are models themselves."""
     annotations = {name: field.annotation for name, field in kind.model_fields.items()}
     return {name: hint for name, hint in annotations.items() if hasattr(hint, "model_fields")}
-
-
-def _located(kind: type[BaseModel], place: tuple) -> tuple[type[BaseModel], str, tuple]:
-    """The model that an error's `place` lies in, its section ("" for none), the rest of `place`."""
-    holder = _sections(kind).get(place[0]) if place else None
-    return (holder, place[0], place[1:]) if holder else (kind, "", place)
-
-
-def _is_unknown(kind: type[BaseModel], error: Mapping[str, Any]) -> bool:
-    """Say whether the error is about a name: of no field, or no text at all."""
-    holder, _, rest = _located(kind, error["loc"])
-    is_whole = error["type"] in ("clash", "model_type")
-    return not is_whole and (not rest or rest[0] not in holder.model_fields)
 
 
 def _known(kind: type[BaseModel], holder: type[BaseModel], section: str, name: Any) -> Any:
