@@ -91,32 +91,24 @@ def read(path: str | Path) -> Any:
     """Return the plain Python value in the YAML file at `path`.
 
     Raises:
-        ConfigError: the file is missing, not a regular file, unreadable, larger than `MAX_BYTES`,
-            empty, not UTF-8, or not in the accepted part of YAML.
+        ConfigError: there is no readable, short file of UTF-8, or it is not the accepted YAML.
     """
     source = single_line(str(path))
     try:
-        text = _content(path)
+        if not stat.S_ISREG(Path(path).stat().st_mode):  # asked first: to open a pipe is to wait
+            raise ValueError("not a regular file")
+        with open(path, "rb") as file:
+            raw = file.read(MAX_BYTES + 1)
+        if not raw.strip() or len(raw) > MAX_BYTES:
+            raise ValueError("too large" if raw.strip() else "the file is empty")
+        text = raw.decode("utf-8-sig")
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
+        reason = single_line(getattr(error, "strerror", None) or str(error))
+        limit = f"at most {MAX_BYTES // 1024} KiB"
         raise ConfigError(
-            f"{source}: cannot be read ({single_line(reason)}); expected a YAML file in UTF-8 of "
-            f"at most {MAX_BYTES // 1024} KiB"
+            f"{source}: cannot be read ({reason}); expected a YAML file in UTF-8 of {limit}"
         ) from None
     return parse(text, source)
-
-
-def _content(path: str | Path) -> str:
-    """The text of a file. OSError or ValueError for anything that is no short text file."""
-    if not stat.S_ISREG(Path(path).stat().st_mode):  # asked first: to open a pipe is to wait
-        raise ValueError("not a regular file")
-    with open(path, "rb") as file:
-        raw = file.read(MAX_BYTES + 1)
-    if len(raw) > MAX_BYTES:
-        raise ValueError("too large")
-    if not raw.strip():
-        raise ValueError("the file is empty")
-    return raw.decode("utf-8-sig")
 
 
 def dump(value: Any) -> str:
