@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -104,14 +103,7 @@ def choose_config(arguments: argparse.Namespace, state: dict[str, Any]) -> Confi
             )
     if arguments.config:
         return Config.load(arguments.config, arguments.overrides)
-    saved = Config.from_dict(state["config"], str(arguments.checkpoint))
-    with tempfile.TemporaryDirectory() as folder:  # overrides apply to a file
-        file = Path(folder) / "checkpoint.yaml"
-        saved.save(file)
-        try:
-            return Config.load(file, arguments.overrides)
-        except ConfigError as error:
-            raise ConfigError(str(error).replace(str(file), str(arguments.checkpoint))) from None
+    return Config.from_dict(state["config"], str(arguments.checkpoint), arguments.overrides)
 
 
 def write_json(path: Path, report: dict[str, Any]) -> None:

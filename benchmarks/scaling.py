@@ -60,9 +60,8 @@ def model_config(shape: Shape) -> ModelConfig:
 def expected(shape: Shape, dtype: str, device_type: str) -> tuple[float, float]:
     """(operations, bytes at the peak) of our step, by the mathematics."""
     model = model_config(shape)
-    config = Config()
-    config.model = model
-    config.training.batch_size, config.data.max_length = shape["B"], shape["T"]
+    training = {"max_steps": 1, "batch_size": shape["B"]}
+    config = Config.from_dict({"model": model.model_dump(), "training": training})
     work = flops.flops_per_token(model, shape["T"]) * shape["B"] * shape["T"]
     peak = memory.predict(config, getattr(torch, dtype), device_type).total
     return work, float(peak)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class MantransError(Exception):
     """What was found, where, and what is accepted instead. `train.py` and `evaluate.py` exit 2."""
@@ -17,3 +19,25 @@ class DataError(MantransError):
 
 class CheckpointError(MantransError):
     """A checkpoint is missing, damaged, or was made for something else."""
+
+
+def single_line(text: str) -> str:
+    """Return `text` fit for one line of a terminal: unprintable characters escaped, length cut."""
+    shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    return shown if len(shown) <= 200 else shown[:197] + "..."
+
+
+def show(value: Any) -> str:
+    """Return a value and its kind for an error message: one short line, whatever the value."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, int):
+        # Python refuses to print integers of thousands of digits.
+        return str(value) if value.bit_length() <= 128 else f"a {value.bit_length()}-bit integer"
+    if isinstance(value, str):
+        shown = single_line(value)
+        return f"{shown if len(shown) <= 60 else shown[:57] + '...'} (text)" if shown else "''"
+    if isinstance(value, float):
+        return f"{value!r} (number)"
+    words: dict[Any, str] = {list: "a list", dict: "a mapping"}
+    return words.get(type(value), f"a {type(value).__name__}")

@@ -9,7 +9,6 @@ tokens = model.generate(input_ids, max_length=100)
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mantrans.checkpoint import state_file
-from mantrans.config import Config, ModelConfig
+from mantrans.config import ModelConfig
 from mantrans.errors import CheckpointError, ConfigError
 from mantrans.inference import generation
 from mantrans.interop import huggingface
@@ -72,23 +71,21 @@ class CustomTransformerWrapper:
         inference: bool = False,
     ) -> None:
         resolved = resolve_device(device)
-        config = _checked_model_config(
-            {
-                "vocab_size": vocab_size,
-                "d_model": d_model,
-                "n_blocks": n_blocks,
-                "n_heads": n_heads,
-                "d_ffn": d_ffn,
-                "max_seq_len": max_seq_len,
-                "tie_embeddings": tie_embeddings,
-                "bias": bias,
-                "layer_norm_epsilon": layer_norm_epsilon,
-                "initializer_range": initializer_range,
-                "dtype": _name(resolve_dtype(dtype, resolved)),
-            }
-        )
+        shape = {
+            "vocab_size": vocab_size,
+            "d_model": d_model,
+            "n_blocks": n_blocks,
+            "n_heads": n_heads,
+            "d_ffn": d_ffn,
+            "max_seq_len": max_seq_len,
+            "tie_embeddings": tie_embeddings,
+            "bias": bias,
+            "layer_norm_epsilon": layer_norm_epsilon,
+            "initializer_range": initializer_range,
+            "dtype": _name(resolve_dtype(dtype, resolved)),
+        }
         self._build(
-            config,
+            ModelConfig.complete(shape, "CustomTransformer"),
             device=resolved,
             backend=backend,
             optimizer=optimizer,
@@ -125,7 +122,7 @@ class CustomTransformerWrapper:
     ) -> None:
         self.device = resolve_device(device)
         self.dtype = resolve_dtype(config.dtype, self.device)
-        self.config = replace(config, dtype=_name(self.dtype))
+        self.config = config.model_copy(update={"dtype": _name(self.dtype)})
         if optimizer not in OPTIMIZERS:
             raise ConfigError(f"optimizer: found {optimizer!r}; accepted: {', '.join(OPTIMIZERS)}")
         try:
@@ -275,7 +272,7 @@ class CustomTransformerWrapper:
         moments = self.optimizer.state() if self.optimizer else {}
         optimizer = {name: dict(p.named(flat)) for name, flat in moments.items()}
         return {
-            "model_config": asdict(self.config),
+            "model_config": self.config.model_dump(),
             "parameters": dict(p.named(p.best_weights())),
             "optimizer": self.optimizer_name,
             "optimizer_state": optimizer,
@@ -330,13 +327,13 @@ class CustomTransformerWrapper:
     @classmethod
     def from_state_dict(cls, state: dict[str, Any], **keywords: Any) -> CustomTransformerWrapper:
         """The model that a `state_dict` describes; CheckpointError if its weights are another's."""
-        config = _checked_model_config(dict(state["model_config"]))
+        config = ModelConfig.complete(dict(state["model_config"]), "CustomTransformer")
         described = {p.name: p for p in build(config).parameters()}
         check_same_parameters(state["parameters"], described)
         if "dtype" in keywords:
             device = resolve_device(keywords.get("device", "auto"))
-            wanted = resolve_dtype(keywords.pop("dtype"), device)
-            config = replace(config, dtype=_name(wanted))
+            dtype = _name(resolve_dtype(keywords.pop("dtype"), device))
+            config = config.model_copy(update={"dtype": dtype})
         wrapper = cls.from_config(config, **{"optimizer": state["optimizer"], **keywords})
         wrapper.load_state_dict(state)
         return wrapper
@@ -378,7 +375,7 @@ class CustomTransformerWrapper:
         if self.optimizer is not None:
             buffers += [p.gradients, *self.optimizer.state().values()]
         return {
-            **asdict(self.config),
+            **self.config.model_dump(),
             "d_ffn": self.config.feed_forward_width,
             "parameters": self.count_parameters(),
             "device": str(self.device),
@@ -493,18 +490,6 @@ def resolve_dtype(dtype: torch.dtype | str, device: torch.device) -> torch.dtype
     else:
         native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return torch.bfloat16 if native else torch.float32
-
-
-def _checked_model_config(shape: dict[str, Any]) -> ModelConfig:
-    """The config's own checks, with the argument's name in the message."""
-    training = {"max_steps": 1}
-    try:
-        model = Config.from_dict({"model": shape, "training": training}, "CustomTransformer").model
-    except ConfigError as wrong:
-        raise ConfigError(str(wrong).replace("model.", "")) from None
-    if model.vocab_size is None:  # a run asks its tokenizer; here is none to ask
-        raise ConfigError("vocab_size: found None; accepted: an integer of at least 1")
-    return model
 
 
 def _check_sampling(

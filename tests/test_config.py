@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import os
+import subprocess
+import sys
 import time
 import tracemalloc
 from pathlib import Path
@@ -13,13 +14,17 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from mantrans import strict_yaml
-from mantrans.config import SECTIONS, Config, TrainingConfig
+from mantrans.config import DATASETS, SECTIONS, Config, ModelConfig, TrainingConfig
+from mantrans.config.__main__ import reference, schema
+from mantrans.data import registry
 from mantrans.errors import ConfigError
 
-CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
-FIELDS = [(name, f.name) for name, kind in SECTIONS.items() for f in dataclasses.fields(kind)]
+ROOT = Path(__file__).parents[1]
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+FIELDS = [(name, field) for name, kind in SECTIONS.items() for field in kind.model_fields]
 VALID: dict[str, dict[str, Any]] = {
     "model": {"d_model": 64, "n_heads": 4, "max_seq_len": 128},
     "data": {"dataset": "builtin-stories", "max_length": 64},
@@ -78,22 +83,26 @@ def test_unknown_names_are_answered_with_the_nearest() -> None:
     assert "did you mean model?" in refusal({"modle": {}})
     assert "did you mean model.d_model?" in refusal({"d_model": 64})
     assert "did you mean 'cosine'?" in refusal(VALID, training__lr_decay="cosin")
-    assert "accepted: model, data, training, evaluation" in refusal({"zzz": 1})
+    assert "expected a section (model, data, training, evaluation)" in refusal({"zzz": 1})
 
 
 @pytest.mark.parametrize(
     ("field", "value", "accepted"),
     [
-        ("training__seed", True, "found true; accepted: an integer"),
+        (
+            "training__seed",
+            True,
+            "expected an integer at least 0 and at most 9223372036854775807, got true",
+        ),
         ("model__d_model", 64.0, "an integer at least 1"),
         ("model__d_model", "64", "an integer at least 1"),
         ("model__d_model", 0, "at least 1"),
-        ("model__d_model", None, "found null"),
+        ("model__d_model", None, "got null"),
         ("model__bias", 1, "true or false"),
-        ("training__learning_rate", float("nan"), "found nan"),
-        ("training__learning_rate", float("inf"), "found inf"),
+        ("training__learning_rate", float("nan"), "got nan"),
+        ("training__learning_rate", float("inf"), "got inf"),
         ("training__learning_rate", 10**400, "a finite number above 0"),
-        ("training__learning_rate", "fast", "found fast (text)"),
+        ("training__learning_rate", "fast", "got fast (text)"),
         ("training__beta2", 1.0, "below 1"),
         ("training__experiment_name", "../../etc", "a letter or digit, then"),
         ("training__experiment_name", "a/b", "a letter or digit, then"),
@@ -104,15 +113,19 @@ def test_unknown_names_are_answered_with_the_nearest() -> None:
         ("data__cache_dir", "a\0b", "one line of text"),
         ("training__device", "tpu", "auto, cpu, cuda or cuda:N"),
         ("evaluation__generation_prompts", "Once", "a list of texts"),
-        ("evaluation__generation_prompts", ["Once", 3], "a list of texts"),
+        (
+            "evaluation__generation_prompts",
+            ["Once", 3],
+            "a list of texts, none empty, got 3 as item 2",
+        ),
         ("evaluation__generation_prompts", ["\ud800"], "a list of texts"),
         ("model__n_heads", 5, "a multiple of model.n_heads (5)"),
         ("data__max_length", 129, "at most model.max_seq_len (128)"),
         ("data__dataset", "local", "a file or folder, since data.dataset is local"),
         ("data__path", "text.txt", "local, since data.path is given"),
-        ("training__num_epochs", 3, "found both; accepted: exactly one"),
-        ("training__max_steps", None, "found neither; accepted: exactly one"),
-        ("training__warmup_ratio", 0.1, "found both; accepted: at most one"),
+        ("training__num_epochs", 3, "expected null, since training.max_steps is given, got 3"),
+        ("training__max_steps", None, "steps, since training.num_epochs is null, got null"),
+        ("training__warmup_ratio", 0.1, "expected null, since training.warmup_steps is given"),
         ("training__warmup_steps", 11, "at most training.max_steps (10)"),
         ("training__min_learning_rate", 1.0, "at most training.learning_rate"),
     ],
@@ -123,6 +136,43 @@ def test_a_wrong_value_is_named_with_what_is_accepted(
     message = refusal(VALID, **{field: value})
     assert message.startswith("c.yaml: ") and accepted in message
     assert field.split("__")[1] in message or "n_heads" in message
+
+
+def test_a_network_alone_is_checked_under_the_names_of_its_source() -> None:
+    shape = {"d_model": 25, "n_heads": 3, "vocab_size": 9}
+    with pytest.raises(
+        ConfigError, match=r"^x: width: expected a multiple of heads \(3\), got 25$"
+    ):
+        ModelConfig.complete(shape, "x", {"d_model": "width", "n_heads": "heads"})
+    with pytest.raises(ConfigError, match=r"^x: size: expected an integer at least 1, got null$"):
+        ModelConfig.complete({}, "x", {"vocab_size": "size"})
+    with pytest.raises(ConfigError, match=r"^x: expected a field, got n_hed; did you mean n_heads"):
+        ModelConfig.complete({"n_hed": 3}, "x")
+
+
+def test_a_checked_configuration_stays_one_when_a_field_is_assigned() -> None:
+    config = Config.from_dict(VALID)
+    config.model.vocab_size = 300
+    for field, value in (("vocab_size", "300"), ("n_heads", 5), ("n_head", 4)):
+        with pytest.raises(ValidationError):
+            setattr(config.model, field, value)
+
+
+def test_every_dataset_has_a_source() -> None:
+    assert set(DATASETS) == {"builtin-stories", "local", *registry.HUB_SETS}
+
+
+def test_what_is_generated_from_the_fields_is_up_to_date() -> None:
+    """By `python -m mantrans.config --schema > configs/schema.json`, and so the page."""
+    assert (ROOT / "configs/schema.json").read_text() == schema()
+    assert (ROOT / "docs/configuration.md").read_text() == reference()
+    for _, field in FIELDS:
+        assert f'\n        "{field}": {{' in schema() and f"\n| `{field}` | " in reference()
+
+
+def test_the_fields_are_known_without_torch() -> None:
+    code = "import sys, mantrans.config; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
 def test_contradictions_across_sections_are_found() -> None:
@@ -146,9 +196,9 @@ def test_overrides_replace_fields_and_their_alternatives(tmp_path: Path) -> None
     path = tmp_path / "c.yaml"
     path.write_text("training:\n  max_steps: 10\n  warmup_steps: 2\ndata:\n")
     sets = ["training.num_epochs=2", "training.warmup_ratio=0.5", "training.experiment_name=2024"]
-    config = Config.load(
-        path, [*sets, "evaluation.generation_prompts=[a, b c]", "data.max_length="]
-    )
+    sets += ["evaluation.generation_prompts=[a, b c]", "data.max_length="]
+    config = Config.load(path, sets)
+    assert Config.from_dict(Config.load(path).to_dict(), "a checkpoint", sets) == config
     assert (config.training.max_steps, config.training.num_epochs) == (None, 2)
     assert (config.training.warmup_steps, config.training.warmup_ratio) == (None, 0.5)
     assert config.training.experiment_name == "2024"
@@ -160,10 +210,10 @@ def test_overrides_replace_fields_and_their_alternatives(tmp_path: Path) -> None
     ("override", "expected"),
     [
         ("training.learning_rat=1", "did you mean training.learning_rate?"),
-        ("nothing", "accepted: section.field=value"),
-        ("model=3", "accepted: section.field=value"),
-        ("model.d_model=wide", "--set model.d_model=wide: found wide (text)"),
-        ("model.d_model=[1", "accepted: plain YAML"),
+        ("nothing", "expected section.field=value"),
+        ("model=3", "expected section.field=value"),
+        ("model.d_model=wide", "--set model.d_model=wide: expected an integer at least 1"),
+        ("model.d_model=[1", "expected plain YAML"),
         ("model.d_model=&a 3", "anchors and aliases"),
         ("model.d_model=!!python/object/apply:os.system [ls]", "tags"),
         ("trainig.seed=3", "did you mean training?"),
@@ -182,10 +232,10 @@ def test_a_wrong_override_is_quoted(tmp_path: Path, override: str, expected: str
     [
         (b"", "empty"),
         (b" \n\n", "empty"),
-        (b"# only a comment\n", "found null at the top"),
-        (b"\xff\xfe\x00", "byte 0 (0xff) is not UTF-8"),
-        (b"- a\n- b\n", "found a list at the top"),
-        (b"model: 3\n", "model: found 3"),
+        (b"# only a comment\n", "expected the sections model, data, training, evaluation"),
+        (b"\xff\xfe\x00", "byte 0xff in position 0"),
+        (b"- a\n- b\n", "evaluation, got a list"),
+        (b"model: 3\n", "model: expected a mapping of its fields, got 3"),
         (b"model: {d_model: 8, d_model: 9}", "'d_model' is given twice"),
         (b"model: &a {d_model: 8}\ndata: *a", "anchors and aliases"),
         (b"model: !!python/object:os.x {}", "tags"),
@@ -193,12 +243,12 @@ def test_a_wrong_override_is_quoted(tmp_path: Path, override: str, expected: str
         (b"model: {[a]: 8}", "a key must be plain text"),
         (b"model: {? {a: b} : 8}", "a key must be plain text"),
         (b"model: {d_model: 8", "line 1"),
-        (b"a: \x07", "accepted: plain YAML"),
-        (b"[" * 100_000, "nested more than"),
-        (b"[" + b"a," * 20_000 + b"]", "more than 10000 values"),
-        (b"x" * (strict_yaml.MAX_BYTES + 1), "larger than"),
-        (b"model: {d_model: " + b"9" * 100_000 + b"}", "accepted: an integer"),
-        (b"--- {}\n--- {}", "accepted: plain YAML"),
+        (b"a: \x07", "expected plain YAML"),
+        (b"[" * 60_000, "nested too deep"),
+        (b"[" + b"a," * 20_000 + b"]", "evaluation, got a list"),
+        (b"x" * (strict_yaml.MAX_BYTES + 1), "too large"),
+        (b"model: {d_model: " + b"9" * 60_000 + b"}", "expected an integer"),
+        (b"--- {}\n--- {}", "expected plain YAML"),
     ],
 )
 def test_a_broken_file_is_refused_in_one_line(
@@ -218,7 +268,7 @@ def test_what_is_not_a_readable_file_is_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "loop").symlink_to("loop")
     for path in (tmp_path, tmp_path / "pipe", tmp_path / "none.yaml", tmp_path / "loop"):
-        with pytest.raises(ConfigError, match=r"accepted|cannot be read"):
+        with pytest.raises(ConfigError, match=r"cannot be read \(.*\); expected a YAML file"):
             Config.load(path)
     for name in ("a\0b", "x" * 5000):
         with pytest.raises(ConfigError, match="cannot be read"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import gc
 import re
 from pathlib import Path
@@ -29,7 +28,7 @@ SMALL = ModelConfig(
 
 def configured(model: ModelConfig, **training: Any) -> Config:
     training = {"max_steps": 1, "batch_size": 5, **training}
-    return Config.from_dict({"model": dataclasses.asdict(model), "training": training})
+    return Config.from_dict({"model": model.model_dump(), "training": training})
 
 
 # ------------------------------------------------------------------------------------------ FLOPs
@@ -123,7 +122,7 @@ def test_groups_sum_to_gpt2s_124_million() -> None:
     groups = memory.parameter_groups(GPT2)
     assert sum(groups.values()) == 124_439_808
     assert groups["token embedding"] == 50257 * 768 and groups["attention"] == 28_348_416
-    untied = memory.parameter_groups(dataclasses.replace(GPT2, tie_embeddings=False))
+    untied = memory.parameter_groups(GPT2.model_copy(update={"tie_embeddings": False}))
     assert untied["output"] == 50257 * 768
 
 
@@ -134,7 +133,7 @@ def test_the_buffers_and_kept_activations_are_those_of_the_model(
     bias: bool, recompute: str, dtype: torch.dtype
 ) -> None:
     """Every tensor the model holds after a forward, each storage counted once."""
-    shape = dataclasses.replace(SMALL, bias=bias, vocab_size=130)
+    shape = SMALL.model_copy(update={"bias": bias, "vocab_size": 130})
     config = configured(shape, recompute=recompute)
     model = CustomTransformer(
         shape, native, dtype=dtype, device=torch.device("cpu"), recompute=recompute
@@ -280,13 +279,13 @@ def test_the_predicted_peak_is_that_of_the_tensors_alive(
 def test_the_prediction_holds_on_a_gpu_to_a_tenth(recompute: str) -> None:
     from mantrans.wrapper import CustomTransformerWrapper
 
-    shape = dataclasses.replace(GPT2, n_blocks=4)
+    shape = GPT2.model_copy(update={"n_blocks": 4})
     config = configured(shape, recompute=recompute, batch_size=8)
     gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    options = {k: v for k, v in dataclasses.asdict(shape).items() if k != "dtype"}
+    options = shape.model_dump(exclude={"dtype"})
     model = CustomTransformerWrapper(
         **options, dtype=torch.bfloat16, device="cuda", optimizer="adamw", recompute=recompute
     )

@@ -14,6 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from mantrans.config import DATASETS
 from mantrans.data import hub, stories, text
 from mantrans.data.text import Piece, ReadReport
 from mantrans.errors import DataError
@@ -36,7 +37,6 @@ HUB_SETS = {
     "tiny-strange-textbooks": HubSet("nampdn-ai/tiny-strange-textbooks", ("text",)),
     "tiny-codes": HubSet("nampdn-ai/tiny-codes", ("prompt", "response")),
 }
-NAMES = ("builtin-stories", *HUB_SETS, "local")
 
 
 @dataclass(frozen=True)
@@ -85,11 +85,11 @@ def find_source(
         return _local(Path(path), text_field or "text", document_separator, refuse)
     if dataset in HUB_SETS:
         return _from_hub(dataset, text_field)
-    close = get_close_matches(dataset, NAMES, n=1)
+    close = get_close_matches(dataset, DATASETS, n=1)
     raise DataError(
         f"data.dataset {dataset!r} is unknown"
         + (f"; did you mean {close[0]!r}?" if close else "")
-        + f"; accepted: {', '.join(NAMES)}"
+        + f"; accepted: {', '.join(DATASETS)}"
     )
 
 

@@ -26,8 +26,9 @@ from typing import Any
 import numpy as np
 import tokenizers
 
+from mantrans.config import DATASETS
 from mantrans.data.dataset import held_out
-from mantrans.data.registry import NAMES, find_source
+from mantrans.data.registry import find_source
 from mantrans.data.text import Piece, ReadReport
 from mantrans.data.tokenizer import (
     END_OF_TEXT,
@@ -149,7 +150,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True)
     text = argparse.ArgumentParser(add_help=False)
     text.add_argument("--input", action="append", default=[], help=".txt, .jsonl, .parquet, folder")
-    text.add_argument("--dataset", action="append", default=[], choices=[*NAMES[:-1]])
+    text.add_argument("--dataset", action="append", default=[], choices=DATASETS[:-1])
     text.add_argument("--limit", type=_count, help="documents of each --dataset (default: all)")
     text.add_argument("--text-field", default=None, help="of .jsonl and .parquet (default: text)")
     text.add_argument("--separator", choices=("eot", "blank_line"), default="eot")

@@ -15,12 +15,10 @@ Source: GPT2LMHeadModel of transformers 5.24, and the safetensors format as its 
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import re
 import struct
-import typing
 from collections.abc import Iterable, Iterator
 from io import FileIO
 from pathlib import Path
@@ -32,11 +30,9 @@ from torch import Tensor
 from mantrans.checkpoint.atomic import replacing, write_all
 from mantrans.checkpoint.state_file import reason
 from mantrans.config import ModelConfig
-from mantrans.errors import CheckpointError, ConfigError
+from mantrans.errors import CheckpointError, ConfigError, show, single_line
 from mantrans.models.gpt2 import INNER_NAMES, OUTER_NAMES
-from mantrans.options import checked_value, show
 from mantrans.parameters import Parameter
-from mantrans.strict_yaml import single_line
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -117,30 +113,11 @@ def read_shape(directory: str | Path) -> dict[str, Any]:
             raise CheckpointError(
                 f"{where}: {field}: found {show(found[field])}; accepted: {accepted}"
             )
-    shape = _checked_fields(found, where)
-    if shape["d_model"] % shape["n_heads"]:
-        raise CheckpointError(
-            f"{where}: n_embd: found {shape['d_model']}; "
-            f"accepted: a multiple of n_head ({shape['n_heads']})"
-        )
-    return shape
-
-
-def _checked_fields(found: dict[str, Any], where: str) -> dict[str, Any]:
-    """The values of FIELDS under our names, each within the limits of `ModelConfig`."""
-    hints = typing.get_type_hints(ModelConfig)
-    fields = {field.name: field for field in dataclasses.fields(ModelConfig)}
-    shape = {}
-    for ours, theirs in FIELDS.items():
-        if theirs not in found:
-            continue
-        hint = int if theirs in REQUIRED else hints[ours]  # no null where it must be given
-        limits = fields[ours].metadata
-        try:
-            shape[ours] = checked_value(found[theirs], hint, limits, f"{where}: {theirs}")
-        except ConfigError as wrong:
-            raise CheckpointError(str(wrong)) from None
-    return shape
+    values = {ours: found[theirs] for ours, theirs in FIELDS.items() if theirs in found}
+    try:
+        return ModelConfig.complete(values, where, FIELDS).model_dump(include=set(values))
+    except ConfigError as wrong:
+        raise CheckpointError(str(wrong)) from None
 
 
 class Weights:

@@ -14,7 +14,7 @@ import signal
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any, Literal, NamedTuple
@@ -537,7 +537,7 @@ def build_wrapper(config: Config, vocab_size: int) -> CustomTransformerWrapper:
             "beta1": training.beta1, "beta2": training.beta2, "epsilon": training.epsilon
         }  # fmt: skip
     return CustomTransformerWrapper.from_config(
-        replace(model, vocab_size=vocab_size),
+        model.model_copy(update={"vocab_size": vocab_size}),
         device=training.device,
         backend=training.backend,
         optimizer=training.optimizer,
@@ -565,8 +565,8 @@ def require_memory(
     chunk_rows: rows of logits at a time, None for the backend's choice, "auto" to choose by memory.
     """
     device = resolve_device(config.training.device)
-    model = replace(config.model, vocab_size=vocab_size)
-    config = replace(config, model=model)
+    model = config.model.model_copy(update={"vocab_size": vocab_size})
+    config = config.model_copy(update={"model": model})
     dtype = resolve_dtype(model.dtype, device)
     if device.type == "cuda":
         present = int(torch.cuda.mem_get_info(device)[0] / (1 + HEADROOM))

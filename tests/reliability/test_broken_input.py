@@ -30,9 +30,7 @@ from tests.reliability.nursery import Nursery
 from tests.reliability.runs import GOLDEN, small
 
 GIB = 2**30
-FIELDS = [
-    (section, field) for section, kind in SECTIONS.items() for field in kind.__dataclass_fields__
-]
+FIELDS = [(section, field) for section, kind in SECTIONS.items() for field in kind.model_fields]
 # What is a setting somewhere, or nearly one, or nothing at all. No number between 64 and 2^60: a
 # run of that size may be valid, and these runs must end; `test_huge_values` asks about those.
 SCALARS = st.one_of(

@@ -1,0 +1,406 @@
+"""What a run is asked to do: the YAML sections model, data, training and evaluation.
+
+Each field states its meaning and its limits once. Checks, error messages, the editors' schema
+(configs/schema.json) and the reference page (docs/configuration.md) all follow from that.
+`Config.load` refuses what it does not understand in one line that names the file, the field, what
+was expected and what came.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from pydantic.fields import FieldInfo
+from typing_extensions import Self
+
+from mantrans import strict_yaml
+from mantrans.config.messages import NO_NAMES, Names, clash, refusal
+from mantrans.errors import ConfigError, single_line
+
+Dataset = Literal[
+    "builtin-stories",
+    "tinystories",
+    "tiny-textbooks",
+    "tiny-strange-textbooks",
+    "tiny-codes",
+    "local",
+]
+DATASETS: tuple[str, ...] = get_args(Dataset)
+# Of each pair one field says what the other would: giving one on the command line replaces the
+# other of the file.
+_PAIRS = [("max_steps", "num_epochs"), ("warmup_steps", "warmup_ratio")]
+_ALTERNATIVES = dict(_PAIRS) | {other: one for one, other in _PAIRS}
+_NUMERIC_TEXT = re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?")
+
+Count = Annotated[int, Field(ge=1, le=10**12)]
+Size = Annotated[int, Field(ge=1, le=2**20)]
+Vocabulary = Annotated[int, Field(ge=1, le=2**24)]
+Text = Annotated[str, Field(min_length=1, max_length=4096)]
+Prompt = Annotated[str, Field(min_length=1, pattern=r"^[^\0]*$")]
+Share = Annotated[float, Field(gt=0.0, le=1.0)]
+Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+def setting(default: Any, meaning: str, form: str = "", **limits: Any) -> Any:
+    """A field: its default, its meaning in a line, its limits; `form` says a pattern in words."""
+    extra: Any = {"patternErrorMessage": form} if form else None  # by the name that editors know
+    return Field(default, description=meaning, json_schema_extra=extra, **limits)
+
+
+def _kinds(field: FieldInfo) -> set[Any]:
+    """The plain types of a field: {float, NoneType} for a number or null."""
+    parts = {field.annotation, *get_args(field.annotation)}
+    return {getattr(part, "__origin__", part) for part in parts}
+
+
+class Section(BaseModel):
+    """How every section is checked: exact types, no unknown field, finite numbers."""
+
+    model_config = ConfigDict(
+        strict=True,
+        extra="forbid",
+        allow_inf_nan=False,
+        validate_assignment=True,
+        regex_engine="python-re",
+        defer_build=True,
+    )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _read_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """The number that a text such as 1e-3 stands for, where a number belongs."""
+        is_number = isinstance(value, str) and len(value) < 64 and _NUMERIC_TEXT.fullmatch(value)
+        wants_number = is_number and float in _kinds(cls.model_fields[str(info.field_name)])
+        return float(value) if wants_number else value
+
+    @field_validator("*")
+    @classmethod
+    def _refuse_unprintable(cls, value: Any) -> Any:
+        """Texts are names and paths: a line break or NUL in one is a mistake or an attack."""
+        if isinstance(value, str) and not value.isprintable():
+            raise ValueError("not printable")
+        return value
+
+    @classmethod
+    def checked(
+        cls, values: Any, source: str, names: Names = NO_NAMES, sources: Names = NO_NAMES
+    ) -> Self:
+        """Check plain data. `source` opens an error's message.
+
+        names: what the user calls a field, where that is another name than ours.
+        sources: the source of single fields, by their path such as "model.d_model".
+
+        Raises:
+            ConfigError: a field is unknown, or a value is not accepted.
+        """
+        try:
+            return cls.model_validate(values)
+        except ValidationError as wrong:
+            raise refusal(wrong, cls, source, names, sources) from None
+
+
+class ModelConfig(Section):
+    """The network's shape: GPT-2's architecture."""
+
+    d_model: int = setting(256, "width C of the residual stream", ge=1, le=65_536)
+    n_blocks: int = setting(4, "transformer blocks", ge=1, le=1_024)
+    n_heads: int = setting(4, "attention heads H; d_model must be a multiple", ge=1, le=65_536)
+    d_ffn: Size | None = setting(None, "inner width F of the MLP; null: 4 * d_model")
+    max_seq_len: Size = setting(256, "positions the model has; the longest context it can see")
+    vocab_size: Vocabulary | None = setting(None, "token ids; null: the tokenizer's count")
+    tie_embeddings: bool = setting(True, "output projection shares the token embedding's weights")
+    bias: bool = setting(True, "linear layers and layer norms have biases")
+    layer_norm_epsilon: Share = setting(1e-5, "added to the variance before its root")
+    initializer_range: Share = setting(
+        0.02, "standard deviation of initial matrices; GPT-2's: 0.02"
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float64"] = setting(
+        "auto",
+        "weights and activations; auto: bfloat16 where the processor multiplies it, else float32",
+    )
+
+    @property
+    def feed_forward_width(self) -> int:
+        """F with its default resolved."""
+        return 4 * self.d_model if self.d_ffn is None else self.d_ffn
+
+    @classmethod
+    def complete(cls, values: Any, source: str, names: Names = NO_NAMES) -> Self:
+        """Like `checked`, for a network that is built now: its vocab_size must be given."""
+        model = cls.checked(values, source, names)
+        if model.vocab_size is None:
+            name = names.get("vocab_size", "vocab_size")
+            raise ConfigError(f"{source}: {name}: expected an integer at least 1, got null")
+        return model
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        if self.d_model % self.n_heads:
+            raise clash(self, "d_model", "a multiple of {} ({})", "n_heads")
+        return self
+
+
+class DataConfig(Section):
+    """The text and how it becomes tokens."""
+
+    dataset: Dataset = setting("builtin-stories", "which text to learn")
+    tokenizer: Text = setting(
+        "tinystories_bpe_4096",
+        "folder under assets/models/tokenizers/, any folder with a tokenizer, or gpt2",
+        pattern=r"^(?!.*(?:^|[/\\])\.\.(?:[/\\]|$)).+$",
+        form="a name, or a folder's path without '..'",
+    )
+    max_length: Size | None = setting(
+        None, "tokens in one training sequence; null: model.max_seq_len"
+    )
+    subset_size: Count | None = setting(None, "documents of the training split to use; null: all")
+    val_subset_size: Count | None = setting(
+        None, "documents of the validation split to use; null: all"
+    )
+    path: Text | None = setting(None, "dataset local only: a .txt, .jsonl or .parquet, or a folder")
+    text_field: Text | None = setting(
+        None, "field of .jsonl or .parquet rows that holds the text; null: the dataset's own"
+    )
+    document_separator: Literal["eot", "blank_line"] = setting(
+        "eot", "what parts documents in a .txt: the text <|endoftext|>, or a blank line"
+    )
+    validation_fraction: float = setting(
+        0.05, "share held out where the dataset has no validation split", gt=0.0, le=0.5
+    )
+    cache_dir: Text = setting(".cache/tokens", "folder where token files are kept between runs")
+    attend_across_documents: bool = setting(
+        True, "a token sees the whole packed sequence; false: only its own document"
+    )
+    on_broken_lines: Literal["skip", "refuse"] = setting("skip", "a .jsonl line that is not JSON")
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        if self.dataset == "local" and self.path is None:
+            raise clash(self, "path", "a file or folder, since {} is {}", "dataset")
+        if self.dataset != "local" and self.path is not None:
+            raise clash(self, "dataset", "local, since {} is given", "path")
+        return self
+
+
+class TrainingConfig(Section):
+    """How the weights are found, and where the run's files go."""
+
+    experiment_name: Text = setting(
+        "experiment",
+        "names the run's folders",
+        pattern=r"^(?!.*\.pt$)[A-Za-z0-9][A-Za-z0-9._-]{0,99}$",
+        form="a letter or digit, then up to 99 of letters, digits, . _ - (not ending in .pt)",
+    )
+    seed: int = setting(0, "of the weights, the batches and the samples", ge=0, le=2**63 - 1)
+    device: Text = setting(
+        "auto",
+        "auto: a CUDA GPU if there is one",
+        pattern=r"^(?:auto|cpu|cuda(?::[0-9]{1,3})?)$",
+        form="auto, cpu, cuda or cuda:N",
+    )
+    backend: Literal["auto", "reference", "native", "triton"] = setting(
+        "auto", "kernels; auto: triton on a GPU, native on a CPU"
+    )
+    optimizer: Literal["adamw", "sgd"] = setting("adamw", "update rule")
+    learning_rate: float = setting(1e-3, "the highest, reached after warm-up", gt=0.0, le=100.0)
+    min_learning_rate: float = setting(0.0, "where the decay ends", ge=0.0, le=100.0)
+    lr_decay: Literal["constant", "linear", "cosine", "wsd"] = setting(
+        "cosine", "after warm-up; wsd holds, then falls linearly"
+    )
+    decay_fraction: Share = setting(0.2, "wsd: the last share of the steps, in which it falls")
+    warmup_steps: int | None = setting(
+        None, "steps of linear warm-up (this or warmup_ratio)", ge=0, le=10**12
+    )
+    warmup_ratio: float | None = setting(
+        None, "the same as a share of all steps; both null: none", ge=0.0, le=1.0
+    )
+    weight_decay: float = setting(0.1, "decoupled, on matrices only", ge=0.0, le=100.0)
+    beta1: Decay = setting(0.9, "AdamW: memory of the gradient")
+    beta2: Decay = setting(0.95, "AdamW: memory of its square")
+    epsilon: Share = setting(1e-8, "AdamW: added to the denominator")
+    batch_size: Size = setting(16, "sequences in one micro-batch")
+    gradient_accumulation_steps: Size = setting(1, "micro-batches in one step")
+    max_steps: Count | None = setting(None, "length of the run in steps (this or num_epochs)")
+    num_epochs: int | None = setting(
+        None, "length of the run in passes over the data", ge=1, le=10**6
+    )
+    max_grad_norm: float | None = setting(
+        1.0, "longer gradients are scaled down to this; null: never", gt=0.0, le=1e9
+    )
+    max_nan_count: Count = setting(10, "skipped steps in a row before the run stops")
+    outlier_z_score: float | None = setting(
+        None, "skip steps this many deviations off; null: off", gt=0.0, le=1e6
+    )
+    outlier_window: int = setting(128, "steps the deviation is taken over", ge=8, le=10**6)
+    log_every: int = setting(10, "steps between lines of metrics", ge=1, le=10**5)
+    eval_every: Count = setting(200, "steps between validations")
+    eval_batches: Count | None = setting(50, "batches in one validation; null: the whole set")
+    save_every: Count = setting(500, "steps between checkpoints")
+    keep_checkpoints: int = setting(
+        3, "numbered checkpoints kept, beside latest and best", ge=0, le=10**6
+    )
+    compile_step: bool = setting(True, "GPU: capture the step as one CUDA graph")
+    recompute: Literal["none", "gelu", "block"] = setting(
+        "none", "activations computed again in the backward pass to save memory"
+    )
+    stochastic_rounding: bool = setting(
+        False, "bfloat16 weights without fp32 masters, rounded at random"
+    )
+    output_dir: Text = setting("runs", "folder of metrics, logs and samples")
+    checkpoint_dir: Text = setting("checkpoints", "folder of checkpoints")
+
+    @property
+    def sequences_per_step(self) -> int:
+        """Sequences that one update of the weights sees."""
+        return self.batch_size * self.gradient_accumulation_steps
+
+    def warmup(self, total_steps: int) -> int:
+        """Return the steps of warm-up in a run of `total_steps`."""
+        if self.warmup_steps is not None:
+            return self.warmup_steps
+        return round((self.warmup_ratio or 0.0) * total_steps)
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        if self.max_steps is not None and self.num_epochs is not None:
+            raise clash(self, "num_epochs", "null, since {} is given", "max_steps")
+        if self.warmup_steps is not None and self.warmup_ratio is not None:
+            raise clash(self, "warmup_ratio", "null, since {} is given", "warmup_steps")
+        if self.min_learning_rate > self.learning_rate:
+            raise clash(self, "min_learning_rate", "at most {} ({})", "learning_rate")
+        rising = self.warmup_ratio or 0.0
+        if self.max_steps is not None:
+            rising = self.warmup(self.max_steps) / self.max_steps
+        if rising > 1.0:
+            raise clash(self, "warmup_steps", "at most {} ({})", "max_steps")
+        if self.lr_decay == "wsd" and rising + self.decay_fraction > 1.0:
+            left = f"at most {1.0 - rising:g}, what warm-up leaves of the run"
+            raise clash(self, "decay_fraction", left)
+        return self
+
+
+class EvaluationConfig(Section):
+    """The samples a run shows, and how they are judged."""
+
+    generation_prompts: list[Prompt] = setting(
+        ["Once upon a time", "One day, a little girl named Lily", "The dog was sad because"],
+        "beginnings the model is asked to continue",
+    )
+    max_generation_length: Size = setting(128, "tokens in a sample, the prompt counted")
+    temperature: float = setting(
+        0.8, "below 1 safer, above 1 wilder, 0 always the likeliest", ge=0.0, le=100.0
+    )
+    top_k: Vocabulary | None = setting(50, "choose among the k likeliest tokens; null: all")
+    top_p: Share | None = setting(None, "choose among the likeliest that sum to p; null: all")
+    evaluate_coherence: bool = setting(False, "let a Claude model grade the samples (needs a key)")
+    coherence_model: Text = setting("claude-haiku-4-5", "the Claude model that grades")
+    coherence_samples: int = setting(8, "samples to grade", ge=1, le=10_000)
+    batch_size: Size = setting(16, "sequences in one batch of evaluate.py")
+
+
+class Config(Section):
+    """A whole run. `Config.load` is the usual way to one."""
+
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    data: DataConfig = Field(default_factory=DataConfig)
+    training: TrainingConfig = Field(default_factory=TrainingConfig)
+    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
+
+    @property
+    def sequence_length(self) -> int:
+        """Tokens T in one training sequence, with the default resolved."""
+        return self.model.max_seq_len if self.data.max_length is None else self.data.max_length
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens that one update of the weights sees."""
+        return self.training.sequences_per_step * self.sequence_length
+
+    @classmethod
+    def load(cls, path: str | Path, overrides: Iterable[str] = ()) -> Config:
+        """Read a YAML file, then apply `section.field=value` overrides in order.
+
+        Raises:
+            ConfigError: the file or an override is not a valid configuration.
+        """
+        return cls.from_dict(strict_yaml.read(path), single_line(str(path)), overrides)
+
+    @classmethod
+    def from_dict(
+        cls, values: Any, source: str = "configuration", overrides: Iterable[str] = ()
+    ) -> Config:
+        """Check {section: {field: value}}, changed by overrides; `source` says where it is from.
+
+        An override's value is read as YAML. `max_steps` given there replaces the `num_epochs` in
+        `values`, and the other way round; likewise `warmup_steps` and `warmup_ratio`.
+
+        Raises:
+            ConfigError: a section or field is unknown, or a value is not accepted.
+        """
+        sources: dict[str, str] = {}
+        if isinstance(values, dict):
+            plain = (dict, type(None))  # null: a section of defaults
+            values = {k: dict(v or {}) if isinstance(v, plain) else v for k, v in values.items()}
+            for override in overrides:
+                _apply(override, values, sources)
+        return cls.checked(values, source, sources=sources)
+
+    def to_dict(self) -> dict[str, dict[str, Any]]:
+        """Return {section: {field: value}} of plain data; `from_dict` takes it back."""
+        return self.model_dump()
+
+    def save(self, path: str | Path) -> None:
+        """Write every field, defaults included, as YAML that `load` takes back."""
+        Path(path).write_text(strict_yaml.dump(self.to_dict()), encoding="utf-8")
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        if self.sequence_length > self.model.max_seq_len:
+            raise clash(self, "data.max_length", "at most {} ({})", "model.max_seq_len")
+        if self.model.dtype in ("float32", "float64") and self.training.stochastic_rounding:
+            raise clash(
+                self, "training.stochastic_rounding", "false, since {} is {}", "model.dtype"
+            )
+        if self.training.max_steps is None and self.training.num_epochs is None:
+            epochs = "training.num_epochs"
+            raise clash(self, "training.max_steps", "a number of steps, since {} is null", epochs)
+        return self
+
+
+SECTIONS: dict[str, Any] = {name: field.annotation for name, field in Config.model_fields.items()}
+
+
+def _apply(override: str, values: dict[Any, Any], sources: dict[str, str]) -> None:
+    """Set one `section.field=value` in `values`, and note in `sources` that it did.
+
+    Whether there is such a section or field is left to the check of the whole.
+    """
+    source = f"--set {single_line(override)}"
+    key, equals, text = override.partition("=")
+    section, dot, name = key.strip().partition(".")
+    if not equals or not dot:
+        raise ConfigError(f"{source}: expected section.field=value, got {single_line(key)}")
+    value = strict_yaml.parse(text, source)
+    field = SECTIONS[section].model_fields.get(name) if section in SECTIONS else None
+    # A shell has taken the quotes away: 2024 or true meant as a name can only be meant as text.
+    if field and str in _kinds(field) and isinstance(value, bool | int | float):
+        value = text.strip()
+    if section not in values:
+        values[section], sources[section] = {}, source
+    if isinstance(values[section], dict):
+        other = _ALTERNATIVES.get(name)
+        if value is not None and f"{section}.{other}" not in sources:
+            values[section].pop(other, None)
+        values[section][name], sources[f"{section}.{name}"] = value, source

@@ -1,0 +1,122 @@
+"""What pydantic found wrong, as one line: where, what was expected, what came.
+
+What a field expects is read from its JSON schema, so that messages, the editors' schema and the
+reference page say the same.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from operator import attrgetter
+from types import MappingProxyType
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import PydanticCustomError
+
+from mantrans.errors import ConfigError, show, single_line
+
+Names = Mapping[str, str]
+NO_NAMES: Names = MappingProxyType({})
+
+_UNKNOWN = ("extra_forbidden", "invalid_key")
+_WORDS = {
+    "integer": "an integer",
+    "number": "a finite number",
+    "boolean": "true or false",
+    "string": "one line of text, in quotes if it looks like a number",
+    "array": "a list of texts, none empty",
+}
+_BOUNDS = {
+    "minimum": "at least",
+    "exclusiveMinimum": "above",
+    "maximum": "at most",
+    "exclusiveMaximum": "below",
+}
+
+
+def accepted(schema: Mapping[str, Any]) -> str:
+    """Say in words what the field of a JSON schema takes, such as "an integer at least 1"."""
+    if "anyOf" in schema:
+        return f"{accepted(schema['anyOf'][0])}, or null"
+    if "enum" in schema:
+        return "one of " + ", ".join(schema["enum"])
+    if "patternErrorMessage" in schema:
+        return schema["patternErrorMessage"]
+    form = "g" if schema["type"] == "number" else "d"
+    bounds = [f"{word} {schema[key]:{form}}" for key, word in _BOUNDS.items() if key in schema]
+    return " ".join([_WORDS[schema["type"]], " and ".join(bounds)]).strip()
+
+
+def clash(holder: BaseModel, field: str, expected: str, other: str = "") -> PydanticCustomError:
+    """The error of a field that does not fit another of `holder`.
+
+    expected: what would fit; {} and {} in it are replaced by the other's name and value.
+    """
+    got, value = (attrgetter(name)(holder) if name else None for name in (field, other))
+    context = {"field": field, "expected": expected, "got": got, "other": other, "value": value}
+    return PydanticCustomError("clash", "fields that do not fit", context)
+
+
+def refusal(
+    wrong: ValidationError, kind: type[BaseModel], source: str, names: Names, sources: Names
+) -> ConfigError:
+    """The first thing that is wrong with values for a `kind`, an unknown name before all else.
+
+    names, sources: as of `mantrans.config.Section.checked`.
+    """
+
+    def path(*parts: str) -> str:
+        return ".".join(names.get(part, part) for part in parts if part)
+
+    errors: list[Any] = wrong.errors(include_url=False)
+    error = min(errors, key=lambda e: e["type"] not in _UNKNOWN)
+    place = error["loc"]
+    section = place[0] if place and place[0] in _sections(kind) else ""
+    holder, rest = _sections(kind).get(section, kind), place[1:] if section else place
+    if error["type"] in _UNKNOWN:
+        name = error["input"] if error["type"] == "invalid_key" else rest[0]
+        where = sources.get(path(section, str(name)), source)
+        expected, got = _known(kind, holder, section, name)
+    elif error["type"] == "clash":
+        found = error["ctx"]
+        where = f"{source}: {path(section, found['field'])}"
+        expected = found["expected"].format(path(section, found["other"]), found["value"])
+        got = show(found["got"])
+    elif rest:
+        name = path(section, rest[0])
+        where = sources.get(name, f"{source}: {name}")
+        expected, got = _field(holder.model_json_schema()["properties"][rest[0]], error["input"])
+        got += f" as item {rest[1] + 1}" if len(rest) > 1 else ""
+    else:
+        where = sources.get(section, f"{source}: {section}" if section else source)
+        inside = ", ".join(_sections(holder))
+        expected = f"the sections {inside}" if inside else "a mapping of its fields"
+        got = show(error["input"])
+    return ConfigError(f"{where}: expected {expected}, got {got}")
+
+
+def _sections(kind: type[BaseModel]) -> dict[str, Any]:
+    """The fields of `kind` that are models themselves."""
+    annotations = {name: field.annotation for name, field in kind.model_fields.items()}
+    return {name: hint for name, hint in annotations.items() if hasattr(hint, "model_fields")}
+
+
+def _known(kind: type[BaseModel], holder: type[BaseModel], section: str, name: Any) -> Any:
+    """(expected, got) for an unknown name; the nearest known one, if there is one, with it."""
+    inner = _sections(kind)
+    what = "a section" if _sections(holder) else "a field" + (section and f" of {section}")
+    if isinstance(name, str):
+        near = [f"{home}.{name}" for home, model in inner.items() if name in model.model_fields]
+        close = difflib.get_close_matches(name[:100], holder.model_fields, n=1)
+        near += [f"{section}.{match}" if section else match for match in close]
+        if near:
+            return what, f"{single_line(name)}; did you mean {near[0]}?"
+    return f"{what} ({', '.join(holder.model_fields)})", show(name)
+
+
+def _field(schema: Mapping[str, Any], got: Any) -> tuple[str, str]:
+    """(expected, got) for the value of a field; the nearest choice, if there is one, with it."""
+    close = difflib.get_close_matches(got, schema.get("enum", []), n=1) if type(got) is str else []
+    return accepted(schema), show(got) + "".join(f"; did you mean {match!r}?" for match in close)
