@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mantrans import strict_yaml
+from mantrans.assets import find_config
 from mantrans.errors import ConfigError
 from mantrans.options import checked_value, kind_of, option, show
 
@@ -268,13 +269,15 @@ class Config:
     def load(cls, path: str | Path, overrides: Iterable[str] = ()) -> Config:
         """Read a YAML file, then apply `section.field=value` overrides in order.
 
+        configs/NAME.yaml is the shipped one where the current directory has none.
+
         An override's value is read as YAML. `max_steps` given there replaces the file's
         `num_epochs`, and the other way round; likewise `warmup_steps` and `warmup_ratio`.
 
         Raises:
             ConfigError: the file or an override is not a valid configuration.
         """
-        values = _sections(strict_yaml.read(path), strict_yaml.single_line(str(path)))
+        values = _sections(strict_yaml.read(find_config(path)), strict_yaml.single_line(str(path)))
         named: dict[tuple[str, str], str] = {}
         for override in overrides:
             section, name = _apply_override(values, override)

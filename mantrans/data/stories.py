@@ -6,11 +6,12 @@ They come with the package as one compressed text, which `tools/stories.py` made
 from __future__ import annotations
 
 import lzma
-from pathlib import Path
+
+from mantrans.assets import ASSETS
 
 COUNT = 10_500
 SEPARATOR = "\n<|endoftext|>\n"
-FILE = Path(__file__).parents[1] / "assets" / "stories" / "stories.txt.xz"
+FILE = ASSETS / "stories" / "stories.txt.xz"
 
 
 def stories() -> list[str]:
