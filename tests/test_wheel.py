@@ -69,7 +69,10 @@ def test_the_quickstart_trains_outside_the_clone(wheel: Path, tmp_path: Path) ->
     environment.install_ours(wheel)
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
-    settings = [f"--set=training.{s}" for s in ("max_steps=20", "log_every=10", "device=cpu")]
+    settings = [
+        "--set=training.max_steps=20", "--set=training.log_every=10", "--set=training.device=cpu",
+        "--set=training.eval_batches=2", "--set=evaluation.max_generation_length=30",
+    ]  # fmt: skip
     command: list[Path | str] = [environment.folder / "bin" / "mantrans"]
     if not (ROOT / "mantrans" / "cli.py").exists():  # FALLBACK, until the command is merged
         command = [environment.python, "-c", FALLBACK]
