@@ -52,9 +52,7 @@ def run(arguments: argparse.Namespace) -> None:
             backend=config.training.backend,
             optimizer="sgd",  # nothing is optimized, and SGD has no moments to make room for
         )
-    data = prepare(
-        config.data, tokenizer, seed=config.training.seed, cache_dir=config.data.cache_dir
-    )
+    data = prepare(config.data, tokenizer, cache_dir=config.data.cache_dir)
     report = evaluate(
         wrapper,
         tokenizer,

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from functools import cache
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -38,15 +37,17 @@ def model_config(name: str, T: int) -> ModelConfig:
 
 @cache
 def text(count: int) -> Tensor:
-    """At least `count` tokens of the built-in stories, 1-D int64: words as frequent as they are."""
+    """`count` tokens of the built-in stories, 1-D int64: words as frequent as they are, all
+    again where that is more than there are."""
+    return _all_stories().repeat(-(-count // len(_all_stories())))[:count]
+
+
+@cache
+def _all_stories() -> Tensor:
+    """The tokens of every built-in story, 1-D int64, each story ended."""
     tokenizer = load_tokenizer(TOKENIZER)
-    ids: list[int] = []
-    block = 0
-    while len(ids) < count:
-        for story in tokenizer.encode_batch(list(stories(seed=block, count=500))):
-            ids += [*story, tokenizer.eot_id]
-        block += 1
-    return torch.from_numpy(np.array(ids[:count]))
+    encoded = tokenizer.encode_batch(stories())
+    return torch.tensor([token for ids in encoded for token in (*ids, tokenizer.eot_id)])
 
 
 class Batches:

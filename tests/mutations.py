@@ -238,7 +238,8 @@ def copy_tree(directory: Path) -> Path:
     for name in COPIED:
         source, target = ROOT / name, directory / name
         if source.is_dir():
-            shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
+            ignore = shutil.ignore_patterns("__pycache__")
+            shutil.copytree(source, target, symlinks=True, ignore=ignore)  # mantrans/kernels is one
         else:
             shutil.copy(source, target)
     return directory

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from mantrans.config import DataConfig
-from mantrans.data import dataset, registry
+from mantrans.data import dataset, registry, stories
 from mantrans.data.dataset import TokenDataset, held_out, prepare
 from mantrans.data.registry import find_source
 from mantrans.data.shards import ShardWriter, TokenStream
@@ -58,9 +58,7 @@ def texts(stream: TokenStream, tokenizer: Tokenizer) -> list[str]:
 
 def test_documents_are_kept_in_order_and_ended(tmp_path: Path, tokenizer: Tokenizer) -> None:
     file = numbered(tmp_path / "a.txt", 300)
-    data = prepare(
-        local(file, validation_fraction=0.1), tokenizer, seed=0, cache_dir=tmp_path, quiet=True
-    )
+    data = prepare(local(file, validation_fraction=0.1), tokenizer, cache_dir=tmp_path, quiet=True)
     kept = {held: [i for i in range(300) if held_out(i, 0.1) == held] for held in (False, True)}
     for stream, numbers in ((data.train, kept[False]), (data.validation, kept[True])):
         expected = [f"This is story {i}." for i in numbers]
@@ -80,7 +78,7 @@ def test_a_smaller_validation_share_is_part_of_a_larger() -> None:
 
 def test_subsets_are_the_first_documents(tmp_path: Path, tokenizer: Tokenizer) -> None:
     file = numbered(tmp_path / "a.txt", 500)
-    options = {"seed": 0, "cache_dir": tmp_path, "quiet": True}
+    options = {"cache_dir": tmp_path, "quiet": True}
     whole = prepare(local(file, validation_fraction=0.2), tokenizer, **options)
     part = prepare(
         local(file, validation_fraction=0.2, subset_size=20, val_subset_size=30),
@@ -102,7 +100,6 @@ def test_one_document_is_split_by_its_tokens(tmp_path: Path, tokenizer: Tokenize
     data = prepare(
         local(tmp_path / "a.txt", validation_fraction=0.1),
         tokenizer,
-        seed=0,
         cache_dir=tmp_path,
         quiet=True,
     )
@@ -118,7 +115,7 @@ def test_a_written_end_of_text_inside_a_document_does_not_end_it(
 ) -> None:
     lines = [json.dumps({"text": f"one {END} document {i}"}) for i in range(50)]
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
-    data = prepare(local(tmp_path / "a.jsonl"), tokenizer, seed=0, cache_dir=tmp_path, quiet=True)
+    data = prepare(local(tmp_path / "a.jsonl"), tokenizer, cache_dir=tmp_path, quiet=True)
     n_ends = sum(int((s.tokens == tokenizer.eot_id).sum()) for s in (data.train, data.validation))
     assert n_ends == data.train.n_documents + data.validation.n_documents == 50
 
@@ -139,7 +136,7 @@ def test_text_too_small_or_broken_is_one_line(
     (tmp_path / "a.txt").write_bytes(raw)
     cache = tmp_path / "cache"
     with pytest.raises(DataError, match=message) as error:
-        prepare(local(tmp_path / "a.txt"), tokenizer, seed=0, cache_dir=cache, quiet=True)
+        prepare(local(tmp_path / "a.txt"), tokenizer, cache_dir=cache, quiet=True)
     assert "\n" not in str(error.value)
     assert [path.suffix for path in cache.iterdir()] == [".lock"]
 
@@ -150,24 +147,50 @@ def test_broken_lines_are_reported(
     (tmp_path / "a.jsonl").write_text('{"text": "one story"}\nbroken\n' * 30)
     config = local(tmp_path / "a.jsonl")
     for _ in range(2):  # written, and from the cache
-        data = prepare(config, tokenizer, seed=0, cache_dir=tmp_path / "cache")
+        data = prepare(config, tokenizer, cache_dir=tmp_path / "cache")
         assert data.report == "30 broken lines skipped; the first: not JSON (a.jsonl, line 2)"
     assert capsys.readouterr().err.count("30 broken lines skipped") == 1
     config = local(tmp_path / "a.jsonl", on_broken_lines="refuse")
     with pytest.raises(DataError, match=r"a\.jsonl, line 2: not JSON"):
-        prepare(config, tokenizer, seed=0, cache_dir=tmp_path / "cache", quiet=True)
+        prepare(config, tokenizer, cache_dir=tmp_path / "cache", quiet=True)
 
 
 def test_builtin_stories_share_none_between_the_splits(
     tmp_path: Path, tokenizer: Tokenizer
 ) -> None:
     config = DataConfig(dataset="builtin-stories", subset_size=600, val_subset_size=80)
-    data = prepare(config, tokenizer, seed=3, cache_dir=tmp_path, quiet=True)
+    data = prepare(config, tokenizer, cache_dir=tmp_path, quiet=True)
     train, validation = (texts(stream, tokenizer) for stream in (data.train, data.validation))
     assert (len(set(train)), len(set(validation))) == (600, 80)
     assert not set(train) & set(validation)
-    other = prepare(config, tokenizer, seed=4, cache_dir=tmp_path, quiet=True)
-    assert other.train.checksum != data.train.checksum
+
+
+@pytest.mark.parametrize(
+    ("sizes", "field", "most", "found"),
+    [
+        ({"subset_size": 10_001}, "subset_size", "10,000", "10,001"),
+        ({"subset_size": 10_400, "val_subset_size": 101}, "subset_size", "10,399", "10,400"),
+        ({"val_subset_size": 10_500}, "val_subset_size", "10,499", "10,500"),
+    ],
+)
+def test_more_builtin_stories_than_there_are_is_refused(
+    tmp_path: Path, tokenizer: Tokenizer, sizes: dict[str, int], field: str, most: str, found: str
+) -> None:
+    config = DataConfig(dataset="builtin-stories", **sizes)
+    with pytest.raises(DataError) as error:
+        prepare(config, tokenizer, cache_dir=tmp_path, quiet=True)
+    assert str(error.value).startswith(f"data.{field}: expected at most {most}, got {found}")
+    assert "\n" not in str(error.value)
+    assert not any(tmp_path.iterdir())
+
+
+def test_all_builtin_stories_are_there_to_use() -> None:
+    everything = stories.stories()
+    for sizes, n_held in (({}, 500), ({"val_subset_size": 10_499}, 10_499)):
+        splits = find_source("builtin-stories", **sizes).open(ReadReport())
+        assert splits.validation is not None
+        assert [piece.text for piece in splits.validation] == everything[:n_held]
+        assert [piece.text for piece in splits.train] == everything[n_held:]
 
 
 def test_a_progress_bar_is_shown_unless_quiet(
@@ -175,9 +198,9 @@ def test_a_progress_bar_is_shown_unless_quiet(
 ) -> None:
     pytest.importorskip("tqdm")
     file = numbered(tmp_path / "a.txt", 50)
-    prepare(local(file), tokenizer, seed=0, cache_dir=tmp_path / "one")
+    prepare(local(file), tokenizer, cache_dir=tmp_path / "one")
     assert "tokenizing local-a" in capsys.readouterr().err
-    prepare(local(file), tokenizer, seed=0, cache_dir=tmp_path / "two", quiet=True)
+    prepare(local(file), tokenizer, cache_dir=tmp_path / "two", quiet=True)
     assert capsys.readouterr() == ("", "")
 
 
@@ -188,9 +211,9 @@ def test_tokens_are_written_once(
     tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = local(numbered(tmp_path / "a.txt", 100))
-    first = prepare(config, tokenizer, seed=0, cache_dir=tmp_path / "cache", quiet=True)
+    first = prepare(config, tokenizer, cache_dir=tmp_path / "cache", quiet=True)
     monkeypatch.setattr(dataset, "_write_folder", lambda *_: pytest.fail("written twice"))
-    second = prepare(config, tokenizer, seed=1, cache_dir=tmp_path / "cache", quiet=True)
+    second = prepare(config, tokenizer, cache_dir=tmp_path / "cache", quiet=True)
     assert second.train.path == first.train.path
     assert second.train.checksum == first.train.checksum
 
@@ -203,9 +226,7 @@ def test_everything_that_decides_the_tokens_is_in_the_key(
     folders = set()
 
     def folder_of(**changes: Any) -> Path:
-        data = prepare(
-            local(file, **changes), tokenizer, seed=0, cache_dir=tmp_path / "cache", quiet=True
-        )
+        data = prepare(local(file, **changes), tokenizer, cache_dir=tmp_path / "cache", quiet=True)
         return data.train.path.parent
 
     for changes in (
@@ -235,7 +256,7 @@ def test_a_damaged_cache_says_what_to_do(tmp_path: Path, tokenizer: Tokenizer) -
     config = local(numbered(tmp_path / "a.txt", 100))
 
     def run() -> TokenDataset:
-        return prepare(config, tokenizer, seed=0, cache_dir=tmp_path / "cache", quiet=True)
+        return prepare(config, tokenizer, cache_dir=tmp_path / "cache", quiet=True)
 
     path = run().validation.path
     raw = bytearray(path.read_bytes())
@@ -254,7 +275,7 @@ def test_a_damaged_cache_says_what_to_do(tmp_path: Path, tokenizer: Tokenizer) -
 
 def test_a_cache_of_another_tokenizer_is_refused(tmp_path: Path, tokenizer: Tokenizer) -> None:
     config = local(numbered(tmp_path / "a.txt", 100))
-    path = prepare(config, tokenizer, seed=0, cache_dir=tmp_path, quiet=True).train.path
+    path = prepare(config, tokenizer, cache_dir=tmp_path, quiet=True).train.path
     for facts, message in (
         ({"tokenizer_hash": "other", "tokenizer": "theirs"}, "another tokenizer.*'theirs'"),
         ({"tokenizer_hash": tokenizer.hash}, "holds token 5000"),
@@ -262,7 +283,7 @@ def test_a_cache_of_another_tokenizer_is_refused(tmp_path: Path, tokenizer: Toke
         with ShardWriter(path, 6000, facts) as writer:
             writer.write([1, 5000 if "holds" in message else 1], 1, 1)
         with pytest.raises(DataError, match=message):
-            prepare(config, tokenizer, seed=0, cache_dir=tmp_path, quiet=True)
+            prepare(config, tokenizer, cache_dir=tmp_path, quiet=True)
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EACCES])
@@ -276,20 +297,20 @@ def test_a_disk_that_refuses_is_one_line_and_leaves_nothing(
     with monkeypatch.context() as patch:
         patch.setattr(ShardWriter, "write", refuse)
         with pytest.raises(DataError, match=f"{os.strerror(code)}.*data.cache_dir"):
-            prepare(config, tokenizer, seed=0, cache_dir=tmp_path / "cache", quiet=True)
+            prepare(config, tokenizer, cache_dir=tmp_path / "cache", quiet=True)
     assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".lock"]
-    prepare(config, tokenizer, seed=0, cache_dir=tmp_path / "cache", quiet=True)
+    prepare(config, tokenizer, cache_dir=tmp_path / "cache", quiet=True)
 
 
 def test_a_cache_folder_that_is_a_file_is_one_line(tmp_path: Path, tokenizer: Tokenizer) -> None:
     config = local(numbered(tmp_path / "a.txt", 100))
     with pytest.raises(DataError, match="tokens cannot be written to"):
-        prepare(config, tokenizer, seed=0, cache_dir=tmp_path / "a.txt" / "x", quiet=True)
+        prepare(config, tokenizer, cache_dir=tmp_path / "a.txt" / "x", quiet=True)
 
 
 def test_file_names_never_leave_the_cache_folder(tmp_path: Path, tokenizer: Tokenizer) -> None:
     file = numbered(tmp_path / ("..%2f~ \u6f22" + "\U0001f600" * 50 + ".txt"), 100)
-    data = prepare(local(file), tokenizer, seed=0, cache_dir=tmp_path / "cache", quiet=True)
+    data = prepare(local(file), tokenizer, cache_dir=tmp_path / "cache", quiet=True)
     assert data.train.path.parent.parent == tmp_path / "cache"
     assert re.fullmatch(r"[A-Za-z0-9_-]+", data.train.path.parent.name)
 
@@ -310,7 +331,7 @@ WORKER = """
         ShardWriter.write = write
     config = DataConfig(dataset="local", path=sys.argv[1])
     tokenizer = load_tokenizer("tinystories_bpe_4096")
-    data = prepare(config, tokenizer, seed=0, cache_dir=sys.argv[2], quiet=True)
+    data = prepare(config, tokenizer, cache_dir=sys.argv[2], quiet=True)
     print(data.train.checksum)
 """
 
@@ -326,7 +347,7 @@ def test_a_killed_writer_leaves_nothing_that_is_used(tmp_path: Path, tokenizer: 
     killed.communicate(timeout=120)
     assert killed.returncode == -signal.SIGKILL
     assert any(path.name.endswith(".unfinished") for path in cache.iterdir())
-    data = prepare(local(file), tokenizer, seed=0, cache_dir=cache, quiet=True)
+    data = prepare(local(file), tokenizer, cache_dir=cache, quiet=True)
     assert data.train.n_documents + data.validation.n_documents == 2000
     assert not any(path.name.endswith(".unfinished") for path in cache.iterdir())
 
@@ -409,7 +430,7 @@ def test_local_and_builtin_text_need_none_of_the_large_packages(tmp_path: Path) 
             DataConfig(dataset="local", path=sys.argv[1]),
             DataConfig(dataset="builtin-stories", subset_size=20, val_subset_size=5),
         ):
-            data = prepare(config, tokenizer, seed=0, cache_dir=sys.argv[2])
+            data = prepare(config, tokenizer, cache_dir=sys.argv[2])
             print(data.train.n_documents + data.validation.n_documents)
     """
     numbered(tmp_path / "a.txt", 50)

@@ -248,7 +248,7 @@ MEASURE = """
     tokenizer.encode("warm up " * 1000)
     peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     before = peak()
-    data = prepare(config, tokenizer, seed=0, cache_dir=sys.argv[2], quiet=True)
+    data = prepare(config, tokenizer, cache_dir=sys.argv[2], quiet=True)
     print(before, peak(), data.train.n_bytes + data.validation.n_bytes)
 """
 

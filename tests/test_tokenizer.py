@@ -21,8 +21,8 @@ from mantrans.data.tokenizer import (
     END_OF_TEXT,
     SHIPPED,
     Tokenizer,
+    known_names,
     load_tokenizer,
-    shipped_names,
 )
 from mantrans.errors import DataError
 
@@ -57,7 +57,7 @@ def saved(folder: Path, change: Callable[[dict], None]) -> Path:
 
 
 def test_the_shipped_tokenizer_has_4096_tokens(shipped: Tokenizer) -> None:
-    assert NAME in shipped_names()
+    assert NAME in known_names()
     assert shipped.vocab_size == 4096
     assert shipped.name == NAME
     assert shipped.decode([shipped.eot_id]) == END_OF_TEXT

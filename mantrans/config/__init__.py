@@ -26,6 +26,7 @@ from pydantic.fields import FieldInfo
 from typing_extensions import Self
 
 from mantrans import strict_yaml
+from mantrans.assets import find_config
 from mantrans.config.messages import NO_NAMES, Names, clash, refusal
 from mantrans.errors import ConfigError, single_line
 
@@ -332,10 +333,12 @@ class Config(Section):
     def load(cls, path: str | Path, overrides: Iterable[str] = ()) -> Config:
         """Read a YAML file, then apply `section.field=value` overrides in order.
 
+        configs/NAME.yaml is the shipped one where the current directory has none.
+
         Raises:
             ConfigError: the file or an override is not a valid configuration.
         """
-        return cls.from_dict(strict_yaml.read(path), single_line(str(path)), overrides)
+        return cls.from_dict(strict_yaml.read(find_config(path)), single_line(str(path)), overrides)
 
     @classmethod
     def from_dict(

@@ -52,15 +52,13 @@ def prepare(
     data_config: DataConfig,
     tokenizer: Tokenizer,
     *,
-    seed: int,
     cache_dir: str | Path,
     quiet: bool = False,
 ) -> TokenDataset:
     """The data set's tokens, from the cache or written now.
 
-    `seed` chooses the built-in stories; it changes nothing else, so that runs of different seeds
-    are validated on the same documents. Raises DataError for text that cannot be used, a cache
-    that is damaged or cannot be written.
+    No seed decides here: all runs are validated on the same documents. Raises DataError for text
+    that cannot be used, a cache that is damaged or cannot be written.
     """
     source = find_source(
         data_config.dataset,
@@ -70,7 +68,6 @@ def prepare(
         on_broken_lines=data_config.on_broken_lines,
         subset_size=data_config.subset_size,
         val_subset_size=data_config.val_subset_size,
-        seed=seed,
     )
     plan = _Plan(
         data_config.validation_fraction, data_config.subset_size, data_config.val_subset_size

@@ -7,10 +7,10 @@ Parquet files only; built-in stories, `.txt` and `.jsonl` need nothing beyond th
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,6 @@ from mantrans.data import hub, stories, text
 from mantrans.data.text import Piece, ReadReport
 from mantrans.errors import DataError
 
-DEFAULT_STORIES = 10_000
 DEFAULT_VALIDATION_STORIES = 500
 
 
@@ -70,14 +69,13 @@ def find_source(
     on_broken_lines: str = "skip",
     subset_size: int | None = None,
     val_subset_size: int | None = None,
-    seed: int = 0,
 ) -> Source:
     """The source of that name. DataError for an unknown name, or files that are not there.
 
-    `seed` and the two sizes matter to the built-in stories only, which are as many as asked for.
+    The two sizes matter to the built-in stories only, of which there are `stories.COUNT`.
     """
     if dataset == "builtin-stories":
-        return _builtin(seed, subset_size, val_subset_size)
+        return _builtin(subset_size, val_subset_size)
     if dataset == "local":
         if path is None:
             raise DataError("data.path is missing: dataset local needs a file or folder")
@@ -93,18 +91,29 @@ def find_source(
     )
 
 
-def _builtin(seed: int, subset_size: int | None, val_subset_size: int | None) -> Source:
-    """Stories 0 .. of the seed: the first ones are held out, so that the two never share one."""
-    n_train = DEFAULT_STORIES if subset_size is None else subset_size
+def _builtin(subset_size: int | None, val_subset_size: int | None) -> Source:
+    """The first stories are validation, those after them training: the two never share one."""
     n_held = DEFAULT_VALIDATION_STORIES if val_subset_size is None else val_subset_size
+    if n_held >= stories.COUNT:
+        raise _too_many("val_subset_size", stories.COUNT - 1, n_held)
+    n_train = stories.COUNT - n_held if subset_size is None else subset_size
+    if n_held + n_train > stories.COUNT:
+        raise _too_many("subset_size", stories.COUNT - n_held, n_train)
 
     def opened(report: ReadReport) -> Splits:
-        held = (Piece(story, True) for story in stories.stories(seed, n_held))
-        rest = islice(stories.stories(seed, n_held + n_train), n_held, None)
-        return Splits((Piece(story, True) for story in rest), held)
+        pieces = [Piece(story, True) for story in stories.stories()]
+        return Splits(iter(pieces[n_held : n_held + n_train]), iter(pieces[:n_held]))
 
-    identity = {"stories": stories.VERSION, "seed": seed, "held_out": n_held, "train": n_train}
+    digest = hashlib.sha256(stories.FILE.read_bytes()).hexdigest()
+    identity = {"stories": digest, "held_out": n_held, "train": n_train}
     return Source("builtin-stories", identity, None, opened)
+
+
+def _too_many(field: str, most: int, found: int) -> DataError:
+    return DataError(
+        f"data.{field}: expected at most {most:,}, got {found:,}: there are {stories.COUNT:,} "
+        "built-in stories, for training and validation together"
+    )
 
 
 def _local(path: Path, text_field: str, separator: str, refuse: bool) -> Source:

@@ -20,13 +20,15 @@ from typing import Any
 import numpy as np
 import tokenizers
 
+from mantrans.assets import ASSETS
 from mantrans.data import hub
 from mantrans.errors import DataError
 
 END_OF_TEXT = "<|endoftext|>"
 TOKENIZER_FILE = "tokenizer.json"
 MANIFEST_FILE = "manifest.json"
-SHIPPED = Path(__file__).resolve().parents[2] / "assets" / "models" / "tokenizers"
+OWN = Path("assets", "models", "tokenizers")  # of the current directory
+SHIPPED = ASSETS / "tokenizers"
 _LARGEST_FILE = 256 * 2**20  # bytes; the largest published vocabularies take some 30 MB
 _PROBES = (
     "Once upon a time, there was a kind girl.",
@@ -91,7 +93,8 @@ class Tokenizer:
 
 
 def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
-    """The tokenizer of that name under assets/models/tokenizers/, else that folder, else GPT-2.
+    """The tokenizer in that folder, or of that name: under ./assets/models/tokenizers, among those
+    that come with the package, or GPT-2's.
 
     Raises DataError when there is none, or when its files are damaged or are not what the module
     docstring asks for.
@@ -112,18 +115,18 @@ def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
 
 def _find(name: str) -> Tokenizer:
     """The tokenizer of a name or path that is safe to look up."""
-    shipped = SHIPPED / name
-    if not Path(name).is_absolute() and shipped.is_dir():
-        if not shipped.resolve().is_relative_to(SHIPPED.resolve()):
-            raise DataError(f"tokenizer {name!r} is refused: it is a link out of {SHIPPED}")
-        return _from_folder(shipped)
     if Path(name).is_dir():
         return _from_folder(Path(name))
     if Path(name).name == TOKENIZER_FILE and Path(name).is_file():
         return _from_folder(Path(name).parent)
+    for root in (OWN, SHIPPED):
+        if (root / name).is_dir():
+            if not (root / name).resolve().is_relative_to(root.resolve()):
+                raise DataError(f"tokenizer {name!r} is refused: it is a link out of {root}")
+            return _from_folder(root / name)
     if name == "gpt2":
         return _gpt2_from_hub()
-    known = [*shipped_names(), "gpt2"]
+    known = [*known_names(), "gpt2"]
     close = get_close_matches(name, known, n=1)
     raise DataError(
         f"tokenizer {name!r} not found: it is no folder"
@@ -132,9 +135,11 @@ def _find(name: str) -> Tokenizer:
     )
 
 
-def shipped_names() -> list[str]:
-    """The tokenizers that come with the project."""
-    return sorted(path.parent.name for path in SHIPPED.glob(f"*/{TOKENIZER_FILE}"))
+def known_names() -> list[str]:
+    """The tokenizers that a name alone finds on this disk."""
+    return sorted(
+        {p.parent.name for root in (OWN, SHIPPED) for p in root.glob(f"*/{TOKENIZER_FILE}")}
+    )
 
 
 def write_manifest(folder: Path, tokenizer: Tokenizer, facts: dict[str, Any]) -> None:

@@ -154,7 +154,6 @@ def _parser() -> argparse.ArgumentParser:
     text.add_argument("--limit", type=_count, help="documents of each --dataset (default: all)")
     text.add_argument("--text-field", default=None, help="of .jsonl and .parquet (default: text)")
     text.add_argument("--separator", choices=("eot", "blank_line"), default="eot")
-    text.add_argument("--seed", type=int, default=0, help="of builtin-stories")
 
     train_command = commands.add_parser("train", parents=[text], help="learn a tokenizer")
     train_command.add_argument("--output", required=True, type=Path, help="a new folder")
@@ -187,7 +186,6 @@ def _run_train(options: argparse.Namespace) -> None:
         facts = {
             "trained_on": [*(Path(name).name for name in options.input), *options.dataset],
             "documents_of_each_dataset": options.limit,
-            "seed": options.seed,
             "held_out_of_each_input": options.hold_out,
         }
         write_manifest(aside, tokenizer, facts)
@@ -233,7 +231,7 @@ def _pieces(options: argparse.Namespace, fraction: float, held: bool) -> Iterato
         )
         yield from part_of(source.open(report).train, fraction, held)
     for name in options.dataset:
-        source = find_source(name, subset_size=options.limit, seed=options.seed)
+        source = find_source(name)
         yield from _first(source.open(report).train, options.limit)
     if report.broken_lines:
         print(f"note: {report}", file=sys.stderr)

@@ -153,9 +153,7 @@ class Trainer:
         """Tokenizer, tokens, and the order in which they come; with them the length of the run."""
         training, data = self.config.training, self.config.data
         self.tokenizer = load_tokenizer(data.tokenizer)
-        self.dataset = prepare(
-            data, self.tokenizer, seed=training.seed, cache_dir=data.cache_dir, quiet=quiet
-        )
+        self.dataset = prepare(data, self.tokenizer, cache_dir=data.cache_dir, quiet=quiet)
         self.loader = BatchLoader(
             self.dataset.train,
             training.sequences_per_step,

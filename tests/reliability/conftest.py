@@ -26,7 +26,7 @@ def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of token files that all small runs share, filled once."""
     folder = tmp_path_factory.mktemp("tokens")
     data = small(folder, folder).data
-    prepare(data, load_tokenizer(data.tokenizer), seed=0, cache_dir=folder, quiet=True)
+    prepare(data, load_tokenizer(data.tokenizer), cache_dir=folder, quiet=True)
     return folder
 
 

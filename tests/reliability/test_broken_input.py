@@ -233,7 +233,7 @@ def test_any_text_file_is_learnt_from_or_refused_in_one_line(tmp_path: Path, nam
     (tmp_path / file).write_bytes(raw)
     config = small(tmp_path, tmp_path / "cache", data={"path": str(tmp_path / file)})
     tokenizer = load_tokenizer(config.data.tokenizer)
-    prepared = functools.partial(prepare, config.data, tokenizer, seed=0,
+    prepared = functools.partial(prepare, config.data, tokenizer,
                                  cache_dir=tmp_path / "cache")  # fmt: skip
     if is_good:
         data = prepared()
@@ -253,7 +253,7 @@ def test_a_line_of_100_megabytes(tmp_path: Path, record_property: Callable) -> N
             file.write(b"once upon a time there was a mouse " * 30_000)
     config = small(tmp_path, tmp_path / "cache", data={"path": str(tmp_path / "a.txt")})
     tokenizer = load_tokenizer(config.data.tokenizer)
-    data = prepare(config.data, tokenizer, seed=0, cache_dir=tmp_path / "cache", quiet=True)
+    data = prepare(config.data, tokenizer, cache_dir=tmp_path / "cache", quiet=True)
     assert data.train.n_bytes + data.validation.n_bytes > 100 * 10**6
     record_property("bytes in one line", data.train.n_bytes + data.validation.n_bytes)
 
@@ -265,7 +265,7 @@ def test_broken_lines_are_skipped_or_refused_as_set(tmp_path: Path, setting: str
     data = {"path": str(tmp_path / "a.jsonl"), "on_broken_lines": setting}
     config = small(tmp_path, tmp_path / "cache", data=data)
     tokenizer = load_tokenizer(config.data.tokenizer)
-    prepared = functools.partial(prepare, config.data, tokenizer, seed=0,
+    prepared = functools.partial(prepare, config.data, tokenizer,
                                  cache_dir=tmp_path / "cache")  # fmt: skip
     if setting == "skip":
         prepared()

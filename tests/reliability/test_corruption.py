@@ -127,7 +127,7 @@ def test_damage_to_token_files_is_found(
     cache = tmp_path / "tokens"
     data = small(tmp_path, cache).data
     tokenizer = load_tokenizer(data.tokenizer)
-    prepare(data, tokenizer, seed=0, cache_dir=cache, quiet=True)
+    prepare(data, tokenizer, cache_dir=cache, quiet=True)
     (path,) = cache.glob(f"*/{name}")
     whole = path.read_bytes()
     chance = random.Random(0)
@@ -137,7 +137,7 @@ def test_damage_to_token_files_is_found(
             broken = whole[: chance.randrange(len(whole))]
         path.write_bytes(broken)
         with pytest.raises(DataError, match=rf"{name} is damaged: .*delete the folder"):
-            prepare(data, tokenizer, seed=0, cache_dir=cache, quiet=True)
+            prepare(data, tokenizer, cache_dir=cache, quiet=True)
     record_property("flips and truncations", trials)
     record_property("not detected", 0)
 

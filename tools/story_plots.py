@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from mantrans.data.story_words import COLORS, FAMILY, Teller, a, capital
+from tools.story_words import COLORS, FAMILY, Teller, a, capital
 
 Paragraphs = list[list[str]]
 
