@@ -81,7 +81,7 @@ def _store(tensor: Tensor, path: tuple[str, ...], tensors: dict[str, Tensor]) ->
     return name
 
 
-def restore(text: str, tensors: Mapping[str, Any]) -> dict[str, Any]:
+def restore(text: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """Undo `flatten`: each of `tensors` takes its place once.
 
     Raises:
@@ -99,7 +99,7 @@ def restore(text: str, tensors: Mapping[str, Any]) -> dict[str, Any]:
     return state
 
 
-def _restore(value: Any, tensors: dict[str, Any], depth: int) -> Any:
+def _restore(value: Any, tensors: dict[str, Tensor], depth: int) -> Any:
     if depth > MAX_DEPTH:
         raise FormatError(f"it is nested more than {MAX_DEPTH} deep")
     if isinstance(value, list):

@@ -66,7 +66,30 @@ def load(path: str | Path) -> dict[str, Any]:
     Raises:
         CheckpointError: there is no such file, it is damaged, or it is of another format.
     """
-    return _read(path, keep=True)
+    path = Path(path)
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise FormatError("it is not a regular file")
+        with open(path, "rb") as file:
+            if file.read(len(_ZIP)) == _ZIP:
+                raise CheckpointError(
+                    f"{path}: expected {FORMAT}, got the first format, a pickle, which is not "
+                    "read; if the file is your own, convert it: "
+                    f"python -m mantrans.checkpoint.convert {path} NEW.pt"
+                )
+            metadata, tensors = tensor_file.read(file)
+        if metadata.get("format") != FORMAT:
+            raise FormatError(f"expected {FORMAT}, got {shown(metadata.get('format', 'none'))}")
+        return plain.restore(metadata.get("state", ""), tensors)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file; accepted: a checkpoint (*.pt)") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({reason(error)})") from None
+    except FormatError as error:
+        raise CheckpointError(
+            f"{path}: is damaged or not a checkpoint: {error}; use another one, or "
+            "--resume latest, which takes the newest that is intact"
+        ) from None
 
 
 def verify(path: str | Path) -> None:
@@ -75,7 +98,7 @@ def verify(path: str | Path) -> None:
     Raises:
         CheckpointError: as for `load`.
     """
-    _read(path, keep=False)
+    load(path)  # a map takes no memory until it is used
 
 
 @contextlib.contextmanager
@@ -99,34 +122,6 @@ def understood(path: str | Path) -> Iterator[None]:
         raise CheckpointError(
             f"{path}: its state cannot be used ({type(error).__name__}: {reason(error)}); "
             "accepted: a checkpoint that train.py saved"
-        ) from None
-
-
-def _read(path: str | Path, *, keep: bool) -> dict[str, Any]:
-    """Read and verify a checkpoint; with `keep` False there is nothing in its tensors' places."""
-    path = Path(path)
-    try:
-        if not stat.S_ISREG(path.stat().st_mode):
-            raise FormatError("it is not a regular file")
-        with open(path, "rb") as file:
-            if file.read(len(_ZIP)) == _ZIP:
-                raise CheckpointError(
-                    f"{path}: expected {FORMAT}, got the first format, a pickle, which is not "
-                    "read; if the file is your own, convert it: "
-                    f"python -m mantrans.checkpoint.convert {path} NEW.pt"
-                )
-            metadata, tensors = tensor_file.read(file, keep=keep)
-        if metadata.get("format") != FORMAT:
-            raise FormatError(f"expected {FORMAT}, got {shown(metadata.get('format', 'none'))}")
-        return plain.restore(metadata.get("state", ""), tensors)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file; accepted: a checkpoint (*.pt)") from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({reason(error)})") from None
-    except FormatError as error:
-        raise CheckpointError(
-            f"{path}: is damaged or not a checkpoint: {error}; use another one, or "
-            "--resume latest, which takes the newest that is intact"
         ) from None
 
 

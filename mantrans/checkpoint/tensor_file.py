@@ -114,11 +114,11 @@ def content_of(tensor: Tensor) -> bytes | memoryview:
 # --------------------------------------------------------------------------------------- reading
 
 
-def read(file: BufferedReader, *, keep: bool) -> tuple[dict[str, str], dict[str, Any]]:
+def read(file: BufferedReader) -> tuple[dict[str, str], dict[str, Tensor]]:
     """Return the metadata and the tensors of a file, every byte of it verified.
 
     The tensors are the file's own bytes, mapped into memory: writing to one leaves the file as it
-    is. With `keep` False, None stands in the place of each.
+    is.
 
     Raises:
         FormatError: the file is cut short, changed, or not a sealed file.
@@ -146,8 +146,6 @@ def read(file: BufferedReader, *, keep: bool) -> tuple[dict[str, str], dict[str,
     for index, entry in enumerate(entries):
         if _digest(file, entry) != digests[index * _DIGEST_BYTES : (index + 1) * _DIGEST_BYTES]:
             raise FormatError(f"the tensor {shown(entry.name)} has changed since it was written")
-    if not keep:
-        return metadata, dict.fromkeys(entry.name for entry in entries)
     memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     return metadata, {entry.name: _mapped(memory, entry) for entry in entries}
 
