@@ -485,18 +485,34 @@ def test_a_header_longer_than_the_file_is_refused_before_it_is_read(
     assert f"claims {claimed} of " in refusal(path)
 
 
+def beside_the_tensor(value: str) -> str:
+    """A state that is sound but perhaps for `value`."""
+    return HONEST[:-1] + f',"v":{value}' + "}"
+
+
+def test_values_that_json_lacks_are_read_from_their_own_forms(tmp_path: Path) -> None:
+    value = '[{"$tuple":[]},{"$float":"7ff0000000000000"},{"$dict":[[1,2],["$x",null]]}]'
+    path = sealed(tmp_path / "x.pt", header_of({"w": GOOD}, beside_the_tensor(value)))
+    assert_same(load(path)["v"], [(), float("inf"), {1: 2, "$x": None}])
+    alike = {"$tensor": "w", "$tuple": [], "in": {"$float": "7ff0000000000000"}, "$": {"$dict": []}}
+    save(path, alike)
+    assert_same(load(path), alike)
+
+
 @pytest.mark.parametrize(
     "state",
     [
-        "", "{", "1", "[]", "null", '"w"', '{"$tuple":[]}', "{}", '{"w":"w"}', '{"w":NaN}',
+        "", "{", "1", "[]", "null", '"w"', '{"$tuple":[]}', "{}", '{"w":"w"}', '{"$w":1}',
         '{"w":{"$tensor":"v"}}', '{"w":{"$tensor":"seal"}}', '{"w":{"$tensor":["w"]}}',
-        '{"w":{"$tensor":"w"},"v":{"$tensor":"w"}}', '{"w":{"$tensor":"w","more":1}}',
-        '{"w":{"$tensor":"w"},"w":1}', '{"w":{"$float":"7ff0"}}', '{"w":{"$float":7}}',
-        '{"w":{"$float":"x000000000000000"}}', '{"w":{"$tuple":1}}', '{"w":{"$dict":{}}}',
-        '{"w":{"$dict":[[1]]}}', '{"w":{"$dict":[[[],1]]}}', '{"w":{"$dict":[[1,2],[1,3]]}}',
-        '{"w":{"$dict":[[null,2]]}}', '{"w":{"$call":"os.system"}}', '{"$w":1}',
-        HONEST[:-1] + ',"v":' + "[" * 33 + "]" * 33 + "}",
-        HONEST[:-1] + ',"v":' + "[" * 100_000 + "]" * 100_000 + "}",
+        '{"w":{"$tensor":"w","more":1}}', '{"w":{"$tensor":"w"},"w":1}',
+        *map(beside_the_tensor, [
+            "NaN", "-Infinity", '{"$tensor":"w"}', '{"$tensor":1}', '{"a":1,"a":1}',
+            '{"$float":"7ff0"}', '{"$float":7}', '{"$float":"x000000000000000"}',
+            '{"$float":"7ff0000000000000","a":1}', '{"$tuple":1}', '{"$tuple":{}}',
+            '{"$dict":{}}', '{"$dict":[[1]]}', '{"$dict":[[[],1]]}', '{"$dict":[[1,2],[1,3]]}',
+            '{"$dict":[[null,2]]}', '{"$dict":[[1.5,2]]}', '{"$call":"os.system"}', '{"$":1}',
+            "[" * 33 + "]" * 33, "[" * 100_000 + "]" * 100_000,
+        ]),
     ],
 )  # fmt: skip
 def test_a_malformed_state_is_refused(tmp_path: Path, state: str) -> None:

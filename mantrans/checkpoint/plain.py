@@ -113,7 +113,7 @@ def _restore(value: Any, tensors: dict[str, Tensor], depth: int) -> Any:
         if content not in tensors:
             raise FormatError(f"the tensor {shown(content)} is missing, or in two places")
         return tensors.pop(content)
-    if kind == "$float" and len(content) == 16:
+    if kind == "$float":
         return struct.unpack(">d", bytes.fromhex(content))[0]
     if kind == "$tuple" and isinstance(content, list):
         return tuple(_restore(item, tensors, depth + 1) for item in content)
