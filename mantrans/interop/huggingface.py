@@ -18,7 +18,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import struct
 from collections.abc import Iterable, Iterator
 from io import FileIO
 from pathlib import Path
@@ -29,6 +28,7 @@ from torch import Tensor
 
 from mantrans.checkpoint.atomic import replacing, write_all
 from mantrans.checkpoint.state_file import reason
+from mantrans.checkpoint.tensor_file import content_of, header_for
 from mantrans.config import ModelConfig
 from mantrans.errors import CheckpointError, ConfigError, show, single_line
 from mantrans.models.gpt2 import INNER_NAMES, OUTER_NAMES
@@ -343,22 +343,7 @@ def _theirs(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _write_tensors(file: FileIO, tensors: dict[str, Tensor]) -> None:
-    """The safetensors format: length of the header (8 bytes, little-endian), header, tensors.
-
-    The package's own writer wants all of it in memory once more; this needs one tensor's room.
-    """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers wants to see that
-    end = 0
-    for name, tensor in tensors.items():
-        start, end = end, end + tensor.numel() * tensor.element_size()
-        header[name] = {
-            "dtype": DTYPES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [start, end],
-        }
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # so that the tensors are aligned
-    write_all(file, struct.pack("<Q", len(text)) + text)
+    """The safetensors format, in one tensor's room; the package's own writer holds all of them."""
+    write_all(file, header_for({"format": "pt"}, tensors))  # transformers wants to see that
     for tensor in tensors.values():
-        flat = tensor.cpu().contiguous().flatten()
-        write_all(file, flat.view(torch.uint8).numpy().data)
+        write_all(file, content_of(tensor))

@@ -42,6 +42,19 @@ PROMISES = (
     ),
     Promise(
         "Exact resume",
+        "A checkpoint of the first format is converted with every bit, and training goes on from "
+        "it with the bits that the code of its time gave; configs and run folders are read.",
+        (
+            "tests/test_first_format.py::"
+            "test_training_goes_on_from_a_converted_checkpoint_with_the_bits_of_the_old_code",
+            "tests/test_first_format.py::"
+            "test_a_converted_checkpoint_has_every_value_of_the_old_one",
+            "tests/test_first_format.py::"
+            "test_the_run_folder_is_read_by_the_records_reader_and_the_report",
+        ),
+    ),
+    Promise(
+        "Exact resume",
         "metrics.jsonl has every step once: no gap, no duplicate, no half line.",
         (
             HERE + "test_resume.py::test_every_step_and_every_validation_is_on_record_once",
@@ -86,6 +99,8 @@ PROMISES = (
             "tests/test_checkpoint.py::test_truncation_at_any_length_is_detected",
             "tests/test_checkpoint.py::test_blocks_of_zeros_and_swapped_blocks_are_detected",
             "tests/test_checkpoint.py::test_a_damaged_tensor_is_named",
+            "tests/test_checkpoint.py::"
+            "test_a_bad_sector_and_a_file_that_shrinks_are_said_in_one_line",
         ),
     ),
     Promise(
@@ -136,11 +151,12 @@ PROMISES = (
     ),
     Promise(
         "Hostile files",
-        "A checkpoint that would run code is refused by train.py and evaluate.py and runs nothing.",
+        "A checkpoint that would run code is refused by train.py and evaluate.py and runs nothing; "
+        "the converter of one's own old files runs nothing either.",
         (
             HERE + "test_hostile.py::test_a_pickle_that_runs_code_is_refused_by_every_command",
             "tests/test_checkpoint.py::test_a_pickle_that_would_run_code_is_refused",
-            "tests/test_checkpoint.py::test_a_mutated_pickle_gives_plain_data_or_is_refused",
+            "tests/test_checkpoint.py::test_a_mutated_header_gives_plain_data_or_is_refused",
         ),
     ),
     Promise(
@@ -149,6 +165,12 @@ PROMISES = (
         "allocating; an intact file with an odd state in it is used or refused, never a traceback.",
         (
             "tests/test_checkpoint.py::test_claims_beyond_the_file_are_refused_without_allocating",
+            "tests/test_checkpoint.py::test_tensors_that_overlap_or_lie_askew_are_refused",
+            "tests/test_checkpoint.py::"
+            "test_a_malformed_header_is_refused_in_little_time_and_memory",
+            "tests/test_checkpoint.py::"
+            "test_a_header_longer_than_the_file_is_refused_before_it_is_read",
+            "tests/test_checkpoint.py::test_a_malformed_state_is_refused",
             "tests/test_data_shards.py::test_a_hostile_header_is_refused",
             HERE + "test_hostile.py::"
             "test_a_model_that_claims_more_than_the_file_holds_takes_no_memory",
@@ -172,7 +194,7 @@ PROMISES = (
     Promise(
         "Hostile files",
         "A YAML alias bomb ends at once and in little memory; the source has no eval, no "
-        "trust_remote_code, no unsafe YAML or pickle.",
+        "trust_remote_code, no unsafe YAML; nothing but the converter reads a pickle, as data.",
         (
             HERE + "test_hostile.py::test_a_yaml_alias_bomb_ends_quickly_and_in_little_memory",
             "tests/test_config.py::test_an_alias_bomb_ends_at_once_and_in_little_memory",
