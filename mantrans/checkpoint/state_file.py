@@ -25,6 +25,7 @@ import torch
 from mantrans.checkpoint import archive, plain_pickle
 from mantrans.checkpoint.atomic import replacing, write_all
 from mantrans.errors import CheckpointError, MantransError
+from mantrans.runtime import is_out_of_memory
 
 SLOW_WRITE_VARIABLE = "MANTRANS_TEST_SLOW_WRITE"
 _SAVABLE = frozenset(plain_pickle.STORAGE_TYPES.values())
@@ -78,7 +79,8 @@ def verify(path: str | Path) -> None:
 @contextlib.contextmanager
 def understood(path: str | Path) -> Iterator[None]:
     """Around code that takes a loaded state apart: what it finds missing or of another kind is a
-    CheckpointError about `path`. A file may be intact and still not be what it is taken for."""
+    CheckpointError about `path`. A file may be intact and still not be what it is taken for.
+    Full memory is not the file's fault and passes through."""
     try:
         yield
     except MantransError as error:
@@ -93,6 +95,8 @@ def understood(path: str | Path) -> Iterator[None]:
         RuntimeError,
         OverflowError,
     ) as error:
+        if is_out_of_memory(error):
+            raise
         raise CheckpointError(
             f"{path}: its state cannot be used ({type(error).__name__}: {reason(error)}); "
             "accepted: a checkpoint that train.py saved"
@@ -196,6 +200,8 @@ def _read(path: str | Path, *, keep: bool) -> dict[str, Any]:
             "--resume latest, which takes the newest that is intact"
         ) from None
     except (plain_pickle.RefusedError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
         raise CheckpointError(
             f"{path}: is refused: {reason(error)}; accepted: a file that mantrans saved"
         ) from None

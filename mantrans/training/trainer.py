@@ -29,25 +29,20 @@ from mantrans.data.dataset import prepare
 from mantrans.data.loader import BatchLoader
 from mantrans.data.tokenizer import load_tokenizer
 from mantrans.errors import CheckpointError, ConfigError, MantransError
-from mantrans.evaluation.evaluator import (
-    as_json,
-    as_text,
-    evaluate,
-    measure_stream,
-    refuse_other_tokenizer,
-)
+from mantrans.evaluation.evaluator import as_json, as_text, evaluate, measure_stream
+from mantrans.inference.trained import refuse_other_tokenizer
 from mantrans.kernels import selfcheck
 from mantrans.optim.optimizers import scheduled_learning_rate
 from mantrans.report.page import write_page
+from mantrans.runtime import disable_malloc_trim, resolve_device, resolve_dtype
 from mantrans.training import flops, memory
 from mantrans.training.batches import token_source
 from mantrans.training.diagnosis import first_non_finite
-from mantrans.training.host_memory import keep_freed_memory
 from mantrans.training.lock import RunLock
 from mantrans.training.logger import RunLogger
 from mantrans.training.profile import StepProfiler
 from mantrans.training.step import OutlierGuard, StepRecord, TrainStep
-from mantrans.wrapper import CustomTransformerWrapper, resolve_device, resolve_dtype
+from mantrans.wrapper import CustomTransformerWrapper
 
 
 @dataclass
@@ -168,7 +163,7 @@ class Trainer:
             training.checkpoint_dir, training.experiment_name, training.keep_checkpoints
         )
         step_bytes = require_memory(self.config, self.tokenizer.vocab_size)
-        keep_freed_memory()
+        disable_malloc_trim()
         self.wrapper = build_wrapper(self.config, self.tokenizer.vocab_size)
         self.flops_per_token = flops.flops_per_token(
             self.wrapper.config, self.config.sequence_length

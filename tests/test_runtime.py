@@ -11,8 +11,8 @@ import pytest
 
 PROGRAM = """
 import resource, torch
-from mantrans.training.host_memory import keep_freed_memory
-assert not {keep} or keep_freed_memory()
+from mantrans.runtime import disable_malloc_trim
+assert not {keep} or disable_malloc_trim()
 
 def step():
     for block in [torch.empty(3 << 23, dtype=torch.uint8) for _ in range(3)]:
