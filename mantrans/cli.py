@@ -40,7 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except MantransError as error:
         reason = str(error)
     except OSError as error:
-        reason = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        reason = f"{error.filename}: " if error.filename else ""
+        reason += error.strerror or str(error)
     except (MemoryError, RuntimeError) as error:
         from mantrans import runtime
 

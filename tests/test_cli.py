@@ -160,6 +160,12 @@ def test_a_refusal_of_the_system_names_the_file(
     monkeypatch.setattr("mantrans.training.summary.summary", lambda *_: os.listdir("/nowhere"))
     assert main(filled("summary RUN/config.yaml", run)) == 2
     assert error_line(capsys) == "error: /nowhere: No such file or directory"
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        assert main(["report", str(run / "runs" / NAME)]) == 2
+        monkeypatch.undo()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), full.fileno())
+    assert error_line(capsys) == "error: No space left on device"
 
 
 def test_a_bug_keeps_its_traceback(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
