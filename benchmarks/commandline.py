@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 from benchmarks.records import RESULTS
-from mantrans.training.host_memory import keep_freed_memory
+from mantrans.runtime import disable_malloc_trim
 
 
 def arguments(description: str, seconds: float) -> argparse.Namespace:
@@ -15,7 +15,7 @@ def arguments(description: str, seconds: float) -> argparse.Namespace:
 
     Everybody is measured with freed memory kept, as `train.py` asks of the C library.
     """
-    keep_freed_memory()
+    disable_malloc_trim()
     p = argparse.ArgumentParser(description=description)
     p.add_argument("--output", type=Path, default=RESULTS, help="folder of results")
     p.add_argument("--seconds", type=float, default=seconds, help="stop starting cases after this")

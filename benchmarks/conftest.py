@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.records import Recorder
-from mantrans.training.host_memory import keep_freed_memory
+from mantrans.runtime import disable_malloc_trim
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -17,6 +17,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.fixture(scope="session")
 def recorder(pytestconfig: pytest.Config) -> Recorder | None:
     """Where rows go, or None without --record."""
-    keep_freed_memory()  # as in all benchmarks, see `commandline.arguments`
+    disable_malloc_trim()  # as in all benchmarks, see `commandline.arguments`
     folder = pytestconfig.getoption("--record")
     return Recorder(folder, "bench") if folder else None

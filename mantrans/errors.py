@@ -1,4 +1,4 @@
-"""The errors a user can cause and mend; the command line prints them as one line, no traceback."""
+"""The errors a user can cause and correct; `mantrans.cli` prints them as one line, no traceback."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 
 class MantransError(Exception):
-    """What was found, where, and what is accepted instead. `train.py` and `evaluate.py` exit 2."""
+    """Where, what was expected and what was there instead. The commands exit with status 2."""
 
 
 class ConfigError(MantransError, ValueError):

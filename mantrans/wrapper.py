@@ -8,7 +8,7 @@ tokens = model.generate(input_ids, max_length=100)
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,8 +26,7 @@ from mantrans.models import build
 from mantrans.models.transformer import CustomTransformer
 from mantrans.optim import OPTIMIZERS, Optimizer
 from mantrans.parameters import Parameter
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+from mantrans.runtime import resolve_device, resolve_dtype
 
 
 class CustomTransformerWrapper:
@@ -35,7 +34,7 @@ class CustomTransformerWrapper:
 
     vocab_size, d_model, n_blocks, n_heads, d_ffn (None: 4 · d_model), max_seq_len, tie_embeddings,
         bias, layer_norm_epsilon, initializer_range: as in `mantrans.config.ModelConfig`.
-    dtype: torch.float32, torch.bfloat16, torch.float64, or "auto" (see `resolve_dtype`).
+    dtype: torch.float32, torch.bfloat16, torch.float64, or "auto" (see `mantrans.runtime`).
     device: "cpu", "cuda", "cuda:1", or "auto": a GPU if there is one.
     backend: "auto", "reference", "native" or "triton" (see `mantrans.kernels.backend`).
     optimizer: "sgd" or "adamw", with `optimizer_options` as its keywords.
@@ -236,13 +235,48 @@ class CustomTransformerWrapper:
         list, a list of 1-D tensors.
         """
         as_tensor = isinstance(input_ids, Tensor)
-        rows = [input_ids] if isinstance(input_ids, Tensor) and input_ids.dim() == 1 else input_ids
-        prompts = [
-            self._checked_ids(torch.as_tensor(row)[None], "input_ids", any_length=True)[0].tolist()
-            for row in rows
-        ]
+        rows = self._checked_prompts(input_ids)
+        for tokens in self.stream(
+            rows,
+            max_length,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            eos_token_id=eos_token_id,
+            seed=seed,
+            use_cache=use_cache,
+        ):
+            for row, token in zip(rows, tokens, strict=True):
+                if token is not None:
+                    row.append(token)
+        if not as_tensor:
+            return [torch.tensor(row) for row in rows]
+        longest = max(len(row) for row in rows)
+        filler = 0 if eos_token_id is None else eos_token_id  # without it all rows are equally long
+        return torch.tensor(
+            [row + [filler] * (longest - len(row)) for row in rows], device=self.device
+        )
+
+    def stream(
+        self,
+        input_ids: Tensor | Sequence,
+        max_length: int = 100,
+        *,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        eos_token_id: int | None = None,
+        seed: int = 0,
+        use_cache: bool = True,
+    ) -> Iterator[list[int | None]]:
+        """The new tokens of `generate`, with its arguments, each step's as soon as it is drawn.
+
+        Yields a list with one token a prompt, None for a prompt whose row has ended. Wrong
+        arguments raise ValueError at once, not at the first token.
+        """
+        prompts = self._checked_prompts(input_ids)
         _check_sampling(max_length, temperature, top_k, top_p)
-        results = generation.generate(
+        return generation.stream(
             self.model,
             prompts,
             max_length,
@@ -252,13 +286,6 @@ class CustomTransformerWrapper:
             eos_token_id=eos_token_id,
             seed=seed,
             use_cache=use_cache,
-        )
-        if not as_tensor:
-            return [torch.tensor(row) for row in results]
-        longest = max(len(row) for row in results)
-        filler = 0 if eos_token_id is None else eos_token_id  # without it all rows are equally long
-        return torch.tensor(
-            [row + [filler] * (longest - len(row)) for row in results], device=self.device
         )
 
     # ----------------------------------------------------------------------------------- keeping
@@ -410,6 +437,14 @@ class CustomTransformerWrapper:
             )
         return ids.to(self.device, torch.int64)
 
+    def _checked_prompts(self, input_ids: Tensor | Sequence) -> list[list[int]]:
+        """Each prompt's tokens, of any number but none."""
+        rows = [input_ids] if isinstance(input_ids, Tensor) and input_ids.dim() == 1 else input_ids
+        return [
+            self._checked_ids(torch.as_tensor(row)[None], "input_ids", any_length=True)[0].tolist()
+            for row in rows
+        ]
+
     def _checked_labels(self, labels: Tensor, input_ids: Tensor) -> Tensor:
         if labels.shape != input_ids.shape:
             raise ValueError(
@@ -458,48 +493,14 @@ def _checked_count(found: Any) -> int:
     return found
 
 
-def resolve_device(device: torch.device | str) -> torch.device:
-    """A GPU for "auto", if there is one. Raises ConfigError for a device that is not there."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        resolved = torch.device(device)
-        torch.empty(0, device=resolved)
-        if resolved.type == "cuda" and resolved.index is not None:
-            torch.cuda.set_device(resolved)  # kernels are launched on the current device
-    except (RuntimeError, AssertionError) as wrong:
-        reason = str(wrong).splitlines()[0]
-        raise ConfigError(f"device: found {device!r}, which does not work ({reason})") from None
-    return resolved
-
-
-def resolve_dtype(dtype: torch.dtype | str, device: torch.device) -> torch.dtype:
-    """For "auto": bfloat16 where the processor multiplies it natively, else float32.
-
-    That is every GPU since Ampere, and CPUs with AVX512-BF16 or AMX, where bfloat16 products were
-    measured four times as fast as float32 ones.
-    """
-    if isinstance(dtype, torch.dtype) and dtype in DTYPES.values():
-        return dtype
-    if isinstance(dtype, str) and dtype in DTYPES:
-        return DTYPES[dtype]
-    if dtype != "auto":
-        raise ConfigError(f"dtype: found {dtype}; accepted: auto, {', '.join(DTYPES)}")
-    if device.type == "cuda":
-        native = torch.cuda.get_device_capability(device) >= (8, 0)
-    else:
-        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.bfloat16 if native else torch.float32
-
-
 def _check_sampling(
     max_length: int, temperature: float, top_k: int | None, top_p: float | None
 ) -> None:
     if max_length < 1:
-        raise ValueError(f"max_length: found {max_length}; accepted: at least 1")
+        raise ValueError(f"max_length: expected at least 1, got {max_length}")
     if not temperature >= 0:
-        raise ValueError(f"temperature: found {temperature}; accepted: 0 or more")
+        raise ValueError(f"temperature: expected 0 or more, got {temperature}")
     if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k: found {top_k}; accepted: at least 1, or None")
+        raise ValueError(f"top_k: expected at least 1 or None, got {top_k}")
     if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p: found {top_p}; accepted: above 0, at most 1, or None")
+        raise ValueError(f"top_p: expected above 0 and at most 1, or None, got {top_p}")

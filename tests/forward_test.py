@@ -1,4 +1,4 @@
-"""To be run by hand, `python -m tests.forward_test`: shapes, loss, and every gradient's norm."""
+"""To be run by hand, `python tests/forward_test.py`: shapes, loss, and every gradient's norm."""
 
 from __future__ import annotations
 

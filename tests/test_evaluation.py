@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from evaluate import main as evaluate_main
 from mantrans.checkpoint import state_file
+from mantrans.cli import main
 from mantrans.config import Config
 from mantrans.data.dataset import TokenDataset
 from mantrans.data.tokenizer import Tokenizer, load_tokenizer
@@ -402,7 +402,7 @@ def test_a_printed_report_has_the_marks():
 
 
 def command(run: Run, *arguments: str) -> int:
-    return evaluate_main(["--checkpoint", str(run.checkpoint), *arguments])
+    return main(["evaluate", "--checkpoint", str(run.checkpoint), *arguments])
 
 
 def test_command_line(trained: Run, capsys: pytest.CaptureFixture[str]):
@@ -453,7 +453,7 @@ WRONG = {
     "config": (["--config", "{}/none.yaml"], ["none.yaml"]),
     "json": (["--json", "{}/none/report.json", "--max-batches", "1"], ["--json", "none"]),
     "device": (["--device", "abacus"], ["device", "abacus"]),
-    "length": (["--config", "{}/long.yaml"], ["data.max_length: found 64", "(16)"]),
+    "length": (["--config", "{}/long.yaml"], ["data.max_length: expected", "(16), got 64"]),
     "model": (["--set", "model.d_model=64"], ["model.d_model=64", "checkpoint's"]),
     "contradiction": (
         ["--set", "training.min_learning_rate=1.0"],
@@ -488,6 +488,6 @@ def test_files_that_are_no_checkpoint(
         trained.wrapper.save_checkpoint(path)
     elif isinstance(content, bytes):
         path.write_bytes(content)
-    assert evaluate_main(["--checkpoint", str(path)]) == 2
+    assert main(["evaluate", "--checkpoint", str(path)]) == 2
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ") and words in line and str(path) in line

@@ -82,7 +82,7 @@ def test_a_converted_checkpoint_has_every_value_of_the_old_one(tmp_path: Path, d
     old = torch.load(OLD / f"{dtype}.pt", weights_only=True)
     assert_same(load(tmp_path / "new.pt"), old)
     model = CustomTransformerWrapper.from_checkpoint(tmp_path / "new.pt", device="cpu")
-    assert str(model.dtype) == f"torch.{dtype}" and model.optimizer.updates == 4
+    assert str(model.dtype) == f"torch.{dtype}" and model.model.parameters.updates == 4
     for name, weight in model.model.named_parameters():
         assert torch.equal(weight, old["parameters"][name].to(model.dtype))
 

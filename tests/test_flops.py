@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import config_summary
 from benchmarks.timing import peak_on_cpu
+from mantrans.cli import main
 from mantrans.config import Config, ModelConfig
 from mantrans.kernels import native
 from mantrans.kernels.triton.cross_entropy import chunk_rows_within
@@ -297,12 +297,12 @@ def test_the_prediction_holds_on_a_gpu_to_a_tenth(recompute: str) -> None:
     assert predicted == pytest.approx(measured, rel=0.1)
 
 
-# -------------------------------------------------------------------------------- config_summary.py
+# ----------------------------------------------------------------------------------- summary
 
 
 def test_the_summary_of_a_shipped_configuration(capsys: Any) -> None:
     path = Path(__file__).parents[1] / "configs" / "gpt2-124m.yaml"
-    assert config_summary.main([str(path), "--set", "training.device=cpu"]) == 0
+    assert main(["summary", str(path), "--set", "training.device=cpu"]) == 0
     shown = capsys.readouterr().out
     for expected in ("124,439,808", "524,288", "7.979e+08", "19,000", "unknown before", "peak"):
         assert expected in shown
@@ -311,9 +311,9 @@ def test_the_summary_of_a_shipped_configuration(capsys: Any) -> None:
 def test_the_summary_of_an_epoch_and_of_a_wrong_configuration(tmp_path: Path, capsys: Any) -> None:
     path = tmp_path / "c.yaml"
     path.write_text("model: {vocab_size: 100}\ntraining: {num_epochs: 2}")
-    assert config_summary.main([str(path), "--tokens", str(4096 * 10)]) == 0
+    assert main(["summary", str(path), "--tokens", str(4096 * 10)]) == 0
     assert re.search(r"steps +20\n", capsys.readouterr().out)
-    assert config_summary.main([str(path), "--set", "model.d_model=7"]) == 2
+    assert main(["summary", str(path), "--set", "model.d_model=7"]) == 2
     captured = capsys.readouterr()
     assert (
         captured.out == "" and captured.err.startswith("error: ") and captured.err.count("\n") == 1

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mantrans import CustomTransformerWrapper
-from mantrans.inference.generation import sample, stream, window_start
+from mantrans.inference.generation import sample, window_start
 
 V = 61
 
@@ -89,13 +89,14 @@ def test_max_length_counts_the_prompt(model) -> None:
 
 
 def test_stream_yields_what_generate_returns(model) -> None:
-    given = [p.tolist() for p in prompts(2, 5)]
-    steps = list(stream(model.model, given, 12, seed=3))
-    rows = model.generate([torch.tensor(g) for g in given], max_length=12, seed=3)
-    assert len(steps) == 10
-    for row, prompt, i in zip(rows, given, range(2), strict=True):
-        assert [s[i] for s in steps if s[i] is not None] == row[len(prompt) :].tolist()
-    assert steps[-1][1] is None
+    given = prompts(2, 5)
+    options = {"max_length": 12, "temperature": 0.8, "top_k": 50, "top_p": 0.9, "seed": 3}
+    steps = list(model.stream(given, **options))
+    assert len(steps) == 10 and steps[-1][1] is None
+    for i, row in enumerate(model.generate(given, **options)):
+        assert [s[i] for s in steps if s[i] is not None] == row[len(given[i]) :].tolist()
+    ended = list(model.stream(given, **options, eos_token_id=steps[1][0]))
+    assert ended[:2] == steps[:2] and ended[2][0] is None
 
 
 @pytest.mark.parametrize("limit", [1, 2, 3, 8, 25])
@@ -139,6 +140,8 @@ def test_sampling_keeps_what_it_should() -> None:
 def test_bad_options_are_named(model, options, named) -> None:
     with pytest.raises(ValueError, match=named):
         model.generate(prompts(3), **options)
+    with pytest.raises(ValueError, match=named):
+        model.stream(prompts(3), **options)  # at once, not at the first token
 
 
 @pytest.mark.parametrize("bad", [[-1], [V], []])

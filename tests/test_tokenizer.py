@@ -15,6 +15,7 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mantrans.cli import main
 from mantrans.data import tokenizer_tool
 from mantrans.data.text import pieces_of, read_txt
 from mantrans.data.tokenizer import (
@@ -349,7 +350,7 @@ def test_train_analyze_encode(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     folder = tmp_path / "small"
     arguments = ["--dataset", "builtin-stories", "--limit", "200"]
     train = ["train", "--output", str(folder), "--vocab-size", "500", *arguments]
-    assert tokenizer_tool.main(train) == 0
+    assert main(["tokenizer", *train]) == 0
     assert "500 tokens" in capsys.readouterr().out
     tokenizer = load_tokenizer(folder)
     assert tokenizer.vocab_size == 500
@@ -360,16 +361,16 @@ def test_train_analyze_encode(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ]
     assert list(tmp_path.iterdir()) == [folder]
 
-    assert tokenizer_tool.main(["analyze", "--tokenizer", str(folder), "--json", *arguments]) == 0
+    assert main(["tokenizer", "analyze", "--tokenizer", str(folder), "--json", *arguments]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["documents"] == 200
     assert report["tokens_used"] + len(report["unused"]) == 499
     assert report["coverage"] == pytest.approx(report["tokens_used"] / 499)
     assert report["bytes_per_token"] == pytest.approx(report["bytes"] / report["tokens"])
 
-    assert tokenizer_tool.main(["analyze", "--tokenizer", str(folder), *arguments]) == 0
+    assert main(["tokenizer", "analyze", "--tokenizer", str(folder), *arguments]) == 0
     assert "bytes per token" in capsys.readouterr().out
-    assert tokenizer_tool.main(["encode", "--tokenizer", str(folder), "Once upon"]) == 0
+    assert main(["tokenizer", "encode", "--tokenizer", str(folder), "Once upon"]) == 0
     ids = [int(word) for word in capsys.readouterr().out.splitlines()[0].split()]
     assert tokenizer.decode(ids) == "Once upon"
 
@@ -394,16 +395,16 @@ def test_held_out_documents_are_left_out_of_training(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["train", "--output", "{tmp}/x"], "no text named"),
+        (["train", "--output", "{tmp}/x"], "got neither"),
         (["train", "--output", "{tmp}", "--dataset", "builtin-stories"], "exists already"),
         (["train", "--output", "{tmp}/x", "--input", "{tmp}/no.txt"], "no such file"),
-        (["train", "--output", "{tmp}/x", "--input", "{tmp}/tiny.txt"], "gives only"),
+        (["train", "--output", "{tmp}/x", "--input", "{tmp}/tiny.txt"], "the text gives, got"),
         (
             ["train", "--output", "{tmp}/x", "--input", "{tmp}/tiny.txt", "--vocab-size", "9"],
             "at least 257",
         ),
         (["analyze", "--tokenizer", "nope", "--dataset", "builtin-stories"], "not found"),
-        (["analyze", "--tokenizer", NAME, "--input", "{tmp}/empty.txt"], "no text to analyze"),
+        (["analyze", "--tokenizer", NAME, "--input", "{tmp}/empty.txt"], "got no document"),
         (["encode", "--tokenizer", "../x", "a"], "is refused"),
     ],
 )
@@ -413,7 +414,7 @@ def test_mistakes_are_one_line(
     (tmp_path / "tiny.txt").write_text("tiny")
     (tmp_path / "empty.txt").write_text("")
     filled = [argument.replace("{tmp}", str(tmp_path)) for argument in arguments]
-    assert tokenizer_tool.main(filled) == 2
+    assert main(["tokenizer", *filled]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert message in error

@@ -216,40 +216,6 @@ def test_schedules() -> None:
 # -------------------------------------------------------------------------------- command line
 
 
-def command(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, *arguments], cwd=cwd, env=environment, capture_output=True, text=True,
-        check=False,
-    )  # fmt: skip
-
-
-def test_train_and_evaluate_as_commands(tmp_path: Path) -> None:
-    small(tmp_path).save(tmp_path / "small.yaml")
-    train, evaluate = str(ROOT / "train.py"), str(ROOT / "evaluate.py")
-    result = command(train, "--config", "small.yaml", cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
-    assert "bits per byte" in result.stderr and "latest.pt" in result.stderr
-
-    result = command(
-        evaluate, "--checkpoint", "checkpoints/best.pt", "--config", "small.yaml", "--generate",
-        "--max-batches", "2", "--json", "report.json", cwd=tmp_path,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    report = json.loads((tmp_path / "report.json").read_text())
-    assert report["loss"] > 0 and len(report["samples"]) == 3
-
-    for arguments in (
-        [train, "--config", "absent.yaml"],
-        [train, "--config", "small.yaml", "--set", "training.learning_rat=1"],
-        [train, "--config", "small.yaml", "--resume", "nothing.pt"],
-        [evaluate, "--checkpoint", "nothing.pt"],
-    ):
-        result = command(*arguments, cwd=tmp_path)
-        assert result.returncode == 2 and result.stderr.startswith("error: "), result.stderr
-        assert result.stderr.count("\n") == 1
-
-
 def test_sigterm_saves_and_says_how_to_go_on(tmp_path: Path) -> None:
     small(tmp_path, max_steps=100_000, log_every=1, save_every=100_000).save(tmp_path / "c.yaml")
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

@@ -22,6 +22,7 @@ from mantrans.checkpoint import plain, tensor_file
 from mantrans.checkpoint.atomic import replacing, write_all
 from mantrans.checkpoint.tensor_file import FormatError, shown
 from mantrans.errors import CheckpointError, MantransError
+from mantrans.runtime import is_out_of_memory
 
 SLOW_WRITE_VARIABLE = "MANTRANS_TEST_SLOW_WRITE"
 FORMAT = "mantrans checkpoint 2"
@@ -104,7 +105,8 @@ def verify(path: str | Path) -> None:
 @contextlib.contextmanager
 def understood(path: str | Path) -> Iterator[None]:
     """Around code that takes a loaded state apart: what it finds missing or of another kind is a
-    CheckpointError about `path`. A file may be intact and still not be what it is taken for."""
+    CheckpointError about `path`. A file may be intact and still not be what it is taken for.
+    Full memory is not the file's fault and passes through."""
     try:
         yield
     except MantransError as error:
@@ -119,6 +121,8 @@ def understood(path: str | Path) -> Iterator[None]:
         RuntimeError,
         OverflowError,
     ) as error:
+        if is_out_of_memory(error):
+            raise
         raise CheckpointError(
             f"{path}: its state cannot be used ({type(error).__name__}: {reason(error)}); "
             "accepted: a checkpoint that train.py saved"

@@ -1,10 +1,10 @@
-"""The command line of the tokenizers: train one, look at one, encode with one.
+"""What `mantrans tokenizer` does: train one, look at one, encode with one.
 
-    python -m mantrans.data.tokenizer_tool train --output assets/models/tokenizers/NAME \\
+    mantrans tokenizer train --output assets/models/tokenizers/NAME \\
         --input stories.txt --dataset builtin-stories --vocab-size 4096 --hold-out 0.1
-    python -m mantrans.data.tokenizer_tool analyze --tokenizer NAME --input stories.txt \\
+    mantrans tokenizer analyze --tokenizer NAME --input stories.txt \\
         --held-out 0.1
-    python -m mantrans.data.tokenizer_tool encode --tokenizer NAME "Once upon a time"
+    mantrans tokenizer encode --tokenizer NAME "Once upon a time"
 
 `--hold-out` leaves out the very documents that `data.validation_fraction` of the same size holds
 out of training, so that neither tokenizer nor model has seen them; `analyze --held-out` counts on
@@ -37,7 +37,7 @@ from mantrans.data.tokenizer import (
     load_tokenizer,
     write_manifest,
 )
-from mantrans.errors import DataError, MantransError
+from mantrans.errors import DataError
 
 SMALLEST_VOCABULARY = 257  # the bytes and the end of text
 _BATCH = 1000  # pieces tokenized in one call
@@ -66,7 +66,7 @@ def train(pieces: Iterable[Piece], vocab_size: int, folder: Path) -> Tokenizer:
     `transformers.PreTrainedTokenizerFast` loads. DataError if the text is too small for so many.
     """
     if vocab_size < SMALLEST_VOCABULARY:
-        raise DataError(f"--vocab-size {vocab_size}: at least {SMALLEST_VOCABULARY}")
+        raise DataError(f"--vocab-size: expected at least {SMALLEST_VOCABULARY}, got {vocab_size}")
     library = tokenizers.Tokenizer(tokenizers.models.BPE())
     library.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     library.decoder = tokenizers.decoders.ByteLevel()
@@ -79,8 +79,8 @@ def train(pieces: Iterable[Piece], vocab_size: int, folder: Path) -> Tokenizer:
     library.train_from_iterator((piece.text for piece in pieces), trainer)
     if library.get_vocab_size() != vocab_size:
         raise DataError(
-            f"the text gives only {library.get_vocab_size()} tokens, not {vocab_size}: give more "
-            "text or a smaller --vocab-size"
+            f"--vocab-size: expected at most {library.get_vocab_size()}, which is what the text "
+            f"gives, got {vocab_size}"
         )
     folder.mkdir(parents=True, exist_ok=True)
     library.save(str(folder / TOKENIZER_FILE))
@@ -104,7 +104,7 @@ def analyze(tokenizer: Tokenizer, pieces: Iterable[Piece]) -> Analysis:
         counts += np.bincount(np.asarray(ids, dtype=np.int64), minlength=tokenizer.vocab_size)
     n_tokens, n_bytes = int(counts.sum()), int(counts @ tokenizer.token_bytes)
     if n_tokens == 0:
-        raise DataError("no text to analyze: the input has no document")
+        raise DataError("--input, --dataset: expected a text to analyze, got no document")
     unused = [int(i) for i in np.flatnonzero(counts == 0) if i != tokenizer.eot_id]
     return Analysis(
         tokenizer=tokenizer.name,
@@ -128,26 +128,9 @@ def part_of(pieces: Iterable[Piece], fraction: float, held: bool) -> Iterator[Pi
         index += piece.ends
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Runs one command; 0, or 2 after a one-line error."""
-    options = _parser().parse_args(arguments)
-    try:
-        options.run(options)
-    except MantransError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        print(f"error: {where}{error.strerror or error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m mantrans.data.tokenizer_tool", description="Byte-level BPE tokenizers."
-    )
-    commands = parser.add_subparsers(required=True)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Give `parser` the commands train, analyze and encode; `options.run(options)` runs one."""
+    commands = parser.add_subparsers(required=True, metavar="train | analyze | encode")
     text = argparse.ArgumentParser(add_help=False)
     text.add_argument("--input", action="append", default=[], help=".txt, .jsonl, .parquet, folder")
     text.add_argument("--dataset", action="append", default=[], choices=DATASETS[:-1])
@@ -171,14 +154,13 @@ def _parser() -> argparse.ArgumentParser:
     encode_command.add_argument("--tokenizer", required=True)
     encode_command.add_argument("text", nargs="?", help="default: standard input")
     encode_command.set_defaults(run=_run_encode)
-    return parser
 
 
 def _run_train(options: argparse.Namespace) -> None:
     """Trains beside the output folder, which appears only when it is complete."""
     output: Path = options.output
     if output.exists():
-        raise DataError(f"--output {output} exists already; remove it or choose another folder")
+        raise DataError(f"--output: expected a new folder, got {output}, which exists already")
     aside = output.with_name(output.name + ".unfinished")
     shutil.rmtree(aside, ignore_errors=True)
     try:
@@ -220,7 +202,7 @@ def _run_encode(options: argparse.Namespace) -> None:
 def _pieces(options: argparse.Namespace, fraction: float, held: bool) -> Iterator[Piece]:
     """All text the options name; of the named sets, training documents only."""
     if not options.input and not options.dataset:
-        raise DataError("no text named: give --input FILE or --dataset NAME")
+        raise DataError("--input, --dataset: expected at least one of them, got neither")
     report = ReadReport()
     for path in options.input:
         source = find_source(
@@ -263,18 +245,19 @@ def _some(tokens: list[Any], count: int = 12) -> str:
 
 
 def _count(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive whole number")
-    return number
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected an integer of at least 1, got {text!r}")
+    return int(text)
 
 
 def _fraction(text: str) -> float:
     number = float(text)
     if not 0.0 <= number < 1.0:
-        raise argparse.ArgumentTypeError(f"{text} is not in [0, 1)")
+        raise argparse.ArgumentTypeError(f"expected at least 0 and less than 1, got {text}")
     return number
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from mantrans.cli import main
+
+    sys.exit(main(["tokenizer", *sys.argv[1:]]))

@@ -12,17 +12,16 @@ from collections.abc import Callable
 from itertools import cycle, islice
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from mantrans.errors import CheckpointError, ConfigError
+from mantrans.errors import ConfigError
 from mantrans.evaluation.coherence import CRITERIA, score_samples
 from mantrans.evaluation.diversity import diversity
-from mantrans.evaluation.perplexity import Perplexity, measure
+from mantrans.inference.text import prompt_tokens
 
 if TYPE_CHECKING:
     from mantrans.config import Config
     from mantrans.data.shards import TokenStream
     from mantrans.data.tokenizer import Tokenizer
+    from mantrans.evaluation.perplexity import Perplexity
     from mantrans.wrapper import CustomTransformerWrapper
 
 Sample = dict[str, str]  # {"prompt": what was given, "continuation": what the model made of it}
@@ -89,9 +88,11 @@ def measure_stream(
     """
     if config.sequence_length > wrapper.config.max_seq_len:
         raise ConfigError(
-            f"data.max_length: found {config.sequence_length}; accepted: at most the checkpoint's "
-            f"max_seq_len ({wrapper.config.max_seq_len})"
+            f"data.max_length: expected at most the checkpoint's max_seq_len "
+            f"({wrapper.config.max_seq_len}), got {config.sequence_length}"
         )
+    from mantrans.evaluation.perplexity import measure  # torch, which a page of a run needs not
+
     return measure(
         wrapper.model,
         validation.tokens,
@@ -111,19 +112,16 @@ def generate_samples(
 ) -> list[Sample]:
     """`count` samples for the configured prompts in turn, with the configured sampling and seed.
 
-    A prompt is preceded by an end-of-text token, which tells the model that a document begins here,
-    as in training; it counts in `max_generation_length`. (A model trained to see only its own
-    document has never looked back at one and gets none.) A sample ends at that length or before the
+    A sample ends at `max_generation_length` tokens, those of `prompt_tokens` counted, or before the
     model's own end-of-text token.
     """
     settings = config.evaluation
     prompts = list(islice(cycle(settings.generation_prompts), count))
-    opening = [tokenizer.eot_id] if config.data.attend_across_documents else []
-    given = [opening + ids for ids in tokenizer.encode_batch(prompts)]
+    given = prompt_tokens(tokenizer, config, prompts)
     samples: list[Sample] = []
     for first in range(0, len(prompts), settings.batch_size):
         rows = wrapper.generate(
-            [torch.tensor(ids) for ids in given[first : first + settings.batch_size]],
+            given[first : first + settings.batch_size],
             max_length=settings.max_generation_length,
             temperature=settings.temperature,
             top_k=settings.top_k,
@@ -136,20 +134,6 @@ def generate_samples(
             made = [token for token in row[len(ids) :].tolist() if token != tokenizer.eot_id]
             samples.append({"prompt": prompt, "continuation": tokenizer.decode(made)})
     return samples
-
-
-def refuse_other_tokenizer(saved: dict[str, Any], tokenizer: Tokenizer) -> None:
-    """CheckpointError unless `tokenizer` is the one a checkpoint was trained with.
-
-    saved: {"name", "hash", "vocab_size"} of the checkpoint. The hash decides: two tokenizers of one
-    name, or of one size, may give a text different tokens.
-    """
-    if saved["hash"] != tokenizer.hash:
-        raise CheckpointError(
-            f"data.tokenizer: found {tokenizer.name!r} ({tokenizer.vocab_size:,} tokens, hash "
-            f"{tokenizer.hash[:12]}); accepted: the checkpoint's {saved['name']!r} "
-            f"({saved['vocab_size']:,} tokens, hash {saved['hash'][:12]})"
-        )
 
 
 def as_json(report: dict[str, Any]) -> str:

@@ -121,15 +121,3 @@ def stream(
                 token
             )  # a finished row goes along unseen, so that rows stay equal
             open_rows[row] &= token != eos_token_id and len(sequences[row]) < max_length
-
-
-def generate(
-    model: CustomTransformer, prompts: list[list[int]], max_length: int, **options
-) -> list[list[int]]:
-    """The prompts with their continuations; `options` as in `stream`."""
-    results = [list(prompt) for prompt in prompts]
-    for tokens in stream(model, prompts, max_length, **options):
-        for result, token in zip(results, tokens, strict=True):
-            if token is not None:
-                result.append(token)
-    return results

@@ -1,5 +1,7 @@
 """python -m mantrans.report RUN ..."""
 
-from mantrans.report.page import main
+import sys
 
-main()
+from mantrans.cli import main
+
+sys.exit(main(["report", *sys.argv[1:]]))

@@ -29,26 +29,21 @@ from mantrans.data.dataset import prepare
 from mantrans.data.loader import BatchLoader
 from mantrans.data.tokenizer import load_tokenizer
 from mantrans.errors import CheckpointError, ConfigError, MantransError
-from mantrans.evaluation.evaluator import (
-    as_json,
-    as_text,
-    evaluate,
-    measure_stream,
-    refuse_other_tokenizer,
-)
+from mantrans.evaluation.evaluator import as_json, as_text, evaluate, measure_stream
+from mantrans.inference.trained import refuse_other_tokenizer
 from mantrans.kernels import selfcheck
 from mantrans.optim.guards import OutlierGuard
 from mantrans.optim.schedule import scheduled_learning_rate
 from mantrans.report.page import write_page
+from mantrans.runtime import disable_malloc_trim, resolve_device, resolve_dtype
 from mantrans.training import flops, memory
 from mantrans.training.batches import token_source
 from mantrans.training.diagnosis import first_non_finite
-from mantrans.training.host_memory import keep_freed_memory
 from mantrans.training.lock import RunLock
 from mantrans.training.logger import RunLogger
 from mantrans.training.profile import StepProfiler
 from mantrans.training.step import StepRecord, TrainStep
-from mantrans.wrapper import CustomTransformerWrapper, resolve_device, resolve_dtype
+from mantrans.wrapper import CustomTransformerWrapper
 
 # Of a GPU's memory, what the allocator's blocks and libraries take beside a step: 2% were missing
 # at 252 sequences of GPT-2 124M on an H100.
@@ -171,7 +166,7 @@ class Trainer:
             training.checkpoint_dir, training.experiment_name, training.keep_checkpoints
         )
         needed = require_memory(self.config, self.tokenizer.vocab_size)
-        keep_freed_memory()
+        disable_malloc_trim()
         self.wrapper = build_wrapper(self.config, self.tokenizer.vocab_size)
         self.wrapper.model.output.chunk_rows = needed.chunk_rows
         self.flops_per_token = flops.flops_per_token(

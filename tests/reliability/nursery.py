@@ -29,8 +29,8 @@ PRELOADED = (
     "mantrans.training.trainer",
     "tests.reliability.sampled",
     "encodings.utf_8_sig",  # a child that is nobody may not be able to read it
-    "train",
-    "evaluate",
+    "mantrans.cli",
+    "mantrans.evaluation.checkpoint",
     "tensorboard.summary.writer.event_file_writer",
     "tensorboard.compat.proto.event_pb2",
     "tensorboard.compat.proto.summary_pb2",
@@ -49,6 +49,9 @@ class Ended:
         """Refused as a user's mistake is: status 2, and one line at the end that says why."""
         last = self.text.splitlines()[-1:]
         return self.status == 2 and "Traceback" not in self.text and last[0].startswith("error: ")
+
+
+TRAIN, EVALUATE = "mantrans.cli:main train", "mantrans.cli:main evaluate"
 
 
 class Child:
@@ -101,19 +104,18 @@ class Nursery:
         self,
         *arguments: str,
         cwd: Path,
-        main: str = "train:main",
+        main: str = TRAIN,
         environment: dict[str, str] | None = None,
         limits: dict[str, int] | None = None,
         as_nobody: bool = False,
     ) -> Child:
-        """Start `main` (module:function) with a command line; limits: of `resource`, by name."""
+        """Start `main`, module:function and its first arguments; limits: of `resource`, by name."""
         self.started += 1
         output = self.folder / f"output_{self.started}.txt"
         answer = self.ask(
             {
-                "arguments": [main.partition(":")[0] + ".py", *arguments],
+                "arguments": [*main.split(), *arguments],
                 "cwd": str(cwd),
-                "main": main,
                 "environment": environment or {},
                 "limits": limits or {},
                 "as_nobody": as_nobody,
@@ -171,7 +173,7 @@ def _be_born(question: dict[str, Any]) -> None:
         os.setgid(NOBODY)
         os.setuid(NOBODY)
     sys.argv = question["arguments"]
-    os._exit(_status(question["main"]))
+    os._exit(_status(sys.argv[0]))
 
 
 def _status(main: str) -> int:

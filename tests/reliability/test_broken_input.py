@@ -7,7 +7,6 @@ import io
 import json
 import shutil
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr
@@ -18,8 +17,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import train
 from mantrans import strict_yaml
+from mantrans.cli import main
 from mantrans.config import SECTIONS
 from mantrans.data.dataset import prepare
 from mantrans.data.tokenizer import load_tokenizer
@@ -92,12 +91,11 @@ def two_steps(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def attempt(folder: Path) -> tuple[int, str]:
-    """`python train.py --config c.yaml` in this process: its status, and its standard error."""
+    """`mantrans train --config c.yaml` in this process: its status, and its standard error."""
     said = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, redirect_stderr(said):
         patch.chdir(folder)
-        patch.setattr(sys, "argv", ["train.py", "--config", "c.yaml"])
-        status = train.main()
+        status = main(["train", "--config", "c.yaml"])
     return status, said.getvalue()
 
 
@@ -335,4 +333,4 @@ def test_a_consistent_tokenizer_of_another_size_cannot_continue_a_run(
         "--config", "c.yaml", "--resume", "latest", "--set", "data.tokenizer=tinystories_bpe_4096",
         cwd=tmp_path,
     )  # fmt: skip
-    assert ended.is_one_line_error and "data.tokenizer: found" in ended.text
+    assert ended.is_one_line_error and "data.tokenizer: expected" in ended.text

@@ -17,11 +17,12 @@ import pytest
 import torch
 
 from mantrans.checkpoint import state_file
+from mantrans.cli import main
 from mantrans.config import Config
 from mantrans.errors import CheckpointError, MantransError
 from mantrans.training.trainer import Trainer
 from mantrans.wrapper import CustomTransformerWrapper
-from tests.reliability.nursery import Nursery
+from tests.reliability.nursery import EVALUATE, TRAIN, Nursery
 from tests.reliability.runs import NAME, checkpoints, finish, small, stop_after
 
 ROOT = Path(__file__).parents[2]
@@ -59,12 +60,12 @@ def test_a_pickle_that_runs_code_is_refused_by_every_command(
     else:
         with zipfile.ZipFile(evil, "w") as archive:
             archive.writestr("archive/data.pkl", pickle.dumps({"progress": Bomb(mark)}))
-    for main, arguments in (
-        ("train:main", ["--config", "config.yaml", "--resume", "evil.pt"]),
-        ("evaluate:main", ["--checkpoint", "evil.pt"]),
+    for command, arguments in (
+        (TRAIN, ["--config", "config.yaml", "--resume", "evil.pt"]),
+        (EVALUATE, ["--checkpoint", "evil.pt"]),
         ("mantrans.checkpoint.convert:main", ["evil.pt", "new.pt"]),
     ):
-        ended = nursery.run(*arguments, cwd=tmp_path, main=main)
+        ended = nursery.run(*arguments, cwd=tmp_path, main=command)
         assert ended.is_one_line_error and "evil.pt" in ended.text, ended.text
     assert not mark.exists() and not (tmp_path / "new.pt").exists()
 
@@ -128,15 +129,13 @@ def test_a_sound_file_with_an_odd_state_is_used_or_refused(
 def test_evaluation_uses_or_refuses_an_odd_state(
     tmp_path: Path, stopped: Config, trials: int, capsys, record_property: Callable
 ) -> None:
-    import evaluate
-
     state = state_file.load(checkpoints(tmp_path) / "latest.pt")
     chance = random.Random(trials)
     refused = 0
     for _ in range(trials):
         state_file.save(tmp_path / "odd.pt", mutated(state, chance))
         arguments = ["--checkpoint", str(tmp_path / "odd.pt"), "--max-batches", "1", "--config"]
-        status = evaluate.main([*arguments, str(tmp_path / "config.yaml")])
+        status = main(["evaluate", *arguments, str(tmp_path / "config.yaml")])
         printed = capsys.readouterr().err.splitlines()
         assert status in (0, 2)
         if status == 2:
@@ -190,7 +189,7 @@ def test_a_model_that_claims_more_than_the_file_holds_takes_no_memory(
     state["model_config"] |= {"d_model": 65_536, "n_heads": 1, "n_blocks": 1}
     state_file.save(tmp_path / "huge.pt", state)
     ended = nursery.run(
-        "--checkpoint", "huge.pt", "--config", "config.yaml", cwd=tmp_path, main="evaluate:main",
+        "--checkpoint", "huge.pt", "--config", "config.yaml", cwd=tmp_path, main=EVALUATE,
         limits={"RLIMIT_AS": 8 * GIB},
     )  # fmt: skip
     assert ended.is_one_line_error and "found shape" in ended.text
@@ -209,12 +208,12 @@ def test_token_ids_beyond_a_models_vocabulary_reach_no_index(
             if tensor.shape[0] == 257:
                 tensors[name] = tensor[:100].clone()
     state_file.save(tmp_path / "short.pt", state)
-    for main, arguments in (
-        ("train:main", ["--resume", "short.pt"]),
-        ("evaluate:main", ["--checkpoint", "short.pt"]),
+    for command, arguments in (
+        (TRAIN, ["--resume", "short.pt"]),
+        (EVALUATE, ["--checkpoint", "short.pt"]),
     ):
-        ended = nursery.run(*arguments, "--config", "config.yaml", cwd=tmp_path, main=main)
-        assert ended.is_one_line_error and "accepted" in ended.text, ended.text
+        ended = nursery.run(*arguments, "--config", "config.yaml", cwd=tmp_path, main=command)
+        assert ended.is_one_line_error and "100" in ended.text, ended.text
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,7 @@
+"""python -m mantrans COMMAND ..."""
+
+import sys
+
+from mantrans.cli import main
+
+sys.exit(main())

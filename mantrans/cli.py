@@ -1,0 +1,232 @@
+"""The command line: mantrans train | evaluate | summary | generate | tokenizer | report.
+
+Each command reads its arguments and calls the module that does the work, imported only then, so
+that `--help` answers without torch. `main` alone turns an error into a line and an exit status.
+train.py, evaluate.py and config_summary.py are the first three commands.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from mantrans.errors import MantransError
+
+MISTAKE, INTERRUPTED, PIPE_CLOSED = 2, 128 + signal.SIGINT, 128 + signal.SIGPIPE
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command of `mantrans`; without arguments, those of the process.
+
+    Returns the exit status: 0; 2 after one line on standard error, for a mistake of the user, a
+    refusal of the system or full memory; 130 after Ctrl-C; 141 where standard output's reader has
+    gone, without a word.
+    """
+    try:
+        status = run(list(sys.argv[1:] if arguments is None else arguments))
+        sys.stdout.flush()
+        return status
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+        return PIPE_CLOSED
+    except MantransError as error:
+        reason = str(error)
+    except OSError as error:
+        reason = f"{error.filename}: " if error.filename else ""
+        reason += error.strerror or str(error)
+    except (MemoryError, RuntimeError) as error:
+        from mantrans import runtime
+
+        if not runtime.is_out_of_memory(error):
+            raise
+        reason = runtime.OUT_OF_MEMORY
+    print(f"error: {reason}", file=sys.stderr)
+    return MISTAKE
+
+
+def run(arguments: list[str]) -> int:
+    """Give the arguments after the first to the command that the first one names."""
+    listing = "\n".join(f"  {name:<10} {command.__doc__}" for name, command in COMMANDS.items())
+    parser = Parser("mantrans", description=f"commands:\n{listing}", formatter_class=_AS_WRITTEN)
+    parser.add_argument("command", choices=COMMANDS, help="see mantrans COMMAND --help")
+    command = COMMANDS[parser.parse_args(arguments[:1]).command]
+    return command(arguments[1:])
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports a wrong command line as every other mistake is reported."""
+
+    def error(self, message: str) -> NoReturn:
+        raise MantransError(f"{message}; see --help")
+
+
+_AS_WRITTEN = argparse.RawDescriptionHelpFormatter
+
+
+def train(arguments: list[str]) -> int:
+    """train a model"""
+    parser = Parser("mantrans train", description="Train a model.")
+    add = parser.add_argument
+    add("--config", default="configs/quickstart.yaml", help="a YAML file")
+    add_overrides(parser)
+    add("--resume", metavar="PATH", help="a checkpoint, or 'latest': the experiment's newest")
+    add("--no-coherence-eval", action="store_true", help="do not ask a Claude model for marks")
+    add(
+        "--debug-nan",
+        action="store_true",
+        help="stop at the first step that is not finite, and name the layer",
+    )
+    add("--profile", type=int, default=0, metavar="N", help="profile N steps, see runs/NAME")
+    add("--no-selfcheck", action="store_true", help="on a GPU: do not check the kernels first")
+    options = parser.parse_args(arguments)
+    from mantrans.config import Config
+    from mantrans.training.trainer import Trainer
+
+    threading.excepthook = background_failure
+    trainer = Trainer(
+        Config.load(options.config, options.overrides),
+        resume=options.resume,
+        evaluate_coherence=not options.no_coherence_eval,
+        debug_nan=options.debug_nan,
+        check_kernels=not options.no_selfcheck,
+        profile=options.profile,
+    )
+    trainer.run()
+    return INTERRUPTED if trainer.stop_signal == signal.SIGINT else 0
+
+
+def background_failure(failure: threading.ExceptHookArgs) -> None:
+    """TensorBoard writes from a thread of its own; a disk that refuses it is no news by then."""
+    if isinstance(failure.exc_value, OSError):
+        reason = failure.exc_value.strerror
+        print(f"warning: TensorBoard's files are not written on ({reason})", file=sys.stderr)
+    else:
+        threading.__excepthook__(failure)
+
+
+def evaluate(arguments: list[str]) -> int:
+    """measure a checkpoint, and show what it writes"""
+    parser = Parser(
+        "mantrans evaluate",
+        description="Measure a checkpoint that train.py saved: loss per token, perplexity, bits "
+        "per byte; with --generate its stories too.",
+    )
+    add = parser.add_argument
+    add("--checkpoint", type=Path, required=True, help="the model to measure")
+    add("--config", type=Path, help="YAML file; without it the config in the checkpoint")
+    add("--generate", action="store_true", help="write samples, and measure their diversity")
+    add("--max-batches", type=positive, metavar="N", help="stop after N batches of validation data")
+    add("--json", type=Path, metavar="FILE", help="also write the report there")
+    add("--device", help="auto, cpu, cuda or cuda:N; without it training.device")
+    add("--no-coherence-eval", action="store_true", help="ask no Claude model for marks")
+    add_overrides(parser)
+    options = parser.parse_args(arguments)
+    from mantrans.evaluation import checkpoint
+
+    checkpoint.run(options)
+    return 0
+
+
+def summary(arguments: list[str]) -> int:
+    """say what a config asks for: parameters, work, memory"""
+    parser = Parser(
+        "mantrans summary",
+        description="Say what a configuration asks for before it is run: size, work and memory.",
+    )
+    parser.add_argument("config", help="a YAML file, such as configs/quickstart.yaml")
+    add_overrides(parser)
+    parser.add_argument(
+        "--tokens", type=int, help="tokens in the training set, for the steps of an epoch"
+    )
+    options = parser.parse_args(arguments)
+    from mantrans.config import Config
+    from mantrans.training import summary as text
+
+    print(text.summary(Config.load(options.config, options.overrides), options.tokens))
+    return 0
+
+
+def generate(arguments: list[str]) -> int:
+    """continue a text"""
+    parser = Parser(
+        "mantrans generate",
+        description="Continue a text, as it is written; what is not given is as in the config "
+        "that the checkpoint was trained with.",
+    )
+    add = parser.add_argument
+    add("--checkpoint", type=Path, required=True, help="a model that train.py saved")
+    add("--prompt", required=True, help="the text to continue")
+    add("--max-length", type=positive, metavar="N", help="tokens in all, the prompt counted")
+    add("--temperature", type=float, help="below 1 safer, above 1 wilder, 0 always the likeliest")
+    add("--top-k", type=positive, metavar="K", help="choose among the K likeliest tokens")
+    add("--seed", type=int, help="another one, another text")
+    add("--device", help="auto, cpu, cuda or cuda:N; without it training.device")
+    options = parser.parse_args(arguments)
+    from mantrans.evaluation.evaluator import printable
+    from mantrans.inference import text, trained
+
+    given = {
+        "max_generation_length": options.max_length,
+        "temperature": options.temperature,
+        "top_k": options.top_k,
+    }
+    state = trained.load_trained(options.checkpoint)
+    config = text.sampling_config(
+        state["config"],
+        str(options.checkpoint),
+        {name: value for name, value in given.items() if value is not None},
+        options.seed,
+    )
+    model, tokenizer = trained.load_model(options.checkpoint, state, config, options.device)
+    pieces = text.continue_text(model, tokenizer, config, options.prompt)
+    print(printable(options.prompt), end="", flush=True)
+    for piece in pieces:
+        print(printable(piece), end="", flush=True)
+    print()
+    return 0
+
+
+def tokenizer(arguments: list[str]) -> int:
+    """train a tokenizer, look at one, encode with one"""
+    from mantrans.data import tokenizer_tool
+
+    parser = Parser("mantrans tokenizer", description="Byte-level BPE tokenizers.")
+    tokenizer_tool.add_arguments(parser)
+    options = parser.parse_args(arguments)
+    options.run(options)
+    return 0
+
+
+def report(arguments: list[str]) -> int:
+    """show a run's curves and samples as a page"""
+    from mantrans.report import page
+
+    return page.main(arguments)
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    command.__name__: command for command in (train, evaluate, summary, generate, tokenizer, report)
+}
+
+
+def add_overrides(parser: argparse.ArgumentParser) -> None:
+    """--set, whose values are `options.overrides`."""
+    parser.add_argument(
+        "--set", action="append", default=[], dest="overrides", metavar="SECTION.FIELD=VALUE",
+        help="change one field of the config, e.g. training.learning_rate=3e-4; may be repeated",
+    )  # fmt: skip
+
+
+def positive(text: str) -> int:
+    """argparse's type for a count of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected an integer of at least 1, got {text!r}")
+    return int(text)

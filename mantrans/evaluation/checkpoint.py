@@ -1,0 +1,62 @@
+"""Measure a checkpoint: what `mantrans evaluate` does once its arguments are read.
+
+The model is always the checkpoint's. Data, tokenizer and sampling are those of --config or else
+those the checkpoint was trained with.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from mantrans.config import Config
+from mantrans.data.dataset import prepare
+from mantrans.errors import ConfigError, MantransError
+from mantrans.evaluation.evaluator import as_json, as_text, evaluate
+from mantrans.inference.trained import load_model, load_trained
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Load, measure, print, and write the JSON file if one is wanted."""
+    state = load_trained(arguments.checkpoint)
+    config = choose_config(arguments, state)
+    wrapper, tokenizer = load_model(arguments.checkpoint, state, config, arguments.device)
+    data = prepare(config.data, tokenizer, cache_dir=config.data.cache_dir)
+    report = evaluate(
+        wrapper,
+        tokenizer,
+        data.validation,
+        config,
+        max_batches=arguments.max_batches,
+        generate=arguments.generate,
+        coherence=not arguments.no_coherence_eval,
+        show_progress=True,
+    )
+    try:
+        print(as_text(report))
+    finally:  # also where nobody reads what is printed
+        if arguments.json:
+            about = {"checkpoint": str(arguments.checkpoint), "dataset": config.data.dataset}
+            write_json(arguments.json, about | {"tokenizer": tokenizer.name} | report)
+
+
+def choose_config(arguments: argparse.Namespace, state: dict[str, Any]) -> Config:
+    """The file's config, or the one in the checkpoint, with the --set overrides."""
+    for override in arguments.overrides:
+        if override.strip().startswith("model."):
+            raise ConfigError(
+                f"--set {override}: the model is the checkpoint's and cannot be changed; "
+                "accepted: fields of data, training and evaluation"
+            )
+    if arguments.config:
+        return Config.load(arguments.config, arguments.overrides)
+    return Config.from_dict(state["config"], str(arguments.checkpoint), arguments.overrides)
+
+
+def write_json(path: Path, report: dict[str, Any]) -> None:
+    """Write the report; MantransError where that fails."""
+    try:
+        path.write_text(as_json(report), encoding="utf-8")
+    except OSError as error:
+        raise MantransError(f"--json {path}: cannot be written ({error.strerror})") from None
