@@ -17,3 +17,10 @@ class DataError(MantransError):
 
 class CheckpointError(MantransError):
     """A checkpoint is missing, damaged, or was made for something else."""
+
+
+def printable(text: str) -> str:
+    """`text` without control characters: an untrained model writes what would move the cursor."""
+    return "".join(
+        c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text
+    )

@@ -8,20 +8,20 @@ write while others wait for it, and dies with its process.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import filelock
 import numpy as np
+from tqdm import tqdm
 
 from mantrans.data.registry import Source, find_source
 from mantrans.data.shards import ShardWriter, TokenStream
@@ -78,7 +78,8 @@ def prepare(
     folder = Path(cache_dir) / _folder_name(source, tokenizer, plan)
     try:
         if not folder.is_dir():
-            with _only_one_writes(folder):
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with filelock.FileLock(folder.parent / f"{folder.name}.lock"):
                 if not folder.is_dir():
                     _write_folder(folder, source, tokenizer, plan, quiet)
     except OSError as error:
@@ -120,14 +121,6 @@ def _folder_name(source: Source, tokenizer: Tokenizer, plan: _Plan) -> str:
     return f"{names}-{digest}"
 
 
-@contextmanager
-def _only_one_writes(folder: Path) -> Iterator[None]:
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with (folder.parent / f"{folder.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
 def _write_folder(
     folder: Path, source: Source, tokenizer: Tokenizer, plan: _Plan, quiet: bool
 ) -> None:
@@ -137,8 +130,14 @@ def _write_folder(
     aside.mkdir()
     try:
         report = ReadReport()
-        with _Progress(source, quiet) as progress:
-            _write_splits(aside, source, tokenizer, plan, report, progress.advance)
+        with tqdm(
+            desc=f"tokenizing {source.name}",
+            total=source.n_bytes,
+            unit="B",
+            unit_scale=True,
+            disable=quiet,
+        ) as bar:
+            _write_splits(aside, source, tokenizer, plan, report, bar.update)
         if report.broken_lines and not quiet:
             print(f"note: {report}", file=sys.stderr)
         _sync_folder(aside)
@@ -155,7 +154,7 @@ def _write_splits(
     tokenizer: Tokenizer,
     plan: _Plan,
     report: ReadReport,
-    advance: Callable[[int], None],
+    advance: Callable[[int], Any],
 ) -> None:
     """Tokenizes the source into aside/train.tokens and aside/validation.tokens."""
     splits = source.open(report)
@@ -242,7 +241,7 @@ class _Encoder:
     """Collects pieces, tokenizes many at once, and ends each document with the end of text."""
 
     def __init__(
-        self, tokenizer: Tokenizer, writer: ShardWriter, advance: Callable[[int], None]
+        self, tokenizer: Tokenizer, writer: ShardWriter, advance: Callable[[int], Any]
     ) -> None:
         self._tokenizer, self._writer, self._advance = tokenizer, writer, advance
         self._pieces: list[Piece] = []
@@ -266,33 +265,6 @@ class _Encoder:
         self._writer.write(array, n_bytes, sum(piece.ends for piece in self._pieces))
         self._advance(n_bytes)
         self._pieces, self._characters = [], 0
-
-
-class _Progress:
-    """A bar over the bytes of text; nothing where quiet or where tqdm is not installed."""
-
-    def __init__(self, source: Source, quiet: bool) -> None:
-        self._bar: Any = None
-        if quiet:
-            return
-        try:
-            from tqdm import tqdm
-        except ImportError:
-            return
-        self._bar = tqdm(
-            desc=f"tokenizing {source.name}", total=source.n_bytes, unit="B", unit_scale=True
-        )
-
-    def advance(self, n_bytes: int) -> None:
-        if self._bar is not None:
-            self._bar.update(n_bytes)
-
-    def __enter__(self) -> _Progress:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
 
 
 def _open_folder(folder: Path, tokenizer: Tokenizer) -> TokenDataset:

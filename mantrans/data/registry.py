@@ -14,7 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from mantrans.data import hub, stories, text
+from mantrans.data import stories, text
 from mantrans.data.text import Piece, ReadReport
 from mantrans.errors import DataError
 
@@ -150,20 +150,16 @@ def _from_hub(name: str, text_field: str | None) -> Source:
 
 
 def _load_from_hub(name: str, repository: str) -> Any:
-    """The set's splits, memory-mapped by `datasets`; from its cache where there is no network."""
+    """The set's splits, memory-mapped by `datasets`; from its cache where the hub does not
+    answer (which the library tries several times; HF_HUB_OFFLINE=1 asks for the cache at once)."""
     ways = (
         "give a local file (data.dataset: local, data.path: ...), run once where the hub can be "
         "reached so that its cache holds the set, or use data.dataset: builtin-stories"
     )
     try:
-        if hub.reachable():
-            import datasets
+        import datasets
 
-            return datasets.load_dataset(repository)
-        with hub.offline():
-            import datasets
-
-            return datasets.load_dataset(repository)
+        return datasets.load_dataset(repository)
     except ImportError:
         raise DataError(
             f"data.dataset {name!r} comes through the package datasets, which is missing "

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mantrans.errors import CheckpointError, ConfigError
+from mantrans.errors import CheckpointError, ConfigError, printable
 from mantrans.evaluation.coherence import CRITERIA, score_samples
 from mantrans.evaluation.diversity import diversity
 from mantrans.evaluation.perplexity import Perplexity, measure
@@ -183,10 +183,3 @@ def as_text(report: dict[str, Any]) -> str:
     for sample in report.get("samples", []):
         lines += ["", printable(f"[{sample['prompt']}]{sample['continuation']}")]
     return "\n".join(lines)
-
-
-def printable(text: str) -> str:
-    """`text` without control characters: an untrained model writes what would move the cursor."""
-    return "".join(
-        c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text
-    )

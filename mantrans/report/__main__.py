@@ -1,5 +1,7 @@
 """python -m mantrans.report RUN ..."""
 
+import sys
+
 from mantrans.report.page import main
 
-main()
+sys.exit(main())

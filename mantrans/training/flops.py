@@ -14,8 +14,7 @@ Counted, a multiplication and an addition being two operations:
     backward                        twice the forward: every product has two gradients
 
 Not counted: norms, GELU, softmax, loss, optimizer; well under 2% at the sizes here. PaLM's formula,
-6N + 12·L·H·Q·T, counts all T keys; `causal=False` gives that, for comparison with published figures
-that do so. Ours are the lower ones.
+6N + 12·L·H·Q·T, counts all T keys: ours is the lower figure.
 """
 
 from __future__ import annotations
@@ -26,29 +25,29 @@ import torch
 
 from mantrans.config import ModelConfig
 
-# Dense peaks in TFLOP/s: bfloat16 with float32 sums, TF32, plain float32. From NVIDIA's data sheets
+# Dense peaks in TFLOP/s: bfloat16 with float32 sums, and plain float32. From NVIDIA's data sheets
 # and architecture whitepapers (GA100, GA102, GH100, AD102, Blackwell), which quote figures with
 # sparsity for some: those are halved here. Names as the driver reports them. A part of a GPU (MIG),
 # a laptop's, or any name not matched whole has another peak and is unknown.
-_PEAKS: tuple[tuple[str, float, float, float], ...] = (
-    (r"NVIDIA B200", 2250.0, 1125.0, 75.0),
-    (r"NVIDIA GH200 \d+GB", 989.4, 494.7, 66.9),
-    (r"NVIDIA H200", 989.4, 494.7, 66.9),
-    (r"NVIDIA H200 NVL", 835.5, 417.5, 60.0),
-    (r"NVIDIA H100 80GB HBM3", 989.4, 494.7, 66.9),
-    (r"NVIDIA H100 PCIe", 756.0, 378.0, 51.2),
-    (r"NVIDIA H100 NVL", 835.5, 417.5, 60.0),
-    (r"NVIDIA A100-(?:SXM4|PCIE)-\d+GB", 312.0, 156.0, 19.5),
-    (r"NVIDIA A100 80GB PCIe", 312.0, 156.0, 19.5),
-    (r"NVIDIA A40", 149.7, 74.8, 37.4),
-    (r"NVIDIA A10", 125.0, 62.5, 31.2),
-    (r"NVIDIA L40S", 362.0, 183.0, 91.6),
-    (r"NVIDIA L4", 121.0, 60.0, 30.3),
-    (r"NVIDIA RTX A6000", 154.8, 77.4, 38.7),
-    (r"NVIDIA RTX 6000 Ada Generation", 364.2, 182.1, 91.1),
-    (r"NVIDIA GeForce RTX 3090", 71.0, 35.6, 35.6),
-    (r"NVIDIA GeForce RTX 4090", 165.2, 82.6, 82.6),
-    (r"NVIDIA GeForce RTX 5090", 209.5, 104.8, 104.8),
+_PEAKS: tuple[tuple[str, float, float], ...] = (
+    (r"NVIDIA B200", 2250.0, 75.0),
+    (r"NVIDIA GH200 \d+GB", 989.4, 66.9),
+    (r"NVIDIA H200", 989.4, 66.9),
+    (r"NVIDIA H200 NVL", 835.5, 60.0),
+    (r"NVIDIA H100 80GB HBM3", 989.4, 66.9),
+    (r"NVIDIA H100 PCIe", 756.0, 51.2),
+    (r"NVIDIA H100 NVL", 835.5, 60.0),
+    (r"NVIDIA A100-(?:SXM4|PCIE)-\d+GB", 312.0, 19.5),
+    (r"NVIDIA A100 80GB PCIe", 312.0, 19.5),
+    (r"NVIDIA A40", 149.7, 37.4),
+    (r"NVIDIA A10", 125.0, 31.2),
+    (r"NVIDIA L40S", 362.0, 91.6),
+    (r"NVIDIA L4", 121.0, 30.3),
+    (r"NVIDIA RTX A6000", 154.8, 38.7),
+    (r"NVIDIA RTX 6000 Ada Generation", 364.2, 91.1),
+    (r"NVIDIA GeForce RTX 3090", 71.0, 35.6),
+    (r"NVIDIA GeForce RTX 4090", 165.2, 82.6),
+    (r"NVIDIA GeForce RTX 5090", 209.5, 104.8),
 )
 
 
@@ -70,8 +69,6 @@ def flops_per_token(
     model: ModelConfig,
     sequence_length: int | None = None,
     vocab_size: int | None = None,
-    *,
-    causal: bool = True,
 ) -> float:
     """Return the operations of forward and backward for one token (see the module's text).
 
@@ -79,31 +76,24 @@ def flops_per_token(
         model: the network's shape.
         sequence_length: tokens T in one training sequence; model.max_seq_len if None.
         vocab_size: token ids V; model.vocab_size if None.
-        causal: count the keys a query sees; False counts all T.
 
     Raises:
         ValueError: the vocabulary's size is not known.
     """
     length = model.max_seq_len if sequence_length is None else sequence_length
-    keys = (length + 1) / 2 if causal else length
     forward = 2.0 * weights_in_products(model, vocab_size)
-    forward += model.n_blocks * 4 * model.d_model * keys
+    forward += model.n_blocks * 4 * model.d_model * (length + 1) / 2
     return 3 * forward
 
 
 def peak_flops(
-    device: torch.device | str,
-    dtype: torch.dtype,
-    *,
-    tf32: bool = False,
-    name: str | None = None,
+    device: torch.device | str, dtype: torch.dtype, *, name: str | None = None
 ) -> float | None:
     """Return the device's peak in operations per second, or None where it is not known.
 
     Args:
         device: where the run computes. A CPU's peak is not known.
         dtype: of the matrix products' inputs.
-        tf32: whether float32 products may round their inputs to TF32.
         name: the GPU's name as the driver reports it; asked of the driver if None.
     """
     device = torch.device(device)
@@ -111,12 +101,12 @@ def peak_flops(
         return None
     if name is None:
         name = torch.cuda.get_device_name(device)
-    for pattern, bfloat16, tensor_float, float32 in _PEAKS:
+    for pattern, bfloat16, float32 in _PEAKS:
         if re.fullmatch(pattern, name):
             if dtype == torch.bfloat16:
                 return bfloat16 * 1e12
             if dtype == torch.float32:
-                return (tensor_float if tf32 else float32) * 1e12
+                return float32 * 1e12
     return None
 
 
