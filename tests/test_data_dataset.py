@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,8 +19,9 @@ import numpy as np
 import pytest
 
 from mantrans.config import DataConfig
-from mantrans.data import dataset, registry
+from mantrans.data import dataset, registry, shards
 from mantrans.data.dataset import TokenDataset, held_out, prepare
+from mantrans.data.known import KnownFiles
 from mantrans.data.registry import find_source
 from mantrans.data.shards import ShardWriter, TokenStream
 from mantrans.data.text import ReadReport
@@ -217,16 +219,76 @@ def test_everything_that_decides_the_tokens_is_in_the_key(
     ):
         folders.add(folder_of(**changes))
     assert len(folders) == 7
-    file.write_text(file.read_text() + "!")  # another size
+    facts = file.stat()
+    file.write_text(file.read_text().replace("story 7\n", "storY 7\n"))  # of the same size
+    os.utime(file, ns=(facts.st_atime_ns, facts.st_mtime_ns))  # and time
     folders.add(folder_of())
-    os.utime(file, ns=(0, 12345))  # same size, another time of change
+    os.utime(file, ns=(0, 12345))  # the same text at another time, and in another place
     folders.add(folder_of())
+    (tmp_path / "sub").mkdir()
+    file = file.rename(tmp_path / "sub" / "a.txt")
+    folders.add(folder_of())
+    assert len(folders) == 8
     tokenizer = SimpleNamespace(**vars(tokenizer))
     tokenizer.hash = "0" * 64
     source = find_source("local", path=file)
-    plan = dataset._Plan(0.05, None, None)
-    folders.add(tmp_path / "cache" / dataset._folder_name(source, tokenizer, plan))
+    plan, known = dataset._Plan(0.05, None, None), KnownFiles(tmp_path / "known")
+    folders.add(tmp_path / "cache" / dataset._folder_name(source, tokenizer, plan, known))
+    file = file.rename(tmp_path / "sub" / "a.jsonl")  # read in another way
+    source = find_source("local", path=file)
+    folders.add(tmp_path / "cache" / dataset._folder_name(source, tokenizer, plan, known))
     assert len(folders) == 10
+
+
+def test_what_is_known_is_not_read_again_and_what_changed_is(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mantrans.data.known._SETTLED", 0)
+    file = numbered(tmp_path / "a.txt", 100)
+
+    def start() -> TokenDataset:
+        time.sleep(0.02)  # a tick of the file system's clock
+        return prepare(local(file), tokenizer, seed=0, cache_dir=tmp_path / "cache", quiet=True)
+
+    first = start()
+    assert start().train.checksum == first.train.checksum
+    with monkeypatch.context() as patch:
+        patch.setattr(dataset, "content_hash", lambda file: pytest.fail("text read again"))
+        patch.setattr(shards, "_summary", lambda *_, **__: pytest.fail("tokens read again"))
+        assert start().train.checksum == first.train.checksum
+
+    facts, raw = first.train.path.stat(), bytearray(first.train.path.read_bytes())
+    raw[-1] ^= 1
+    with first.train.path.open("r+b") as tokens:  # in place: same inode, size and mtime
+        tokens.write(raw)
+    os.utime(first.train.path, ns=(facts.st_atime_ns, facts.st_mtime_ns))
+    with pytest.raises(DataError, match="its tokens' checksum is wrong"):
+        start()
+
+
+def test_a_file_that_has_just_changed_is_not_known_yet(tmp_path: Path) -> None:
+    file, read = tmp_path / "a", []
+
+    def hashed() -> str:
+        known = KnownFiles(tmp_path / "known")
+        value = known.hash(file, lambda file: str(len(read.append(file) or read)))
+        known.save()
+        return value
+
+    file.write_text("x")
+    assert [hashed(), hashed()] == ["1", "2"]
+    os.utime(file, (0, 2**31))  # what counts is ctime: mtime can be set to anything
+    assert hashed() == "3" and not (tmp_path / "known").exists()
+    time.sleep(2.05)
+    assert [hashed(), hashed()] == ["4", "4"]
+    for damaged in ("", "[1]", "{", json.dumps({str(file): [1]}), json.dumps({str(file): "x"})):
+        (tmp_path / "known").write_text(damaged)
+        assert hashed() == str(len(read))
+        assert hashed() == str(len(read))
+    assert len(read) == 9
+    file.unlink()
+    with pytest.raises(FileNotFoundError):
+        hashed()
 
 
 def test_a_damaged_cache_says_what_to_do(tmp_path: Path, tokenizer: Tokenizer) -> None:

@@ -1,9 +1,10 @@
 """From a config to two checked token streams, written once and kept.
 
 A split is held by one file in a folder whose name is a hash of everything that decides its tokens:
-the source, the tokenizer, the settings. The folder is made under another name and renamed when
-both files are whole and on the disk, so a half-written one is never seen; a lock lets one process
-write while others wait for it, and dies with its process.
+what stands in the source, the tokenizer, the settings. Files that have not changed since they were
+hashed are not read again at every start: `known` says what that assumes. The folder is made under
+another name and renamed when both files are whole and on the disk, so a half-written one is never
+seen; a lock lets one process write while others wait for it, and dies with its process.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import filelock
 import numpy as np
 from tqdm import tqdm
 
+from mantrans.data.known import KnownFiles, content_hash
 from mantrans.data.registry import Source, find_source
 from mantrans.data.shards import ShardWriter, TokenStream
 from mantrans.data.text import Piece, ReadReport
@@ -75,7 +77,8 @@ def prepare(
     plan = _Plan(
         data_config.validation_fraction, data_config.subset_size, data_config.val_subset_size
     )
-    folder = Path(cache_dir) / _folder_name(source, tokenizer, plan)
+    known = KnownFiles(Path(cache_dir) / "known_files.json")
+    folder = Path(cache_dir) / _folder_name(source, tokenizer, plan, known)
     try:
         if not folder.is_dir():
             folder.parent.mkdir(parents=True, exist_ok=True)
@@ -87,7 +90,9 @@ def prepare(
             f"tokens cannot be written to {folder}: {error.strerror or error}; "
             "free the disk, or set data.cache_dir to a folder that can be written"
         ) from None
-    return _open_folder(folder, tokenizer)
+    opened = _open_folder(folder, tokenizer, known)
+    known.save()
+    return opened
 
 
 def held_out(index: int, fraction: float) -> bool:
@@ -108,11 +113,16 @@ class _Plan:
     validation_size: int | None
 
 
-def _folder_name(source: Source, tokenizer: Tokenizer, plan: _Plan) -> str:
+def _folder_name(source: Source, tokenizer: Tokenizer, plan: _Plan, known: KnownFiles) -> str:
     """Readable first, unique last."""
+    try:
+        contents = [known.hash(file, content_hash) for file in source.files]
+    except OSError as error:
+        raise DataError(f"{error.filename}: cannot be read: {error.strerror or error}") from None
     key = {
         "format": FORMAT,
         "source": source.identity,
+        "contents": contents,
         "tokenizer": tokenizer.hash,
         "plan": [plan.fraction, plan.train_size, plan.validation_size],
     }
@@ -267,9 +277,10 @@ class _Encoder:
         self._pieces, self._characters = [], 0
 
 
-def _open_folder(folder: Path, tokenizer: Tokenizer) -> TokenDataset:
+def _open_folder(folder: Path, tokenizer: Tokenizer, known: KnownFiles) -> TokenDataset:
     """Both files, checked against each other's tokenizer as well as in themselves."""
-    streams = [TokenStream(folder / f"{name}.tokens") for name in ("train", "validation")]
+    names = ("train", "validation")
+    streams = [TokenStream(folder / f"{name}.tokens", known) for name in names]
     for stream in streams:
         stream.require_vocabulary(tokenizer.vocab_size)
         if stream.facts.get("tokenizer_hash") != tokenizer.hash:

@@ -51,14 +51,15 @@ class Splits:
 class Source:
     """Where documents come from.
 
-    `identity`: all that decides them, as plain data; `n_bytes`: how much there is to read, where
-    known; `open`: starts reading and notes broken lines in the report.
+    `identity`: all that decides them, as plain data, but what stands inside `files`; `n_bytes`: how
+    much there is to read, where known; `open`: starts reading and notes broken lines in the report.
     """
 
     name: str
     identity: dict[str, Any]
     n_bytes: int | None
     open: Callable[[ReadReport], Splits]
+    files: tuple[Path, ...] = ()
 
 
 def find_source(
@@ -108,13 +109,10 @@ def _builtin(seed: int, subset_size: int | None, val_subset_size: int | None) ->
 
 
 def _local(path: Path, text_field: str, separator: str, refuse: bool) -> Source:
-    """Files are identified by place, size and time of change: reading them all takes too long."""
-    marks: list[tuple[str, int, int]] = []
+    """What the files hold decides, and their kinds, which say how they are read."""
     try:
         files = text.local_files(path)
-        for file in files:
-            facts = file.stat()
-            marks.append((str(file.resolve()), facts.st_size, facts.st_mtime_ns))
+        size = sum(file.stat().st_size for file in files)
     except OSError as error:
         raise DataError(f"data.path {path}: cannot be read: {error.strerror or error}") from None
 
@@ -122,14 +120,12 @@ def _local(path: Path, text_field: str, separator: str, refuse: bool) -> Source:
         return Splits(text.read_files(files, separator, text_field, refuse, report), None)
 
     identity = {
-        "files": marks,
+        "kinds": [file.suffix.lower() for file in files],
         "text_field": text_field,
         "separator": separator,
         "refuse_broken_lines": refuse,
     }
-    return Source(
-        f"local-{path.stem or 'files'}", identity, sum(size for _, size, _ in marks), opened
-    )
+    return Source(f"local-{path.stem or 'files'}", identity, size, opened, tuple(files))
 
 
 def _from_hub(name: str, text_field: str | None) -> Source:
