@@ -9,7 +9,7 @@ PY := $(VENV)/bin/python
 TRITON_PINNED := 3.6.0
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: train test test-slow check bench soak clean
+.PHONY: train test test-slow test-versions check bench soak clean
 
 # PASSIVE: threads that wait for each other sleep. On a machine that is busy with other work too,
 # spinning ones were measured to be five times slower.
@@ -23,6 +23,19 @@ test: $(VENV)/.installed-test
 
 test-slow: $(VENV)/.installed-test
 	$(PY) -m pytest -m slow
+
+# The fast tests with the oldest torch that pyproject.toml allows and with the newest there is, each
+# in an environment that is thrown away. TORCH_FROM= (empty) takes PyPI's builds instead of CPU ones.
+TORCH_VERSIONS ?= torch==2.11.* torch
+TORCH_FROM ?= --extra-index-url https://download.pytorch.org/whl/cpu
+test-versions:
+	set -e; for torch in $(TORCH_VERSIONS); do \
+		rm -rf $(VENV)-versions; $(PYTHON) -m venv $(VENV)-versions; \
+		$(VENV)-versions/bin/pip install --quiet "$$torch" $(TORCH_FROM); \
+		$(VENV)-versions/bin/pip install --quiet --editable ".[test]"; \
+		$(VENV)-versions/bin/python -c "import torch; print('torch', torch.__version__)"; \
+		OMP_NUM_THREADS=1 $(VENV)-versions/bin/python -m pytest $(PYTEST_OPTIONS); \
+	done; rm -rf $(VENV)-versions
 
 check: $(VENV)/.installed-test
 	$(VENV)/bin/ruff check .

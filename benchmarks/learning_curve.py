@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from mantrans.training.metrics import read_records
+from mantrans.records import read_records
 
 
 def draw(run: Path, picture: Path) -> None:

@@ -1,8 +1,9 @@
 """Before a GPU run: is every kernel right, on this GPU, with this compiler, at this run's shapes?
 
-A compiler can be wrong: Triton 3.4 up to 3.7.0 gives silently wrong gradients for some kernels on
-Hopper (flash-linear-attention issue 640), and a run trained on those looks like a bad learning
-rate. `check` costs seconds and refuses instead.
+A compiler can be wrong: Triton gives silently wrong gradients for some kernels on Hopper
+(flash-linear-attention issue 640 saw it with 3.4 to 3.7.0, issue 984 with 3.7.1), and a run trained
+on those looks like a bad learning rate. No version number is proof of a right kernel; the result of
+`check` is. It costs seconds and refuses instead.
 
 Each check is a short program of operations, run twice on the same random numbers: by the backend
 that is to train, in the run's dtype, and by `reference`, in float64. What both return is compared
@@ -433,7 +434,7 @@ def complaint(result: Result, dtype: torch.dtype, device: torch.device) -> str:
     return (
         f"{result.operation} is wrong on {device} in {dtype_name}: "
         f"{result.output} {result.shape} {found}; "
-        "train with backend native, or with another Triton (3.7.1 or newer) or ptxas"
+        "train with backend native, or with another Triton or ptxas that passes this check"
     )
 
 

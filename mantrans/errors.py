@@ -41,3 +41,10 @@ def show(value: Any) -> str:
         return f"{value!r} (number)"
     words: dict[Any, str] = {list: "a list", dict: "a mapping"}
     return words.get(type(value), f"a {type(value).__name__}")
+
+
+def printable(text: str) -> str:
+    """`text` without control characters: an untrained model writes what would move the cursor."""
+    return "".join(
+        c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text
+    )

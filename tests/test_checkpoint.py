@@ -34,7 +34,7 @@ from mantrans.checkpoint.convert import convert
 from mantrans.checkpoint.folder import CheckpointFolder, newest_intact
 from mantrans.checkpoint.state_file import load, save, verify
 from mantrans.errors import CheckpointError, MantransError
-from mantrans.training.lock import RunLock
+from mantrans.training.lock import run_lock
 
 ROOT = Path(__file__).parents[1]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.int32]
@@ -795,23 +795,31 @@ def test_the_newest_intact_checkpoint_is_found_behind_damaged_ones(tmp_path: Pat
 
 def test_a_second_process_is_refused_and_a_dead_one_leaves_no_lock(tmp_path: Path) -> None:
     code = (
-        "import sys, time; from mantrans.training.lock import RunLock\n"
-        f"RunLock({str(tmp_path)!r}).acquire() or print('held', flush=True); time.sleep(60)"
+        "import time; from mantrans.training.lock import run_lock\n"
+        f"with run_lock({str(tmp_path)!r}): print('held', flush=True); time.sleep(60)"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", code]
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None and process.stdout.readline() == "held\n"
-    with pytest.raises(MantransError, match=f"in use by process {process.pid}; wait"):
-        RunLock(tmp_path).acquire()
+    with (
+        pytest.raises(MantransError, match=f"in use by process {process.pid}; wait"),
+        run_lock(tmp_path),
+    ):
+        pass
     process.kill()
     process.wait()
-    with RunLock(tmp_path), pytest.raises(MantransError, match=f"process {os.getpid()}"):
-        RunLock(tmp_path).acquire()
-    RunLock(tmp_path).acquire()
+    with (
+        run_lock(tmp_path),
+        pytest.raises(MantransError, match=f"process {os.getpid()}"),
+        run_lock(tmp_path),
+    ):
+        pass
+    with run_lock(tmp_path):
+        pass
 
 
 def test_a_lock_in_an_impossible_place_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(MantransError, match="cannot be written"):
-        RunLock(tmp_path / "file" / "run").acquire()
+    with pytest.raises(MantransError, match="cannot be written"), run_lock(tmp_path / "file" / "x"):
+        pass

@@ -19,8 +19,9 @@ import numpy as np
 import pytest
 
 from mantrans.config import DataConfig
-from mantrans.data import dataset, registry, stories
+from mantrans.data import dataset, registry, shards, stories
 from mantrans.data.dataset import TokenDataset, held_out, prepare
+from mantrans.data.known import KnownFiles
 from mantrans.data.registry import find_source
 from mantrans.data.shards import ShardWriter, TokenStream
 from mantrans.data.text import ReadReport
@@ -196,7 +197,6 @@ def test_all_builtin_stories_are_there_to_use() -> None:
 def test_a_progress_bar_is_shown_unless_quiet(
     tmp_path: Path, tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pytest.importorskip("tqdm")
     file = numbered(tmp_path / "a.txt", 50)
     prepare(local(file), tokenizer, cache_dir=tmp_path / "one")
     assert "tokenizing local-a" in capsys.readouterr().err
@@ -240,16 +240,76 @@ def test_everything_that_decides_the_tokens_is_in_the_key(
     ):
         folders.add(folder_of(**changes))
     assert len(folders) == 7
-    file.write_text(file.read_text() + "!")  # another size
+    facts = file.stat()
+    file.write_text(file.read_text().replace("story 7\n", "storY 7\n"))  # of the same size
+    os.utime(file, ns=(facts.st_atime_ns, facts.st_mtime_ns))  # and time
     folders.add(folder_of())
-    os.utime(file, ns=(0, 12345))  # same size, another time of change
+    os.utime(file, ns=(0, 12345))  # the same text at another time, and in another place
     folders.add(folder_of())
+    (tmp_path / "sub").mkdir()
+    file = file.rename(tmp_path / "sub" / "a.txt")
+    folders.add(folder_of())
+    assert len(folders) == 8
     tokenizer = SimpleNamespace(**vars(tokenizer))
     tokenizer.hash = "0" * 64
     source = find_source("local", path=file)
-    plan = dataset._Plan(0.05, None, None)
-    folders.add(tmp_path / "cache" / dataset._folder_name(source, tokenizer, plan))
+    plan, known = dataset._Plan(0.05, None, None), KnownFiles(tmp_path / "known")
+    folders.add(tmp_path / "cache" / dataset._folder_name(source, tokenizer, plan, known))
+    file = file.rename(tmp_path / "sub" / "a.jsonl")  # read in another way
+    source = find_source("local", path=file)
+    folders.add(tmp_path / "cache" / dataset._folder_name(source, tokenizer, plan, known))
     assert len(folders) == 10
+
+
+def test_what_is_known_is_not_read_again_and_what_changed_is(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mantrans.data.known._SETTLED", 0)
+    file = numbered(tmp_path / "a.txt", 100)
+
+    def start() -> TokenDataset:
+        time.sleep(0.02)  # a tick of the file system's clock
+        return prepare(local(file), tokenizer, cache_dir=tmp_path / "cache", quiet=True)
+
+    first = start()
+    assert start().train.checksum == first.train.checksum
+    with monkeypatch.context() as patch:
+        patch.setattr(dataset, "content_hash", lambda file: pytest.fail("text read again"))
+        patch.setattr(shards, "_summary", lambda *_, **__: pytest.fail("tokens read again"))
+        assert start().train.checksum == first.train.checksum
+
+    facts, raw = first.train.path.stat(), bytearray(first.train.path.read_bytes())
+    raw[-1] ^= 1
+    with first.train.path.open("r+b") as tokens:  # in place: same inode, size and mtime
+        tokens.write(raw)
+    os.utime(first.train.path, ns=(facts.st_atime_ns, facts.st_mtime_ns))
+    with pytest.raises(DataError, match="its tokens' checksum is wrong"):
+        start()
+
+
+def test_a_file_that_has_just_changed_is_not_known_yet(tmp_path: Path) -> None:
+    file, read = tmp_path / "a", []
+
+    def hashed() -> str:
+        known = KnownFiles(tmp_path / "known")
+        value = known.hash(file, lambda file: str(len(read.append(file) or read)))
+        known.save()
+        return value
+
+    file.write_text("x")
+    assert [hashed(), hashed()] == ["1", "2"]
+    os.utime(file, (0, 2**31))  # what counts is ctime: mtime can be set to anything
+    assert hashed() == "3" and not (tmp_path / "known").exists()
+    time.sleep(2.05)
+    assert [hashed(), hashed()] == ["4", "4"]
+    for damaged in ("", "[1]", "{", json.dumps({str(file): [1]}), json.dumps({str(file): "x"})):
+        (tmp_path / "known").write_text(damaged)
+        assert hashed() == str(len(read))
+        assert hashed() == str(len(read))
+    assert len(read) == 9
+    file.unlink()
+    with pytest.raises(FileNotFoundError):
+        hashed()
 
 
 def test_a_damaged_cache_says_what_to_do(tmp_path: Path, tokenizer: Tokenizer) -> None:
@@ -371,16 +431,20 @@ def test_unknown_and_incomplete_names_are_one_line() -> None:
         find_source("local")
 
 
-def test_an_unreachable_hub_names_the_three_ways_on_at_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("offline", [True, False])
+def test_an_unreachable_hub_names_the_three_ways_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, offline: bool
 ) -> None:
+    """At once with HF_HUB_OFFLINE=1; else after the library's own tries, here without its waits."""
     pytest.importorskip("datasets")
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", offline)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("datasets.config.HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", offline)
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
-    start = time.monotonic()
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
     with pytest.raises(DataError, match="hub or the cache") as error:
         find_source("tinystories").open(ReadReport())
-    assert time.monotonic() - start < 15
     for way in ("data.dataset: local", "cache holds the set", "builtin-stories"):
         assert way in str(error.value)
     assert "\n" not in str(error.value)
@@ -406,7 +470,6 @@ def test_hub_sets_give_their_columns(
         rows = datasets.Dataset.from_dict({key: [value] * 3 for key, value in columns.items()})
         return datasets.DatasetDict({"train": rows, "test": rows.select([0])})
 
-    monkeypatch.setattr("mantrans.data.hub.reachable", lambda: True)
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     splits = find_source(name).open(ReadReport())
     assert asked == [registry.HUB_SETS[name].repository]
@@ -420,7 +483,7 @@ def test_hub_sets_give_their_columns(
 def test_local_and_builtin_text_need_none_of_the_large_packages(tmp_path: Path) -> None:
     script = """
         import sys
-        for name in ("datasets", "transformers", "huggingface_hub", "tqdm", "pyarrow", "pandas"):
+        for name in ("datasets", "transformers", "huggingface_hub", "pyarrow", "pandas"):
             sys.modules[name] = None  # importing it fails
         from mantrans.config import DataConfig
         from mantrans.data.dataset import prepare

@@ -24,8 +24,8 @@ from mantrans.checkpoint.folder import newest_intact
 from mantrans.checkpoint.state_file import load
 from mantrans.config import Config
 from mantrans.errors import CheckpointError
+from mantrans.records import read_records
 from mantrans.report.page import write_page
-from mantrans.training.metrics import read_records
 from mantrans.training.trainer import Trainer
 from tests.reliability.golden import fingerprint
 from tests.reliability.runs import assert_same

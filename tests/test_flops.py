@@ -88,25 +88,25 @@ def test_length_can_be_given() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "dtype", "tf32", "expected"),
+    ("name", "dtype", "expected"),
     [
-        ("NVIDIA H200", torch.bfloat16, False, 989.4e12),
-        ("NVIDIA H100 80GB HBM3", torch.bfloat16, False, 989.4e12),
-        ("NVIDIA H100 PCIe", torch.bfloat16, False, 756e12),
-        ("NVIDIA A100-SXM4-80GB", torch.float32, True, 156e12),
-        ("NVIDIA A100-SXM4-40GB", torch.float32, False, 19.5e12),
-        ("NVIDIA GeForce RTX 4090", torch.bfloat16, False, 165.2e12),
-        ("NVIDIA GeForce RTX 4090 Laptop GPU", torch.bfloat16, False, None),
-        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", torch.bfloat16, False, None),
-        ("NVIDIA H300", torch.bfloat16, False, None),
-        ("", torch.bfloat16, False, None),
-        ("NVIDIA H200", torch.float64, False, None),
+        ("NVIDIA H200", torch.bfloat16, 989.4e12),
+        ("NVIDIA H100 80GB HBM3", torch.bfloat16, 989.4e12),
+        ("NVIDIA H100 PCIe", torch.bfloat16, 756e12),
+        ("NVIDIA A100-SXM4-80GB", torch.bfloat16, 312e12),
+        ("NVIDIA A100-SXM4-40GB", torch.float32, 19.5e12),
+        ("NVIDIA GeForce RTX 4090", torch.bfloat16, 165.2e12),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", torch.bfloat16, None),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", torch.bfloat16, None),
+        ("NVIDIA H300", torch.bfloat16, None),
+        ("", torch.bfloat16, None),
+        ("NVIDIA H200", torch.float64, None),
     ],
 )
 def test_a_peak_is_that_of_the_very_device_or_unknown(
-    name: str, dtype: torch.dtype, tf32: bool, expected: float | None
+    name: str, dtype: torch.dtype, expected: float | None
 ) -> None:
-    assert flops.peak_flops("cuda", dtype, tf32=tf32, name=name) == expected
+    assert flops.peak_flops("cuda", dtype, name=name) == expected
 
 
 def test_a_cpu_has_no_known_peak_and_no_mfu() -> None:

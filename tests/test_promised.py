@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -162,7 +162,7 @@ def test_forward_and_train_step(
     labels = input_ids
     assert abs(wrapper.forward(input_ids, labels=labels)["loss"].item() - math.log(4096)) < 0.5
     step = wrapper.train_step
-    assert defaults(step, "learning_rate", "max_grad_norm") == [0.001, 1.0]
+    assert defaults(step, "learning_rate") == [0.001]
     result = step(input_ids, labels, learning_rate=0.001, max_grad_norm=1.0)
     assert {key: type(value) for key, value in result.items()} == {
         "loss": float, "status": str, "grad_norm": float,
@@ -171,8 +171,8 @@ def test_forward_and_train_step(
 
     forward_backward = wrapper.model.forward_backward
 
-    def poisoned(*arguments: torch.Tensor) -> torch.Tensor:
-        loss = forward_backward(*arguments)
+    def poisoned(*arguments: Any, **options: Any) -> torch.Tensor:
+        loss = forward_backward(*arguments, **options)
         wrapper.model.parameters.gradients[3] = math.nan
         return loss
 
@@ -180,6 +180,23 @@ def test_forward_and_train_step(
     assert step(input_ids, labels)["status"] == "nan_gradient"
     wrapper.model.parameters.weights.fill_(math.nan)
     assert step(input_ids, labels)["status"] == "nan_detected"
+
+
+def test_gradients_are_clipped_to_1_unless_something_else_is_said() -> None:
+    """The promised default of max_grad_norm; one that the optimizer was given stands."""
+
+    def trained(options: dict[str, Any], **arguments: Any) -> torch.Tensor:
+        model = CustomTransformerWrapper(
+            50, 16, 1, 2, 32, 8, dtype=torch.float32, optimizer_options=options
+        )
+        ids = torch.full((2, 8), 7)
+        assert model.train_step(ids, ids, 1.0, **arguments)["grad_norm"] > 1
+        return model.model.parameters.weights
+
+    promised, unclipped = trained({}, max_grad_norm=1.0), trained({}, max_grad_norm=None)
+    assert torch.equal(trained({}), promised) and not torch.equal(unclipped, promised)
+    assert torch.equal(trained({"max_grad_norm": None}), unclipped)
+    assert torch.equal(trained({"max_grad_norm": 0.1}), trained({}, max_grad_norm=0.1))
 
 
 def test_generate_and_checkpoints(

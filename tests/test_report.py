@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 
 from mantrans.config import Config
 from mantrans.report import svg as report_svg
-from mantrans.report.page import STYLE, Run, main, number, page, write_page
-from mantrans.report.svg import Curve, Scale, figure, short, tick_labels, ticks
+from mantrans.report.page import TEMPLATES, Run, main, number, page, write_page
+from mantrans.report.svg import Curve, Figure, Scale, short, tick_labels, ticks
 from mantrans.training.logger import RunLogger
 from mantrans.training.trainer import Trainer
 
@@ -74,6 +74,10 @@ def add_report(folder: Path, **values: Any) -> None:
     (folder / "report.json").write_text(text)
 
 
+def figure(*arguments: Any, **keywords: Any) -> str:
+    return TEMPLATES.get_template("figure.html").module.figure(Figure(*arguments, **keywords))
+
+
 def read(folder: Path) -> Page:
     return Page(write_page(folder).read_text(encoding="utf-8"))
 
@@ -99,8 +103,9 @@ def test_ticks_lie_on_the_axis_and_are_neither_many_nor_few(low, span, most) -> 
 
 
 def test_an_axis_holds_its_values_and_ends_at_round_numbers() -> None:
-    assert Scale.around([1.2, 5.7]) == Scale(1, 6)
-    assert Scale.around([0, 12_345]) == Scale(0, 15_000)
+    for values, ends in (([1.2, 5.7], (1, 6)), ([0, 12_345], (0, 15_000))):
+        axis = Scale.around(values)
+        assert (axis.low, axis.high) == ends
     for value in (0.0, 2.5, -3e-5, 1e30):
         axis = Scale.around([value, value])
         assert axis.low < value < axis.high
@@ -115,6 +120,26 @@ def test_labels_have_the_digits_that_tell_ticks_apart() -> None:
     assert [short(n) for n in (0, 7, 1920, 288_000, 999_600, 1_712_960)] == [
         "0", "7", "1.92k", "288k", "1M", "1.71M"
     ]  # fmt: skip
+
+
+@given(st.floats(1e-6, 1e6), st.floats(1.001, 1e9))
+def test_a_logarithmic_axis_is_even_in_ratios_and_has_readable_ticks(low, ratio) -> None:
+    axis = Scale.around([low, low * ratio], log=True)
+    places = [axis(value) for value, _ in axis.ticks]
+    assert axis.log and axis.low <= low * (1 + 1e-6) and low * ratio <= axis.high * (1 + 1e-6)
+    assert places == sorted(places) and places[0] == 0 and places[-1] == pytest.approx(100)
+    assert 2 <= len(places) <= 7
+    labels = [label for _, label in axis.ticks]
+    if axis.high > 4 * axis.low:  # 1.5, 2, 20k, 1e-05, not 1234.567
+        assert len(set(labels)) == len(labels) and max(map(len, labels)) <= 7
+    assert axis(low * ratio**0.5) == pytest.approx((axis(low) + axis(low * ratio)) / 2)
+
+
+def test_an_axis_with_a_value_that_is_not_positive_stays_linear() -> None:
+    for values in ([0.0, 10.0], [-1.0, 10.0], [5e-324, 10.0]):
+        assert not Scale.around(values, log=True).log
+    drawn = Page(figure("Loss", "", [Curve("a", [(0, 1.0), (1, 10.0), (2, 100.0)])], log=True))
+    assert drawn.all("path")[0]["d"] == "M0.000,100.000 50.000,50.000 100.000,0.000"
 
 
 def test_a_point_is_drawn_where_its_numbers_say() -> None:
@@ -146,7 +171,7 @@ def test_what_is_not_finite_is_a_gap() -> None:
     assert [part.count(",") for part in path["d"].split("M")[1:]] == [2, 2]
     (alone,) = drawn.all("circle")  # a line of one point would not be seen
     assert alone["cx"] == "50.000%"
-    assert figure("Loss", "", [Curve("a", [(1, None)])]) == ""
+    assert not figure("Loss", "", [Curve("a", [(1, None)])]).strip()
 
 
 def test_only_finite_numbers_are_numbers() -> None:
@@ -158,7 +183,7 @@ def test_only_finite_numbers_are_numbers() -> None:
 def test_a_long_line_is_thinned_without_losing_a_spike() -> None:
     points = [(float(i), 1.0 + i % 2) for i in range(100_000)]
     points[54_321], points[77_777] = (54_321.0, 99.0), (77_777.0, -99.0)
-    (kept,) = report_svg.segments(points)
+    (kept,) = Curve("a", points).segments
     assert len(kept) <= 2000 and kept == sorted(kept)
     assert points[54_321] in kept and points[77_777] in kept
 
@@ -216,11 +241,27 @@ def test_text_from_files_stays_text(tmp_path: Path) -> None:
     assert "\x1b" not in hostile.text and "\ud800" not in hostile.text
 
 
+def test_sections_that_are_none_are_left_out(tmp_path: Path) -> None:
+    """Every value of the files that the page reads, replaced by something of another type."""
+    for odd in (None, 1, True, "x", [1], {"a": {}}, -1.5):
+        folder = make_run(tmp_path / "run", losses=[4.0, 3.0])
+        for values in ({"model": odd, "training": odd}, {"model": dict.fromkeys(
+            ("n_blocks", "d_model", "dtype"), odd), "training": {"max_steps": odd}}):  # fmt: skip
+            (folder / "config.yaml").write_text(json.dumps(values))
+            names = ("torch", "device", "git_commit", "python")
+            (folder / "versions.json").write_text(json.dumps(dict.fromkeys(names, odd)))
+            for run in (odd, dict.fromkeys(("parameters", "device", "dtype"), odd)):
+                add_report(folder, run=run, samples=odd, diversity=odd, coherence=odd, loss=odd)
+                assert "best validation loss 3.5000" in read(folder).text
+                add_report(folder, samples=[{"prompt": odd, "continuation": odd}, odd])
+                assert len(read(folder).all("blockquote")) == 1 + isinstance(odd, dict)
+
+
 def test_what_a_run_has_not_is_left_out(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 5, "loss": 2.0}\n{"step": 10, "lo')
     found = read(tmp_path)
     assert len(found.all("figure")) == 1 and len(found.all("circle")) == 1
-    shown = found.text.partition(STYLE)[2]
+    shown = found.text.rpartition("display: none")[2]  # behind the style sheet
     assert "5 steps" in shown
     for words in ("validation", "evaluation", "Samples", "Configuration", "tokens", "skipped"):
         assert words not in shown, words
@@ -294,6 +335,8 @@ def test_the_command(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, f"{run / 'report.html'}\n"), done.stderr
     assert "1.5000" in (run / "report.html").read_text(encoding="utf-8")
+    done = subprocess.run([*command, "--compare", "absent"], cwd=ROOT, capture_output=True)
+    assert (done.returncode, done.stdout) == (2, b"") and done.stderr.count(b"\n") == 1
 
 
 def tiny(tmp_path: Path) -> Config:

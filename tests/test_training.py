@@ -19,7 +19,7 @@ from mantrans.checkpoint import state_file
 from mantrans.config import Config
 from mantrans.errors import CheckpointError, ConfigError, MantransError
 from mantrans.optim.schedule import scheduled_learning_rate
-from mantrans.training.metrics import read_records
+from mantrans.records import read_records
 from mantrans.training.trainer import Trainer
 
 ROOT = Path(__file__).parents[1]

@@ -56,7 +56,7 @@ def newest_intact(directory: str | Path) -> tuple[Path, list[str]]:
 
 
 class CheckpointFolder:
-    """The checkpoints of one run. Only one process may hold one: see `lock.RunLock`."""
+    """The checkpoints of one run. Only one process may hold one: see `training.lock`."""
 
     def __init__(self, checkpoint_dir: str | Path, experiment_name: str, keep: int) -> None:
         """Make the folder if need be, and clear away what a killed process was writing.

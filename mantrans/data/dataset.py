@@ -1,28 +1,30 @@
 """From a config to two checked token streams, written once and kept.
 
 A split is held by one file in a folder whose name is a hash of everything that decides its tokens:
-the source, the tokenizer, the settings. The folder is made under another name and renamed when
-both files are whole and on the disk, so a half-written one is never seen; a lock lets one process
-write while others wait for it, and dies with its process.
+what stands in the source, the tokenizer, the settings. Files that have not changed since they were
+hashed are not read again at every start: `known` says what that assumes. The folder is made under
+another name and renamed when both files are whole and on the disk, so a half-written one is never
+seen; a lock lets one process write while others wait for it, and dies with its process.
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import filelock
 import numpy as np
+from tqdm import tqdm
 
+from mantrans.data.known import KnownFiles, content_hash
 from mantrans.data.registry import Source, find_source
 from mantrans.data.shards import ShardWriter, TokenStream
 from mantrans.data.text import Piece, ReadReport
@@ -72,10 +74,12 @@ def prepare(
     plan = _Plan(
         data_config.validation_fraction, data_config.subset_size, data_config.val_subset_size
     )
-    folder = Path(cache_dir) / _folder_name(source, tokenizer, plan)
+    known = KnownFiles(Path(cache_dir) / "known_files.json")
+    folder = Path(cache_dir) / _folder_name(source, tokenizer, plan, known)
     try:
         if not folder.is_dir():
-            with _only_one_writes(folder):
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with filelock.FileLock(folder.parent / f"{folder.name}.lock"):
                 if not folder.is_dir():
                     _write_folder(folder, source, tokenizer, plan, quiet)
     except OSError as error:
@@ -83,7 +87,9 @@ def prepare(
             f"tokens cannot be written to {folder}: {error.strerror or error}; "
             "free the disk, or set data.cache_dir to a folder that can be written"
         ) from None
-    return _open_folder(folder, tokenizer)
+    opened = _open_folder(folder, tokenizer, known)
+    known.save()
+    return opened
 
 
 def held_out(index: int, fraction: float) -> bool:
@@ -104,25 +110,22 @@ class _Plan:
     validation_size: int | None
 
 
-def _folder_name(source: Source, tokenizer: Tokenizer, plan: _Plan) -> str:
+def _folder_name(source: Source, tokenizer: Tokenizer, plan: _Plan, known: KnownFiles) -> str:
     """Readable first, unique last."""
+    try:
+        contents = [known.hash(file, content_hash) for file in source.files]
+    except OSError as error:
+        raise DataError(f"{error.filename}: cannot be read: {error.strerror or error}") from None
     key = {
         "format": FORMAT,
         "source": source.identity,
+        "contents": contents,
         "tokenizer": tokenizer.hash,
         "plan": [plan.fraction, plan.train_size, plan.validation_size],
     }
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     names = re.sub(r"[^A-Za-z0-9_-]+", "-", f"{source.name}-{tokenizer.name}")[:80]
     return f"{names}-{digest}"
-
-
-@contextmanager
-def _only_one_writes(folder: Path) -> Iterator[None]:
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with (folder.parent / f"{folder.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 def _write_folder(
@@ -134,8 +137,14 @@ def _write_folder(
     aside.mkdir()
     try:
         report = ReadReport()
-        with _Progress(source, quiet) as progress:
-            _write_splits(aside, source, tokenizer, plan, report, progress.advance)
+        with tqdm(
+            desc=f"tokenizing {source.name}",
+            total=source.n_bytes,
+            unit="B",
+            unit_scale=True,
+            disable=quiet,
+        ) as bar:
+            _write_splits(aside, source, tokenizer, plan, report, bar.update)
         if report.broken_lines and not quiet:
             print(f"note: {report}", file=sys.stderr)
         _sync_folder(aside)
@@ -152,7 +161,7 @@ def _write_splits(
     tokenizer: Tokenizer,
     plan: _Plan,
     report: ReadReport,
-    advance: Callable[[int], None],
+    advance: Callable[[int], Any],
 ) -> None:
     """Tokenizes the source into aside/train.tokens and aside/validation.tokens."""
     splits = source.open(report)
@@ -239,7 +248,7 @@ class _Encoder:
     """Collects pieces, tokenizes many at once, and ends each document with the end of text."""
 
     def __init__(
-        self, tokenizer: Tokenizer, writer: ShardWriter, advance: Callable[[int], None]
+        self, tokenizer: Tokenizer, writer: ShardWriter, advance: Callable[[int], Any]
     ) -> None:
         self._tokenizer, self._writer, self._advance = tokenizer, writer, advance
         self._pieces: list[Piece] = []
@@ -265,36 +274,10 @@ class _Encoder:
         self._pieces, self._characters = [], 0
 
 
-class _Progress:
-    """A bar over the bytes of text; nothing where quiet or where tqdm is not installed."""
-
-    def __init__(self, source: Source, quiet: bool) -> None:
-        self._bar: Any = None
-        if quiet:
-            return
-        try:
-            from tqdm import tqdm
-        except ImportError:
-            return
-        self._bar = tqdm(
-            desc=f"tokenizing {source.name}", total=source.n_bytes, unit="B", unit_scale=True
-        )
-
-    def advance(self, n_bytes: int) -> None:
-        if self._bar is not None:
-            self._bar.update(n_bytes)
-
-    def __enter__(self) -> _Progress:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
-
-
-def _open_folder(folder: Path, tokenizer: Tokenizer) -> TokenDataset:
+def _open_folder(folder: Path, tokenizer: Tokenizer, known: KnownFiles) -> TokenDataset:
     """Both files, checked against each other's tokenizer as well as in themselves."""
-    streams = [TokenStream(folder / f"{name}.tokens") for name in ("train", "validation")]
+    names = ("train", "validation")
+    streams = [TokenStream(folder / f"{name}.tokens", known) for name in names]
     for stream in streams:
         stream.require_vocabulary(tokenizer.vocab_size)
         if stream.facts.get("tokenizer_hash") != tokenizer.hash:

@@ -1,14 +1,10 @@
 """Cuts a token stream into batches; a batch is a pure function of (seed, step, rank).
 
-Training (`shuffle=True`). Window w of an epoch begins at `offset + w * length` and has `length + 1`
-tokens: the first `length` are inputs, the last `length` are targets, so neighbouring windows share
-one token and no target is seen twice in an epoch. Each epoch draws its own offset below `length`
-and its own order of the windows. Epochs follow each other without a gap: a batch may hold the last
-windows of one and the first of the next, so nothing is dropped and no batch is short.
-
-Validation (`shuffle=False`). Windows in order from the first token; together they predict every
-token but the first, exactly once. The last window and the last batch are filled up with -100,
-which `split_batch` turns into inputs that are valid ids and targets that are ignored.
+Window w of an epoch begins at `offset + w * length` and has `length + 1` tokens: the first `length`
+are inputs, the last `length` are targets, so neighboring windows share one token and no target is
+seen twice in an epoch. Each epoch draws its own offset below `length` and its own order of the
+windows. Epochs follow each other without a gap: a batch may hold the last windows of one and the
+first of the next, so nothing is dropped and no batch is short.
 
 There is no state: a run is resumed by asking for the next step.
 """
@@ -21,7 +17,6 @@ import torch
 from mantrans.data.shards import TokenStream
 from mantrans.errors import DataError
 
-IGNORED = -100
 _ROUNDS = 6  # of the Feistel network; 4 are enough in theory, for a perfect round function
 
 
@@ -30,7 +25,7 @@ class BatchLoader:
 
     `batch_size`: windows a rank and step. `n_windows`: windows an epoch. `batches_per_epoch`: steps
     in which all ranks together have seen every window once (rounded up).
-    Raises DataError if the stream is too short: `length + 1` tokens for training, 2 for validation.
+    Raises DataError if the stream is shorter than `length + 1` tokens.
     """
 
     def __init__(
@@ -41,44 +36,33 @@ class BatchLoader:
         seed: int,
         rank: int = 0,
         world_size: int = 1,
-        shuffle: bool = True,
     ) -> None:
         if batch_size < 1 or length < 1 or not 0 <= rank < world_size:
             raise ValueError(
                 f"batch_size {batch_size}, length {length}, rank {rank} of {world_size}"
             )
-        needed = length + 1 if shuffle else 2
-        if len(stream) < needed:
+        if len(stream) <= length:
             raise DataError(
-                f"{stream.path}: {len(stream):,} tokens are too few, a window takes {needed:,}; "
-                "give more text" + (" or lower data.max_length" if shuffle else "")
+                f"{stream.path}: {len(stream):,} tokens are too few, a window takes "
+                f"{length + 1:,}; give more text or lower data.max_length"
             )
         self.stream = stream
         self.batch_size, self.length, self.seed = batch_size, length, seed
-        self.rank, self.world_size, self.shuffle = rank, world_size, shuffle
-        if shuffle:  # one window less than fits, so that each has room for the offset
-            self.n_windows = max(1, (len(stream) - length) // length)
-        else:
-            self.n_windows = -(-(len(stream) - 1) // length)
+        self.rank, self.world_size = rank, world_size
+        # One window less than fits, so that each has room for the offset.
+        self.n_windows = max(1, (len(stream) - length) // length)
         self.batches_per_epoch = -(-self.n_windows // (batch_size * world_size))
 
     def epoch(self, step: int) -> int:
         """The epoch that the first window of the step belongs to, over all ranks."""
-        if not self.shuffle:
-            return step // self.batches_per_epoch
         return step * self.batch_size * self.world_size // self.n_windows
 
     def window_starts(self, step: int) -> np.ndarray:
-        """(batch_size,) int64: the first token of each window; in validation, where the last
-        batch has no window left, the stream's length."""
+        """(batch_size,) int64: the first token of each window."""
         if step < 0:
             raise ValueError(f"step {step}")
-        if not self.shuffle:
-            step %= self.batches_per_epoch
         first = (step * self.world_size + self.rank) * self.batch_size
         places = first + np.arange(self.batch_size, dtype=np.int64)
-        if not self.shuffle:
-            return np.minimum(places * self.length, len(self.stream))
         starts = np.empty_like(places)
         epochs, windows = np.divmod(places, self.n_windows)
         for epoch in np.unique(epochs):
@@ -88,21 +72,15 @@ class BatchLoader:
         return starts
 
     def batch(self, step: int) -> torch.Tensor:
-        """(batch_size, length + 1) int64 tokens; in validation -100 behind the stream's end."""
-        rows = np.full((self.batch_size, self.length + 1), IGNORED, dtype=np.int64)
+        """(batch_size, length + 1) int64 tokens."""
+        rows = np.empty((self.batch_size, self.length + 1), dtype=np.int64)
         for row, start in zip(rows, self.window_starts(step), strict=True):
-            window = self.stream.tokens[start : start + self.length + 1]
-            row[: len(window)] = window
+            row[:] = self.stream.tokens[start : start + self.length + 1]
         return torch.from_numpy(rows)
 
     def _offset(self, epoch: int) -> int:
         room = len(self.stream) - self.n_windows * self.length  # at least 1
         return int(_hash(np.uint64(epoch), _key(self.seed, epoch, 1)) % min(room, self.length))
-
-
-def split_batch(batch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(B, T+1) tokens -> inputs (B, T), all valid ids, and targets (B, T), -100 where padded."""
-    return batch[:, :-1].clamp(min=0), batch[:, 1:].contiguous()
 
 
 def shuffled(places: np.ndarray, count: int, seed: int, epoch: int) -> np.ndarray:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mantrans.config import DATASETS
-from mantrans.data import hub, stories, text
+from mantrans.data import stories, text
 from mantrans.data.text import Piece, ReadReport
 from mantrans.errors import DataError
 
@@ -50,14 +50,15 @@ class Splits:
 class Source:
     """Where documents come from.
 
-    `identity`: all that decides them, as plain data; `n_bytes`: how much there is to read, where
-    known; `open`: starts reading and notes broken lines in the report.
+    `identity`: all that decides them, as plain data, but what stands inside `files`; `n_bytes`: how
+    much there is to read, where known; `open`: starts reading and notes broken lines in the report.
     """
 
     name: str
     identity: dict[str, Any]
     n_bytes: int | None
     open: Callable[[ReadReport], Splits]
+    files: tuple[Path, ...] = ()
 
 
 def find_source(
@@ -117,13 +118,10 @@ def _too_many(field: str, most: int, found: int) -> DataError:
 
 
 def _local(path: Path, text_field: str, separator: str, refuse: bool) -> Source:
-    """Files are identified by place, size and time of change: reading them all takes too long."""
-    marks: list[tuple[str, int, int]] = []
+    """What the files hold decides, and their kinds, which say how they are read."""
     try:
         files = text.local_files(path)
-        for file in files:
-            facts = file.stat()
-            marks.append((str(file.resolve()), facts.st_size, facts.st_mtime_ns))
+        size = sum(file.stat().st_size for file in files)
     except OSError as error:
         raise DataError(f"data.path {path}: cannot be read: {error.strerror or error}") from None
 
@@ -131,14 +129,12 @@ def _local(path: Path, text_field: str, separator: str, refuse: bool) -> Source:
         return Splits(text.read_files(files, separator, text_field, refuse, report), None)
 
     identity = {
-        "files": marks,
+        "kinds": [file.suffix.lower() for file in files],
         "text_field": text_field,
         "separator": separator,
         "refuse_broken_lines": refuse,
     }
-    return Source(
-        f"local-{path.stem or 'files'}", identity, sum(size for _, size, _ in marks), opened
-    )
+    return Source(f"local-{path.stem or 'files'}", identity, size, opened, tuple(files))
 
 
 def _from_hub(name: str, text_field: str | None) -> Source:
@@ -159,20 +155,16 @@ def _from_hub(name: str, text_field: str | None) -> Source:
 
 
 def _load_from_hub(name: str, repository: str) -> Any:
-    """The set's splits, memory-mapped by `datasets`; from its cache where there is no network."""
+    """The set's splits, memory-mapped by `datasets`; from its cache where the hub does not
+    answer (which the library tries several times; HF_HUB_OFFLINE=1 asks for the cache at once)."""
     ways = (
         "give a local file (data.dataset: local, data.path: ...), run once where the hub can be "
         "reached so that its cache holds the set, or use data.dataset: builtin-stories"
     )
     try:
-        if hub.reachable():
-            import datasets
+        import datasets
 
-            return datasets.load_dataset(repository)
-        with hub.offline():
-            import datasets
-
-            return datasets.load_dataset(repository)
+        return datasets.load_dataset(repository)
     except ImportError:
         raise DataError(
             f"data.dataset {name!r} comes through the package datasets, which is missing "

@@ -19,12 +19,14 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
 import numpy as np
 
+from mantrans.data.known import KnownFiles
 from mantrans.errors import DataError
 
 MAGIC = b"MTTOKEN1"
@@ -110,19 +112,20 @@ class ShardWriter:
 
 
 class TokenStream:
-    """A token file, opened and checked.
+    """A token file, opened and checked; of one that is `known`, the tokens are not read again.
 
     `tokens`: (len,) uint16 or uint32, mapped, not read; `n_bytes`: UTF-8 bytes of the text they
     stand for, separators not counted; `n_documents`: documents that end in it; `max_token`;
     `checksum`: hex, of the tokens; `facts`: what the writer noted; `path`.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, known: KnownFiles | None = None) -> None:
         self.path = Path(path)
         try:
             with self.path.open("rb") as file:
                 header = _read_header(file, self.path)
-                _verify_tokens(file, header, self.path)
+            read = partial(_summary, dtype=_DTYPES[header["dtype"]])
+            _verify(header, known.hash(self.path, read) if known else read(self.path), self.path)
         except OSError as error:
             raise DataError(
                 f"token file {self.path} cannot be read: {error.strerror or error}; if it is lost, "
@@ -199,16 +202,22 @@ def _read_header(file: BinaryIO, path: Path) -> dict[str, Any]:
     return header
 
 
-def _verify_tokens(file: BinaryIO, header: dict[str, Any], path: Path) -> None:
-    """Reads every token once, in bounded memory: their checksum and the largest of them."""
-    digest = hashlib.blake2b(digest_size=16)
-    largest = 0
-    while chunk := file.read(_CHUNK):
-        digest.update(chunk)
-        largest = max(largest, int(np.frombuffer(chunk, _DTYPES[header["dtype"]]).max()))
-    if digest.hexdigest() != header["checksum"]:
+def _summary(path: Path, dtype: np.dtype[Any]) -> str:
+    """Checksum and largest of the tokens, each of which is read once, in bounded memory."""
+    digest, largest = hashlib.blake2b(digest_size=16), 0
+    with path.open("rb") as file:
+        file.seek(HEADER_BYTES)
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+            largest = max(largest, int(np.frombuffer(chunk, dtype).max()))
+    return f"{digest.hexdigest()} {largest}"
+
+
+def _verify(header: dict[str, Any], summary: str, path: Path) -> None:
+    checksum, largest = summary.split()
+    if checksum != header["checksum"]:
         raise _damaged(path, "its tokens' checksum is wrong")
-    if largest != header["max_token"]:
+    if int(largest) != header["max_token"]:
         raise _damaged(path, "its header names another largest token than it holds")
 
 

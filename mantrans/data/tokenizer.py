@@ -21,7 +21,6 @@ import numpy as np
 import tokenizers
 
 from mantrans.assets import ASSETS
-from mantrans.data import hub
 from mantrans.errors import DataError
 
 END_OF_TEXT = "<|endoftext|>"
@@ -205,8 +204,6 @@ def _gpt2_from_hub() -> Tokenizer:
     file, failure = None, "no answer"
     # The cache first, so that a run that once worked never needs the network again.
     for local_only in (True, False):
-        if not local_only and not hub.reachable():
-            break
         try:
             file = hf_hub_download(
                 "openai-community/gpt2", TOKENIZER_FILE, local_files_only=local_only

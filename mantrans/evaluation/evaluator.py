@@ -12,7 +12,7 @@ from collections.abc import Callable
 from itertools import cycle, islice
 from typing import TYPE_CHECKING, Any
 
-from mantrans.errors import ConfigError
+from mantrans.errors import ConfigError, printable
 from mantrans.evaluation.coherence import CRITERIA, score_samples
 from mantrans.evaluation.diversity import diversity
 from mantrans.inference.text import prompt_tokens
@@ -167,10 +167,3 @@ def as_text(report: dict[str, Any]) -> str:
     for sample in report.get("samples", []):
         lines += ["", printable(f"[{sample['prompt']}]{sample['continuation']}")]
     return "\n".join(lines)
-
-
-def printable(text: str) -> str:
-    """`text` without control characters: an untrained model writes what would move the cursor."""
-    return "".join(
-        c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text
-    )

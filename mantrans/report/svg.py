@@ -1,21 +1,16 @@
-"""Curves as inline SVG that stay sharp and legible at any width, on a screen and on paper.
-
-The plot is as wide as its place: text, ticks and dots are placed in percent, and only lines live in
-a nested viewBox of 100 × 100 that is stretched over it, with strokes that do not stretch. Colours
-and sizes are the style sheet's: see `mantrans.report`.
-"""
+"""The axes and stretches of a figure's curves; figure.html draws them as SVG."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
 
 Point = tuple[float, float | None]  # step, value; a value of None is a gap
 Mark = tuple[float, float, str]  # of what happened after one step and until another, in words
 _MOST_POINTS = 2000  # in one line: more than a screen has columns
 _UNITS = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"), (1.0, ""))
+_MANTISSAS = ((1, 1.5, 2, 3, 4, 5, 6, 8), (1, 2, 3, 5), (1, 2, 5), (1,))  # of logarithmic ticks
 
 
 @dataclass(frozen=True)
@@ -31,27 +26,65 @@ class Curve:
         """The values that can be drawn."""
         return [y for _, y in self.points if y is not None]
 
+    @property
+    def segments(self) -> list[list[tuple[float, float]]]:
+        """The stretches between gaps, each thinned to what a screen can show."""
+        found: list[list[tuple[float, float]]] = [[]]
+        for x, y in self.points:
+            if y is not None:
+                found[-1].append((x, y))
+            elif found[-1]:
+                found.append([])
+        return [thinned(segment) for segment in found if segment]
+
 
 @dataclass(frozen=True)
 class Scale:
-    """Values from `low` to `high` as percent of an axis."""
+    """Values from `low` to `high` as percent of an axis; ticks with their labels."""
 
     low: float
     high: float
+    ticks: Sequence[tuple[float, str]] = ()
+    log: bool = False
 
     def __call__(self, value: float) -> float:
+        if self.log:
+            return 100 * math.log(value / self.low) / math.log(self.high / self.low)
         return 100 * (value - self.low) / (self.high - self.low)
 
     @classmethod
-    def around(cls, values: Iterable[float], most: int = 5) -> Scale:
-        """The axis from the round number below all values to the one above them."""
-        values = list(values)
+    def around(cls, values: Sequence[float], most: int = 5, log: bool = False) -> Scale:
+        """The axis from the round number below all values to the one above them.
+
+        log: asks for a logarithmic one, which it is if all values are positive.
+        """
         low, high = min(values), max(values)
+        log = log and low > 1e-100
         if high - low <= 1e-9 * max(abs(low), abs(high)):  # one value: give it room
             room = abs(low) / 10 or 1.0
             low, high = low - room, high + room
-        step = round_step(low, high, most)
-        return cls(math.floor(low / step + 1e-9) * step, math.ceil(high / step - 1e-9) * step)
+        if log and high > 3 * low:
+            ends = log_ticks(low, high, most + 2)
+            labels = [short(value) for value in ends]
+        else:
+            step = round_step(low, high, most)
+            first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+            ends = [i * step for i in range(first, last + 1)]
+            labels = tick_labels(ends)
+        return cls(ends[0], ends[-1], list(zip(ends, labels, strict=True)), log)
+
+
+def log_ticks(low: float, high: float, most: int) -> list[float]:
+    """At most `most` round numbers from one at or below `low` to one at or above `high`."""
+    first, last = math.floor(math.log10(low)), math.floor(math.log10(high)) + 1
+    for mantissas in _MANTISSAS:
+        found = [float(f"{m}e{power}") for power in range(first, last + 1) for m in mantissas]
+        below = sum(value <= low for value in found) - 1
+        found = found[below : sum(value < high for value in found) + 1]
+        if len(found) <= most:
+            return found
+    every = math.ceil((last - first) / (most - 1))
+    return [float(f"1e{first + every * i}") for i in range(most)]
 
 
 def round_step(low: float, high: float, most: int) -> float:
@@ -69,7 +102,7 @@ def ticks(low: float, high: float, most: int) -> list[float]:
 
 
 def tick_labels(values: Sequence[float]) -> list[str]:
-    """Neighbouring ticks in one notation, with the digits that tell them apart: 0.5, 1.0, 1.5."""
+    """Neighboring ticks in one notation, with the digits that tell them apart: 0.5, 1.0, 1.5."""
     largest = max(abs(v) for v in values)
     if largest and not 1e-3 <= largest < 1e15:
         power = math.floor(math.log10(largest) + 1e-9)
@@ -87,17 +120,6 @@ def short(value: float) -> str:
     return f"{value / unit:.3g}{suffix}"
 
 
-def segments(points: Sequence[Point]) -> list[list[tuple[float, float]]]:
-    """The stretches between gaps, each thinned to what a screen can show."""
-    found: list[list[tuple[float, float]]] = [[]]
-    for x, y in points:
-        if y is not None:
-            found[-1].append((x, y))
-        elif found[-1]:
-            found.append([])
-    return [thinned(segment) for segment in found if segment]
-
-
 def thinned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
     """The lowest and the highest of every few points of a long line: no spike is lost."""
     if len(points) <= _MOST_POINTS:
@@ -110,96 +132,40 @@ def thinned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
     return kept
 
 
-def figure(
-    title: str,
-    unit: str,
-    curves: Sequence[Curve],
-    *,
-    from_zero: bool = False,
-    tokens_per_step: float | None = None,
-    marks: Sequence[Mark] = (),
-    most_ticks: int = 6,
-) -> str:
-    """A <figure> of curves over steps from 0; "" where no curve has a finite value.
+@dataclass(frozen=True)
+class Figure:
+    """What figure.html draws: curves over steps from 0.
 
-    from_zero: the y axis begins at 0, for quantities of which the ratio matters. tokens_per_step:
-    label the x axis in tokens too. The legend is left out where there is one curve and no mark.
+    from_zero: the y axis begins at 0, for quantities of which the ratio matters. log: it is
+    logarithmic, if all values are positive. tokens_per_step: label the x axis in tokens too.
     """
-    values = [y for curve in curves for y in curve.finite()]
-    if not values:
-        return ""
-    x = Scale(0, max([1.0, *(step for curve in curves for step, _ in curve.points)]))
-    y = Scale.around([0.0, *values] if from_zero else values)
-    drawn = _axes(x, y, tokens_per_step, most_ticks)
-    drawn += [_line(c, x, y) for c in curves if not c.dots]
-    drawn += [_dots(c, x, y) for c in curves]
-    drawn += [_mark(mark, x) for mark in marks]
-    keys: dict[tuple[str, int], str] = {}  # one for the line and the dots of one name
-    for c in curves:
-        if c.finite():
-            keys.setdefault((c.name, c.color), f"c{c.color} {'dot' if c.dots else 'line'}")
-    if marks:
-        keys["skipped steps", -1] = "mark"
-    legend = "".join(
-        f'<li><i class="{key}"></i>{escape(name)}</li>' for (name, _), key in keys.items()
-    )
-    return (
-        f"<figure><figcaption>{escape(title)} <small>{escape(unit)}</small></figcaption>"
-        + (f'<ul class="legend">{legend}</ul>' if len(keys) > 1 else "")
-        + f'<svg class="plot" role="img" aria-label="{escape(title)} over steps">'
-        + "".join(drawn)
-        + "</svg></figure>"
-    )
 
+    title: str
+    unit: str
+    curves: Sequence[Curve]
+    from_zero: bool = False
+    log: bool = False
+    tokens_per_step: float | None = None
+    marks: Sequence[Mark] = ()
+    most_ticks: int = 6
 
-def _axes(x: Scale, y: Scale, tokens_per_step: float | None, most: int) -> list[str]:
-    """Grid lines with their values, and one or two rows of numbers below."""
-    heights, steps = ticks(y.low, y.high, 5), ticks(x.low, x.high, most)
-    drawn = []
-    for value, label in zip(heights, tick_labels(heights), strict=True):
-        at = f"{100 - y(value):.3f}%"
-        drawn.append(f'<line class="grid" x2="100%" y1="{at}" y2="{at}"/>')
-        drawn.append(f'<text class="left" x="-8" y="{at}" dy=".32em">{label}</text>')
-    rows = [("step", tick_labels(steps))]
-    if tokens_per_step is not None:
-        rows.append(("tokens", [short(step * tokens_per_step) for step in steps]))
-    for row, (name, labels) in enumerate(rows):
-        dy = f'dy="{1.7 + 1.35 * row:.2f}em"'
-        drawn.append(f'<text class="left" x="-14" y="100%" {dy}>{name}</text>')
-        for step, label in zip(steps, labels, strict=True):
-            drawn.append(f'<text x="{x(step):.3f}%" y="100%" {dy}>{label}</text>')
-    return drawn
+    @property
+    def x(self) -> Scale:
+        """The axis of steps, which ends at the last one."""
+        last = max([1.0, *(step for curve in self.curves for step, _ in curve.points)])
+        steps = ticks(0, last, self.most_ticks)
+        return Scale(0, last, list(zip(steps, tick_labels(steps), strict=True)))
 
+    @property
+    def y(self) -> Scale | None:
+        """The axis of values; None where no value is finite and there is nothing to draw."""
+        values = [y for curve in self.curves for y in curve.finite()]
+        return Scale.around([0.0] * self.from_zero + values, log=self.log) if values else None
 
-def _line(curve: Curve, x: Scale, y: Scale) -> str:
-    path = "".join(
-        "M" + " ".join(f"{x(step):.3f},{100 - y(value):.3f}" for step, value in segment)
-        for segment in segments(curve.points)
-        if len(segment) > 1
-    )
-    if not path:
-        return ""
-    return (
-        '<svg viewBox="0 0 100 100" preserveAspectRatio="none">'
-        f'<path class="c{curve.color}" d="{path}"/></svg>'
-    )
-
-
-def _dots(curve: Curve, x: Scale, y: Scale) -> str:
-    """A validation's points; of a line those that stand alone and would not be seen otherwise."""
-    shown = [s for s in segments(curve.points) if curve.dots or len(s) == 1]
-    return "".join(
-        f'<circle class="c{curve.color}" cx="{x(step):.3f}%" cy="{100 - y(value):.3f}%" '
-        f'r="{3.5 if curve.dots else 2}">'
-        f"<title>{escape(curve.name)}, step {step:,.0f}: {value:.4f}</title></circle>"
-        for segment in shown
-        for step, value in segment
-    )
-
-
-def _mark(mark: Mark, x: Scale) -> str:
-    first, last, words = mark
-    return (
-        f'<line class="mark" x1="{x(first):.3f}%" x2="{x(last):.3f}%" y1="100%" y2="100%">'
-        f"<title>{escape(words)}</title></line>"
-    )
+    @property
+    def legend(self) -> dict[str, str]:
+        """Name by class of the style sheet: one for the line and the dots of one name."""
+        drawn = [c for c in reversed(self.curves) if c.finite()]
+        keys = {(c.name, c.color): f"c{c.color} {'dot' if c.dots else 'line'}" for c in drawn}
+        names = {key: name for (name, _), key in reversed(keys.items())}
+        return names | ({"mark": "skipped steps"} if self.marks else {})

@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from typing import Any, TextIO
 
+from tqdm import tqdm
+
 _WORDS = {
     "loss": "loss {:.4f}",
     "learning_rate": "lr {:.2e}",
@@ -30,27 +32,32 @@ class Console:
         self.step = first_step
         self.quiet = quiet
         self.stream = sys.stderr if stream is None else stream
-        self._bar: Any = None
-        self._is_live = not quiet and self.stream.isatty()
+        self._bar: tqdm | None = None
+        if not quiet and self.stream.isatty():
+            self._bar = tqdm(
+                total=total_steps,
+                initial=first_step,
+                file=self.stream,
+                unit="step",
+                dynamic_ncols=True,
+                leave=True,
+            )
 
     def update(self, step: int) -> None:
         """Move the bar to `step`; nothing where there is no bar."""
-        if self._is_live and self._open():
+        if self._bar is not None:
             self._bar.update(step - self.step)
         self.step = step
 
     def show(self, step: int, scalars: dict[str, Any]) -> None:
-        """Show the values of one logged step, unknown ones by that word."""
-        if self.quiet:
-            return
+        """Show the values of one logged step; those that are not known are left out."""
+        self.update(step)
         text = describe(scalars)
-        if self._is_live and self._open():
-            self.update(step)
+        if self._bar is not None:
             self._bar.set_postfix_str(text)
-            return
-        self.step = step
-        of = f"/{self.total_steps}" if self.total_steps is not None else ""
-        print(f"step {step}{of}  {text}", file=self.stream, flush=True)
+        else:
+            of = f"/{self.total_steps}" if self.total_steps is not None else ""
+            self.message(f"step {step}{of}  {text}")
 
     def message(self, text: str) -> None:
         """Print a line of its own, above the bar if there is one."""
@@ -62,38 +69,20 @@ class Console:
             print(text, file=self.stream, flush=True)
 
     def close(self) -> None:
+        """Leave the bar as it stands; what follows are plain lines."""
         if self._bar is not None:
             self._bar.close()
             self._bar = None
-        self._is_live = False
-
-    def _open(self) -> bool:
-        """Make the bar on first use; without tqdm, go on with plain lines."""
-        if self._bar is None:
-            try:
-                from tqdm import tqdm
-            except ImportError:
-                self._is_live = False
-                return False
-            self._bar = tqdm(
-                total=self.total_steps,
-                initial=self.step,
-                file=self.stream,
-                unit="step",
-                dynamic_ncols=True,
-                leave=True,
-            )
-        return True
 
 
 def describe(scalars: dict[str, Any]) -> str:
-    """Return `loss 1.2345, lr 3.00e-04, …` for the values given; None reads "unknown"."""
+    """Return `loss 1.2345, lr 3.00e-04, …` for the values that are known, which None is not."""
     parts = []
     for name, value in scalars.items():
         form = _WORDS.get(name, name + " {:.4g}")
         if value is None:
-            parts.append(form[: form.index("{")] + "unknown" + form.partition("}")[2])
-        elif name == "tokens_per_second":
+            continue
+        if name == "tokens_per_second":
             parts.append(form.format(_thousands(value)))
         elif isinstance(value, int | float):
             parts.append(form.format(value))

@@ -17,29 +17,29 @@ import torch
 from mantrans.config import ModelConfig
 from mantrans.models import build
 
-# Dense peaks in TFLOP/s: bfloat16 with float32 sums, TF32, plain float32. From NVIDIA's data sheets
+# Dense peaks in TFLOP/s: bfloat16 with float32 sums, and plain float32. From NVIDIA's data sheets
 # and architecture whitepapers (GA100, GA102, GH100, AD102, Blackwell), which quote figures with
 # sparsity for some: those are halved here. Names as the driver reports them. A part of a GPU (MIG),
 # a laptop's, or any name not matched whole has another peak and is unknown.
-_PEAKS: tuple[tuple[str, float, float, float], ...] = (
-    (r"NVIDIA B200", 2250.0, 1125.0, 75.0),
-    (r"NVIDIA GH200 \d+GB", 989.4, 494.7, 66.9),
-    (r"NVIDIA H200", 989.4, 494.7, 66.9),
-    (r"NVIDIA H200 NVL", 835.5, 417.5, 60.0),
-    (r"NVIDIA H100 80GB HBM3", 989.4, 494.7, 66.9),
-    (r"NVIDIA H100 PCIe", 756.0, 378.0, 51.2),
-    (r"NVIDIA H100 NVL", 835.5, 417.5, 60.0),
-    (r"NVIDIA A100-(?:SXM4|PCIE)-\d+GB", 312.0, 156.0, 19.5),
-    (r"NVIDIA A100 80GB PCIe", 312.0, 156.0, 19.5),
-    (r"NVIDIA A40", 149.7, 74.8, 37.4),
-    (r"NVIDIA A10", 125.0, 62.5, 31.2),
-    (r"NVIDIA L40S", 362.0, 183.0, 91.6),
-    (r"NVIDIA L4", 121.0, 60.0, 30.3),
-    (r"NVIDIA RTX A6000", 154.8, 77.4, 38.7),
-    (r"NVIDIA RTX 6000 Ada Generation", 364.2, 182.1, 91.1),
-    (r"NVIDIA GeForce RTX 3090", 71.0, 35.6, 35.6),
-    (r"NVIDIA GeForce RTX 4090", 165.2, 82.6, 82.6),
-    (r"NVIDIA GeForce RTX 5090", 209.5, 104.8, 104.8),
+_PEAKS: tuple[tuple[str, float, float], ...] = (
+    (r"NVIDIA B200", 2250.0, 75.0),
+    (r"NVIDIA GH200 \d+GB", 989.4, 66.9),
+    (r"NVIDIA H200", 989.4, 66.9),
+    (r"NVIDIA H200 NVL", 835.5, 60.0),
+    (r"NVIDIA H100 80GB HBM3", 989.4, 66.9),
+    (r"NVIDIA H100 PCIe", 756.0, 51.2),
+    (r"NVIDIA H100 NVL", 835.5, 60.0),
+    (r"NVIDIA A100-(?:SXM4|PCIE)-\d+GB", 312.0, 19.5),
+    (r"NVIDIA A100 80GB PCIe", 312.0, 19.5),
+    (r"NVIDIA A40", 149.7, 37.4),
+    (r"NVIDIA A10", 125.0, 31.2),
+    (r"NVIDIA L40S", 362.0, 91.6),
+    (r"NVIDIA L4", 121.0, 30.3),
+    (r"NVIDIA RTX A6000", 154.8, 38.7),
+    (r"NVIDIA RTX 6000 Ada Generation", 364.2, 91.1),
+    (r"NVIDIA GeForce RTX 3090", 71.0, 35.6),
+    (r"NVIDIA GeForce RTX 4090", 165.2, 82.6),
+    (r"NVIDIA GeForce RTX 5090", 209.5, 104.8),
 )
 
 
@@ -54,18 +54,13 @@ def flops_per_token(model: ModelConfig, sequence_length: int | None = None) -> f
 
 
 def peak_flops(
-    device: torch.device | str,
-    dtype: torch.dtype,
-    *,
-    tf32: bool = False,
-    name: str | None = None,
+    device: torch.device | str, dtype: torch.dtype, *, name: str | None = None
 ) -> float | None:
     """Return the device's peak in operations per second, or None where it is not known.
 
     Args:
         device: where the run computes. A CPU's peak is not known.
         dtype: of the matrix products' inputs.
-        tf32: whether float32 products may round their inputs to TF32.
         name: the GPU's name as the driver reports it; asked of the driver if None.
     """
     device = torch.device(device)
@@ -73,12 +68,12 @@ def peak_flops(
         return None
     if name is None:
         name = torch.cuda.get_device_name(device)
-    for pattern, bfloat16, tensor_float, float32 in _PEAKS:
+    for pattern, bfloat16, float32 in _PEAKS:
         if re.fullmatch(pattern, name):
             if dtype == torch.bfloat16:
                 return bfloat16 * 1e12
             if dtype == torch.float32:
-                return (tensor_float if tf32 else float32) * 1e12
+                return float32 * 1e12
     return None
 
 

@@ -24,8 +24,8 @@ from typing import Any, TextIO
 from mantrans.checkpoint.atomic import replacing, write_all
 from mantrans.config import Config
 from mantrans.errors import MantransError
+from mantrans.records import JsonLines
 from mantrans.training.console import Console
-from mantrans.training.metrics import JsonLines
 
 _PACKAGES = ("torch", "triton", "numpy", "tokenizers", "mantrans")
 
@@ -70,10 +70,12 @@ class RunLogger:
             raise MantransError(f"{self.directory}: cannot be written ({error.strerror})") from None
         self._metrics = JsonLines(self.directory / "metrics.jsonl", resume_step)
         self._timings = JsonLines(self.directory / "timings.jsonl", resume_step)
-        self._events = _Events(self.directory / "tensorboard", resume_step) if tensorboard else None
         self._said: set[str] = set()
-        if self._events is not None and self._events.missing:
-            self.say_once("tensorboard is not installed: metrics go to metrics.jsonl only")
+        self._events: Any = None
+        if tensorboard:
+            self._events = _event_writer(self.directory / "tensorboard", resume_step)
+            if self._events is None:
+                self.say_once("tensorboard is not installed: metrics go to metrics.jsonl only")
 
     def log(self, step: int, **scalars: Any) -> None:
         """Record values that follow from configuration and seed: losses, rates, norms, samples."""
@@ -105,16 +107,14 @@ class RunLogger:
         """Flush the records to the disk itself; call it before a checkpoint is saved."""
         self._metrics.sync()
         self._timings.sync()
-        if self._events is not None:
-            self._events.flush()
+        self._to_events("flush")
 
     def close(self) -> None:
         """Close the files and the bar."""
         self.console.close()
         self._metrics.close()
         self._timings.close()
-        if self._events is not None:
-            self._events.close()
+        self._to_events("close")
 
     def __enter__(self) -> RunLogger:
         return self
@@ -132,59 +132,31 @@ class RunLogger:
         lines.append({"step": step, **scalars})
         if lines.trouble and not had_trouble:
             self.message(f"warning: {lines.trouble}; the records wait in memory")
-        if self._events is not None:
-            self._events.add(step, scalars)
+        for name, value in scalars.items():
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                self._to_events("add_scalar", name, value, step)
 
-
-class _Events:
-    """TensorBoard's event file, through the tensorboard package alone."""
-
-    def __init__(self, directory: Path, resume_step: int | None) -> None:
-        self._writer: Any = None
-        try:
-            from tensorboard.compat.proto import event_pb2, summary_pb2
-            from tensorboard.summary.writer.event_file_writer import EventFileWriter
-        except ImportError:
-            self.missing = True
-            return
-        self.missing = False
-        self._event, self._summary = event_pb2, summary_pb2
-        try:
-            self._writer = EventFileWriter(str(directory))
-        except OSError as error:
-            raise MantransError(f"{directory}: cannot be written ({error.strerror})") from None
-        # A session start tells TensorBoard to forget what earlier files say of later steps.
-        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-        first = 0 if resume_step is None else resume_step + 1
-        self._writer.add_event(event_pb2.Event(step=first, session_log=start))
-
-    def add(self, step: int, scalars: dict[str, Any]) -> None:
-        if self._writer is None:
-            return
-        value = self._summary.Summary.Value
-        numbers = [
-            value(tag=name, simple_value=float(number))
-            for name, number in scalars.items()
-            if isinstance(number, int | float) and not isinstance(number, bool)
-        ]
-        if numbers:
-            summary = self._summary.Summary(value=numbers)
-            self._guard("add_event", self._event.Event(step=step, summary=summary))
-
-    def flush(self) -> None:
-        self._guard("flush")
-
-    def close(self) -> None:
-        self._guard("close")
-
-    def _guard(self, method: str, *arguments: Any) -> None:
+    def _to_events(self, method: str, *arguments: Any) -> None:
         """Call the writer; a disk it cannot write to ends the event file, never the run."""
-        if self._writer is None:
-            return
-        try:
-            getattr(self._writer, method)(*arguments)
-        except OSError:
-            self._writer = None
+        if self._events is not None:
+            try:
+                getattr(self._events, method)(*arguments)
+            except OSError:
+                self._events = None
+
+
+def _event_writer(directory: Path, resume_step: int | None) -> Any:
+    """TensorBoard's writer, or None. It voids what earlier files say of later steps."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    try:
+        return SummaryWriter(
+            str(directory), purge_step=0 if resume_step is None else resume_step + 1
+        )
+    except OSError as error:
+        raise MantransError(f"{directory}: cannot be written ({error.strerror})") from None
 
 
 def versions() -> dict[str, str | None]:

@@ -39,7 +39,7 @@ from mantrans.runtime import disable_malloc_trim, resolve_device, resolve_dtype
 from mantrans.training import flops, memory
 from mantrans.training.batches import token_source
 from mantrans.training.diagnosis import first_non_finite
-from mantrans.training.lock import RunLock
+from mantrans.training.lock import run_lock
 from mantrans.training.logger import RunLogger
 from mantrans.training.profile import StepProfiler
 from mantrans.training.step import StepRecord, TrainStep
@@ -142,7 +142,7 @@ class Trainer:
             Path(self.config.training.checkpoint_dir) / self.config.training.experiment_name
         )
         for folder in {self.directory.resolve(): 0, checkpoints.resolve(): 0}:
-            self.locks.enter_context(RunLock(folder))
+            self.locks.enter_context(run_lock(folder))
 
     def _load_data(self, quiet: bool) -> None:
         """Tokenizer, tokens, and the order in which they come; with them the length of the run."""

@@ -1,4 +1,4 @@
-"""Tests that need a CUDA device: `python -m pytest tests/gpu`. Skipped where there is none."""
+"""Tests that need a CUDA device: `python -m pytest tests/gpu`. Without one, one line says so."""
 
 from __future__ import annotations
 
@@ -10,6 +10,15 @@ from types import ModuleType
 
 import pytest
 import torch
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Where there is no CUDA device, one skipped test stands for all that need it."""
+    gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if gpu and not torch.cuda.is_available():
+        gpu[0].add_marker(pytest.mark.skip(reason=f"no CUDA device: {len(gpu)} tests not run"))
+        items[:] = [item for item in items if not item.get_closest_marker("gpu")] + gpu[:1]
+        config.hook.pytest_deselected(items=gpu[1:])
 
 
 @pytest.fixture(autouse=True)
@@ -24,8 +33,6 @@ def memory_is_given_back() -> Iterator[None]:
 @pytest.fixture
 def device() -> torch.device:
     """The CUDA device, with float32 products in float32."""
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
     if os.environ.get("TRITON_INTERPRET") == "1":
         pytest.fail("TRITON_INTERPRET=1: these tests are about compiled kernels")
     torch.backends.cuda.matmul.allow_tf32 = False

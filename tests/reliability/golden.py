@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from mantrans.training.metrics import read_records
+from mantrans.records import read_records
 from mantrans.training.trainer import Trainer
 from tests.reliability.runs import GOLDEN, metrics_file, small
 

@@ -17,7 +17,7 @@ from mantrans.checkpoint import state_file
 from mantrans.checkpoint.folder import CheckpointFolder
 from mantrans.checkpoint.state_file import SLOW_WRITE_VARIABLE
 from mantrans.config import Config
-from mantrans.training.metrics import read_records
+from mantrans.records import read_records
 from tests.reliability.nursery import Child, Nursery
 from tests.reliability.runs import (
     assert_same,

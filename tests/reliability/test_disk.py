@@ -13,7 +13,7 @@ import pytest
 
 from mantrans.checkpoint import state_file
 from mantrans.config import Config
-from mantrans.training.metrics import read_records
+from mantrans.records import read_records
 from tests.reliability.nursery import Ended, Nursery
 from tests.reliability.runs import checkpoints, metrics_file, small
 

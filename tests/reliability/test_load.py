@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mantrans.training.metrics import read_records
+from mantrans.records import read_records
 from tests.reliability.nursery import Nursery
 from tests.reliability.runs import metrics_file, small
 

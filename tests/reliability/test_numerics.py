@@ -11,7 +11,7 @@ import torch
 
 from mantrans.checkpoint import state_file
 from mantrans.errors import MantransError
-from mantrans.training.metrics import read_records
+from mantrans.records import read_records
 from mantrans.training.trainer import Trainer
 from tests.reliability.runs import (
     assert_same,

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from mantrans.config import Config
-from mantrans.training.metrics import read_records
+from mantrans.records import read_records
 from mantrans.training.trainer import Trainer
 from tests.reliability.runs import (
     assert_same,
