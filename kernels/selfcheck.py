@@ -426,14 +426,14 @@ def relative_error(actual: Tensor, exact: Tensor) -> float:
 def complaint(result: Result, dtype: torch.dtype, device: torch.device) -> str:
     """The line a user reads."""
     found = (
-        f"is off by {result.error:.1e} (relative RMS), at most {result.bound:.0e} is accepted"
+        f"expected a relative RMS error of at most {result.bound:.0e}, got {result.error:.1e}"
         if math.isfinite(result.error)
-        else "holds elements that are not finite or were never written"
+        else "expected finite elements, got some that are not, or were never written"
     )
     dtype_name = str(dtype).removeprefix("torch.")
     return (
         f"{result.operation} is wrong on {device} in {dtype_name}: "
-        f"{result.output} {result.shape} {found}; "
+        f"{result.output} {result.shape}: {found}; "
         "train with backend native, or with another Triton or ptxas that passes this check"
     )
 

@@ -43,7 +43,7 @@ class CustomTransformerWrapper:
     stochastic_rounding: bfloat16 weights without float32 masters.
     inference: weights alone, 2 bytes a parameter in bfloat16: no gradients, masters or optimizer.
 
-    Raises ConfigError (a ValueError) that names the argument, what it was and what is accepted.
+    Raises ConfigError (a ValueError): "ARGUMENT: expected X, got Y".
     """
 
     def __init__(
@@ -123,7 +123,7 @@ class CustomTransformerWrapper:
         self.dtype = resolve_dtype(config.dtype, self.device)
         self.config = config.model_copy(update={"dtype": _name(self.dtype)})
         if optimizer not in OPTIMIZERS:
-            raise ConfigError(f"optimizer: found {optimizer!r}; accepted: {', '.join(OPTIMIZERS)}")
+            raise ConfigError(f"optimizer: expected {' or '.join(OPTIMIZERS)}, got {optimizer!r}")
         try:
             ops = backends.choose(backend, self.device)
         except ValueError as wrong:
@@ -421,19 +421,19 @@ class CustomTransformerWrapper:
         """(B, T) int64 on the model's device; ValueError for what would be a wrong index."""
         if ids.dim() != 2 or ids.is_floating_point() or ids.numel() == 0:
             raise ValueError(
-                f"{name}: found shape {tuple(ids.shape)} of {ids.dtype}; "
-                "accepted: (batch, sequence) integers, at least one"
+                f"{name}: expected integers (batch, sequence), at least one, "
+                f"got shape {tuple(ids.shape)} of {ids.dtype}"
             )
         if not any_length and ids.shape[1] > self.config.max_seq_len:
             raise ValueError(
-                f"{name}: found {ids.shape[1]} tokens a row; "
-                f"accepted: at most max_seq_len ({self.config.max_seq_len})"
+                f"{name}: expected at most max_seq_len ({self.config.max_seq_len}) tokens a row, "
+                f"got {ids.shape[1]}"
             )
         low, high = ids.min().item(), ids.max().item()
         if low < 0 or high >= self.model.vocab_size:
             raise ValueError(
-                f"{name}: found token ids from {low} to {high}; "
-                f"accepted: 0 to {self.model.vocab_size - 1}"
+                f"{name}: expected token ids from 0 to {self.model.vocab_size - 1}, "
+                f"got {low} to {high}"
             )
         return ids.to(self.device, torch.int64)
 
@@ -448,8 +448,8 @@ class CustomTransformerWrapper:
     def _checked_labels(self, labels: Tensor, input_ids: Tensor) -> Tensor:
         if labels.shape != input_ids.shape:
             raise ValueError(
-                f"labels: found shape {tuple(labels.shape)}; "
-                f"accepted: input_ids' own, {tuple(input_ids.shape)}"
+                f"labels: expected the shape of input_ids, {tuple(input_ids.shape)}, "
+                f"got {tuple(labels.shape)}"
             )
         labels = labels.to(self.device, torch.int64)
         self._checked_ids(labels.where(labels != IGNORE_INDEX, 0), "labels")
@@ -472,14 +472,14 @@ def check_same_parameters(found: dict[str, Tensor], described: dict[str, Paramet
     if found.keys() != described.keys():
         odd = sorted(found.keys() ^ described.keys())
         raise CheckpointError(
-            f"checkpoint and model differ in {len(odd)} parameters, the first of them {odd[0]}; "
-            "accepted: a checkpoint of a model of the same shape"
+            f"checkpoint: expected the parameters of this model, got others: {len(odd)} names "
+            f"differ, the first is {odd[0]}"
         )
     for name, value in found.items():
         if tuple(value.shape) != described[name].shape:
             raise CheckpointError(
-                f"checkpoint parameter {name}: found shape {tuple(value.shape)}; "
-                f"accepted: the model's, {described[name].shape}"
+                f"checkpoint: {name}: expected shape {described[name].shape}, "
+                f"got {tuple(value.shape)}"
             )
 
 
@@ -489,7 +489,7 @@ def _name(dtype: torch.dtype) -> str:
 
 def _checked_count(found: Any) -> int:
     if type(found) is not int or found < 0:
-        raise CheckpointError(f"optimizer_updates: found {found!r:.20}; accepted: a count of steps")
+        raise CheckpointError(f"optimizer_updates: expected a count of steps, got {found!r:.20}")
     return found
 
 

@@ -107,7 +107,7 @@ def constants(beta1: float, beta2: float, eps: float, weight_decay: float) -> di
     """The numbers of a run, compiled into its kernel."""
     for name, beta in (("beta1", beta1), ("beta2", beta2)):
         if not 0 <= beta < 1:
-            refuse(name, beta, "0 <= value < 1")
+            refuse(name, beta, "at least 0 and below 1")
     return {
         "BETA1": beta1,
         "BETA2": beta2,

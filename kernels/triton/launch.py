@@ -1,7 +1,7 @@
 """What every Triton operation does around its launch: check the arguments, size the grid, launch.
 
 Checks come before any launch, because a kernel that is given a wrong pointer reads whatever lies
-there. Each failed check is a ValueError of one line: the argument, what came, what is accepted.
+there. A failed check is a ValueError of one line: "ARGUMENT: expected X, got Y".
 """
 
 from __future__ import annotations
@@ -84,9 +84,9 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
         kernel[grid](*arguments, **constants)
 
 
-def refuse(argument: str, came: object, accepted: object) -> None:
-    """Raise the one-line ValueError that every check of a kernel's arguments ends in."""
-    raise ValueError(f"{argument}: {came} came; accepted: {accepted}")
+def refuse(argument: str, got: object, expected: object) -> None:
+    """Raise the one-line ValueError of a failed check."""
+    raise ValueError(f"{argument}: expected {expected}, got {got}")
 
 
 def check_tensor(
@@ -107,21 +107,21 @@ def check_tensor(
     if not isinstance(tensor, Tensor):
         refuse(argument, type(tensor).__name__, "a torch.Tensor")
     if device is not None and tensor.device != device:
-        refuse(argument, f"device {tensor.device}", f"device {device}, as the other arguments")
+        refuse(argument, tensor.device, f"device {device}, as the other arguments")
     if tensor.device.type != "cuda" and not interpreted():
-        refuse(argument, f"device {tensor.device}", "a CUDA device (TRITON_INTERPRET is not set)")
+        refuse(argument, tensor.device, "a CUDA device (TRITON_INTERPRET is not set)")
     dtypes = (dtype,) if isinstance(dtype, torch.dtype) else dtype
     if dtypes is not None and tensor.dtype not in dtypes:
         names = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
-        refuse(argument, f"dtype {str(tensor.dtype).removeprefix('torch.')}", names)
+        refuse(argument, str(tensor.dtype).removeprefix("torch."), f"dtype {names}")
     if shape is not None and not _fits(tensor.shape, shape):
-        wanted = ", ".join("*" if length is None else str(length) for length in shape)
-        refuse(argument, f"shape {tuple(tensor.shape)}", f"shape ({wanted})")
+        expected = ", ".join("*" if length is None else str(length) for length in shape)
+        refuse(argument, tuple(tensor.shape), f"shape ({expected})")
     if contiguous and not tensor.is_contiguous():
         refuse(argument, f"strides {tensor.stride()}", "a contiguous tensor")
 
 
-def _fits(shape: Sequence[int], wanted: Sequence[int | None]) -> bool:
-    return len(shape) == len(wanted) and all(
-        want in (None, have) for have, want in zip(shape, wanted, strict=True)
+def _fits(shape: Sequence[int], expected: Sequence[int | None]) -> bool:
+    return len(shape) == len(expected) and all(
+        length in (None, got) for got, length in zip(shape, expected, strict=True)
     )

@@ -101,7 +101,7 @@ def check_switches(weights: Tensor, finite: Tensor, rounding_seed: Tensor | None
     if rounding_seed is not None:
         check_tensor("rounding_seed", rounding_seed, shape=(), dtype=torch.int64, device=device)
         if weights.dtype != torch.bfloat16:
-            refuse("rounding_seed", f"a seed for {weights.dtype} weights", "None but for bfloat16")
+            refuse("rounding_seed", f"a seed for {weights.dtype}", "None unless bfloat16 weights")
 
 
 class Precision(NamedTuple):
