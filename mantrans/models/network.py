@@ -1,4 +1,4 @@
-"""A network: embedding, blocks, final norm, output; and what can be said of it without memory."""
+"""A network: embedding, blocks, final norm, output; and its properties that need no memory."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Network(NamedTuple):
     output: Output
 
     def parameters(self) -> Iterator[Parameter]:
-        """Every parameter, in the order in which the network meets them."""
+        """Every parameter, in the order of the forward."""
         yield from self.embedding.parameters()
         for block in self.blocks:
             yield from block.parameters()
@@ -28,9 +28,9 @@ class Network(NamedTuple):
     def flops_per_token(self, T: int) -> float:
         """Operations of forward and backward for one token of a sequence of T.
 
-        Counted are the products with weights (embedding look-ups are none) and attention's, causal;
-        each has two gradients, so the backward is twice the forward. Not counted are norms, GELU,
-        softmax, loss and optimizer: well under 2% for the sizes here.
+        Counts the matrix products with weights (not the embedding look-ups) and those of causal
+        attention. Each has two gradients, so the backward is twice the forward. Norms, GELU,
+        softmax, loss and optimizer are not counted: well under 2% for the sizes here.
         """
         forward = sum(block.flops(T) for block in self.blocks) + self.output.flops()
         return 3.0 * forward
