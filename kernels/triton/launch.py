@@ -1,7 +1,7 @@
-"""What every Triton operation does around its launch: check the arguments, size the grid, launch.
+"""The code around every Triton launch: check the arguments, size the grid, launch.
 
-Checks come before any launch, because a kernel that is given a wrong pointer reads whatever lies
-there. A failed check is a ValueError of one line: "ARGUMENT: expected X, got Y".
+Arguments are checked before a launch, because a kernel with a wrong pointer reads arbitrary memory.
+A failed check is a ValueError of one line: "ARGUMENT: expected X, got Y".
 """
 
 from __future__ import annotations
@@ -15,32 +15,32 @@ import torch
 import triton
 from torch import Tensor
 
-# The dtypes a kernel computes on; float64 is left to the reference and native backends.
+# The dtypes that kernels support; float64 needs the reference or native backend.
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
-# How a signature for ahead-of-time compilation names them.
+# Their names in a signature for ahead-of-time compilation.
 TRITON_NAME = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
-# Programs on the three axes of a grid (CUDA C++ Programming Guide, compute capabilities).
+# Most programs on each axis of a grid (CUDA C++ Programming Guide, compute capabilities).
 GRID_LIMITS = (2**31 - 1, 65_535, 65_535)
 
-# On a CPU, kernels run one program after the other; two "multiprocessors" are enough to send
-# persistent loops round more than once.
+# The interpreter runs one program after the other; with two "multiprocessors" persistent loops run
+# more than once.
 INTERPRETED_MULTIPROCESSORS = 2
 
 
 class ResourceCase(NamedTuple):
     """One shipped configuration of a kernel, as the ahead-of-time compiler needs it.
 
-    signature names the Triton type of each run-time argument; constexprs gives the value of every
-    other one, None for a pointer that this configuration leaves out.
+    signature has the Triton type of each run-time argument, constexprs the value of every other
+    one, None for a pointer that this configuration leaves out.
     """
 
     name: str  # unique, e.g. "layer_norm_backward bf16 C=1024"
     fn: Any  # the @triton.jit function
     signature: Mapping[str, str]  # argument -> "*bf16", "i32", "fp32", ...
     constexprs: Mapping[str, Any]  # argument -> value
-    divisible_by_16: tuple[str, ...]  # arguments that hold a multiple of 16 in this configuration
+    divisible_by_16: tuple[str, ...]  # arguments that are multiples of 16 in this configuration
     num_warps: int
     num_stages: int
     architectures: tuple[int, ...] = (80, 90, 100)  # compute capabilities it is shipped for
@@ -57,13 +57,13 @@ def cdiv(a: int, b: int) -> int:
 
 
 def next_power_of_two(n: int) -> int:
-    """The smallest power of two that is at least n (1 for n <= 1)."""
+    """The smallest power of two >= n (1 for n <= 1)."""
     return 1 << max(n - 1, 0).bit_length()
 
 
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
-    """How many multiprocessors `device` has: the unit of a persistent grid."""
+    """The number of multiprocessors of `device`: the unit of a persistent grid."""
     if device.type != "cuda":
         return INTERPRETED_MULTIPROCESSORS
     return torch.cuda.get_device_properties(device).multi_processor_count
@@ -72,7 +72,7 @@ def multiprocessors(device: torch.device) -> int:
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
     """kernel[grid](*arguments, **constants) on the device of the first argument, a tensor.
 
-    An empty grid launches nothing. ValueError for one that no GPU takes.
+    An empty grid launches nothing. ValueError for a grid that is too large for any GPU.
     """
     if 0 in grid:
         return
@@ -100,9 +100,9 @@ def check_tensor(
 ) -> None:
     """Refuse a tensor that a kernel would misread.
 
-    argument: its name in the message. shape: the expected one, None for a free length.
-    dtype: the accepted ones. device: where the other arguments are; by default any place that can
-    run kernels. contiguous: whether rows must lie side by side.
+    argument: its name in the message. shape: the expected shape, None for any length.
+    dtype: the accepted dtypes. device: that of the other arguments; by default any device that can
+    run kernels. contiguous: whether the tensor must be contiguous.
     """
     if not isinstance(tensor, Tensor):
         refuse(argument, type(tensor).__name__, "a torch.Tensor")
