@@ -16,12 +16,12 @@ from mantrans.kernels import reference
 from mantrans.kernels.reference import (
     CHUNK_ROWS,
     IGNORE_INDEX,
-    accumulation_dtype,
     document_starts,
     partial_rows,
     split_heads,
     sum_partials,
     visible,
+    wide_dtype,
 )
 
 __all__ = ["document_starts", "partial_rows", "sum_partials"]
@@ -338,7 +338,7 @@ def cross_entropy_forward(
     logits: Tensor, targets: Tensor, vocab_size: int, ignore_index: int = IGNORE_INDEX
 ) -> tuple[Tensor, Tensor]:
     """See `reference.cross_entropy_forward`."""
-    z = logits[:, :vocab_size].to(accumulation_dtype(logits))
+    z = logits[:, :vocab_size].to(wide_dtype(logits.dtype))
     lse = torch.logsumexp(z, -1)
     counted = targets != ignore_index
     picked = z.gather(1, targets.where(counted, 0)[:, None])[:, 0]
@@ -367,7 +367,7 @@ def cross_entropy_forward_backward(
 ) -> Tensor:
     """See `reference.cross_entropy_forward_backward`. The probabilities are computed once, a few
     rows at a time; lse follows from each row's largest: log Σ exp z = max z - log max p."""
-    losses = torch.empty(len(logits), dtype=accumulation_dtype(logits), device=logits.device)
+    losses = torch.empty(len(logits), dtype=wide_dtype(logits.dtype), device=logits.device)
     for rows in row_chunks(len(logits), softmax_rows(logits.shape[1])):
         z, target = logits[rows, :vocab_size].to(losses.dtype, copy=True), targets[rows]
         counted = target != ignore_index
@@ -413,7 +413,7 @@ def linear_cross_entropy_forward(
     x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int
 ) -> Tensor:
     """See `reference.linear_cross_entropy_forward`."""
-    losses = torch.empty(len(x), dtype=accumulation_dtype(x), device=x.device)
+    losses = torch.empty(len(x), dtype=wide_dtype(x.dtype), device=x.device)
     for rows in row_chunks(len(x), CHUNK_ROWS):
         logits = torch.mm(x[rows], weight.T)
         parts = zip(
@@ -435,7 +435,7 @@ def linear_cross_entropy_forward_backward(
 ) -> tuple[Tensor, Tensor]:
     """See `reference.linear_cross_entropy_forward_backward`. Each chunk adds a whole (Vp, C) to
     dweight, so chunks are long; the softmax inside works on fewer rows at a time."""
-    losses = torch.empty(len(x), dtype=accumulation_dtype(x), device=x.device)
+    losses = torch.empty(len(x), dtype=wide_dtype(x.dtype), device=x.device)
     dx = torch.empty_like(x)
     size = chunk_rows or CHUNK_ROWS
     workspace = x.new_empty(min(len(x), size), len(weight))

@@ -24,16 +24,22 @@ import torch
 from torch import Tensor
 
 IGNORE_INDEX = -100  # the label of a position that has no target, as in PyTorch and transformers
+VOCABULARY_MULTIPLE = 128  # matrix products are faster with dimensions that are multiples of a tile
 
 
-def accumulation_dtype(x: Tensor) -> torch.dtype:
-    """The dtype of sums over `x`: float64 for float64, else float32."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
+def padded_vocabulary(V: int) -> int:
+    """Vp: the rows in the table of a vocabulary of V tokens; those after the first V are zero."""
+    return -(-V // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of sums over tensors of `dtype`: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def widen(x: Tensor) -> Tensor:
-    """`x` in its accumulation dtype."""
-    return x.to(accumulation_dtype(x))
+    """`x` in the dtype in which it is summed."""
+    return x.to(wide_dtype(x.dtype))
 
 
 # ---------------------------------------------------------------------------------- embedding
@@ -357,7 +363,7 @@ def cross_entropy_backward(
     Padded columns and ignored rows get exactly 0. Returns dlogits (N, Vp), the logits' own memory.
     """
     counted = targets != ignore_index
-    dz = torch.zeros_like(logits, dtype=accumulation_dtype(logits))
+    dz = torch.zeros_like(logits, dtype=wide_dtype(logits.dtype))
     dz[:, :vocab_size] = torch.exp(widen(logits)[:, :vocab_size] - lse[:, None])
     rows = torch.arange(len(targets), device=logits.device)
     dz[rows, targets.where(counted, 0)] -= 1

@@ -83,7 +83,7 @@ class Shapes(NamedTuple):
             C=d_model,
             F=d_ffn,
             V=vocab_size,
-            Vp=-(-vocab_size // 128) * 128,
+            Vp=reference.padded_vocabulary(vocab_size),
             N=max(3, min(MAX_ROWS, MAX_LOGITS // vocab_size) - 1),  # odd: no multiple of a block
         )
 
@@ -97,7 +97,7 @@ class Draw:
 
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
         self.dtype, self.device = dtype, device
-        self.wide = torch.float64 if dtype == torch.float64 else torch.float32
+        self.wide = reference.wide_dtype(dtype)
         self.generator = torch.Generator(device).manual_seed(20201)
 
     def normal(self, *shape: int, std: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:

@@ -18,6 +18,8 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
+from mantrans.kernels.reference import wide_dtype
+
 ALIGNMENT = 64
 GROUPS = ("tables", "matrices", "vectors")
 
@@ -117,7 +119,7 @@ class Parameters:
             end += p.stored_elements
             self.groups[p.group] = slice(start, end)
 
-        self.wide = torch.float64 if dtype == torch.float64 else torch.float32
+        self.wide = wide_dtype(dtype)
         self.training = training
         self.weights = torch.zeros(end, dtype=dtype, device=device)
         self.updates = torch.zeros((), dtype=torch.int64, device=device)

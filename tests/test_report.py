@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from mantrans.config import Config
@@ -123,6 +123,7 @@ def test_labels_have_the_digits_that_tell_ticks_apart() -> None:
 
 
 @given(st.floats(1e-6, 1e6), st.floats(1.001, 1e9))
+@example(999999.9999999999, 4.0)
 def test_a_logarithmic_axis_is_even_in_ratios_and_has_readable_ticks(low, ratio) -> None:
     axis = Scale.around([low, low * ratio], log=True)
     places = [axis(value) for value, _ in axis.ticks]

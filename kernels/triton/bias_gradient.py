@@ -38,6 +38,7 @@ def column_sums_kernel(
     n_columns,
     n_programs,
     stride,
+    ACCUMULATE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
@@ -45,6 +46,7 @@ def column_sums_kernel(
 
     dy_ptr    (n_rows, n_columns) any float: the matrix
     sums_ptr  (n_programs, n_columns) float32, rows `stride` apart: program p adds to row p
+              (ACCUMULATE) or overwrites it
     """
     program = tl.program_id(1)
     columns = tl.program_id(0) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
@@ -56,7 +58,8 @@ def column_sums_kernel(
         offsets = rows.to(tl.int64)[:, None] * n_columns + columns[None, :]
         mask = (rows < n_rows)[:, None] & in_columns[None, :]
         sums += tl.sum(tl.load(dy_ptr + offsets, mask=mask, other=0.0).to(tl.float32), 0)
-    sums += tl.load(sums_ptrs, mask=in_columns, other=0.0)
+    if ACCUMULATE:
+        sums += tl.load(sums_ptrs, mask=in_columns, other=0.0)
     tl.store(sums_ptrs, sums, mask=in_columns)
 
 
@@ -78,17 +81,17 @@ def add_column_sums(matrix: Tensor, sums: Tensor) -> None:
     n_rows, n_columns = matrix.shape
     block, n_blocks = column_blocks(n_columns)
     n_programs = row_programs(n_rows, n_blocks, matrix.device, most_programs(sums))
-    with rows_for(n_programs, sums) as (rows,):
-        assert rows is not None
+    with rows_for(n_programs, sums) as rows:
         launch(
             column_sums_kernel,
             (n_blocks, n_programs),
             matrix,
-            rows,
+            *rows.tensors,
             n_rows,
             n_columns,
             n_programs,
-            rows.stride(0),
+            rows.stride,
+            ACCUMULATE=rows.accumulate,
             BLOCK_ROWS=BLOCK_ROWS,
             BLOCK_COLUMNS=block,
             num_warps=1,
@@ -118,7 +121,7 @@ def _sums_case(dtype: str) -> ResourceCase:
         name=f"column_sums {dtype}",
         fn=column_sums_kernel,
         signature={**pointers, **lengths},
-        constexprs={"BLOCK_ROWS": BLOCK_ROWS, "BLOCK_COLUMNS": BLOCK_COLUMNS},
+        constexprs={"ACCUMULATE": True, "BLOCK_ROWS": BLOCK_ROWS, "BLOCK_COLUMNS": BLOCK_COLUMNS},
         divisible_by_16=(*pointers, "n_columns", "stride"),
         num_warps=1,
         num_stages=3,

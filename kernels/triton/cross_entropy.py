@@ -32,6 +32,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mantrans.kernels.native import row_chunks, weight_gradient
+from mantrans.kernels.reference import IGNORE_INDEX
 from mantrans.kernels.triton.launch import (
     FLOAT_DTYPES,
     TRITON_NAME,
@@ -43,7 +44,6 @@ from mantrans.kernels.triton.launch import (
     refuse,
 )
 
-IGNORE_INDEX = -100
 WORKSPACE_BYTES = 256 * 2**20  # of logits at a time: large enough to keep the products efficient
 CHUNK_ROW_MULTIPLE = 128  # so that the products' tiles are full
 

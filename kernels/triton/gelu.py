@@ -95,6 +95,7 @@ def bias_gelu_backward_kernel(
     n_columns,
     n_programs,
     stride,
+    ACCUMULATE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
@@ -126,7 +127,8 @@ def bias_gelu_backward_kernel(
             dbias += tl.sum(dh, 0)
     if dbias_ptr is not None:
         share_ptrs = dbias_ptr + program.to(tl.int64) * stride + columns
-        dbias += tl.load(share_ptrs, mask=in_columns, other=0.0)
+        if ACCUMULATE:
+            dbias += tl.load(share_ptrs, mask=in_columns, other=0.0)
         tl.store(share_ptrs, dbias, mask=in_columns)
 
 
@@ -189,7 +191,7 @@ def bias_gelu_backward(
     dh = torch.empty_like(h)
     block, n_blocks = column_blocks(F)
     n_programs = row_programs(N, n_blocks, h.device, most_programs(dbias))
-    with rows_for(n_programs, dbias) as (rows,):
+    with rows_for(n_programs, dbias) as rows:
         launch(
             bias_gelu_backward_kernel,
             (n_blocks, n_programs),
@@ -197,11 +199,12 @@ def bias_gelu_backward(
             h,
             bias,
             dh,
-            rows,
+            *rows.tensors,
             N,
             F,
             n_programs,
-            0 if rows is None else rows.stride(0),
+            rows.stride,
+            ACCUMULATE=rows.accumulate,
             BLOCK_ROWS=backward_rows(h.dtype),
             BLOCK_COLUMNS=block,
             num_warps=1,
@@ -254,6 +257,7 @@ def _backward_case(dtype: torch.dtype, with_bias: bool) -> ResourceCase:
         signature={**pointers, **lengths},
         constexprs={
             **({} if with_bias else {"bias_ptr": None, "dbias_ptr": None}),
+            "ACCUMULATE": True,
             "BLOCK_ROWS": backward_rows(dtype),
             "BLOCK_COLUMNS": column_blocks(3072)[0],
         },

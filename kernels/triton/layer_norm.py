@@ -20,6 +20,7 @@ the same bits in every run, and the number of rows changes nothing but the grid.
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 import triton
@@ -114,10 +115,12 @@ def layer_norm_forward_kernel(
 
 
 @triton.jit
-def add_share(rows_ptr, tile, program, stride, columns, in_columns):
-    """Add the column sums of tile (BLOCK_ROWS, BLOCK_COLUMNS) to row `program`."""
+def store_sums(rows_ptr, tile, program, stride, columns, in_columns, ACCUMULATE: tl.constexpr):
+    """Add the column sums of tile (BLOCK_ROWS, BLOCK_COLUMNS) to row `program`, or overwrite it."""
     ptrs = rows_ptr + program.to(tl.int64) * stride + columns
-    sums = tl.load(ptrs, mask=in_columns, other=0.0) + tl.sum(tile, 0)
+    sums = tl.sum(tile, 0)
+    if ACCUMULATE:
+        sums += tl.load(ptrs, mask=in_columns, other=0.0)
     tl.store(ptrs, sums, mask=in_columns)
 
 
@@ -137,6 +140,7 @@ def layer_norm_backward_kernel(
     n_columns,
     n_programs,
     stride,
+    ACCUMULATE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
@@ -186,11 +190,11 @@ def layer_norm_backward_kernel(
         if dbranch_bias_ptr is not None:  # a sum of the rounded dx, the branch's gradient
             dbranch_bias += tl.where(mask, rounded.to(tl.float32), 0.0)
 
-    add_share(dweight_ptr, dweight, program, stride, columns, in_columns)
+    store_sums(dweight_ptr, dweight, program, stride, columns, in_columns, ACCUMULATE)
     if dbias_ptr is not None:
-        add_share(dbias_ptr, dbias, program, stride, columns, in_columns)
+        store_sums(dbias_ptr, dbias, program, stride, columns, in_columns, ACCUMULATE)
     if dbranch_bias_ptr is not None:
-        add_share(dbranch_bias_ptr, dbranch_bias, program, stride, columns, in_columns)
+        store_sums(dbranch_bias_ptr, dbranch_bias, program, stride, columns, in_columns, ACCUMULATE)
 
 
 # ---------------------------------------------------------------------------------- launchers
@@ -307,7 +311,6 @@ def layer_norm_backward(
     n_programs = min(cdiv(N, block_rows), resident, most_programs(*vectors) or resident)
     dx = torch.empty_like(x)
     with rows_for(n_programs, *vectors) as rows:
-        assert rows[0] is not None
         launch(
             layer_norm_backward_kernel,
             (n_programs,),
@@ -318,11 +321,12 @@ def layer_norm_backward(
             rstd,
             dresidual,
             dx,
-            *rows,
+            *rows.tensors,
             N,
             C,
             n_programs,
-            rows[0].stride(0),
+            rows.stride,
+            ACCUMULATE=rows.accumulate,
             BLOCK_ROWS=block_rows,
             BLOCK_COLUMNS=block_columns,
             num_warps=warps,
@@ -410,7 +414,8 @@ def _backward_case(dtype: str, C: int, bias: bool = True) -> ResourceCase:
     pointers |= {name: "*fp32" for name in ("mean_ptr", "rstd_ptr", "dweight_ptr")}
     pointers |= {name: "*fp32" for name in vectors if bias}
     lengths = {name: "i32" for name in ("n_rows", "n_columns", "n_programs", "stride")}
-    absent = {} if bias else dict.fromkeys(vectors)
+    absent: dict[str, Any] = {} if bias else dict.fromkeys(vectors)
+    absent["ACCUMULATE"] = True
     return ResourceCase(
         name=f"layer_norm_backward {dtype} C={C}{'' if bias else ' no bias'}",
         fn=layer_norm_backward_kernel,

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 import triton
@@ -88,12 +89,20 @@ def partial_rows(device: torch.device) -> int:
     return ROWS_A_MULTIPROCESSOR * multiprocessors(device)
 
 
-@contextmanager
-def rows_for(n_programs: int, *gradients: Tensor | None) -> Iterator[list[Tensor | None]]:
-    """For each gradient the rows (at least n_programs, C) that programs add to.
+class Rows(NamedTuple):
+    """The rows to which the programs of a kernel write their sums."""
 
-    A gradient (P, C) is used as rows, and the caller sums them. For a vector (C,) rows are
-    allocated and added to it at the end; a single program adds to the vector directly.
+    tensors: list[Tensor | None]  # (P, C) float32 each, or None for no gradient
+    stride: int  # elements from one row to the next, in all of them
+    accumulate: bool  # whether programs add to their rows or overwrite them
+
+
+@contextmanager
+def rows_for(n_programs: int, *gradients: Tensor | None) -> Iterator[Rows]:
+    """For each gradient the rows (at least n_programs, C) that programs write to.
+
+    A gradient (P, C) is used as rows, which are added to; the caller sums them. For a vector (C,)
+    new rows are written, then added to it; a single program adds to the vector directly.
     """
     to_sum: list[tuple[Tensor, Tensor]] = []
 
@@ -102,12 +111,14 @@ def rows_for(n_programs: int, *gradients: Tensor | None) -> Iterator[list[Tensor
             return gradient
         if n_programs == 1:
             return gradient.view(1, -1)
-        to_sum.append((gradient.new_zeros(n_programs, len(gradient)), gradient))
+        to_sum.append((gradient.new_empty(n_programs, len(gradient)), gradient))
         return to_sum[-1][0]
 
-    yield [rows_of(gradient) for gradient in gradients]
-    for rows, gradient in to_sum:
-        sum_partials(rows, gradient)
+    rows = [rows_of(gradient) for gradient in gradients]
+    stride = next((r.stride(0) for r in rows if r is not None), 0)
+    yield Rows(rows, stride, not to_sum)
+    for own, gradient in to_sum:
+        sum_partials(own, gradient)
 
 
 def most_programs(*gradients: Tensor | None) -> int | None:

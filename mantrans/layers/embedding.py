@@ -7,16 +7,13 @@ from types import ModuleType
 
 from torch import Tensor
 
+from mantrans.kernels.reference import padded_vocabulary
 from mantrans.parameters import Parameter
-
-# Matrix products are faster if their dimensions are multiples of a tile: the vocabulary is padded.
-VOCABULARY_MULTIPLE = 128
 
 
 def vocabulary_table(name: str, V: int, C: int, std: float) -> Parameter:
-    """A row (C,) for each of V tokens, then zero rows up to a multiple of VOCABULARY_MULTIPLE."""
-    padded = -(-V // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
-    return Parameter(name, (V, C), std=std, stored_rows=padded, table=True)
+    """A row (C,) for each of V tokens, then zero rows up to `padded_vocabulary`."""
+    return Parameter(name, (V, C), std=std, stored_rows=padded_vocabulary(V), table=True)
 
 
 class Embedding:

@@ -1,9 +1,11 @@
-"""A network: embedding, blocks, final norm, output; and its properties that need no memory."""
+"""A network: embedding, blocks, final norm, output. It can be described before it has memory."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
+
+from torch import Tensor
 
 from mantrans.layers import Block, Embedding, LayerNorm, Output
 from mantrans.parameters import Parameter
@@ -16,6 +18,21 @@ class Network(NamedTuple):
     blocks: list[Block]
     final_norm: LayerNorm
     output: Output
+
+    def forward(
+        self,
+        tokens: Tensor,
+        document_start: Tensor | None = None,
+        see: Callable[[Block.Saved], object] = lambda saved: None,
+    ) -> tuple[Tensor, LayerNorm.Saved]:
+        """tokens (B, T) -> y (B, T, C), the input of the output projection, and what the final norm
+        saves. `see` is called with what each block saves, and keeps what it needs."""
+        x, branch = self.embedding.forward(tokens), None
+        for block in self.blocks:
+            x, branch, saved = block.forward(x, branch, document_start)
+            see(saved)
+            del saved
+        return self.final_norm.forward(x, branch)
 
     def parameters(self) -> Iterator[Parameter]:
         """Every parameter, in the order of the forward."""

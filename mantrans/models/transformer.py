@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mantrans.config import ModelConfig
-from mantrans.layers import KeyValueCache, LayerNorm
+from mantrans.layers import Block, KeyValueCache, LayerNorm
 from mantrans.models import build
 from mantrans.parameters import Parameters
 
@@ -76,16 +76,15 @@ class CustomTransformer:
         self, tokens: Tensor, document_start: Tensor | None, keep: bool = True
     ) -> Tensor:
         """tokens (B, T) -> y (B, T, C), the input of the output projection."""
-        x = self.embedding.forward(tokens)
-        branch, saved_blocks = None, []
-        for block in self.blocks:
-            x, branch, saved = block.forward(x, branch, document_start)
-            if keep:
-                saved_blocks.append(saved.norm_1.x if self.recompute == "block" else saved)
-            del saved
-        y, saved_norm = self.final_norm.forward(x, branch)
-        if keep:
-            self._saved = self.Saved(tokens, document_start, saved_blocks, saved_norm, y)
+        if not keep:
+            return self.network.forward(tokens, document_start)[0]
+        blocks: list = []
+
+        def see(saved: Block.Saved) -> None:
+            blocks.append(saved.norm_1.x if self.recompute == "block" else saved)
+
+        y, final_norm = self.network.forward(tokens, document_start, see)
+        self._saved = self.Saved(tokens, document_start, blocks, final_norm, y)
         return y
 
     def _trunk_backward(self, dy: Tensor, accumulate: bool) -> None:
@@ -175,12 +174,8 @@ class CustomTransformer:
         lengths (B,): prompt tokens of each row. The padding after them is never read, because
         attention is causal. Returns the logits (B, V) after each row's last token.
         """
-        x, branch = self.embedding.forward(tokens), None
-        for block, layer_cache in zip(self.blocks, cache, strict=True):
-            x, branch, saved = block.forward(x, branch, None)
-            layer_cache.fill(saved.attention.qkv)
-            del saved
-        y, _ = self.final_norm.forward(x, branch)
+        layers = iter(cache)
+        y, _ = self.network.forward(tokens, None, lambda s: next(layers).fill(s.attention.qkv))
         return self.output.forward(y[torch.arange(len(lengths), device=y.device), lengths - 1])
 
     def decode(self, tokens: Tensor, lengths: Tensor, cache: list[KeyValueCache]) -> Tensor:

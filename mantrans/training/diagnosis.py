@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from itertools import count
 from typing import Any
 
 from torch import Tensor
@@ -21,9 +22,9 @@ def first_non_finite(model: CustomTransformer, batch: Iterable[MicroBatch]) -> s
         if not weight.isfinite().all():
             return f"the weights {name} are not finite"
     for i, part in enumerate(batch):
-        for name, value in activations(model, part.tokens, part.document_start):
-            if not value.isfinite().all():
-                return f"the first value that is not finite is {name}"
+        broken = first_value(model, part)
+        if broken:
+            return f"the first value that is not finite is {broken}"
         loss = model.forward_backward(*part, accumulate=i > 0)
         if not loss.isfinite():
             return "all values up to the loss are finite, but the loss is not"
@@ -33,22 +34,24 @@ def first_non_finite(model: CustomTransformer, batch: Iterable[MicroBatch]) -> s
     return "run alone, the batch is finite from end to end"
 
 
-def activations(
-    model: CustomTransformer, tokens: Tensor, document_start: Tensor | None
-) -> Iterator[tuple[str, Tensor]]:
-    """(name, value) of what every layer keeps, in the order of the forward.
+def first_value(model: CustomTransformer, part: MicroBatch) -> str | None:
+    """The first value of the forward that is not finite, None if all are.
 
-    Names are the layer's, and the field's of what it saves: "blocks.3.attention.qkv".
+    Values are named by the layer and the field of what it saves: "blocks.3.attention.qkv".
     """
-    x, branch = model.embedding.forward(tokens), None
-    yield "the embedding's output", x
-    for i, block in enumerate(model.blocks):
-        x, branch, saved = block.forward(x, branch, document_start)
-        yield from tensors(f"blocks.{i}", saved)
-        yield f"blocks.{i}'s output", branch
-    y, saved_norm = model.final_norm.forward(x, branch)
-    yield from tensors("final_norm", saved_norm)
-    yield "the logits", model.output.forward(y)
+    broken: list[str] = []
+
+    def look(name: str, saved: Any) -> None:
+        broken.extend(n for n, value in tensors(name, saved) if not value.isfinite().all())
+
+    number = count()
+    y, final_norm = model.network.forward(
+        part.tokens, part.document_start, lambda saved: look(f"blocks.{next(number)}", saved)
+    )
+    look("final_norm", final_norm)
+    if not model.output.forward(y).isfinite().all():
+        broken.append("the logits")
+    return broken[0] if broken else None
 
 
 def tensors(name: str, saved: Any) -> Iterator[tuple[str, Tensor]]:

@@ -151,7 +151,7 @@ def rounded(x, seed):
     """float32 x, rounded by an SGD step that adds it to bfloat16 weights of 0."""
     w = torch.zeros(len(x)).bfloat16()
     one = torch.tensor(1.0)
-    sgd.sgd_update(w, None, -x, one, one, torch.tensor(True), 0.0, 0, torch.tensor(seed))
+    sgd.sgd_update(w, None, -x, one, one, torch.tensor(True), 0.0, torch.tensor(seed))
     return w
 
 
