@@ -88,7 +88,7 @@ MUTATIONS = (
         "decode_attention",
         "there = keys < end",
         "there = keys <= end",
-        "fused_training",
+        "triton_training",
     ),
     Mutation(
         "LayerNorm leaves ε out",

@@ -314,13 +314,16 @@ def test_bad_input_is_one_line_and_status_2(tmp_path: Path, capsys: Any) -> None
     (broken / "report.json").write_text('["not", "a report"]')
     (tmp_path / "empty").mkdir()
     for arguments, words in (
-        ([tmp_path / "absent"], "absent: no such folder"),
-        ([tmp_path / "empty"], "no metrics.jsonl in it"),
-        ([run / "metrics.jsonl"], "no such folder"),
-        ([broken], "report.json: not understood"),
-        ([run, "--compare", tmp_path / "empty"], "no metrics.jsonl in it"),
-        ([run, "--compare", *[run] * 5], "found 5 runs; accepted: at most 4"),
-        ([run, "--output", tmp_path], "found no regular file"),
+        (
+            [tmp_path / "absent"],
+            "absent: expected a folder that train.py wrote, got no such folder",
+        ),
+        ([tmp_path / "empty"], "got one without metrics.jsonl"),
+        ([run / "metrics.jsonl"], "got no such folder"),
+        ([broken], "report.json: expected the JSON object"),
+        ([run, "--compare", tmp_path / "empty"], "got one without metrics.jsonl"),
+        ([run, "--compare", *[run] * 5], "expected at most 4 runs, got 5"),
+        ([run, "--output", tmp_path], "expected the name of an HTML file, got no regular file"),
         ([run, "--output", tmp_path / "no" / "page.html"], "cannot be written"),
     ):
         assert main([str(argument) for argument in arguments]) == 2
@@ -366,4 +369,7 @@ def test_a_run_ends_with_its_page_and_not_for_want_of_one(tmp_path: Path, capsys
     file.mkdir()
     assert Trainer(tiny(tmp_path)).run() is not None
     warnings = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
-    assert len(warnings) == 1 and "report.html: found no regular file" in warnings[0]
+    assert (
+        len(warnings) == 1
+        and "report.html: expected the name of an HTML file, got no regular file" in warnings[0]
+    )
