@@ -106,6 +106,10 @@ MISTAKES = {
     "generate --checkpoint RUN/best.pt --prompt abcdef --max-length 5": "the 7 tokens of the",
     "generate --checkpoint RUN/config.yaml --prompt a": "config.yaml",
     "report nowhere": "nowhere",
+    "report": "run",
+    "report RUN --compare": "--compare: expected at least one argument",
+    "convert RUN/best.pt": "new",
+    "convert RUN/config.yaml RUN/new.pt": "config.yaml",
 }
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mantrans import CustomTransformerWrapper
-from mantrans.inference.generation import sample, window_start
+from mantrans.models.generation import sample, window_start
 
 V = 61
 
