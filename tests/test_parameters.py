@@ -66,7 +66,9 @@ def test_each_parameter_lies_in_its_group_and_none_in_another(shape: dict[str, A
     taken = torch.zeros_like(p.weights)
     for name, parameter in p.by_name.items():
         tables = ("token_embedding.weight", "position_embedding.weight", "output.weight")
-        kind = "vectors" if len(parameter.shape) == 1 else "tables" if name in tables else "matrices"
+        kind = (
+            "vectors" if len(parameter.shape) == 1 else "tables" if name in tables else "matrices"
+        )
         group, offset = p.groups[kind], p.offset(name)
         assert parameter.group == kind and offset % ALIGNMENT == 0
         assert group.start <= offset and offset + parameter.stored_elements <= group.stop

@@ -15,15 +15,18 @@ def first_non_finite(model: CustomTransformer, batch: Iterable[MicroBatch]) -> s
     """Runs a batch through the model as the step does, by micro-batches, and says what broke.
 
     Weights are looked at first, then what each layer keeps, in the order of the forward, then
-    gradients in the order of the backward. The model's gradients are overwritten.
+    gradients in the order of the backward. What broke lies between the value that is named and the
+    one before it, which is named too. The model's gradients are overwritten.
     """
     for name, weight in model.named_parameters():
         if not weight.isfinite().all():
             return f"the weights {name} are not finite"
     for i, part in enumerate(batch):
+        before = "the tokens"
         for name, value in activations(model, part.tokens, part.document_start):
             if not value.isfinite().all():
-                return f"the first value that is not finite is {name}"
+                return f"the first value that is not finite is {name}, right after {before}"
+            before = name
         loss = model.forward_backward(*part, accumulate=i > 0)
         if not loss.isfinite():
             return "all values up to the loss are finite, but the loss is not"
