@@ -124,6 +124,22 @@ class Draw:
 Program = Callable[[Any, Inputs], Outputs]
 
 
+def by_partial_sums(
+    ops: Any, backward: Callable[..., object], *vectors: Tensor
+) -> tuple[Tensor, ...]:
+    """What backward(*vectors) adds to gradients of one length, by way of partial sums as in
+    training, where the backend has them: vectors begin 64 elements apart, and start at 1."""
+    n_rows, width = ops.partial_rows(vectors[0].device), len(vectors[0])
+    totals = vectors[0].new_ones(len(vectors), -(-width // 64) * 64)
+    if n_rows:
+        rows = totals.new_zeros(n_rows, *totals.shape)
+        backward(*rows[..., :width].unbind(1))
+        ops.sum_partials(rows.flatten(1), totals.flatten())
+    else:
+        backward(*totals[:, :width])
+    return totals[:, :width].unbind()
+
+
 def embedding_inputs(s: Shapes, draw: Draw) -> Inputs:
     return {
         "tokens": draw.integers(s.V, s.B, s.T) % 97,  # few, so that tokens occur more than once
@@ -164,7 +180,13 @@ def linear(ops: Any, i: Inputs) -> Outputs:
     y = ops.linear_forward(i["x"], i["weight"], i["bias"])
     dx = ops.linear_backward(i["dy"], i["x"], i["weight"], i["dweight"], i["dbias"])
     ops.bias_gradient(i["dy"], i["sums"])
-    ops.linear_backward(i["dy"], i["x"], i["weight"], i["overwritten"], accumulate=False)
+    (dbias,) = by_partial_sums(
+        ops,
+        lambda dbias: ops.linear_backward(
+            i["dy"], i["x"], i["weight"], i["overwritten"], dbias, accumulate=False
+        ),
+        i["dbias"],
+    )
     ops.sum_partials(i["partials"], i["total"])
     return {
         ("linear_forward", "y"): y,
@@ -172,6 +194,7 @@ def linear(ops: Any, i: Inputs) -> Outputs:
         ("linear_backward", "dweight"): i["dweight"],
         ("linear_backward", "dbias"): i["dbias"],
         ("linear_backward", "dweight, overwritten"): i["overwritten"],
+        ("linear_backward", "dbias by partial sums"): dbias,
         ("bias_gradient", "dbias"): i["sums"],
         ("sum_partials", "gradients"): i["total"],
         ("sum_partials", "partials"): i["partials"],
@@ -200,6 +223,14 @@ def layer_norm(ops: Any, i: Inputs) -> Outputs:
         i["dy"], i["residual"], weight, mean, rstd,
         i["dweight"], i["dbias"], i["dresidual"], i["dbranch_bias"],
     )  # fmt: skip
+    summed = by_partial_sums(
+        ops,
+        lambda dweight, dbias, dbranch_bias: ops.layer_norm_backward(
+            i["dy"], i["residual"], weight, mean, rstd, dweight, dbias, None, dbranch_bias
+        ),
+        i["dweight"], i["dbias"], i["dbranch_bias"],
+    )  # fmt: skip
+    names = ("dweight", "dbias", "dbranch_bias")
     return {
         ("layer_norm_forward", "y"): y,
         ("layer_norm_forward", "mean"): mean,
@@ -210,6 +241,10 @@ def layer_norm(ops: Any, i: Inputs) -> Outputs:
         ("layer_norm_backward", "dweight"): i["dweight"],
         ("layer_norm_backward", "dbias"): i["dbias"],
         ("layer_norm_backward", "dbranch_bias"): i["dbranch_bias"],
+        **{
+            ("layer_norm_backward", f"{name} by partial sums"): x
+            for name, x in zip(names, summed, strict=True)
+        },
     }
 
 
@@ -263,10 +298,14 @@ def gelu_inputs(s: Shapes, draw: Draw) -> Inputs:
 def gelu(ops: Any, i: Inputs) -> Outputs:
     y = ops.bias_gelu_forward(i["h"], i["bias"])
     dh = ops.bias_gelu_backward(i["dy"], i["h"], i["bias"], i["dbias"])
+    (dbias,) = by_partial_sums(
+        ops, lambda x: ops.bias_gelu_backward(i["dy"], i["h"], i["bias"], x), i["dbias"]
+    )
     return {
         ("bias_gelu_forward", "y"): y,
         ("bias_gelu_backward", "dh"): dh,
         ("bias_gelu_backward", "dbias"): i["dbias"],
+        ("bias_gelu_backward", "dbias by partial sums"): dbias,
     }
 
 
@@ -290,8 +329,9 @@ def loss(ops: Any, i: Inputs) -> Outputs:
     both = ops.cross_entropy_forward_backward(together, targets, scale, V)
     projected = ops.linear_cross_entropy_forward(i["x"], i["weight"], targets, V)
     total, dx = ops.linear_cross_entropy_forward_backward(
-        i["x"], i["weight"], targets, scale, i["dweight"], V
-    )
+        i["x"], i["weight"], targets, scale, i["dweight"], V,
+        accumulate=False, chunk_rows=len(targets) // 2 + 1,  # overwrites, then adds
+    )  # fmt: skip
     return {
         ("cross_entropy_forward", "losses"): losses,
         ("cross_entropy_backward", "dlogits"): dlogits,
