@@ -43,7 +43,9 @@ def block(
     """One block. branch_bias: the bias that the branch before it ends in."""
     C, H, std = config.d_model, config.n_heads, config.initializer_range
     begin = {"std": std, "residual_std": std / (2 * config.n_blocks) ** 0.5, "bias": config.bias}
-    attention = Attention(ops, f"{name}.attention", C, n_heads=H, head_width=C // H, **begin)
+    attention = Attention(
+        ops, f"{name}.attention", C, n_heads=H, n_kv_heads=H, head_width=C // H, **begin
+    )
     mlp = MLP(
         ops,
         f"{name}.mlp",
