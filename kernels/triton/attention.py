@@ -705,10 +705,11 @@ def resource_cases() -> list[ResourceCase]:
         for arch in ARCHITECTURES:
             for D in RESOURCE_HEAD_WIDTHS:
                 cases.append(_case(kernel, arch, D, torch.bfloat16, documents=True))
+                if D == 64 or (arch == 90 and D in (128, 256)):
+                    cases.append(_case(kernel, arch, D, torch.bfloat16, documents=True, group=4))
                 if arch == 90 and D in (64, 128, 256):
                     cases.append(_case(kernel, arch, D, torch.bfloat16, documents=False))
-                    for documents in (False, True):
-                        cases.append(_case(kernel, arch, D, torch.bfloat16, documents, group=4))
+                    cases.append(_case(kernel, arch, D, torch.bfloat16, documents=False, group=4))
                     cases.append(_case(kernel, arch, D, torch.float16, documents=True))
                 if D in (16, 32, 64, 128, 256) and (arch == 90 or D == 64):
                     cases.append(_case(kernel, arch, D, torch.float32, documents=True))
