@@ -79,8 +79,8 @@ MUTATIONS = (
     Mutation(
         "a query reads the keys of another group",
         "attention",
-        "key_head = n_heads + head // GROUP",
-        "key_head = n_heads + head % (n_heads // GROUP)",
+        "return n_heads + head // GROUP\n",
+        "return n_heads + head % (n_heads // GROUP)\n",
         "attention",
     ),
     Mutation(
@@ -102,7 +102,7 @@ MUTATIONS = (
         "decode_attention",
         "there = keys < end",
         "there = keys <= end",
-        "fused_training",
+        "triton_training",
     ),
     Mutation(
         "LayerNorm leaves ε out",
@@ -156,8 +156,8 @@ MUTATIONS = (
     Mutation(
         "a row of partial sums is overwritten, not added to",
         "layer_norm",
-        "tl.load(ptrs, mask=in_columns, other=0.0) + tl.sum(tile, 0)",
-        "tl.sum(tile, 0)",
+        "sums += tl.load(ptrs, mask=in_columns, other=0.0)",
+        "sums += 0.0",
         "layer_norm",
     ),
     Mutation(

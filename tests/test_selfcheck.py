@@ -184,6 +184,12 @@ def test_an_operation_that_raises_is_named() -> None:
     assert str(caught.value) == "attention_backward does not run: out of resource: shared memory"
 
 
+def test_sums_in_rows_that_are_wrong_are_named() -> None:
+    """`native` adds a whole sum to each row, so three rows have three times too much."""
+    with pytest.raises(KernelCheckError, match=r"linear_backward .*dbias by partial sums \(80,\)"):
+        check(backend(partial_rows=lambda device: 3), **RUN)
+
+
 # ------------------------------------------------------------------------------------ its parts
 
 

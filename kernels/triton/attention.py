@@ -118,10 +118,15 @@ def load_tile(
 
 
 @triton.jit
-def key_value_heads(head, n_heads, GROUP: tl.constexpr):
-    """Which heads of a packed qkv hold the keys and the values that query head `head` reads."""
-    key_head = n_heads + head // GROUP
-    return key_head, key_head + n_heads // GROUP
+def key_head(head, n_heads, GROUP: tl.constexpr):
+    """Which head of a packed qkv holds the keys that query head `head` reads."""
+    return n_heads + head // GROUP
+
+
+@triton.jit
+def value_head(head, n_heads, GROUP: tl.constexpr):
+    """Which head of a packed qkv holds the values that query head `head` reads."""
+    return n_heads * (GROUP + 1) // GROUP + head // GROUP
 
 
 @triton.jit
@@ -256,7 +261,6 @@ def forward_kernel(
     rank, pair = heaviest_first(tl.cdiv(T, M), n_pairs, pairs_together)
     batch = pair // n_heads
     head = pair % n_heads
-    key_head, value_head = key_value_heads(head, n_heads, GROUP)
     row = (tl.cdiv(T, M) - 1 - rank) * M
     rows = row + tl.arange(0, M)
     to_log2 = scale * LOG2_E
@@ -274,7 +278,8 @@ def forward_kernel(
         begin = first if part == 0 else (clear if part == 1 else diagonal)
         end = clear if part == 0 else (diagonal if part == 1 else stop)
         for n in tl.range(begin, end, N):
-            k = load_tile(kv_tiles, batch, key_head, n, T, stride_b, stride_t, N, D, BLOCK_D, TMA)
+            kv_head = key_head(head, n_heads, GROUP)
+            k = load_tile(kv_tiles, batch, kv_head, n, T, stride_b, stride_t, N, D, BLOCK_D, TMA)
             s = rows_times_rows(q, k)  # (M,D)(D,N) -> (M,N)
             if part != 1:
                 keys = n + tl.arange(0, N)
@@ -285,7 +290,8 @@ def forward_kernel(
             rescale = tl.math.exp2(row_max - new_max)
             row_sum = row_sum * rescale + tl.sum(p, 1)
             row_max = new_max
-            v = load_tile(kv_tiles, batch, value_head, n, T, stride_b, stride_t, N, D, BLOCK_D, TMA)
+            kv_head = value_head(head, n_heads, GROUP)
+            v = load_tile(kv_tiles, batch, kv_head, n, T, stride_b, stride_t, N, D, BLOCK_D, TMA)
             acc = acc * rescale[:, None]
             acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")  # (M,N)(N,D) -> (M,D)
             acc = finished(acc, WAIT)
@@ -412,7 +418,6 @@ def dkdv_kernel(
     n_kv_heads = n_heads // GROUP
     batch = pair // n_kv_heads
     head = pair % n_kv_heads * GROUP  # the group's first
-    key_head, value_head = key_value_heads(head, n_heads, GROUP)
     key = rank * N
     keys = key + tl.arange(0, N)
     C = n_heads * D
@@ -420,8 +425,10 @@ def dkdv_kernel(
         document_start += batch.to(tl.int64) * T
         document_end += batch.to(tl.int64) * T
 
-    k = load_tile(kv_tiles, batch, key_head, key, T, stride_b, stride_t, N, D, BLOCK_D, TMA)
-    v = load_tile(kv_tiles, batch, value_head, key, T, stride_b, stride_t, N, D, BLOCK_D, TMA)
+    kv_head = key_head(head, n_heads, GROUP)
+    k = load_tile(kv_tiles, batch, kv_head, key, T, stride_b, stride_t, N, D, BLOCK_D, TMA)
+    kv_head = value_head(head, n_heads, GROUP)
+    v = load_tile(kv_tiles, batch, kv_head, key, T, stride_b, stride_t, N, D, BLOCK_D, TMA)
     dk = tl.zeros((N, BLOCK_D), tl.float32)
     dv = tl.zeros((N, BLOCK_D), tl.float32)
 
@@ -449,9 +456,11 @@ def dkdv_kernel(
             dv = finished(dv, WAIT)
             dk = finished(dk, WAIT)
 
-    width = (n_heads + 2 * n_kv_heads) * D
-    store_tile(dqkv, dk * scale, batch, key_head, key, T, width, N, D, BLOCK_D)
-    store_tile(dqkv, dv, batch, value_head, key, T, width, N, D, BLOCK_D)
+    width = C * (GROUP + 2) // GROUP
+    kv_head = key_head(head, n_heads, GROUP)
+    store_tile(dqkv, dk * scale, batch, kv_head, key, T, width, N, D, BLOCK_D)
+    kv_head = value_head(head, n_heads, GROUP)
+    store_tile(dqkv, dv, batch, kv_head, key, T, width, N, D, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=["T", "n_pairs", "pairs_together"])
@@ -487,7 +496,6 @@ def dq_kernel(
     rank, pair = heaviest_first(tl.cdiv(T, M), n_pairs, pairs_together)
     batch = pair // n_heads
     head = pair % n_heads
-    key_head, value_head = key_value_heads(head, n_heads, GROUP)
     row = (tl.cdiv(T, M) - 1 - rank) * M
     rows = row + tl.arange(0, M)
     C = n_heads * D
@@ -505,20 +513,22 @@ def dq_kernel(
         begin = first if part == 0 else (clear if part == 1 else diagonal)
         end = clear if part == 0 else (diagonal if part == 1 else stop)
         for n in tl.range(begin, end, N):
-            k = load_tile(kv_tiles, batch, key_head, n, T, stride_b, stride_t, N, D, BLOCK_D, TMA)
+            kv_head = key_head(head, n_heads, GROUP)
+            k = load_tile(kv_tiles, batch, kv_head, n, T, stride_b, stride_t, N, D, BLOCK_D, TMA)
             s = rows_times_rows(q, k)  # (M,D)(D,N) -> (M,N)
             p = tl.math.exp2(s * (scale * LOG2_E) - lse_m[:, None])
             if part != 1:
                 keys = n + tl.arange(0, N)
                 seen = visible(rows[:, None], keys[None, :], document_start, T)
                 p = tl.where(seen, p, 0.0)
-            v = load_tile(kv_tiles, batch, value_head, n, T, stride_b, stride_t, N, D, BLOCK_D, TMA)
+            kv_head = value_head(head, n_heads, GROUP)
+            v = load_tile(kv_tiles, batch, kv_head, n, T, stride_b, stride_t, N, D, BLOCK_D, TMA)
             dp = rows_times_rows(do, v)  # (M,D)(D,N) -> (M,N)
             ds = p * (dp - delta_m[:, None])
             dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")  # (M,N)(N,D) -> (M,D)
             dq = finished(dq, WAIT)
 
-    width = (n_heads + 2 * (n_heads // GROUP)) * D
+    width = C * (GROUP + 2) // GROUP
     store_tile(dqkv, dq * scale, batch, head, row, T, width, M, D, BLOCK_D)
 
 

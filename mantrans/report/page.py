@@ -1,6 +1,6 @@
 """A run's curves and samples as one self-contained HTML page.
 
-    python -m mantrans.report runs/NAME [--output FILE.html] [--compare runs/OTHER ...]
+    mantrans report runs/NAME [--output FILE.html] [--compare runs/OTHER ...]
 
 The page shows what train.py left in the run's folder and leaves out what is not there. It needs no
 network and no script. This file reads and chooses; page.html, figure.html and page.css say how it
@@ -9,10 +9,8 @@ looks, and jinja2 escapes all that comes from a file.
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -48,8 +46,8 @@ class Run:
         shown = strict_yaml.single_line(str(folder))
         try:
             if not (folder / "metrics.jsonl").is_file():
-                found = "no metrics.jsonl in it" if folder.is_dir() else "no such folder"
-                raise MantransError(f"{shown}: {found}; accepted: a folder that train.py wrote")
+                found = "one without metrics.jsonl" if folder.is_dir() else "no such folder"
+                raise MantransError(f"{shown}: expected a folder that train.py wrote, got {found}")
             metrics, config = _records(folder / "metrics.jsonl"), folder / "config.yaml"
             last = metrics[-1]["step"] if metrics else 0
             report = _json(folder / "report.json")
@@ -134,7 +132,9 @@ def _json(path: Path) -> dict[str, Any]:
         value = None
     if not isinstance(value, dict):
         shown = strict_yaml.single_line(str(path))
-        raise MantransError(f"{shown}: not understood; accepted: the JSON object train.py wrote")
+        raise MantransError(
+            f"{shown}: expected the JSON object that train.py wrote, got other JSON"
+        )
     return value
 
 
@@ -198,9 +198,6 @@ def _curves(run: Run) -> list[Figure]:
     return figures
 
 
-# ------------------------------------------------------------------------------------ command line
-
-
 def write_page(folder: Path, output: Path | None = None, compare: Sequence[Path] = ()) -> Path:
     """Write the page about the run in `folder`, there as report.html or to `output`; return where.
 
@@ -209,36 +206,16 @@ def write_page(folder: Path, output: Path | None = None, compare: Sequence[Path]
     path = folder / PAGE if output is None else output
     shown = strict_yaml.single_line(str(path))
     if len(compare) > MOST_COMPARED:
-        raise MantransError(
-            f"--compare: found {len(compare)} runs; accepted: at most {MOST_COMPARED}"
-        )
+        raise MantransError(f"--compare: expected at most {MOST_COMPARED} runs, got {len(compare)}")
     runs = [Run.load(f) for f in (folder, *compare)]
     if len({run.name for run in runs}) < len(runs):
         runs = [replace(r, name=str(f)) for r, f in zip(runs, (folder, *compare), strict=True)]
     content = page(runs[0], runs[1:])
     try:
         if path.exists() and not path.is_file():
-            raise MantransError(
-                f"{path}: found no regular file; accepted: the name of an HTML file"
-            )
+            raise MantransError(f"{path}: expected the name of an HTML file, got no regular file")
         with replacing(path) as file:
             write_all(file, content.encode())
     except OSError as error:
         raise MantransError(f"{shown}: cannot be written ({error.strerror})") from None
     return path
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="mantrans.report", description=__doc__.split("\n")[0])
-    add = parser.add_argument
-    add("run", type=Path, help="a run's folder, such as runs/quickstart")
-    add("--output", type=Path, metavar="FILE", help=f"where to write; without it RUN/{PAGE}")
-    add("--compare", type=Path, nargs="+", default=[], metavar="RUN", help="show their losses too")
-    options = parser.parse_args(arguments)
-    try:
-        print(write_page(options.run, options.output, options.compare))
-    except MantransError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0

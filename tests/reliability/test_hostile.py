@@ -63,7 +63,7 @@ def test_a_pickle_that_runs_code_is_refused_by_every_command(
     for command, arguments in (
         (TRAIN, ["--config", "config.yaml", "--resume", "evil.pt"]),
         (EVALUATE, ["--checkpoint", "evil.pt"]),
-        ("mantrans.checkpoint.convert:main", ["evil.pt", "new.pt"]),
+        ("mantrans.cli:main convert", ["evil.pt", "new.pt"]),
     ):
         ended = nursery.run(*arguments, cwd=tmp_path, main=command)
         assert ended.is_one_line_error and "evil.pt" in ended.text, ended.text
@@ -192,8 +192,8 @@ def test_a_model_that_claims_more_than_the_file_holds_takes_no_memory(
         "--checkpoint", "huge.pt", "--config", "config.yaml", cwd=tmp_path, main=EVALUATE,
         limits={"RLIMIT_AS": 8 * GIB},
     )  # fmt: skip
-    assert ended.is_one_line_error and "found shape" in ended.text
-    with pytest.raises(CheckpointError, match=r"token_embedding\.weight: found shape"):
+    assert ended.is_one_line_error and "expected shape" in ended.text
+    with pytest.raises(CheckpointError, match=r"token_embedding\.weight: expected shape"):
         CustomTransformerWrapper.from_checkpoint(tmp_path / "huge.pt")
 
 
