@@ -28,9 +28,13 @@ tile is only another way to read shared memory. And a product whose left side li
 
 With documents, a program visits only the blocks that some of its rows can see, in both directions.
 
-Alphabet: B batch, T sequence, H heads, D head width, C = H·D; M rows of a block of queries, N of a
-block of keys; a "pair" is one (batch, head). In comments (M,D)(D,N) -> (M,N) is the shape of a
-product.
+A GROUP of neighboring heads of queries may share one head of keys and of values (Ainslie et al.
+2023). One program of the dk/dv kernel then goes through the queries of the whole group, in each
+block of positions head after head, so that nothing changes in what is said above.
+
+Alphabet: B batch, T sequence, H heads of queries, H_kv of keys and as many of values, D head width,
+P = (H + 2 H_kv)·D; M rows of a block of queries, N of a block of keys; a "pair" is one (batch,
+head). In comments (M,D)(D,N) -> (M,N) is the shape of a product.
 """
 
 from __future__ import annotations
@@ -100,7 +104,7 @@ def load_tile(
     """Rows row .. row + ROWS of one head as (ROWS, BLOCK_D); zero beyond T and beyond D.
 
     source: with TMA a descriptor made by `tiles_of`, else a pointer to (B, T, heads·D). A packed
-    qkv has 3H heads here: query h is head h, its key is head H + h, its value head 2H + h.
+    qkv has H + 2 H_kv heads here: those of queries, of keys and of values.
     """
     if TMA:
         return tl.reshape(source.load([batch, head, row, 0]), (ROWS, BLOCK_D))
@@ -111,6 +115,18 @@ def load_tile(
         columns = tl.arange(0, BLOCK_D)[None, :]
         inside = (row + rows < T) & (columns < D)
         return tl.load(corner + rows * stride_t + columns, mask=inside, other=0.0)
+
+
+@triton.jit
+def key_head(head, n_heads, GROUP: tl.constexpr):
+    """Which head of a packed qkv holds the keys that query head `head` reads."""
+    return n_heads + head // GROUP
+
+
+@triton.jit
+def value_head(head, n_heads, GROUP: tl.constexpr):
+    """Which head of a packed qkv holds the values that query head `head` reads."""
+    return n_heads * (GROUP + 1) // GROUP + head // GROUP
 
 
 @triton.jit
@@ -230,16 +246,17 @@ def forward_kernel(
     BLOCK_D: tl.constexpr,
     M: tl.constexpr,
     N: tl.constexpr,
+    GROUP: tl.constexpr,
     TMA: tl.constexpr,
     WAIT: tl.constexpr,
 ):
     """One program: M queries of one pair against the keys they see.
 
-    out (B, T, C) dtype of qkv, written; lse (B·H, T) float32, rows stride_lse apart, written:
+    out (B, T, H·D) dtype of qkv, written; lse (B·H, T) float32, rows stride_lse apart, written:
     log2 Σ_j 2^(s_ij log2 e).
-    q_tiles, kv_tiles: qkv (B, T, 3C) 16 or 32-bit float, batches stride_b and positions stride_t
+    q_tiles, kv_tiles: qkv (B, T, P) 16 or 32-bit float, batches stride_b and positions stride_t
     apart, as `load_tile` takes it, in tiles of M and N rows.
-    document_start (B, T) int32 or None.
+    document_start (B, T) int32 or None. GROUP = H / H_kv.
     """
     rank, pair = heaviest_first(tl.cdiv(T, M), n_pairs, pairs_together)
     batch = pair // n_heads
@@ -261,9 +278,8 @@ def forward_kernel(
         begin = first if part == 0 else (clear if part == 1 else diagonal)
         end = clear if part == 0 else (diagonal if part == 1 else stop)
         for n in tl.range(begin, end, N):
-            k = load_tile(
-                kv_tiles, batch, n_heads + head, n, T, stride_b, stride_t, N, D, BLOCK_D, TMA
-            )
+            kv_head = key_head(head, n_heads, GROUP)
+            k = load_tile(kv_tiles, batch, kv_head, n, T, stride_b, stride_t, N, D, BLOCK_D, TMA)
             s = rows_times_rows(q, k)  # (M,D)(D,N) -> (M,N)
             if part != 1:
                 keys = n + tl.arange(0, N)
@@ -274,9 +290,8 @@ def forward_kernel(
             rescale = tl.math.exp2(row_max - new_max)
             row_sum = row_sum * rescale + tl.sum(p, 1)
             row_max = new_max
-            v = load_tile(
-                kv_tiles, batch, 2 * n_heads + head, n, T, stride_b, stride_t, N, D, BLOCK_D, TMA
-            )
+            kv_head = value_head(head, n_heads, GROUP)
+            v = load_tile(kv_tiles, batch, kv_head, n, T, stride_b, stride_t, N, D, BLOCK_D, TMA)
             acc = acc * rescale[:, None]
             acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")  # (M,N)(N,D) -> (M,D)
             acc = finished(acc, WAIT)
@@ -308,7 +323,7 @@ def delta_kernel(
     delta (B·H, T) float32, rows stride_delta apart, written.
     document_end (B, T) int32, written at the first position of each document only: the position
     after its last. None without documents.
-    out, dout (B, T, C) float; document_start (B, T) int32 or None.
+    out, dout (B, T, H·D) float; document_start (B, T) int32 or None.
     """
     pair = tl.program_id(0)  # on the axis that has room for 2³¹ programs, not 65,535
     batch = pair // n_heads
@@ -347,6 +362,24 @@ def query_range(key, document_start, document_end, T, M: tl.constexpr, N: tl.con
     return key // M * M, below, tl.maximum(below, clear), stop
 
 
+@triton.jit
+def in_turns(row, M: tl.constexpr, GROUP: tl.constexpr):
+    """Where a loop over blocks of M rows is at `row` if it visits each once for every head."""
+    if GROUP == 1:
+        return row
+    else:
+        return tl.cdiv(row, M) * (M * GROUP)
+
+
+@triton.jit
+def block_and_head(i, M: tl.constexpr, GROUP: tl.constexpr):
+    """Which block of queries, and which head of the group, is due at i of such a loop."""
+    if GROUP == 1:
+        return i, 0
+    else:
+        return i // (M * GROUP) * M, i // M % GROUP
+
+
 @triton.jit(do_not_specialize=["T", "n_pairs", "pairs_together"])
 def dkdv_kernel(
     dqkv,
@@ -369,19 +402,22 @@ def dkdv_kernel(
     BLOCK_D: tl.constexpr,
     M: tl.constexpr,
     N: tl.constexpr,
+    GROUP: tl.constexpr,
     TMA: tl.constexpr,
     WAIT: tl.constexpr,
 ):
     """One program: dk and dv of N keys of one pair, over the queries that see them.
 
-    dqkv (B, T, 3C) dtype of qkv; its second and third C columns are written.
-    q_tiles, kv_tiles: qkv (B, T, 3C) as in `forward_kernel`; do_tiles: dout (B, T, C) in tiles of
+    dqkv (B, T, P) dtype of qkv; its columns of keys and values are written.
+    q_tiles, kv_tiles: qkv (B, T, P) as in `forward_kernel`; do_tiles: dout (B, T, H·D) in tiles of
     M rows; lse, delta (B·H, T) float32, rows stride_lse apart, as `load_row_statistic` takes them.
     document_start, document_end (B, T) int32, the latter from `delta_kernel`, or None.
+    n_pairs: B·H_kv; GROUP = H / H_kv.
     """
     rank, pair = heaviest_first(tl.cdiv(T, N), n_pairs, pairs_together)
-    batch = pair // n_heads
-    head = pair % n_heads
+    n_kv_heads = n_heads // GROUP
+    batch = pair // n_kv_heads
+    head = pair % n_kv_heads * GROUP  # the group's first
     key = rank * N
     keys = key + tl.arange(0, N)
     C = n_heads * D
@@ -389,10 +425,10 @@ def dkdv_kernel(
         document_start += batch.to(tl.int64) * T
         document_end += batch.to(tl.int64) * T
 
-    k = load_tile(kv_tiles, batch, n_heads + head, key, T, stride_b, stride_t, N, D, BLOCK_D, TMA)
-    v = load_tile(
-        kv_tiles, batch, 2 * n_heads + head, key, T, stride_b, stride_t, N, D, BLOCK_D, TMA
-    )
+    kv_head = key_head(head, n_heads, GROUP)
+    k = load_tile(kv_tiles, batch, kv_head, key, T, stride_b, stride_t, N, D, BLOCK_D, TMA)
+    kv_head = value_head(head, n_heads, GROUP)
+    v = load_tile(kv_tiles, batch, kv_head, key, T, stride_b, stride_t, N, D, BLOCK_D, TMA)
     dk = tl.zeros((N, BLOCK_D), tl.float32)
     dv = tl.zeros((N, BLOCK_D), tl.float32)
 
@@ -401,26 +437,30 @@ def dkdv_kernel(
     for part in tl.static_range(3 if document_start is not None else 2):
         begin = first if part == 0 else (below if part == 1 else clear)
         end = below if part == 0 else (clear if part == 1 else stop)
-        for m in tl.range(begin, end, M):
-            q = load_tile(q_tiles, batch, head, m, T, stride_b, stride_t, M, D, BLOCK_D, TMA)
+        for i in tl.range(in_turns(begin, M, GROUP), in_turns(end, M, GROUP), M):
+            m, g = block_and_head(i, M, GROUP)
+            q = load_tile(q_tiles, batch, head + g, m, T, stride_b, stride_t, M, D, BLOCK_D, TMA)
             s_t = rows_times_rows(k, q)  # (N,D)(D,M) -> (N,M)
-            lse_m = load_row_statistic(lse, pair, m, T, stride_lse, M, TMA)
+            lse_m = load_row_statistic(lse, pair * GROUP + g, m, T, stride_lse, M, TMA)
             p_t = tl.math.exp2(s_t * (scale * LOG2_E) - lse_m[None, :])
             if part != 1:
                 rows = m + tl.arange(0, M)
                 seen = visible(rows[None, :], keys[:, None], document_start, T)
                 p_t = tl.where(seen, p_t, 0.0)
-            do = load_tile(do_tiles, batch, head, m, T, T * C, C, M, D, BLOCK_D, TMA)
+            do = load_tile(do_tiles, batch, head + g, m, T, T * C, C, M, D, BLOCK_D, TMA)
             dv = tl.dot(p_t.to(do.dtype), do, dv, input_precision="ieee")  # (N,M)(M,D) -> (N,D)
             dp_t = rows_times_rows(v, do)  # (N,D)(D,M) -> (N,M)
-            delta_m = load_row_statistic(delta, pair, m, T, stride_lse, M, TMA)
+            delta_m = load_row_statistic(delta, pair * GROUP + g, m, T, stride_lse, M, TMA)
             ds_t = p_t * (dp_t - delta_m[None, :])
             dk = tl.dot(ds_t.to(q.dtype), q, dk, input_precision="ieee")  # (N,M)(M,D) -> (N,D)
             dv = finished(dv, WAIT)
             dk = finished(dk, WAIT)
 
-    store_tile(dqkv, dk * scale, batch, n_heads + head, key, T, 3 * C, N, D, BLOCK_D)
-    store_tile(dqkv, dv, batch, 2 * n_heads + head, key, T, 3 * C, N, D, BLOCK_D)
+    width = C * (GROUP + 2) // GROUP
+    kv_head = key_head(head, n_heads, GROUP)
+    store_tile(dqkv, dk * scale, batch, kv_head, key, T, width, N, D, BLOCK_D)
+    kv_head = value_head(head, n_heads, GROUP)
+    store_tile(dqkv, dv, batch, kv_head, key, T, width, N, D, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=["T", "n_pairs", "pairs_together"])
@@ -444,13 +484,14 @@ def dq_kernel(
     BLOCK_D: tl.constexpr,
     M: tl.constexpr,
     N: tl.constexpr,
+    GROUP: tl.constexpr,
     TMA: tl.constexpr,
     WAIT: tl.constexpr,
 ):
     """One program: dq of M queries of one pair, over the keys they see.
 
-    dqkv (B, T, 3C) dtype of qkv; its first C columns are written. lse, delta (B·H, T) float32,
-    pointers, rows stride_lse apart. The other arguments as in `dkdv_kernel`.
+    dqkv (B, T, P) dtype of qkv; its first H·D columns are written. lse, delta (B·H, T) float32,
+    pointers, rows stride_lse apart; n_pairs: B·H. The other arguments as in `dkdv_kernel`.
     """
     rank, pair = heaviest_first(tl.cdiv(T, M), n_pairs, pairs_together)
     batch = pair // n_heads
@@ -472,24 +513,23 @@ def dq_kernel(
         begin = first if part == 0 else (clear if part == 1 else diagonal)
         end = clear if part == 0 else (diagonal if part == 1 else stop)
         for n in tl.range(begin, end, N):
-            k = load_tile(
-                kv_tiles, batch, n_heads + head, n, T, stride_b, stride_t, N, D, BLOCK_D, TMA
-            )
+            kv_head = key_head(head, n_heads, GROUP)
+            k = load_tile(kv_tiles, batch, kv_head, n, T, stride_b, stride_t, N, D, BLOCK_D, TMA)
             s = rows_times_rows(q, k)  # (M,D)(D,N) -> (M,N)
             p = tl.math.exp2(s * (scale * LOG2_E) - lse_m[:, None])
             if part != 1:
                 keys = n + tl.arange(0, N)
                 seen = visible(rows[:, None], keys[None, :], document_start, T)
                 p = tl.where(seen, p, 0.0)
-            v = load_tile(
-                kv_tiles, batch, 2 * n_heads + head, n, T, stride_b, stride_t, N, D, BLOCK_D, TMA
-            )
+            kv_head = value_head(head, n_heads, GROUP)
+            v = load_tile(kv_tiles, batch, kv_head, n, T, stride_b, stride_t, N, D, BLOCK_D, TMA)
             dp = rows_times_rows(do, v)  # (M,D)(D,N) -> (M,N)
             ds = p * (dp - delta_m[:, None])
             dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")  # (M,N)(N,D) -> (M,D)
             dq = finished(dq, WAIT)
 
-    store_tile(dqkv, dq * scale, batch, head, row, T, 3 * C, M, D, BLOCK_D)
+    width = C * (GROUP + 2) // GROUP
+    store_tile(dqkv, dq * scale, batch, head, row, T, width, M, D, BLOCK_D)
 
 
 # ------------------------------------------------------------------------------------- launchers
@@ -499,25 +539,29 @@ DELTA_ROWS = 64  # rows a program of delta_kernel
 
 
 def attention_forward(
-    qkv: Tensor, n_heads: int, document_start: Tensor | None = None
+    qkv: Tensor,
+    n_heads: int,
+    document_start: Tensor | None = None,
+    n_kv_heads: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """o = softmax(q kᵀ / √D + mask) v per head, causal (the file's docstring has the equations).
 
-    qkv (B, T, 3C) float32, float16 or bfloat16, last stride 1: q, k and v side by side, each of H
-    heads of width D <= 256. document_start (B, T) int32, or None for one document: where each
-    position's document begins; query i sees the keys j with document_start[i] <= j <= i.
-    Returns out (B, T, C), and for the backward lse (B, H, T) float32 in log2 units.
+    qkv (B, T, (H + 2 H_kv)·D) float32, float16 or bfloat16, last stride 1: H heads of queries, H_kv
+    of keys and H_kv of values side by side, each of width D <= 256. document_start (B, T) int32, or
+    None for one document: where each position's document begins; query i sees the keys j with
+    document_start[i] <= j <= i. n_kv_heads: H_kv, which divides H; None for H.
+    Returns out (B, T, H·D), and for the backward lse (B, H, T) float32 in log2 units.
     ValueError, before any launch, names an argument whose device, dtype, shape or stride is wrong.
     """
-    problem = problem_of(qkv, n_heads)
+    problem = problem_of(qkv, n_heads, n_kv_heads)
     check_documents(document_start, problem, qkv.device)
-    B, T, C = problem.B, problem.T, problem.H * problem.D
-    out = torch.empty((B, T, C), dtype=qkv.dtype, device=qkv.device)
+    shape = (problem.B, problem.T, n_heads * problem.D)
+    out = torch.empty(shape, dtype=qkv.dtype, device=qkv.device)
     lse = empty_row_statistic(qkv, problem)
     if not qkv.numel():
         return out, lse
     tiles = problem.tiles("forward")
-    grid, n_pairs, pairs_together = problem.schedule(tiles.M)
+    grid, n_pairs, pairs_together = problem.schedule(tiles.M, n_heads)
     launch(
         forward_kernel,
         grid,
@@ -526,7 +570,7 @@ def attention_forward(
         tiles_of(qkv, problem, tiles.M),
         tiles_of(qkv, problem, tiles.N),
         document_start,
-        T,
+        problem.T,
         qkv.stride(0),
         qkv.stride(1),
         lse.stride(1),
@@ -546,14 +590,15 @@ def attention_backward(
     lse: Tensor,
     n_heads: int,
     document_start: Tensor | None = None,
+    n_kv_heads: int | None = None,
 ) -> Tensor:
     """dqkv, from what `attention_forward` took and gave (the file's docstring has the equations).
 
-    dout, out (B, T, C) contiguous, dtype of qkv; lse (B, H, T) float32 as the forward returned it;
-    the rest as there. Returns dqkv (B, T, 3C), contiguous. Same bits whenever called again.
-    ValueError as `attention_forward`.
+    dout, out (B, T, H·D) contiguous, dtype of qkv; lse (B, H, T) float32 as the forward returned
+    it; the rest as there. Returns dqkv, of qkv's shape, contiguous. Same bits whenever called
+    again. ValueError as `attention_forward`.
     """
-    problem = problem_of(qkv, n_heads)
+    problem = problem_of(qkv, n_heads, n_kv_heads)
     check_backward(dout, qkv, out, lse, document_start, problem)
     dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
     if not qkv.numel():
@@ -564,7 +609,7 @@ def attention_backward(
     sizes = (problem.T, qkv.stride(0), qkv.stride(1), lse.stride(1), n_heads)
 
     tiles = problem.tiles("dkdv")
-    grid, n_pairs, pairs_together = problem.schedule(tiles.N)
+    grid, n_pairs, pairs_together = problem.schedule(tiles.N, problem.H_kv)
     launch(
         dkdv_kernel,
         grid,
@@ -584,7 +629,7 @@ def attention_backward(
     )
 
     tiles = problem.tiles("dq")
-    grid, n_pairs, pairs_together = problem.schedule(tiles.M)
+    grid, n_pairs, pairs_together = problem.schedule(tiles.M, n_heads)
     launch(
         dq_kernel,
         grid,
@@ -613,7 +658,7 @@ def check_backward(
     problem: Problem,
 ) -> None:
     """ValueError as `attention_backward`."""
-    B, T, H, D = problem[:4]
+    B, T, H, D = problem.B, problem.T, problem.H, problem.D
     for name, x in (("dout", dout), ("out", out)):
         check_tensor(name, x, shape=(B, T, H * D), dtype=qkv.dtype, device=qkv.device)
     check_tensor(
@@ -670,8 +715,11 @@ def resource_cases() -> list[ResourceCase]:
         for arch in ARCHITECTURES:
             for D in RESOURCE_HEAD_WIDTHS:
                 cases.append(_case(kernel, arch, D, torch.bfloat16, documents=True))
+                if D == 64 or (arch == 90 and D in (128, 256)):
+                    cases.append(_case(kernel, arch, D, torch.bfloat16, documents=True, group=4))
                 if arch == 90 and D in (64, 128, 256):
                     cases.append(_case(kernel, arch, D, torch.bfloat16, documents=False))
+                    cases.append(_case(kernel, arch, D, torch.bfloat16, documents=False, group=4))
                     cases.append(_case(kernel, arch, D, torch.float16, documents=True))
                 if D in (16, 32, 64, 128, 256) and (arch == 90 or D == 64):
                     cases.append(_case(kernel, arch, D, torch.float32, documents=True))
@@ -679,10 +727,12 @@ def resource_cases() -> list[ResourceCase]:
     return [c for c in cases if c.name != "attention dkdv fp32 D=256 documents sm_90"]
 
 
-def _case(kernel: str, arch: int, D: int, dtype: torch.dtype, documents: bool) -> ResourceCase:
+def _case(
+    kernel: str, arch: int, D: int, dtype: torch.dtype, documents: bool, group: int = 1
+) -> ResourceCase:
     name, size = TRITON_NAME[dtype], dtype.itemsize
     TMA = copy_engine_serves(arch, D, size)
-    problem = Problem(1, 1, 1, D, padded(D), size, arch, TMA)
+    problem = Problem(1, 1, group, 1, D, padded(D), size, arch, TMA)
     M, N, num_warps, num_stages = problem.tiles(kernel)
 
     def tiles(rows: int) -> str:
@@ -702,13 +752,14 @@ def _case(kernel: str, arch: int, D: int, dtype: torch.dtype, documents: bool) -
         "scale": "fp32",
     }
     constants = problem.constants(kernel)
-    constexprs = {k: constants[k] for k in ("D", "BLOCK_D", "M", "N", "TMA", "WAIT")}
+    constexprs = {k: constants[k] for k in ("D", "BLOCK_D", "M", "N", "GROUP", "TMA", "WAIT")}
     if not documents:
         constexprs |= {"document_start": None, "document_end": None}
     arguments = KERNELS[kernel].arg_names
+    variant = [f"group={group}"] * (group > 1) + ["documents"] * documents
     aligned = ("stride_b", "stride_t", "stride_lse")  # as for any C that 16 divides
     return ResourceCase(
-        name=f"attention {kernel} {name} D={D}{' documents' if documents else ''} sm_{arch}",
+        name=" ".join([f"attention {kernel} {name} D={D}", *variant, f"sm_{arch}"]),
         fn=KERNELS[kernel],
         signature={a: types.get(a, "i32") for a in arguments if a not in constexprs},
         constexprs={a: value for a, value in constexprs.items() if a in arguments},
