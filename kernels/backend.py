@@ -17,27 +17,25 @@ def choose(name: str, device: torch.device) -> ModuleType:
     kernels; CUDA only, or any device under Triton's interpreter), or "auto": triton on CUDA, native
     elsewhere. Raises ValueError for any other name, or for triton where it cannot run.
     """
-    if (
-        device.type == "cuda"
-    ):  # products are exact in their dtype and summed in float32, by cuBLAS too
-        torch.backends.cuda.matmul.allow_tf32 = (
-            False  # some images turn it on by an environment variable
-        )
+    if device.type == "cuda":
+        # cuBLAS computes products in their own dtype and sums in float32. An environment variable
+        # turns TF32 on in some images.
+        torch.backends.cuda.matmul.allow_tf32 = False
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
         torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
     if name == "auto":
         name = "triton" if device.type == "cuda" else "native"
     if name not in BACKENDS:
-        raise ValueError(f"backend {name!r}: accepted are auto, {', '.join(BACKENDS)}")
+        raise ValueError(f"backend: expected auto, {', '.join(BACKENDS)}, got {name!r}")
     if name != "triton":
         return importlib.import_module(f"mantrans.kernels.{name}")
     try:
         module = importlib.import_module(f"mantrans.kernels.{name}")
         from mantrans.kernels.triton.launch import interpreted
     except ImportError as missing:
-        raise ValueError(f"backend 'triton' needs the package `triton` ({missing})") from missing
+        raise ValueError(f"backend: triton needs the package `triton` ({missing})") from missing
     if device.type != "cuda" and not interpreted():
         raise ValueError(
-            f"backend 'triton' runs on cuda, not {device.type}; accepted there: native, reference"
+            f"backend: expected native or reference on {device.type}, got triton, which needs cuda"
         )
     return module

@@ -1,8 +1,8 @@
 """The operations of `reference` through PyTorch's own fused primitives, without autograd.
 
 PyTorch's fused operators come in pairs: a forward, and the backward function that autograd would
-call. Here both are called directly. This is what a CPU trains with, and the fallback on any other
-device. Names, shapes and contracts are those of `reference`, where the mathematics is written.
+call. Here both are called directly. CPUs train with this backend, and it runs on any device. Names,
+shapes and contracts are those of `reference`, which also has the formulas.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from mantrans.kernels import reference
 from mantrans.kernels.reference import (
     CHUNK_ROWS,
     IGNORE_INDEX,
-    accumulation_dtype,
     document_starts,
     partial_rows,
     split_heads,
     sum_partials,
     visible,
+    wide_dtype,
 )
 
 __all__ = ["document_starts", "partial_rows", "sum_partials"]
 
 aten = torch.ops.aten
 
-CACHED_ELEMENTS = 2**18  # of a float32 temporary: 1 MB, which a CPU core's second cache holds
+CACHED_ELEMENTS = 2**18  # of a float32 temporary: 1 MB, which fits into a CPU core's L2 cache
 
 # ---------------------------------------------------------------------------------- embedding
 
@@ -41,8 +41,9 @@ def embedding_forward(tokens: Tensor, token_table: Tensor, position_table: Tenso
 def embedding_backward(
     dx: Tensor, tokens: Tensor, dtoken_table: Tensor, dposition_table: Tensor
 ) -> None:
-    """See `reference.embedding_backward`. Deterministic: on a CPU `index_add_` walks the rows in
-    order; on CUDA it would not, and `embedding_dense_backward` sorts, but fills a whole table."""
+    """See `reference.embedding_backward`. Deterministic: on a CPU `index_add_` adds the rows in
+    order. On CUDA it does not, so `embedding_dense_backward` is used there: it sorts the tokens,
+    but fills a whole table."""
     T, C = dx.shape[1:]
     wide = dx.to(dtoken_table.dtype)
     if dx.is_cuda:
@@ -80,9 +81,9 @@ def linear_backward(
 def weight_gradient(dy: Tensor, x: Tensor, dweight: Tensor, accumulate: bool) -> None:
     """dW += dyᵀ x.   dy (N, M); x (N, K). Adds to dweight (M, K), or overwrites it.
 
-    cuBLAS adds bfloat16 products straight into the float32 buffer. PyTorch offers no such product
-    on a CPU: there each product, itself summed in float32, is rounded to bfloat16 once and then
-    added in float32, a few rows at a time, so that the float32 copy this takes stays in a cache.
+    cuBLAS adds bfloat16 products directly to the float32 buffer. PyTorch has no such product on a
+    CPU: there each product, itself summed in float32, is rounded to bfloat16 once and then added in
+    float32, a few rows at a time, so that the float32 copy stays in the cache.
     """
     if x.dtype == dweight.dtype:
         dweight.addmm_(dy.T, x, beta=int(accumulate))  # beta 0 reads nothing
@@ -97,8 +98,8 @@ def weight_gradient(dy: Tensor, x: Tensor, dweight: Tensor, accumulate: bool) ->
 
 
 def bias_gradient(dy: Tensor, dbias: Tensor) -> None:
-    """See `reference.bias_gradient`. On a CPU rounded once, as in `weight_gradient`: a sum
-    of bfloat16 in float32 would make a float32 copy of it all."""
+    """See `reference.bias_gradient`. On a CPU the sum is rounded once, as in `weight_gradient`:
+    summing bfloat16 in float32 would make a float32 copy of all of dy."""
     rounded_once = dy.device.type == "cpu" and dy.dtype == torch.bfloat16
     dtype = torch.bfloat16 if rounded_once else dbias.dtype
     dbias += dy.reshape(-1, dy.shape[-1]).sum(0, dtype=dtype)
@@ -140,7 +141,8 @@ def layer_norm_backward(
     weight, bias = _norm_weights(x, weight, weight if dbias is not None else None)
     dtype = x.dtype
     if weight.dtype != dtype:
-        # given 16-bit rows, a CPU sums dweight and dbias in 16 bits: 3% off over 4,096 rows
+        # PyTorch's CPU kernel sums dweight and dbias of 16-bit rows in 16 bits, an error of 3% over
+        # 4,096 rows
         dy, x = dy.float(), x.float()
     statistics_shape = (*x.shape[:-1], 1)
     dx, dw, db = aten.native_layer_norm_backward(
@@ -163,7 +165,7 @@ def layer_norm_backward(
 
 
 def _norm_weights(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """On a CPU the weights decide the dtype of mean and rstd: float32 ones keep their digits."""
+    """On a CPU mean and rstd get the dtype of the weights: float32 keeps their precision."""
     if x.is_cuda or x.dtype not in (torch.bfloat16, torch.float16):
         return weight, bias
     return weight.float(), None if bias is None else bias.float()
@@ -336,7 +338,7 @@ def cross_entropy_forward(
     logits: Tensor, targets: Tensor, vocab_size: int, ignore_index: int = IGNORE_INDEX
 ) -> tuple[Tensor, Tensor]:
     """See `reference.cross_entropy_forward`."""
-    z = logits[:, :vocab_size].to(accumulation_dtype(logits))
+    z = logits[:, :vocab_size].to(wide_dtype(logits.dtype))
     lse = torch.logsumexp(z, -1)
     counted = targets != ignore_index
     picked = z.gather(1, targets.where(counted, 0)[:, None])[:, 0]
@@ -363,9 +365,9 @@ def cross_entropy_forward_backward(
     vocab_size: int,
     ignore_index: int = IGNORE_INDEX,
 ) -> Tensor:
-    """See `reference.cross_entropy_forward_backward`. The probabilities are formed once, a few rows
-    at a time, and lse comes back from each row's largest one: log Σ exp z = max z - log max p."""
-    losses = torch.empty(len(logits), dtype=accumulation_dtype(logits), device=logits.device)
+    """See `reference.cross_entropy_forward_backward`. The probabilities are computed once, a few
+    rows at a time; lse follows from each row's largest: log Σ exp z = max z - log max p."""
+    losses = torch.empty(len(logits), dtype=wide_dtype(logits.dtype), device=logits.device)
     for rows in row_chunks(len(logits), softmax_rows(logits.shape[1])):
         z, target = logits[rows, :vocab_size].to(losses.dtype, copy=True), targets[rows]
         counted = target != ignore_index
@@ -381,7 +383,7 @@ def cross_entropy_forward_backward(
 def _write_gradient(
     logits: Tensor, p: Tensor, targets: Tensor, scale: Tensor, ignore_index: int
 ) -> Tensor:
-    """(p - onehot) · scale over the logits (N, Vp); p (N, V) is used up."""
+    """Overwrite the logits (N, Vp) with (p - onehot) · scale; p (N, V) is overwritten too."""
     counted = (targets != ignore_index)[:, None]
     p.scatter_add_(1, targets[:, None].where(counted, 0), -counted.to(p.dtype))
     p.mul_(scale * counted)
@@ -392,12 +394,12 @@ def _write_gradient(
 
 # ---------------------------------------------------------- output projection + cross-entropy
 
-# Probabilities in float32 at a time, of which several passes are made: 4 MB stay in a CPU's cache.
+# Float32 probabilities at a time: several passes read them, and 4 MB fit into a CPU's cache.
 SOFTMAX_ELEMENTS = 2**20
 
 
 def softmax_rows(n_columns: int) -> int:
-    """How many rows of logits go through the softmax at a time."""
+    """The number of rows of logits in one softmax."""
     return max(16, SOFTMAX_ELEMENTS // n_columns)
 
 
@@ -411,7 +413,7 @@ def linear_cross_entropy_forward(
     x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int
 ) -> Tensor:
     """See `reference.linear_cross_entropy_forward`."""
-    losses = torch.empty(len(x), dtype=accumulation_dtype(x), device=x.device)
+    losses = torch.empty(len(x), dtype=wide_dtype(x.dtype), device=x.device)
     for rows in row_chunks(len(x), CHUNK_ROWS):
         logits = torch.mm(x[rows], weight.T)
         parts = zip(
@@ -432,8 +434,8 @@ def linear_cross_entropy_forward_backward(
     chunk_rows: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See `reference.linear_cross_entropy_forward_backward`. Each chunk adds a whole (Vp, C) to
-    dweight, so chunks are long; the softmax inside takes fewer rows at a time."""
-    losses = torch.empty(len(x), dtype=accumulation_dtype(x), device=x.device)
+    dweight, so chunks are long; the softmax inside works on fewer rows at a time."""
+    losses = torch.empty(len(x), dtype=wide_dtype(x.dtype), device=x.device)
     dx = torch.empty_like(x)
     size = chunk_rows or CHUNK_ROWS
     workspace = x.new_empty(min(len(x), size), len(weight))
@@ -557,7 +559,7 @@ def adamw_update(
 
 def _round_from(master: Tensor, weights: Tensor, finite: Tensor) -> None:
     """weights = master in the weights' dtype, unless the step was refused."""
-    if weights.is_cuda:  # where asking whether it was would mean waiting
+    if weights.is_cuda:  # reading `finite` on the host would wait for the device
         weights.copy_(torch.where(finite, master.to(weights.dtype), weights))
     elif finite:
         weights.copy_(master)

@@ -1,13 +1,13 @@
 """The mathematics of the whole model, in plain torch: each forward, and below it its backward.
 
-This file is the oracle of every test. It is written to be read: one textbook expression after the
-other, no fusion, no in-place tricks but the accumulation of gradients. `native` and `triton` offer
-the same functions under the same names and are compared with these.
+This file is the oracle of every test and is written to be read: one textbook expression after the
+other, without fusion; the only in-place operation is the accumulation of gradients. `native` and
+`triton` have the same functions under the same names and are compared with these.
 
-The contract of every backward, stated once:
-  * the gradient of an activation is returned as a fresh tensor, in the activation's dtype;
+The contract of every backward:
+  * the gradient of an activation is returned as a new tensor, in the activation's dtype;
   * the gradient of a weight is *added* to the buffer that is passed in (dweight, dbias, ...), so
-    that tied weights and micro-batches need no further code. Those buffers are float32 (float64
+    that tied weights and micro-batches need no further code. These buffers are float32 (float64
     for a float64 model), whatever the dtype of the weights.
 
 Everything is computed in float32, or in float64 for float64 inputs, and rounded once at the end.
@@ -24,16 +24,22 @@ import torch
 from torch import Tensor
 
 IGNORE_INDEX = -100  # the label of a position that has no target, as in PyTorch and transformers
+VOCABULARY_MULTIPLE = 128  # matrix products are faster with dimensions that are multiples of a tile
 
 
-def accumulation_dtype(x: Tensor) -> torch.dtype:
-    """The dtype in which sums over `x` are formed: float64 for float64, else float32."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
+def padded_vocabulary(V: int) -> int:
+    """Vp: the rows in the table of a vocabulary of V tokens; those after the first V are zero."""
+    return -(-V // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of sums over tensors of `dtype`: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def widen(x: Tensor) -> Tensor:
-    """`x` in its accumulation dtype."""
-    return x.to(accumulation_dtype(x))
+    """`x` in the dtype in which it is summed."""
+    return x.to(wide_dtype(x.dtype))
 
 
 # ---------------------------------------------------------------------------------- embedding
@@ -53,7 +59,7 @@ def embedding_forward(tokens: Tensor, token_table: Tensor, position_table: Tenso
 def embedding_backward(
     dx: Tensor, tokens: Tensor, dtoken_table: Tensor, dposition_table: Tensor
 ) -> None:
-    """A row that was read several times receives the sum of what its readers receive.
+    """The gradient of a row is the sum of the gradients of all positions that read it.
 
     dx (B, T, C); tokens (B, T). Adds to dtoken_table (Vp, C) and dposition_table (T_max, C).
     """
@@ -102,15 +108,15 @@ def bias_gradient(dy: Tensor, dbias: Tensor) -> None:
 
 
 def partial_rows(device: torch.device) -> int:
-    """Rows of partial sums that the gradients of vectors want: none, each is summed where it is
-    made. See `sum_partials`."""
+    """Rows of partial sums for the gradients of vectors: 0, because this backend adds to the
+    gradients directly. See `sum_partials`."""
     return 0
 
 
 def sum_partials(partials: Tensor, gradients: Tensor) -> None:
     """g += Σ_rows p, and p ← 0.   partials p (P, W). Adds to gradients g (W,).
 
-    For backends whose kernels run as many programs at once: each adds to a row of its own.
+    For backends whose kernels run many programs at once, each adding to a separate row.
     """
     gradients += partials.sum(0)
     partials.zero_()
@@ -142,8 +148,8 @@ def add_layer_norm_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """x = residual + branch, then y = layer_norm(x): the step between two branches of a block.
 
-    branch, residual (..., C). Returns y (..., C), x (..., C), mean (N,), rstd (N,). The gradient of
-    x is that of both summands, so `layer_norm_backward` with `dresidual` is the whole backward.
+    branch, residual (..., C). Returns y (..., C), x (..., C), mean (N,), rstd (N,). Both summands
+    have the gradient of x, so `layer_norm_backward` with `dresidual` is the whole backward.
     """
     x = (widen(residual) + widen(branch)).to(residual.dtype)
     y, mean, rstd = layer_norm_forward(x, weight, bias, eps)
@@ -163,11 +169,11 @@ def layer_norm_backward(
 ) -> Tensor:
     """With g = γ dy:  dx = rstd (g - mean(g) - x̂ mean(g x̂));  dγ += Σ dy x̂;  dβ += Σ dy.
 
-    The two means are what g loses because μ and σ depend on every element of the row.
+    The two means are subtracted because μ and σ depend on every element of the row.
     dy, x (..., C); mean, rstd (N,). Adds to dweight (C,), dbias (C,).
-    Returns dx (..., C), plus `dresidual` (..., C), the gradient that by-passed the norm, if given.
-    dbranch_bias (C,): where x = residual + branch and the branch ended in a bias, its gradient is
-    Σ dx, because dx is the gradient of the branch; added to.
+    Returns dx (..., C), plus `dresidual` (..., C), the gradient around the norm, if given.
+    dbranch_bias (C,): if x = residual + branch and the branch ends in a bias, Σ dx is added to it,
+    because dx is also the gradient of the branch.
     """
     C = x.shape[-1]
     dy_rows = widen(dy).reshape(-1, C)
@@ -357,7 +363,7 @@ def cross_entropy_backward(
     Padded columns and ignored rows get exactly 0. Returns dlogits (N, Vp), the logits' own memory.
     """
     counted = targets != ignore_index
-    dz = torch.zeros_like(logits, dtype=accumulation_dtype(logits))
+    dz = torch.zeros_like(logits, dtype=wide_dtype(logits.dtype))
     dz[:, :vocab_size] = torch.exp(widen(logits)[:, :vocab_size] - lse[:, None])
     rows = torch.arange(len(targets), device=logits.device)
     dz[rows, targets.where(counted, 0)] -= 1
@@ -386,7 +392,7 @@ CHUNK_ROWS = 1024
 def linear_cross_entropy_forward(
     x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int
 ) -> Tensor:
-    """The loss of each row of x under logits = x Wᵀ, a chunk of rows at a time: evaluation.
+    """The loss of each row of x for logits = x Wᵀ, a chunk of rows at a time; for evaluation.
 
     x (N, C); weight (Vp, C); targets (N,). Returns losses (N,).
     """
@@ -443,10 +449,10 @@ def sgd_update(
 ) -> None:
     """w ← w (1 - η λ) - η (c g).
 
-    weights (P,) in the model's dtype, master (P,) float32 or None where the weights are their own
-    master; gradients (P,). learning_rate η, clip c, finite: 0-d; where finite is False nothing
-    changes. rounding_seed 0-d int64: round stochastically to bfloat16 weights without a master;
-    offset: the index of weights[0] in the whole buffer, of which the noise is a function.
+    weights (P,) in the model's dtype; master (P,) float32, or None if there is none; gradients
+    (P,). learning_rate η, clip c, finite: 0-d; if finite is False nothing changes. rounding_seed
+    0-d int64: round stochastically to bfloat16 weights without a master; offset: the index of
+    weights[0] in the whole buffer, which the rounding noise depends on.
     """
     w = (weights if master is None else master).to(gradients.dtype, copy=True)
     w *= 1 - learning_rate * weight_decay
@@ -471,7 +477,7 @@ def adamw_update(
     rounding_seed: Tensor | None = None,
     offset: int = 0,
 ) -> None:
-    """AdamW (Loshchilov & Hutter 2019, algorithm 2), t = step, 1 at the first update.
+    """AdamW (Loshchilov & Hutter 2019, algorithm 2); t = step, which is 1 at the first update.
 
     m ← β₁ m + (1 - β₁) c g;  v ← β₂ v + (1 - β₂) (c g)²;
     w ← w (1 - η λ) - η (m / (1 - β₁ᵗ)) / (√(v / (1 - β₂ᵗ)) + ε).
@@ -500,7 +506,7 @@ def write_weights(
     rounding_seed: Tensor | None,
     offset: int,
 ) -> None:
-    """Put `updated` (P,) into the master and the weights, or leave both alone if not finite."""
+    """Copy `updated` (P,) to the master and the weights; leave both unchanged if not finite."""
     if master is not None:
         master.copy_(torch.where(finite, updated, master))
     if rounding_seed is not None:
@@ -511,9 +517,9 @@ def write_weights(
 def round_stochastically(x: Tensor, seed: Tensor, offset: int = 0) -> Tensor:
     """float32 (P,) -> bfloat16, up or down with the probability that makes the mean exact.
 
-    bfloat16 is the upper half of a float32. Adding a uniform 16-bit number to the lower half
-    carries into the upper one exactly as often as the lower half is large. The number is a hash of
-    (offset + position, seed), so that every backend draws the same one.
+    bfloat16 is the upper half of a float32. A uniform 16-bit number is added to the lower half: the
+    probability that it carries into the upper half is the size of the lower half. The number is a
+    hash of (offset + position, seed), so that every backend draws the same one.
     """
     index = torch.arange(offset, offset + x.numel(), device=x.device)
     noise = hash32(index, seed) & 0xFFFF

@@ -2,12 +2,12 @@
 
 A compiler can be wrong: Triton gives silently wrong gradients for some kernels on Hopper
 (flash-linear-attention issue 640 saw it with 3.4 to 3.7.0, issue 984 with 3.7.1), and a run trained
-on those looks like a bad learning rate. No version number is proof of a right kernel; the result of
-`check` is. It costs seconds and refuses instead.
+on them looks like one with a bad learning rate. A version number does not prove a kernel right; the
+result of `check` does. It takes seconds.
 
-Each check is a short program of operations, run twice on the same random numbers: by the backend
-that is to train, in the run's dtype, and by `reference`, in float64. What both return is compared
-by name. Fresh memory is full of NaN meanwhile, so that an element that a kernel forgot shows.
+Each check is a short program of operations, run twice on the same random numbers: by the run's
+backend in the run's dtype, and by `reference` in float64. The outputs are compared by name. New
+memory is filled with NaN meanwhile, so that elements that a kernel does not write are found.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from torch import Tensor
 from mantrans.kernels import reference
 from mantrans.kernels.reference import IGNORE_INDEX
 
-# How far the root mean square of the error may go, relative to that of the exact result.
+# Largest allowed root mean square of the error, relative to that of the exact result.
 BOUNDS = {
-    # 8 bits: a rounding errs by 2^-9 at most, and at most a handful of them lie between an input
-    # and an output. A wrong mask, scale or term errs by far more.
+    # 8 bits: a rounding error is at most 2^-9, and only a few of them lie between an input and an
+    # output. A wrong mask, scale or term causes a far larger error.
     torch.bfloat16: 1e-2,
     torch.float16: 2e-3,  # the same with 11 bits
-    # 24 bits, and sums of up to 1e5 terms in any order; products in TF32 would err by 5e-4
+    # 24 bits, and sums of up to 1e5 terms in any order; TF32 products would have errors of 5e-4
     torch.float32: 1e-4,
     torch.float64: 1e-10,
 }
-WORST_ROW = 8  # how much further the worst row may go: rounding errors spread, blunders gather
+WORST_ROW = 8  # factor for the worst row: rounding errors are spread evenly, bugs are not
 
 EPS = 1e-5
 MAX_ROWS = 512
@@ -57,7 +57,7 @@ class Result(NamedTuple):
 
 
 class Shapes(NamedTuple):
-    """The run's sizes, with as few rows as still reach every branch."""
+    """The run's sizes, with the fewest rows that reach every branch."""
 
     B: int
     T: int
@@ -73,7 +73,7 @@ class Shapes(NamedTuple):
     def of_run(
         cls, d_model: int, n_heads: int, d_ffn: int, vocab_size: int, sequence_length: int
     ) -> Shapes:
-        """Widths are the run's own. Only rows, sequences and (beyond MAX_SCORES) T are cut."""
+        """Widths are the run's. Only rows, sequences and (beyond MAX_SCORES) T are reduced."""
         T = min(sequence_length, math.isqrt(MAX_SCORES // n_heads))
         return cls(
             B=2 if 2 * n_heads * T * T <= MAX_SCORES else 1,
@@ -83,7 +83,7 @@ class Shapes(NamedTuple):
             C=d_model,
             F=d_ffn,
             V=vocab_size,
-            Vp=-(-vocab_size // 128) * 128,
+            Vp=reference.padded_vocabulary(vocab_size),
             N=max(3, min(MAX_ROWS, MAX_LOGITS // vocab_size) - 1),  # odd: no multiple of a block
         )
 
@@ -97,7 +97,7 @@ class Draw:
 
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
         self.dtype, self.device = dtype, device
-        self.wide = torch.float64 if dtype == torch.float64 else torch.float32
+        self.wide = reference.wide_dtype(dtype)
         self.generator = torch.Generator(device).manual_seed(20201)
 
     def normal(self, *shape: int, std: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
@@ -111,15 +111,15 @@ class Draw:
         return torch.tensor(value, device=self.device, dtype=self.wide)
 
     def targets(self, high: int, n: int) -> Tensor:
-        """Labels, of which every fifth is to be ignored."""
+        """Labels, every fifth of them ignored."""
         targets = self.integers(high, n)
         targets[::5] = IGNORE_INDEX
         return targets
 
 
 # ---------------------------------------------------------------------------------- the programs
-# Each draws its inputs, and then is run by a backend: see `compare`. Gradients of weights start at
-# 1, so that one that is overwritten instead of added to shows.
+# Each draws its inputs and is then run by a backend: see `compare`. Gradients of weights start at
+# 1, so that overwriting one instead of adding to it is found.
 
 Program = Callable[[Any, Inputs], Outputs]
 
@@ -142,7 +142,7 @@ def by_partial_sums(
 
 def embedding_inputs(s: Shapes, draw: Draw) -> Inputs:
     return {
-        "tokens": draw.integers(s.V, s.B, s.T) % 97,  # few enough that tokens occur again
+        "tokens": draw.integers(s.V, s.B, s.T) % 97,  # few, so that tokens occur more than once
         "table": draw.normal(s.Vp, s.C),
         "positions": draw.normal(s.T, s.C),
         "dx": draw.normal(s.B, s.T, s.C),
@@ -362,7 +362,7 @@ def steps_inputs(s: Shapes, draw: Draw) -> Inputs:
 
 
 def steps(ops: Any, i: Inputs) -> Outputs:
-    """The steps are compared, not where they lead: beside the weights a wrong one looks small."""
+    """Compares the changes, not the new weights: beside the weights a wrong change looks small."""
     outputs: Outputs = {("gradient_norm", "norm"): ops.gradient_norm(i["gradients"])}
     for name, moments in (("sgd_update", ()), ("adamw_update", ("m", "v"))):
         before = [i["weights"], i["master"], *(i[moment] for moment in moments)]
@@ -373,7 +373,7 @@ def steps(ops: Any, i: Inputs) -> Outputs:
                 if new is None or old is None:
                     continue
                 if label == "weights" and i["master"] is not None:
-                    # rounded to few bits, and a step is smaller than those
+                    # a step is smaller than the rounding of these weights
                     outputs[name, f"weights, finite={finite}"] = new
                 else:
                     outputs[name, f"step of {label}, finite={finite}"] = new - old
@@ -381,9 +381,9 @@ def steps(ops: Any, i: Inputs) -> Outputs:
 
 
 def take_step(update: Callable[..., None], state: list[Any], i: Inputs, finite: bool) -> None:
-    """One `sgd_update` or, where the state has moments, `adamw_update` of state in place."""
+    """One `sgd_update` or, if the state has moments, `adamw_update` of state in place."""
     weights, master, *moments = state
-    gradients = i["gradients"].clone()  # a backend may use them up
+    gradients = i["gradients"].clone()  # a backend may overwrite them
     rates = (i["learning_rate"], i["clip"], i["finite"] if finite else ~i["finite"])
     if not moments:
         update(weights, master, gradients, *rates, 0.1)
@@ -419,8 +419,8 @@ def check(
 ) -> list[Result]:
     """Run every operation of the backend `ops` and compare it with the reference.
 
-    The arguments are those of the run. Returns one Result per output. Raises KernelCheckError, of
-    one line that names the operation, the output and its shape, at the first that is wrong.
+    The arguments are the run's. Returns one Result per output. Raises KernelCheckError at the first
+    wrong output: one line with the operation, the output and its shape.
     """
     shapes = Shapes.of_run(d_model, n_heads, d_ffn, vocab_size, sequence_length)
     results = []
@@ -428,13 +428,13 @@ def check(
         inputs = draw_inputs(shapes, Draw(dtype, device))
         for result in compare(ops, program, inputs, dtype):
             results.append(result)
-            if not result.error <= result.bound:  # NaN is not
+            if not result.error <= result.bound:  # true for NaN too
                 raise KernelCheckError(complaint(result, dtype, device))
     return results
 
 
 def compare(ops: Any, program: Program, inputs: Inputs, dtype: torch.dtype) -> Iterator[Result]:
-    """Run one program by `ops` and, in float64, by the reference."""
+    """Run one program with `ops` and, in float64, with the reference."""
     exact = program(reference, {name: in_float64(value) for name, value in inputs.items()})
     watched = Watched(ops)
     try:
@@ -449,15 +449,15 @@ def compare(ops: Any, program: Program, inputs: Inputs, dtype: torch.dtype) -> I
 
 
 def relative_error(actual: Tensor, exact: Tensor) -> float:
-    """The larger of: RMS error over RMS value; the same of the worst row, over WORST_ROW.
+    """The larger of: RMS error / RMS value; the same for the worst row, divided by WORST_ROW.
 
-    A row of small values is held to the RMS of all. NaN or infinite where `actual` is.
+    A row of small values is compared with the RMS of all rows. NaN or infinite if `actual` is.
     """
     actual, exact = (x.double().reshape(-1, x.shape[-1] if x.dim() else 1) for x in (actual, exact))
     size = exact.square().mean().sqrt()
     error = (actual - exact).square().mean(-1)
     row_size = torch.maximum(exact.square().mean(-1).sqrt(), size)
-    tiny = torch.finfo(torch.float64).tiny  # 0 instead of 0/0 for what is exactly zero
+    tiny = torch.finfo(torch.float64).tiny  # gives 0 instead of 0/0 if all values are zero
     whole = error.mean().sqrt() / (size + tiny)
     worst = (error.sqrt() / (row_size + tiny)).max() / WORST_ROW
     return float(torch.maximum(whole, worst))
@@ -466,20 +466,20 @@ def relative_error(actual: Tensor, exact: Tensor) -> float:
 def complaint(result: Result, dtype: torch.dtype, device: torch.device) -> str:
     """The line a user reads."""
     found = (
-        f"is off by {result.error:.1e} (relative RMS), at most {result.bound:.0e} is accepted"
+        f"expected a relative RMS error of at most {result.bound:.0e}, got {result.error:.1e}"
         if math.isfinite(result.error)
-        else "holds elements that are not finite or were never written"
+        else "expected finite elements, got some that are not, or were never written"
     )
     dtype_name = str(dtype).removeprefix("torch.")
     return (
         f"{result.operation} is wrong on {device} in {dtype_name}: "
-        f"{result.output} {result.shape} {found}; "
+        f"{result.output} {result.shape}: {found}; "
         "train with backend native, or with another Triton or ptxas that passes this check"
     )
 
 
 class Watched:
-    """A backend that remembers which operation was asked for last."""
+    """A backend that remembers the last operation called."""
 
     def __init__(self, ops: Any) -> None:
         self.ops, self.current = ops, ""
@@ -491,12 +491,12 @@ class Watched:
 
 @contextlib.contextmanager
 def poisoned_memory() -> Iterator[None]:
-    """Fill what torch.empty and its relatives return with NaN, integers with their largest."""
+    """Fill new memory (torch.empty and similar) with NaN, integers with their largest value."""
     settings: Any = torch.utils.deterministic
     mode, filling = torch.get_deterministic_debug_mode(), settings.fill_uninitialized_memory
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        # the filling is part of this mode; that it also warns is no concern here
+        # the filling is part of this mode, whose warnings do not matter here
         torch.use_deterministic_algorithms(True, warn_only=True)
         settings.fill_uninitialized_memory = True
         try:
@@ -507,7 +507,7 @@ def poisoned_memory() -> Iterator[None]:
 
 
 def in_float64(value: Any) -> Any:
-    """An input of the reference: floating point in float64, all in memory of its own."""
+    """An input of the reference: a copy, with floating point numbers in float64."""
     if not isinstance(value, Tensor):
         return value
     return value.to(torch.float64 if value.is_floating_point() else value.dtype, copy=True)

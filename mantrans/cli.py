@@ -78,7 +78,7 @@ def train(arguments: list[str]) -> int:
     add("--config", default="configs/quickstart.yaml", help="a YAML file")
     add_overrides(parser)
     add("--resume", metavar="PATH", help="a checkpoint, or 'latest': the experiment's newest")
-    add("--no-coherence-eval", action="store_true", help="do not ask a Claude model for marks")
+    add("--no-coherence-eval", action="store_true", help="do not ask a Claude model for scores")
     add(
         "--debug-nan",
         action="store_true",
@@ -126,7 +126,7 @@ def evaluate(arguments: list[str]) -> int:
     add("--max-batches", type=positive, metavar="N", help="stop after N batches of validation data")
     add("--json", type=Path, metavar="FILE", help="also write the report there")
     add("--device", help="auto, cpu, cuda or cuda:N; without it training.device")
-    add("--no-coherence-eval", action="store_true", help="ask no Claude model for marks")
+    add("--no-coherence-eval", action="store_true", help="do not ask a Claude model for scores")
     add_overrides(parser)
     options = parser.parse_args(arguments)
     from mantrans.evaluation import checkpoint

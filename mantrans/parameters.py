@@ -1,13 +1,13 @@
 """Where weights and gradients live: one flat buffer each, and named views into them.
 
-One buffer means one kernel launch for the gradient norm, a few for the optimizer, one tensor to
-save, and a gradient that a matrix product writes is already where the optimizer reads it.
+With flat buffers the gradient norm takes one kernel launch, the optimizer a few, and a matrix
+product writes its gradient where the optimizer reads it.
 
     order     three groups: `tables` (embeddings), `matrices`, `vectors` (biases and gains).
-              Matrices of one shape lie side by side, as one stack (n, M, K); vectors in the order
-              in which the network meets them, so those of one block are one range
+              Matrices of one shape are adjacent, as one stack (n, M, K); vectors are in the order
+              of the forward, so those of one block are one range
     offsets   multiples of 64 elements, so that every view starts on a 128-byte line
-    padding   zeros between views, and zero rows that fill a table up to a convenient height;
+    padding   zeros between views, and zero rows at the end of a table;
               they receive no gradient and stay zero under every optimizer
 """
 
@@ -18,21 +18,23 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
+from mantrans.kernels.reference import wide_dtype
+
 ALIGNMENT = 64
 GROUPS = ("tables", "matrices", "vectors")
 
 
 class Parameter:
-    """One trainable tensor: its name, its shape and how it begins; once placed, where it lives.
+    """One trainable tensor: its name, shape and initialization, later its views in the buffers.
 
     name: as in checkpoints, e.g. "blocks.0.mlp.up.weight".
     shape: (C,), or (rows, columns).
-    std: of the normal numbers that it begins with; None: it begins as `constant`.
+    std: standard deviation of its initial values, which are normal; None: they are `constant`.
     stored_rows: rows in memory, at least shape[0]; None for shape[0].
-    table: whether it is looked up, not multiplied with.
+    table: whether rows are looked up in it, as in an embedding.
 
     `Parameters` sets value (stored shape, the model's dtype) and gradient (stored shape, float32 or
-    float64; for a vector possibly rows of partial sums, see `Parameters.partials`).
+    float64; for a vector possibly rows of partial sums, see `Partials`).
     """
 
     value: Tensor
@@ -54,11 +56,11 @@ class Parameter:
 
     @property
     def stored_elements(self) -> int:
-        """Elements of the flat buffer that it takes, padding included."""
+        """Elements that it takes in a flat buffer, padding included."""
         return -(-numel(self.stored_shape) // ALIGNMENT) * ALIGNMENT
 
-    def begin(self, generator: torch.Generator) -> Tensor:
-        """Its first values, float32 on the CPU, so that a seed means the same on any device."""
+    def initial_values(self, generator: torch.Generator) -> Tensor:
+        """float32, drawn on the CPU, so that a seed gives the same values on any device."""
         if self.std is None:
             return torch.full(self.shape, self.constant)
         return torch.randn(self.shape, generator=generator) * self.std
@@ -88,12 +90,12 @@ class Parameters:
     master     (P,) float32: what the optimizer updates; None where the weights are float32 or
                float64 and thus their own master, or where `keep_master` is False
     gradients  (P,) float32, or float64 for a float64 model: what the backward adds to
-    updates    0-d int64: how often the weights were updated
-    groups     where in the buffers each of GROUPS lies
+    updates    0-d int64: the number of updates so far
+    groups     the range of each of GROUPS in the buffers
 
     training: False leaves out master and gradients.
-    partial_rows: rows in which a backend's kernels leave the sums that are gradients of vectors
-        (`sum_partials` adds them up); 0 if they add to the gradients themselves.
+    partial_rows: rows of partial sums in which the backend's kernels leave gradients of vectors
+        (`sum_partials` adds them up); 0 if the kernels add to the gradients directly.
     """
 
     def __init__(
@@ -117,7 +119,7 @@ class Parameters:
             end += p.stored_elements
             self.groups[p.group] = slice(start, end)
 
-        self.wide = torch.float64 if dtype == torch.float64 else torch.float32
+        self.wide = wide_dtype(dtype)
         self.training = training
         self.weights = torch.zeros(end, dtype=dtype, device=device)
         self.updates = torch.zeros((), dtype=torch.int64, device=device)
@@ -137,7 +139,7 @@ class Parameters:
         return self._offsets[name]
 
     def stored(self, flat: Tensor, name: str) -> Tensor:
-        """The view of `name` in a flat buffer, with its padded rows: what the layers compute on."""
+        """The view of `name` in a flat buffer, padded rows included: the layers compute on it."""
         shape, offset = self.by_name[name].stored_shape, self._offsets[name]
         return flat[offset : offset + numel(shape)].view(shape)
 
@@ -146,7 +148,7 @@ class Parameters:
         return self.stored(flat, name)[: self.by_name[name].shape[0]]
 
     def named(self, flat: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """(name, view) of every parameter, in the order in which the model declares them."""
+        """(name, view) of every parameter, in the order of declaration."""
         for name in self.by_name:
             yield name, self.view(flat, name)
 
@@ -163,19 +165,19 @@ class Parameters:
         """Number of parameters, padding not counted."""
         return sum(numel(p.shape) for p in self.by_name.values())
 
-    def begin(self, seed: int) -> None:
-        """Give every parameter its first values, drawn in the order of declaration."""
+    def initialize(self, seed: int) -> None:
+        """Draw every parameter's initial values, in the order of declaration."""
         generator = torch.Generator().manual_seed(seed)
         for parameter in self.by_name.values():
-            self.write(parameter.name, parameter.begin(generator))
+            self.write(parameter.name, parameter.initial_values(generator))
 
     def write(self, name: str, value: Tensor) -> None:
-        """Set one parameter: the master keeps all digits, the weights are rounded from it.
+        """Set one parameter: the master in full precision, the weights rounded.
 
         Raises ValueError for an unknown name or a shape other than the parameter's.
         """
         if name not in self.by_name:
-            raise ValueError(f"expected one of {', '.join(self.by_name)}, got {name!r}")
+            raise ValueError(f"name: expected one of {', '.join(self.by_name)}, got {name!r}")
         if tuple(value.shape) != self.by_name[name].shape:
             expected, got = self.by_name[name].shape, tuple(value.shape)
             raise ValueError(f"{name}: expected shape {expected}, got {got}")
@@ -184,21 +186,21 @@ class Parameters:
                 self.view(flat, name).copy_(value)
 
     def best_weights(self) -> Tensor:
-        """The flat buffer with the most digits: the master where there is one."""
+        """The most precise flat buffer of the weights: the master if there is one."""
         return self.weights if self.master is None else self.master
 
     def low_precision(self) -> bool:
-        """Whether weights have fewer digits than gradients and no master: they are rounded
-        stochastically, or small updates would be lost."""
+        """Whether weights are less precise than gradients and have no master: they are then
+        rounded stochastically, because rounding to nearest would lose small updates."""
         return self.master is None and self.weights.dtype != self.wide
 
 
 class Partials:
-    """Where kernels leave the gradients of vectors: in rows of partial sums, a block at a time.
+    """Rows of partial sums, in which kernels leave the gradients of one block's vectors.
 
-    A block's vectors are one range of the flat buffer. Two buffers (rows, widest block) take turns,
-    because the norm that a block begins with also sums a bias of the block before it. A vector's
-    `gradient` is its columns in its block's buffer; `finish` sums them into the flat buffer.
+    A block's vectors are one range of the flat buffer. Two buffers (rows, widest block) alternate,
+    because a block's first norm also sums a bias of the block before it. A vector's `gradient` is
+    its columns in its block's buffer; `sum_partials` adds them to the flat buffer.
     """
 
     def __init__(self, parameters: Parameters, rows: int) -> None:
@@ -223,6 +225,6 @@ class Partials:
 
 
 def _block(parameter: Parameter) -> str:
-    """ "blocks.3" for what is in block 3, "" for all else."""
+    """ "blocks.3" for a parameter of block 3, "" outside the blocks."""
     head, number, *_ = parameter.name.split(".")
     return f"{head}.{number}" if head == "blocks" else ""

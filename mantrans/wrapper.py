@@ -1,4 +1,4 @@
-"""CustomTransformerWrapper: what a user holds. A model, its optimizer, and checks on what comes in.
+"""CustomTransformerWrapper: a model with its optimizer, and checks of all arguments.
 
 model = CustomTransformerWrapper(vocab_size=4096, d_model=256, n_blocks=4, n_heads=4)
 outputs = model.forward(input_ids, labels=labels)
@@ -34,15 +34,15 @@ class CustomTransformerWrapper:
     vocab_size, d_model, n_blocks, n_heads, d_ffn (None: 4 · d_model), max_seq_len, tie_embeddings,
         bias, layer_norm_epsilon, initializer_range: as in `mantrans.config.ModelConfig`.
     dtype: torch.float32, torch.bfloat16, torch.float64, or "auto" (see `mantrans.runtime`).
-    device: "cpu", "cuda", "cuda:1", or "auto": a GPU if there is one.
+    device: "cpu", "cuda", "cuda:1", or "auto" (a GPU if there is one).
     backend: "auto", "reference", "native" or "triton" (see `mantrans.kernels.backend`).
     optimizer: "sgd" or "adamw", with `optimizer_options` as its keywords.
     seed: of the initial weights.
-    recompute: "none", "gelu" or "block": activations computed again instead of kept.
+    recompute: "none", "gelu" or "block": which activations are recomputed instead of kept.
     stochastic_rounding: bfloat16 weights without float32 masters.
-    inference: weights alone, 2 bytes a parameter in bfloat16: no gradients, masters or optimizer.
+    inference: only weights, 2 bytes a parameter in bfloat16; no gradients, masters or optimizer.
 
-    Raises ConfigError (a ValueError) that names the argument, what it was and what is accepted.
+    Raises ConfigError (a ValueError): "ARGUMENT: expected X, got Y".
     """
 
     def __init__(
@@ -122,7 +122,7 @@ class CustomTransformerWrapper:
         self.dtype = resolve_dtype(config.dtype, self.device)
         self.config = config.model_copy(update={"dtype": _name(self.dtype)})
         if optimizer not in OPTIMIZERS:
-            raise ConfigError(f"optimizer: found {optimizer!r}; accepted: {', '.join(OPTIMIZERS)}")
+            raise ConfigError(f"optimizer: expected {' or '.join(OPTIMIZERS)}, got {optimizer!r}")
         try:
             ops = backends.choose(backend, self.device)
         except ValueError as wrong:
@@ -147,10 +147,10 @@ class CustomTransformerWrapper:
     # ---------------------------------------------------------------------------------- training
 
     def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
-        """Logits, and with labels the mean loss over those that are not -100.
+        """Logits, and with labels the mean loss over the labels that are not -100.
 
-        input_ids, labels (B, T) integers; labels are input_ids' own positions: they are shifted
-        here, so that the logits at t are compared with the label at t + 1.
+        input_ids, labels (B, T) integers. labels has the positions of input_ids and is shifted
+        here: the logits at t are compared with the label at t + 1.
         Returns {"logits": (B, T, V)} and, with labels, {"loss": 0-d}.
         """
         input_ids = self._checked_ids(input_ids, "input_ids")
@@ -172,10 +172,10 @@ class CustomTransformerWrapper:
     ) -> dict[str, Any]:
         """Forward, backward, clip, update.
 
-        max_grad_norm: what a longer gradient is scaled down to, None for never; if it is left out,
-            the optimizer's own (optimizer_options), 1.0 unless it was set.
-        micro_batches: the batch is worked through in so many parts, to save memory; the gradient is
-        that of the whole batch, a mean over all its targets however they fall into the parts.
+        max_grad_norm: a longer gradient is scaled down to this norm; None never scales. By default
+            the optimizer's (optimizer_options), which is 1.0 unless set.
+        micro_batches: the number of parts in which the batch is processed, to save memory. The
+            gradient is that of the whole batch, a mean over all its targets.
 
         Returns {"loss": float, "status": "ok" | "nan_detected" | "nan_gradient",
         "grad_norm": float}. Unless the status is "ok", weights and moments are unchanged.
@@ -183,7 +183,7 @@ class CustomTransformerWrapper:
         input_ids = self._checked_ids(input_ids, "input_ids")
         targets = shift(self._checked_labels(labels, input_ids))
         optimizer = self.trainable()
-        loss = self.accumulate_gradients(input_ids, targets, micro_batches, anew=True)
+        loss = self.accumulate_gradients(input_ids, targets, micro_batches, overwrite=True)
         rate = torch.tensor(learning_rate, dtype=self._wide, device=self.device)
         outcome = optimizer.step(loss, rate, max_grad_norm=max_grad_norm)
         status = "ok"
@@ -198,16 +198,16 @@ class CustomTransformerWrapper:
         return self.optimizer
 
     def accumulate_gradients(
-        self, tokens: Tensor, targets: Tensor, micro_batches: int = 1, anew: bool = False
+        self, tokens: Tensor, targets: Tensor, micro_batches: int = 1, overwrite: bool = False
     ) -> Tensor:
         """Add the gradient of the mean loss over (B, T) tokens and targets; returns that loss.
 
-        anew: gradients begin with this batch instead of being added to.
+        overwrite: replace the gradients instead of adding to them.
         """
         scale = mean_scale(targets, self._wide)
         parts = zip(tokens.chunk(micro_batches), targets.chunk(micro_batches), strict=True)
         losses = [
-            self.model.forward_backward(t, y, scale, accumulate=not anew or i > 0)
+            self.model.forward_backward(t, y, scale, accumulate=not overwrite or i > 0)
             for i, (t, y) in enumerate(parts)
         ]
         return torch.stack(losses).sum()
@@ -229,9 +229,9 @@ class CustomTransformerWrapper:
         """Continue prompts by sampling (see `mantrans.models.generation`).
 
         input_ids: (B, T) or (T,) integers, or a list of prompts of different lengths.
-        max_length counts the prompt. A row ends after eos_token_id.
-        Returns (B, L) int64 for a tensor, rows that ended early filled up with eos_token_id; for a
-        list, a list of 1-D tensors.
+        max_length includes the prompt. A row ends after eos_token_id.
+        Returns (B, L) int64 for a tensor, where rows that ended early are padded with eos_token_id;
+        for a list, a list of 1-D tensors.
         """
         as_tensor = isinstance(input_ids, Tensor)
         rows = self._checked_prompts(input_ids)
@@ -268,9 +268,9 @@ class CustomTransformerWrapper:
         seed: int = 0,
         use_cache: bool = True,
     ) -> Iterator[list[int | None]]:
-        """The new tokens of `generate`, with its arguments, each step's as soon as it is drawn.
+        """The new tokens of `generate`, with the same arguments, as soon as they are drawn.
 
-        Yields a list with one token a prompt, None for a prompt whose row has ended. Wrong
+        Yields at each step a list with one token per prompt, None for a row that has ended. Wrong
         arguments raise ValueError at once, not at the first token.
         """
         prompts = self._checked_prompts(input_ids)
@@ -287,12 +287,12 @@ class CustomTransformerWrapper:
             use_cache=use_cache,
         )
 
-    # ----------------------------------------------------------------------------------- keeping
+    # ------------------------------------------------------------------------ saving and loading
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that determines the model's future: plain data and tensors, by name.
+        """The complete state of model and optimizer: plain data and tensors, by name.
 
-        The tensors are the model's own memory, as in PyTorch: copy them to keep them.
+        As in PyTorch, the tensors share the model's memory: copy them to keep them.
         """
         p = self.model.parameters
         moments = self.optimizer.state() if self.optimizer else {}
@@ -306,9 +306,9 @@ class CustomTransformerWrapper:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what `state_dict` gave; the optimizer's part where both are of the same kind.
+        """Load what `state_dict` returned; the optimizer's part if it is of the same kind.
 
-        Raises CheckpointError if it is of another shape. Nothing is changed before all is checked.
+        Raises CheckpointError for another shape. Everything is checked before anything is changed.
         """
         p = self.model.parameters
         check_same_parameters(state["parameters"], p.by_name)
@@ -330,7 +330,7 @@ class CustomTransformerWrapper:
         state_file.save(path, {**self.state_dict(), "extra": extra})
 
     def load_checkpoint(self, path: str | Path) -> dict[str, Any]:
-        """Take over a checkpoint's weights and optimizer; returns its extras.
+        """Load a checkpoint's weights and optimizer; returns its `extra`.
 
         Raises CheckpointError for a file that is damaged or of a model of another shape.
         """
@@ -341,10 +341,10 @@ class CustomTransformerWrapper:
 
     @classmethod
     def from_checkpoint(cls, path: str | Path, **keywords: Any) -> CustomTransformerWrapper:
-        """The model that a checkpoint holds. `keywords` override device, backend, dtype, ...
+        """The model in a checkpoint. `keywords` override device, backend, dtype, ...
 
-        Raises CheckpointError, before memory is taken for the model, for a file that is damaged or
-        whose weights are not those that its description of the model asks for.
+        Raises CheckpointError for a file that is damaged, or whose weights do not fit its own
+        description of the model. The model's memory is allocated only after these checks.
         """
         state = state_file.load(path)
         with state_file.understood(path):
@@ -352,7 +352,7 @@ class CustomTransformerWrapper:
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any], **keywords: Any) -> CustomTransformerWrapper:
-        """The model that a `state_dict` describes; CheckpointError if its weights are another's."""
+        """The model that a `state_dict` describes; CheckpointError if its weights do not fit."""
         config = ModelConfig.complete(dict(state["model_config"]), "CustomTransformer")
         described = {p.name: p for p in build(config).parameters()}
         check_same_parameters(state["parameters"], described)
@@ -368,10 +368,10 @@ class CustomTransformerWrapper:
     def from_pretrained(cls, directory: str | Path, **keywords: Any) -> CustomTransformerWrapper:
         """The model in a folder of transformers' GPT-2 format (see `mantrans.interop.huggingface`).
 
-        keywords: dtype, device, backend, optimizer, ... as for the class; whatever the dtype of the
-        file, that of the model is float32 unless given. The network's shape is the folder's.
+        keywords: dtype, device, backend, optimizer, ... as for the class. The model is float32
+        unless dtype is given, whatever the file's dtype. The network's shape is the folder's.
 
-        Raises CheckpointError, before memory is taken for the model, for a folder of anything else.
+        Raises CheckpointError for any other folder, before the model's memory is allocated.
         """
         shape = huggingface.read_shape(directory)
         weights = huggingface.Weights(directory, build(ModelConfig(**shape)).parameters())
@@ -381,17 +381,17 @@ class CustomTransformerWrapper:
         return wrapper
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Write the weights, the masters where there are any, as transformers' GPT-2.
+        """Write the weights (the masters if there are any) in transformers' GPT-2 format.
 
         Raises CheckpointError if the folder cannot be written.
         """
         p = self.model.parameters
         huggingface.save(directory, self.config, dict(p.named(p.best_weights())))
 
-    # --------------------------------------------------------------------------------- what it is
+    # -------------------------------------------------------------------------------- information
 
     def count_parameters(self) -> int:
-        """Number of parameters; tied embeddings count once, padding does not count."""
+        """Number of parameters. Tied embeddings count once; padding does not count."""
         return self.model.parameters.count()
 
     def get_model_info(self) -> dict[str, Any]:
@@ -417,27 +417,27 @@ class CustomTransformerWrapper:
         return self.model.parameters.wide
 
     def _checked_ids(self, ids: Tensor, name: str, any_length: bool = False) -> Tensor:
-        """(B, T) int64 on the model's device; ValueError for what would be a wrong index."""
+        """(B, T) int64 on the model's device; ValueError for ids outside the vocabulary."""
         if ids.dim() != 2 or ids.is_floating_point() or ids.numel() == 0:
             raise ValueError(
-                f"{name}: found shape {tuple(ids.shape)} of {ids.dtype}; "
-                "accepted: (batch, sequence) integers, at least one"
+                f"{name}: expected integers (batch, sequence), at least one, "
+                f"got shape {tuple(ids.shape)} of {ids.dtype}"
             )
         if not any_length and ids.shape[1] > self.config.max_seq_len:
             raise ValueError(
-                f"{name}: found {ids.shape[1]} tokens a row; "
-                f"accepted: at most max_seq_len ({self.config.max_seq_len})"
+                f"{name}: expected at most max_seq_len ({self.config.max_seq_len}) tokens a row, "
+                f"got {ids.shape[1]}"
             )
         low, high = ids.min().item(), ids.max().item()
         if low < 0 or high >= self.model.vocab_size:
             raise ValueError(
-                f"{name}: found token ids from {low} to {high}; "
-                f"accepted: 0 to {self.model.vocab_size - 1}"
+                f"{name}: expected token ids from 0 to {self.model.vocab_size - 1}, "
+                f"got {low} to {high}"
             )
         return ids.to(self.device, torch.int64)
 
     def _checked_prompts(self, input_ids: Tensor | Sequence) -> list[list[int]]:
-        """Each prompt's tokens, of any number but none."""
+        """The tokens of each prompt, at least one."""
         rows = [input_ids] if isinstance(input_ids, Tensor) and input_ids.dim() == 1 else input_ids
         return [
             self._checked_ids(torch.as_tensor(row)[None], "input_ids", any_length=True)[0].tolist()
@@ -447,8 +447,8 @@ class CustomTransformerWrapper:
     def _checked_labels(self, labels: Tensor, input_ids: Tensor) -> Tensor:
         if labels.shape != input_ids.shape:
             raise ValueError(
-                f"labels: found shape {tuple(labels.shape)}; "
-                f"accepted: input_ids' own, {tuple(input_ids.shape)}"
+                f"labels: expected the shape of input_ids, {tuple(input_ids.shape)}, "
+                f"got {tuple(labels.shape)}"
             )
         labels = labels.to(self.device, torch.int64)
         self._checked_ids(labels.where(labels != IGNORE_INDEX, 0), "labels")
@@ -456,29 +456,29 @@ class CustomTransformerWrapper:
 
 
 def shift(labels: Tensor) -> Tensor:
-    """Labels (B, T) -> targets (B, T): at each position the next label; the last has none."""
+    """Labels (B, T) -> targets (B, T): at each position the next label, -100 at the last."""
     ending = torch.full_like(labels[:, :1], IGNORE_INDEX)
     return torch.cat([labels[:, 1:], ending], dim=1)
 
 
 def mean_scale(targets: Tensor, dtype: torch.dtype) -> Tensor:
-    """1 / number of targets that count, 0-d: what makes a sum of losses their mean."""
+    """1 / number of targets that are not -100, 0-d: turns a sum of losses into their mean."""
     return 1 / (targets != IGNORE_INDEX).sum().clamp(min=1).to(dtype)
 
 
 def check_same_parameters(found: dict[str, Tensor], described: dict[str, Parameter]) -> None:
-    """Raises CheckpointError unless names and shapes are those of the model."""
+    """Raise CheckpointError unless names and shapes are those of the model."""
     if found.keys() != described.keys():
         odd = sorted(found.keys() ^ described.keys())
         raise CheckpointError(
-            f"checkpoint and model differ in {len(odd)} parameters, the first of them {odd[0]}; "
-            "accepted: a checkpoint of a model of the same shape"
+            f"checkpoint: expected the parameters of this model, got others: {len(odd)} names "
+            f"differ, the first is {odd[0]}"
         )
     for name, value in found.items():
         if tuple(value.shape) != described[name].shape:
             raise CheckpointError(
-                f"checkpoint parameter {name}: found shape {tuple(value.shape)}; "
-                f"accepted: the model's, {described[name].shape}"
+                f"checkpoint: {name}: expected shape {described[name].shape}, "
+                f"got {tuple(value.shape)}"
             )
 
 
@@ -488,7 +488,7 @@ def _name(dtype: torch.dtype) -> str:
 
 def _checked_count(found: Any) -> int:
     if type(found) is not int or found < 0:
-        raise CheckpointError(f"optimizer_updates: found {found!r:.20}; accepted: a count of steps")
+        raise CheckpointError(f"optimizer_updates: expected a count of steps, got {found!r:.20}")
     return found
 
 

@@ -88,7 +88,7 @@ MUTATIONS = (
         "decode_attention",
         "there = keys < end",
         "there = keys <= end",
-        "fused_training",
+        "triton_training",
     ),
     Mutation(
         "LayerNorm leaves ε out",
@@ -142,8 +142,8 @@ MUTATIONS = (
     Mutation(
         "a row of partial sums is overwritten, not added to",
         "layer_norm",
-        "tl.load(ptrs, mask=in_columns, other=0.0) + tl.sum(tile, 0)",
-        "tl.sum(tile, 0)",
+        "sums += tl.load(ptrs, mask=in_columns, other=0.0)",
+        "sums += 0.0",
         "layer_norm",
     ),
     Mutation(

@@ -239,16 +239,31 @@ def changed(name: str, value: object) -> dict[str, Any]:
 
 
 MALFORMED: dict[str, tuple[Callable[[], object], str]] = {
-    "too few": (lambda: scores_for((5, 4, 3)), "1 scores for 2 samples"),
-    "too many": (lambda: scores_for(*[(5, 4, 3)] * 3), "3 scores for 2 samples"),
-    "zero": (lambda: changed("plot", 0), "plot of sample 2 is 0"),
-    "six": (lambda: changed("grammar", 6), "grammar of sample 2 is 6"),
-    "half": (lambda: changed("grammar", 4.5), "grammar of sample 2 is 4.5"),
-    "word": (lambda: changed("grammar", "good"), "grammar of sample 2 is 'good'"),
-    "truth": (lambda: changed("coherence", True), "coherence of sample 2 is True"),
+    "too few": (lambda: scores_for((5, 4, 3)), "expected 2 scores, got 1"),
+    "too many": (lambda: scores_for(*[(5, 4, 3)] * 3), "expected 2 scores, got 3"),
+    "zero": (
+        lambda: changed("plot", 0),
+        "plot of sample 2: expected an integer from 1 to 5, got 0",
+    ),
+    "six": (
+        lambda: changed("grammar", 6),
+        "grammar of sample 2: expected an integer from 1 to 5, got 6",
+    ),
+    "half": (
+        lambda: changed("grammar", 4.5),
+        "grammar of sample 2: expected an integer from 1 to 5, got 4.5",
+    ),
+    "word": (
+        lambda: changed("grammar", "good"),
+        "grammar of sample 2: expected an integer from 1 to 5, got 'good'",
+    ),
+    "truth": (
+        lambda: changed("coherence", True),
+        "coherence of sample 2: expected an integer from 1 to 5, got True",
+    ),
     "absent": (lambda: without(scores_for((5, 4, 3), (1, 1, 1)), "plot"), "plot of sample 1"),
-    "other order": (lambda: changed("sample", 1), "not about sample 2"),
-    "entry is a number": (lambda: {"scores": [1, 2]}, "not about sample 1"),
+    "other order": (lambda: changed("sample", 1), "expected sample 2"),
+    "entry is a number": (lambda: {"scores": [1, 2]}, "expected sample 1"),
     "scores is a number": (lambda: {"scores": 3}, "no list of scores"),
     "a list": (lambda: [1, 2], "no list of scores"),
 }

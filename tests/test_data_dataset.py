@@ -124,11 +124,11 @@ def test_a_written_end_of_text_inside_a_document_does_not_end_it(
 @pytest.mark.parametrize(
     ("raw", "message"),
     [
-        (b"", "no text was found"),
-        (b"\n\n \r\n", "no text was found"),
-        (b"\xef\xbb\xbf", "no text was found"),
+        (b"", "expected a document"),
+        (b"\n\n \r\n", "expected a document"),
+        (b"\xef\xbb\xbf", "expected a document"),
         (b"a", "2 tokens in all are too few"),
-        (b"\xff", "not UTF-8 at byte 0"),
+        (b"\xff", "expected UTF-8, got 0xff at byte 0"),
     ],
 )
 def test_text_too_small_or_broken_is_one_line(
@@ -337,11 +337,14 @@ def test_a_cache_of_another_tokenizer_is_refused(tmp_path: Path, tokenizer: Toke
     config = local(numbered(tmp_path / "a.txt", 100))
     path = prepare(config, tokenizer, cache_dir=tmp_path, quiet=True).train.path
     for facts, message in (
-        ({"tokenizer_hash": "other", "tokenizer": "theirs"}, "another tokenizer.*'theirs'"),
-        ({"tokenizer_hash": tokenizer.hash}, "holds token 5000"),
+        (
+            {"tokenizer_hash": "other", "tokenizer": "theirs"},
+            "expected the tokenizer .*, got 'theirs'",
+        ),
+        ({"tokenizer_hash": tokenizer.hash}, "got 5000: it was written with another tokenizer"),
     ):
         with ShardWriter(path, 6000, facts) as writer:
-            writer.write([1, 5000 if "holds" in message else 1], 1, 1)
+            writer.write([1, 5000 if "5000" in message else 1], 1, 1)
         with pytest.raises(DataError, match=message):
             prepare(config, tokenizer, cache_dir=tmp_path, quiet=True)
 
@@ -425,9 +428,11 @@ def test_two_processes_at_once_agree(tmp_path: Path) -> None:
 
 
 def test_unknown_and_incomplete_names_are_one_line() -> None:
-    with pytest.raises(DataError, match="'tinystory' is unknown; did you mean 'tinystories'"):
+    with pytest.raises(
+        DataError, match=r"expected one of .*, got 'tinystory'; did you mean 'tinystories'"
+    ):
         find_source("tinystory")
-    with pytest.raises(DataError, match=r"data\.path is missing"):
+    with pytest.raises(DataError, match=r"data\.path: expected a file or folder"):
         find_source("local")
 
 
@@ -476,7 +481,7 @@ def test_hub_sets_give_their_columns(
     assert [piece.text for piece in splits.train] == [document] * 3
     assert splits.validation is not None
     assert [piece.text for piece in splits.validation] == [document]
-    with pytest.raises(DataError, match=r"no column 'body'; it has .*set data\.text_field"):
+    with pytest.raises(DataError, match=r"expected a column 'body', got .*set data\.text_field"):
         list(find_source(name, text_field="body").open(ReadReport()).train)
 
 

@@ -120,12 +120,12 @@ def test_a_hostile_header_is_refused(tmp_path: Path, changes: dict, reason: str)
 def test_a_token_outside_the_vocabulary_is_refused(tmp_path: Path) -> None:
     stream = TokenStream(written(tmp_path / "a.tokens", [1, 4095]))
     stream.require_vocabulary(4096)
-    with pytest.raises(DataError, match="holds token 4095, but the vocabulary has ids 0 to 4094"):
+    with pytest.raises(DataError, match="expected tokens 0 to 4094, got 4095"):
         stream.require_vocabulary(4095)
     for wrong in (-1, 4096, 2**40):
         with (
             ShardWriter(tmp_path / "b.tokens", 4096) as writer,
-            pytest.raises(DataError, match="tokens must be 0 to 4095"),
+            pytest.raises(DataError, match="expected tokens 0 to 4095, got"),
         ):
             writer.write([5, wrong], n_bytes=1, n_documents=0)
 

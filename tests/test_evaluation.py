@@ -130,7 +130,7 @@ def test_measures_from_sums():
     assert math.isnan(Perplexity(nats=1.0, tokens=1, bytes=0).bits_per_byte)
 
 
-@pytest.mark.parametrize(("stream", "words"), [([], "0 tokens"), ([1, 7], "token 7")])
+@pytest.mark.parametrize(("stream", "words"), [([], "got 0"), ([1, 7], "got 7")])
 def test_data_that_cannot_be_measured(stream: list[int], words: str):
     with pytest.raises(DataError, match=words):
         measure(

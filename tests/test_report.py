@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from mantrans.cli import main
@@ -124,6 +124,7 @@ def test_labels_have_the_digits_that_tell_ticks_apart() -> None:
 
 
 @given(st.floats(1e-6, 1e6), st.floats(1.001, 1e9))
+@example(999999.9999999999, 4.0)
 def test_a_logarithmic_axis_is_even_in_ratios_and_has_readable_ticks(low, ratio) -> None:
     axis = Scale.around([low, low * ratio], log=True)
     places = [axis(value) for value, _ in axis.ticks]
@@ -314,13 +315,16 @@ def test_bad_input_is_one_line_and_status_2(tmp_path: Path, capsys: Any) -> None
     (broken / "report.json").write_text('["not", "a report"]')
     (tmp_path / "empty").mkdir()
     for arguments, words in (
-        ([tmp_path / "absent"], "absent: no such folder"),
-        ([tmp_path / "empty"], "no metrics.jsonl in it"),
-        ([run / "metrics.jsonl"], "no such folder"),
-        ([broken], "report.json: not understood"),
-        ([run, "--compare", tmp_path / "empty"], "no metrics.jsonl in it"),
-        ([run, "--compare", *[run] * 5], "found 5 runs; accepted: at most 4"),
-        ([run, "--output", tmp_path], "found no regular file"),
+        (
+            [tmp_path / "absent"],
+            "absent: expected a folder that train.py wrote, got no such folder",
+        ),
+        ([tmp_path / "empty"], "got one without metrics.jsonl"),
+        ([run / "metrics.jsonl"], "got no such folder"),
+        ([broken], "report.json: expected the JSON object"),
+        ([run, "--compare", tmp_path / "empty"], "got one without metrics.jsonl"),
+        ([run, "--compare", *[run] * 5], "expected at most 4 runs, got 5"),
+        ([run, "--output", tmp_path], "expected the name of an HTML file, got no regular file"),
         ([run, "--output", tmp_path / "no" / "page.html"], "cannot be written"),
     ):
         assert main(["report", *map(str, arguments)]) == 2
@@ -366,4 +370,7 @@ def test_a_run_ends_with_its_page_and_not_for_want_of_one(tmp_path: Path, capsys
     file.mkdir()
     assert Trainer(tiny(tmp_path)).run() is not None
     warnings = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
-    assert len(warnings) == 1 and "report.html: found no regular file" in warnings[0]
+    assert (
+        len(warnings) == 1
+        and "report.html: expected the name of an HTML file, got no regular file" in warnings[0]
+    )

@@ -244,7 +244,7 @@ def test_the_diagnosis_sees_what_only_a_later_micro_batch_breaks(micro_batches: 
         [True] if micro_batches == 1 else [False, True]
     )
     said = first_non_finite(wrapper.model, step.batch())
-    assert "the embedding's output, right after the tokens" in said
+    assert "blocks.0.norm_1.x, right after the tokens" in said
 
     embedding.forward = embed
     backward = wrapper.model.blocks[0].mlp.backward

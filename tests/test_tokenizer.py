@@ -137,7 +137,7 @@ def test_half_a_surrogate_pair_is_one_clear_error(shipped: Tokenizer) -> None:
 
 def test_decoding_refuses_ids_out_of_range(shipped: Tokenizer) -> None:
     for wrong in (-1, 4096, 2**70):
-        with pytest.raises(DataError, match="ids are 0 to 4095"):
+        with pytest.raises(DataError, match=f"expected token ids 0 to 4095, got {wrong}"):
             shipped.decode([1, wrong])
 
 
@@ -174,7 +174,7 @@ def test_the_hash_sees_every_change(shipped: Tokenizer, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["../secrets", "a/../../b", "", " ", "nul\0", "..", "/srv/../etc"])
 def test_names_that_climb_are_refused(name: str) -> None:
-    with pytest.raises(DataError, match="is refused"):
+    with pytest.raises(DataError, match=r"without '\.\.'"):
         load_tokenizer(name)
 
 
@@ -192,7 +192,7 @@ def test_a_link_out_of_the_shipped_folder_is_refused(
 def test_an_unknown_name_is_told_the_nearest() -> None:
     with pytest.raises(DataError, match=r"did you mean 'tinystories_bpe_4096'"):
         load_tokenizer("tinystories_bpe_4069")
-    with pytest.raises(DataError, match=r"neither tokenizer\.json nor vocab\.json"):
+    with pytest.raises(DataError, match=r"expected tokenizer\.json, or vocab\.json"):
         load_tokenizer(Path(__file__).parent)
 
 
@@ -399,15 +399,15 @@ def test_held_out_documents_are_left_out_of_training(tmp_path: Path) -> None:
     [
         (["train", "--output", "{tmp}/x"], "got neither"),
         (["train", "--output", "{tmp}", "--dataset", "builtin-stories"], "exists already"),
-        (["train", "--output", "{tmp}/x", "--input", "{tmp}/no.txt"], "no such file"),
+        (["train", "--output", "{tmp}/x", "--input", "{tmp}/no.txt"], "got no such path"),
         (["train", "--output", "{tmp}/x", "--input", "{tmp}/tiny.txt"], "the text gives, got"),
         (
             ["train", "--output", "{tmp}/x", "--input", "{tmp}/tiny.txt", "--vocab-size", "9"],
             "at least 257",
         ),
-        (["analyze", "--tokenizer", "nope", "--dataset", "builtin-stories"], "not found"),
+        (["analyze", "--tokenizer", "nope", "--dataset", "builtin-stories"], "got 'nope'"),
         (["analyze", "--tokenizer", NAME, "--input", "{tmp}/empty.txt"], "got no document"),
-        (["encode", "--tokenizer", "../x", "a"], "is refused"),
+        (["encode", "--tokenizer", "../x", "a"], "without '..', got '../x'"),
     ],
 )
 def test_mistakes_are_one_line(

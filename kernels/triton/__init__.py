@@ -1,7 +1,7 @@
 """The Triton operations, under the names that `reference` and `native` give them.
 
-Matrix products are cuBLAS's, as in `native`: nothing is gained over it. All else is one kernel, or
-two where a sum over all rows is needed, in the file that bears its name.
+Matrix products use cuBLAS, as in `native`: our own would not be faster. All else is one kernel,
+or two if it sums over all rows, in a file of its name.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def linear_backward(
     dbias: Tensor | None = None,
     accumulate: bool = True,
 ) -> Tensor:
-    """See `reference.linear_backward`: native's products, and our column sums for the bias."""
+    """See `reference.linear_backward`. Products as in `native`; our column sums for the bias."""
     if dbias is not None:
         bias_gradient(dy, dbias)
     return native.linear_backward(dy, x, weight, dweight, accumulate=accumulate)

@@ -6,10 +6,9 @@
     w ← w - η (m / (1 - β₁ᵗ)) / (√(v / (1 - β₂ᵗ)) + ε)
 
 Each element is read once and written once: 16 bytes in (g, m, v, master), 14 out (m, v, master and
-the bfloat16 weight). η, c, t and the flag that says whether the gradient is finite are read from
-device memory, so that a captured step decides there; where the flag is False nothing at all is
-written. The two bias corrections are formed in float64, as 1 - 0.999 in float32 would keep only
-four digits.
+the bfloat16 weight). η, c, t and the finite flag are read from device memory, as a captured step
+needs; if the flag is False nothing is written. The two bias corrections are computed in float64,
+because 1 - 0.999 in float32 would keep only four digits.
 """
 
 from __future__ import annotations
@@ -33,12 +32,12 @@ from mantrans.kernels.triton.weights import (
     store_weights,
 )
 
-SMALLEST_BETA = 1e-300  # stands for 0, whose logarithm is not a number: its powers underflow to 0
+SMALLEST_BETA = 1e-300  # in place of 0, which has no logarithm; its powers underflow to 0
 
 
 @triton.jit
 def bias_correction(step, LOG_BETA: tl.constexpr):
-    """1 / (1 - βᵗ), float32, formed in float64.   step t: 0-d float64."""
+    """1 / (1 - βᵗ), float32, computed in float64.   step t: 0-d float64."""
     power = tl.exp(step * tl.full((), LOG_BETA, tl.float64))
     return (1.0 / (1.0 - power)).to(tl.float32)
 
@@ -67,7 +66,7 @@ def adamw_kernel(
 ):
     """Program p updates elements p·BLOCK and on.
 
-    weights_ptr        (n,) any float: written; read where there is no master
+    weights_ptr        (n,) any float: written; read if there is no master
     master_ptr         (n,) float32: read and written, or None
     gradients_ptr      (n,) float32
     exp_avg_ptr        (n,) float32: m, read and written
@@ -77,7 +76,7 @@ def adamw_kernel(
     clip_ptr           0-d float32 or float64: c
     finite_ptr         0-d bool
     seed_ptr           0-d int64: round the weights stochastically with it, or None
-    n                  a multiple of 16 keeps the last loads whole
+    n                  best a multiple of 16, which splits no load
     offset             of the first element in the whole buffer
     """
     if tl.load(finite_ptr):
@@ -104,10 +103,10 @@ def adamw_kernel(
 
 
 def constants(beta1: float, beta2: float, eps: float, weight_decay: float) -> dict[str, float]:
-    """The numbers of a run, compiled into its kernel."""
+    """The run's constants, compiled into its kernel."""
     for name, beta in (("beta1", beta1), ("beta2", beta2)):
         if not 0 <= beta < 1:
-            refuse(name, beta, "0 <= value < 1")
+            refuse(name, beta, "at least 0 and below 1")
     return {
         "BETA1": beta1,
         "BETA2": beta2,
@@ -166,7 +165,7 @@ def adamw_update(
 
 
 def resource_cases() -> list[ResourceCase]:
-    """Each way of keeping weights."""
+    """Each precision of the weights."""
     buffers = {name: "*fp32" for name in ("gradients_ptr", "exp_avg_ptr", "exp_avg_sq_ptr")}
     numbers = {name: "*fp32" for name in ("step_ptr", "learning_rate_ptr", "clip_ptr")}
     return [

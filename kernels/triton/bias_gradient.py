@@ -2,9 +2,8 @@
 
     backward of y = x Wᵀ + b:    db_m += Σ_n dy_nm
 
-Each program sums its share of the rows and adds it to one row of partial sums: see `partials`. The
-kernels whose pass over the rows can take a bias along (GELU, and the norm for the branch that it
-adds) do that instead.
+Each program sums its share of the rows and adds it to one row of partial sums: see `partials`.
+GELU's backward sums its bias gradient in its own pass, as does the norm for the branch it adds.
 """
 
 from __future__ import annotations
@@ -25,10 +24,10 @@ from mantrans.kernels.triton.launch import (
 )
 from mantrans.kernels.triton.partials import check_vector_gradient, most_programs, rows_for
 
-BLOCK_COLUMNS = 256  # one warp: 32 lanes of 8 bf16, 16 bytes each, and sums never leave a lane
-BLOCK_ROWS = 8  # eight loads under way in each lane
-MIN_ROWS_A_PROGRAM = 32  # below this a partial row costs too much beside the rows it sums
-WARPS_A_MULTIPROCESSOR = 24  # of every kernel here and in GELU's backward: all are resident
+BLOCK_COLUMNS = 256  # one warp: 32 lanes with 8 bf16 (16 bytes) each; sums stay within a lane
+BLOCK_ROWS = 8  # eight loads in flight per lane
+MIN_ROWS_A_PROGRAM = 32  # with fewer, the partial row costs too much beside the rows it sums
+WARPS_A_MULTIPROCESSOR = 24  # all resident, of every kernel here and in GELU's backward
 
 
 @triton.jit(do_not_specialize=["n_rows", "n_programs"])
@@ -39,6 +38,7 @@ def column_sums_kernel(
     n_columns,
     n_programs,
     stride,
+    ACCUMULATE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
@@ -46,6 +46,7 @@ def column_sums_kernel(
 
     dy_ptr    (n_rows, n_columns) any float: the matrix
     sums_ptr  (n_programs, n_columns) float32, rows `stride` apart: program p adds to row p
+              (ACCUMULATE) or overwrites it
     """
     program = tl.program_id(1)
     columns = tl.program_id(0) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
@@ -57,39 +58,40 @@ def column_sums_kernel(
         offsets = rows.to(tl.int64)[:, None] * n_columns + columns[None, :]
         mask = (rows < n_rows)[:, None] & in_columns[None, :]
         sums += tl.sum(tl.load(dy_ptr + offsets, mask=mask, other=0.0).to(tl.float32), 0)
-    sums += tl.load(sums_ptrs, mask=in_columns, other=0.0)
+    if ACCUMULATE:
+        sums += tl.load(sums_ptrs, mask=in_columns, other=0.0)
     tl.store(sums_ptrs, sums, mask=in_columns)
 
 
 def column_blocks(n_columns: int) -> tuple[int, int]:
-    """(BLOCK_COLUMNS, how many of them) for one warp a block."""
+    """(BLOCK_COLUMNS, number of blocks) for one warp per block."""
     block = min(BLOCK_COLUMNS, next_power_of_two(n_columns))
     return block, cdiv(n_columns, block)
 
 
 def row_programs(n_rows: int, n_blocks: int, device: torch.device, most: int | None = None) -> int:
-    """How many one-warp programs share the rows of one column block, for a GPU that is full."""
+    """The number of one-warp programs per column block that fill the GPU."""
     wanted = cdiv(WARPS_A_MULTIPROCESSOR * multiprocessors(device), n_blocks)
     return max(1, min(wanted, n_rows // MIN_ROWS_A_PROGRAM, most or wanted))
 
 
 def add_column_sums(matrix: Tensor, sums: Tensor) -> None:
-    """sums += matrix.sum(0).   matrix (N, M) any float, contiguous; sums (M,) float32, or (P, M)
-    whose rows add up to it."""
+    """sums += matrix.sum(0).   matrix (N, M) any float, contiguous; sums (M,) float32, or partial
+    sums (P, M)."""
     n_rows, n_columns = matrix.shape
     block, n_blocks = column_blocks(n_columns)
     n_programs = row_programs(n_rows, n_blocks, matrix.device, most_programs(sums))
-    with rows_for(n_programs, sums) as (rows,):
-        assert rows is not None
+    with rows_for(n_programs, sums) as rows:
         launch(
             column_sums_kernel,
             (n_blocks, n_programs),
             matrix,
-            rows,
+            *rows.tensors,
             n_rows,
             n_columns,
             n_programs,
-            rows.stride(0),
+            rows.stride,
+            ACCUMULATE=rows.accumulate,
             BLOCK_ROWS=BLOCK_ROWS,
             BLOCK_COLUMNS=block,
             num_warps=1,
@@ -108,7 +110,7 @@ def bias_gradient(dy: Tensor, dbias: Tensor) -> None:
 
 
 def resource_cases() -> list[ResourceCase]:
-    """The shipped configurations: one for each dtype."""
+    """The shipped configurations, one per dtype."""
     return [_sums_case(dtype) for dtype in TRITON_NAME.values()]
 
 
@@ -119,7 +121,7 @@ def _sums_case(dtype: str) -> ResourceCase:
         name=f"column_sums {dtype}",
         fn=column_sums_kernel,
         signature={**pointers, **lengths},
-        constexprs={"BLOCK_ROWS": BLOCK_ROWS, "BLOCK_COLUMNS": BLOCK_COLUMNS},
+        constexprs={"ACCUMULATE": True, "BLOCK_ROWS": BLOCK_ROWS, "BLOCK_COLUMNS": BLOCK_COLUMNS},
         divisible_by_16=(*pointers, "n_columns", "stride"),
         num_warps=1,
         num_stages=3,

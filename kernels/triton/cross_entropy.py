@@ -1,23 +1,23 @@
-"""Softmax cross-entropy with its gradient in place, and the output projection fused around it.
+"""Softmax cross-entropy with its gradient in place, alone and together with the output projection.
 
     forward     lse_n = log Σ_v exp(z_nv)          loss_n = lse_n - z_n,target
     backward    dz_nv = (exp(z_nv - lse_n) - [v = target]) · scale
 
-A row of logits is one program. The first pass keeps, in each of LANES lanes, a running maximum m
-and the sum s of exp(z - m) over the columns that lane has seen (Milakov & Gimelshein 2018):
+One program processes one row of logits. In the first pass each of LANES lanes keeps a running
+maximum m and the sum s of exp(z - m) over its columns (Milakov & Gimelshein 2018):
 
     m' = max(m, z)      s' = s · exp(m - m') + exp(z - m')
 
-so that lanes meet only at the row's end. The second pass reads the row again, from cache where it
-fits, and writes the softmax over it; the target's column, the only one that differs, is written
-once more. The loss comes from float32 numbers before anything is overwritten.
+so that lanes are combined only at the end of the row. The second pass reads the row again, from
+cache if it fits, and overwrites it with the softmax; the target's column, the only one that
+differs, is then written again. The loss is computed in float32 before anything is overwritten.
 
-Ignored rows have loss 0 and gradient exactly 0; columns from vocab_size on are padding: not in the
+Ignored rows have loss 0 and gradient exactly 0. Columns from vocab_size on are padding: not in the
 sum, gradient exactly 0. A target outside the vocabulary gives a NaN loss, which the training step
-notices, instead of reading somebody else's memory.
+notices, and never an access outside the row.
 
-`linear_cross_entropy_*` runs x Wᵀ a chunk of rows at a time through one workspace: the logits of
-the whole batch, by far the largest tensor of a language model, never exist.
+`linear_cross_entropy_*` computes x Wᵀ a chunk of rows at a time in one workspace: the logits of the
+whole batch, by far the largest tensor of a language model, are never in memory at once.
 
     dx = dz W           dW += dzᵀ x
 """
@@ -32,6 +32,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mantrans.kernels.native import row_chunks, weight_gradient
+from mantrans.kernels.reference import IGNORE_INDEX
 from mantrans.kernels.triton.launch import (
     FLOAT_DTYPES,
     TRITON_NAME,
@@ -43,12 +44,11 @@ from mantrans.kernels.triton.launch import (
     refuse,
 )
 
-IGNORE_INDEX = -100
 WORKSPACE_BYTES = 256 * 2**20  # of logits at a time: large enough to keep the products efficient
 CHUNK_ROW_MULTIPLE = 128  # so that the products' tiles are full
 
-COLUMNS_A_LANE = 8  # 16 bytes of bf16: a lane's share of a block lies side by side
-LANES_A_THREAD = 2  # loads under way in each thread
+COLUMNS_A_LANE = 8  # 16 bytes of bf16: a lane's columns of a block are adjacent
+LANES_A_THREAD = 2  # loads in flight per thread
 MAX_WARPS = 32
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -57,7 +57,7 @@ LOWEST = tl.constexpr(-1.0e38)  # below any logit, and finite in base 2: -inf - 
 
 @triton.jit
 def block_columns(LANES: tl.constexpr, COLUMNS: tl.constexpr):
-    """The columns of a block, shape (LANES, COLUMNS), each lane's side by side."""
+    """The columns of a block, shape (LANES, COLUMNS); a lane's columns are adjacent."""
     return tl.arange(0, LANES)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
 
 
@@ -71,19 +71,19 @@ def partial_sum(
     LANES: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """(m, Σ exp(z - m)) over columns begin … end - 1, m their maximum, lane by lane until the end.
+    """(m, Σ exp(z - m)) over columns begin … end - 1, m their maximum; lanes are combined last.
 
-    Not MASKED: end - begin is a multiple of the block.
+    Without MASKED, end - begin must be a multiple of the block.
     """
     lane_max = tl.full((LANES,), LOWEST, tl.float32)
     lane_sum = tl.zeros((LANES,), tl.float32)
     for first in range(begin, end, LANES * COLUMNS):
         columns = first + block_columns(LANES, COLUMNS)
         if MASKED:
-            # up to n_columns, a multiple of 128 in a model, so that an odd `end` splits no load
+            # masked by n_columns, a multiple of 128 in a model: an odd `end` would split loads
             z = tl.load(row_ptr + columns, mask=columns < n_columns, other=0.0).to(tl.float32)
             z = tl.where(columns < end, z, float("-inf"))
-        else:  # the second pass wants these again
+        else:  # the second pass reads these again
             z = tl.load(row_ptr + columns, eviction_policy="evict_last").to(tl.float32)
         new_max = tl.maximum(lane_max, tl.max(z, 1))
         lane_sum *= tl.exp2((lane_max - new_max) * LOG2_E)
@@ -97,7 +97,7 @@ def partial_sum(
 def row_log_sum_exp(row_ptr, n_columns, vocab_size, LANES: tl.constexpr, COLUMNS: tl.constexpr):
     """log Σ exp over the first vocab_size of a row's n_columns logits.
 
-    Whole blocks need no mask; what is left goes in blocks of a quarter, to waste fewer lanes.
+    Whole blocks need no mask; the rest is processed in quarter blocks, to waste fewer lanes.
     """
     whole = vocab_size // (LANES * COLUMNS) * (LANES * COLUMNS)
     REST: tl.constexpr = (LANES + 3) // 4
@@ -109,7 +109,7 @@ def row_log_sum_exp(row_ptr, n_columns, vocab_size, LANES: tl.constexpr, COLUMNS
 
 @triton.jit
 def target_logit(row_ptr, target, vocab_size):
-    """z_target, or NaN for a target that no column answers to."""
+    """z_target, or NaN for a target outside the vocabulary."""
     exists = (target >= 0) & (target < vocab_size)
     return tl.load(row_ptr + target, mask=exists, other=float("nan")).to(tl.float32)
 
@@ -126,7 +126,7 @@ def write_softmax(
     LANES: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """z ← exp(z - lse) · scale for columns begin … end - 1; MASKED: and 0 from end on."""
+    """z ← exp(z - lse) · scale for columns begin … end - 1; with MASKED 0 from end on."""
     for first in range(begin, n_columns if MASKED else end, LANES * COLUMNS):
         columns = first + block_columns(LANES, COLUMNS)
         if MASKED:
@@ -153,13 +153,13 @@ def write_gradient(
     LANES: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Overwrite a row of logits by (softmax - onehot) · scale. Every thread has read z_target."""
+    """Overwrite a row of logits with (softmax - onehot) · scale; z_target is already loaded."""
     whole = vocab_size // (LANES * COLUMNS) * (LANES * COLUMNS)
     REST: tl.constexpr = (LANES + 3) // 4
-    tl.debug_barrier()  # before one of the threads overwrites it
+    tl.debug_barrier()  # every thread has read z_target before one overwrites it
     write_softmax(row_ptr, lse, scale, 0, whole, n_columns, False, LANES, COLUMNS)
     write_softmax(row_ptr, lse, scale, whole, vocab_size, n_columns, True, REST, COLUMNS)
-    tl.debug_barrier()  # after the softmax of the target's column is written
+    tl.debug_barrier()  # the softmax of the target's column is written before its gradient
     dz_target = (tl.exp2((z_target - lse) * LOG2_E) - 1.0) * scale
     exists = (target >= 0) & (target < vocab_size)
     tl.store(row_ptr + target, dz_target.to(row_ptr.dtype.element_ty), mask=exists)
@@ -273,8 +273,8 @@ def cross_entropy_forward_backward_kernel(
 def blocks(n_columns: int) -> dict[str, int]:
     """LANES, COLUMNS and warps for a row of n_columns logits.
 
-    A long row gets one large program, so that few rows are under way and the second pass still
-    finds its row in cache: two programs on each of 132 multiprocessors hold 26 MB of 50,304 bf16.
+    A long row gets one large program, so that few rows are processed at a time and the second pass
+    finds its row in cache: two programs on each of 132 multiprocessors read 26 MB of 50,304 bf16.
     """
     lanes = next_power_of_two(cdiv(n_columns, COLUMNS_A_LANE))
     warps = min(MAX_WARPS, max(1, lanes // (32 * LANES_A_THREAD)))
@@ -286,7 +286,7 @@ def blocks(n_columns: int) -> dict[str, int]:
 
 
 def check_logits(logits: Tensor, targets: Tensor, vocab_size: int) -> tuple[int, int]:
-    """(N, Vp) of logits that a kernel can work on, with targets that belong to them."""
+    """(N, Vp) of the logits; refuses logits and targets that kernels cannot process."""
     check_tensor("logits", logits, shape=(None, None))
     N, Vp = logits.shape
     check_tensor("targets", targets, shape=(N,), dtype=torch.int64, device=logits.device)
@@ -308,7 +308,7 @@ def check_scale(scale: Tensor, device: torch.device) -> None:
 def cross_entropy_forward(
     logits: Tensor, targets: Tensor, vocab_size: int, ignore_index: int = IGNORE_INDEX
 ) -> tuple[Tensor, Tensor]:
-    """The loss of each row; logits are left as they are.
+    """The loss of each row; the logits stay unchanged.
 
     logits (N, Vp) float32, float16 or bfloat16, targets (N,) int64.
     Returns losses (N,) and lse (N,), float32.
@@ -340,7 +340,7 @@ def cross_entropy_backward(
     vocab_size: int,
     ignore_index: int = IGNORE_INDEX,
 ) -> Tensor:
-    """dlogits (N, Vp), written over the logits; lse (N,) from the forward, scale 0-d float32."""
+    """dlogits (N, Vp), which overwrites the logits. lse (N,): the forward's; scale 0-d float32."""
     N, Vp = check_logits(logits, targets, vocab_size)
     check_tensor("lse", lse, shape=(N,), dtype=torch.float32, device=logits.device)
     check_scale(scale, logits.device)
@@ -366,7 +366,7 @@ def cross_entropy_forward_backward(
     vocab_size: int,
     ignore_index: int = IGNORE_INDEX,
 ) -> Tensor:
-    """Both in one kernel: returns losses (N,) float32; the logits become dlogits."""
+    """Both in one kernel: returns losses (N,) float32; dlogits overwrites the logits."""
     N, Vp = check_logits(logits, targets, vocab_size)
     check_scale(scale, logits.device)
     losses = torch.empty(N, dtype=torch.float32, device=logits.device)
@@ -389,8 +389,8 @@ def cross_entropy_forward_backward(
 
 
 def chunk_rows_within(n_rows: int, row_bytes: int, workspace_bytes: int = WORKSPACE_BYTES) -> int:
-    """The rows of a chunk if n_rows of logits are cut into nearly equal ones that fit into
-    workspace_bytes: n_rows if they all do, else a multiple of CHUNK_ROW_MULTIPLE."""
+    """Rows per chunk, if n_rows of logits are cut into nearly equal chunks that each fit into
+    workspace_bytes: n_rows if all rows fit, else a multiple of CHUNK_ROW_MULTIPLE."""
     if n_rows * row_bytes <= workspace_bytes:
         return max(1, n_rows)
     most = max(1, workspace_bytes // row_bytes // CHUNK_ROW_MULTIPLE)  # in multiples
@@ -399,7 +399,7 @@ def chunk_rows_within(n_rows: int, row_bytes: int, workspace_bytes: int = WORKSP
 
 
 def check_projection(x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int) -> None:
-    """Refuse arguments of the fused projection that do not fit together."""
+    """Refuse arguments of `linear_cross_entropy_*` that do not fit together."""
     check_tensor("x", x, shape=(None, None))
     N, C = x.shape
     check_tensor("weight", weight, shape=(None, C), dtype=x.dtype, device=x.device)
@@ -410,7 +410,7 @@ def check_projection(x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int
 def projected_chunks(
     x: Tensor, weight: Tensor, chunk_rows: int | None = None
 ) -> Iterator[tuple[slice, Tensor]]:
-    """Each chunk of rows with its logits x Wᵀ, all in one workspace: use them before the next."""
+    """Each chunk of rows with its logits x Wᵀ, in one workspace that the next chunk overwrites."""
     N, Vp = x.shape[0], weight.shape[0]
     size = chunk_rows or chunk_rows_within(N, Vp * x.element_size())
     workspace = x.new_empty(min(N, size), Vp)
@@ -421,7 +421,7 @@ def projected_chunks(
 def linear_cross_entropy_forward(
     x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int
 ) -> Tensor:
-    """The loss of each row of x under logits = x Wᵀ: evaluation.
+    """The loss of each row of x for logits = x Wᵀ; for evaluation.
 
     x (N, C), weight (Vp, C) of one dtype, targets (N,) int64. Returns losses (N,) float32.
     Raises ValueError for another dtype, shape, stride or device.
@@ -457,8 +457,8 @@ def linear_cross_entropy_forward_backward(
     """Loss and gradients of the output projection, chunk_rows rows at a time.
 
     x (N, C), weight (Vp, C) of one dtype, targets (N,) int64, scale 0-d float32; adds to
-    dweight (Vp, C) float32, or without `accumulate` overwrites it. chunk_rows: None for as many as
-    WORKSPACE_BYTES of logits hold. The gradient's last bits depend on it.
+    dweight (Vp, C) float32, or overwrites it without `accumulate`. chunk_rows: None for what fits
+    into WORKSPACE_BYTES. The gradient's last bits depend on it.
     Returns scale · Σ losses (0-d float32) and dx (N, C).
     Raises ValueError for another dtype, shape, stride or device.
     """

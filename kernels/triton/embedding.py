@@ -5,22 +5,23 @@
     backward    dtoken_table[v]    += Σ_{(b,t): tokens[b,t] = v} dx[b, t]
                 dposition_table[t] += Σ_b dx[b, t]
 
-Many positions hold the same token, so their gradients meet in one row of the table. Instead of
-atomics, whose order changes from run to run, the positions are sorted by token: a token's readers
-then form a *run*. The sorted positions are cut into chunks of CHUNK, and each run, where it crosses
-chunk boundaries, into *pieces*:
+Many positions hold the same token, so their gradients are summed in one row of the table. Instead
+of atomics, whose order changes from run to run, the positions are sorted by token: the positions of
+one token then form a *run*. The sorted positions are cut into chunks of CHUNK, and a run that
+crosses chunk boundaries into *pieces*:
 
-    1. a program per piece sums its rows of dx. A run of one piece goes straight to the table; the
-       pieces of a longer run go to a buffer of partial sums, at most two a chunk: the piece that
-       comes in from the left ("head") and the one that starts inside and goes on ("tail").
-    2. a program per chunk: if a run that goes on starts there, sum its pieces, in order, and add
-       them to the table.
+    1. A program per piece sums its rows of dx. A run of one piece is added to the table directly;
+       the pieces of a longer run are written to a buffer of partial sums, at most two per chunk:
+       the piece that continues from the left ("head") and the one that continues to the right
+       ("tail").
+    2. A program per chunk: if a run of several pieces starts there, it sums the pieces in order and
+       adds them to the table.
 
-Every row of the table has one writer, and every order is fixed: the same bits in every run. The
-host is asked nothing, so the whole backward can be captured. A common word costs no more time than
-rare ones: its run is summed by many programs.
+Every row of the table has one writer, and every order is fixed: the same bits in every run. Nothing
+waits for the host, so the whole backward can be captured. A frequent token takes no more time than
+rare ones, because many programs sum its run.
 
-The position gradient is a column sum: dx as a (B, T·C) matrix.
+The position gradient is the column sum of dx as a (B, T·C) matrix.
 """
 
 from __future__ import annotations
@@ -43,8 +44,8 @@ from mantrans.kernels.triton.launch import (
     refuse,
 )
 
-CHUNK = 32  # sorted positions a chunk: the longest sum that one program forms alone
-ROWS_AT_ONCE = 8  # loads under way in each lane
+CHUNK = 32  # sorted positions per chunk: the longest sum of one program
+ROWS_AT_ONCE = 8  # loads in flight per lane
 FORWARD_ROWS = 4
 MAX_BLOCK_COLUMNS = 1024
 COLUMNS_A_WARP = 256  # 32 lanes of 8 bf16, 16 bytes each
@@ -68,8 +69,8 @@ def embedding_forward_kernel(
     tokens_ptr          (n_rows,) int64, n_rows = B·T
     token_table_ptr     (n_tokens, n_columns) any float
     position_table_ptr  (at least sequence_length, n_columns) like the token table
-    x_ptr               (n_rows, n_columns) like the tables: written; NaN for a token that the table
-                        does not have
+    x_ptr               (n_rows, n_columns) like the tables: written; NaN for a token outside the
+                        table
     """
     rows = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     columns = tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
@@ -121,7 +122,7 @@ def sum_pieces_kernel(
 
     dx_ptr        (n, n_columns) any float, n = B·T
     sorted_ptr    (n,) int32: the tokens in ascending order
-    order_ptr     (n,) int64: where in the batch each of them stands
+    order_ptr     (n,) int64: the position of each of them in the batch
     dtable_ptr    (n_tokens, n_columns) float32: whole runs are added
     partials_ptr  (chunks, 2, n_columns) float32: pieces of longer runs, head and tail, are written
     """
@@ -149,7 +150,7 @@ def sum_pieces_kernel(
         if starts_run & ends_run:
             add_to_row(dtable_ptr, token, sums, columns, n_columns)
         else:
-            # a piece that starts its run is the tail of its chunk, any other one the head
+            # the first piece of a run is the tail of its chunk, any other piece the head
             slot = chunk.to(tl.int64) * 2 + starts_run.to(tl.int64)
             tl.store(partials_ptr + slot * n_columns + columns, sums, mask=columns < n_columns)
 
@@ -166,7 +167,7 @@ def join_pieces_kernel(
     ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
-    """Program (k, c) adds up the run that starts in chunk k and goes on, if there is one.
+    """Program (k, c) sums the run that starts in chunk k and continues after it, if there is one.
 
     sorted_ptr    (n,) int32: the tokens in ascending order
     dtable_ptr    (n_tokens, n_columns) float32: added to
@@ -201,13 +202,13 @@ def join_pieces_kernel(
 
 
 def columns_and_warps(n_columns: int) -> dict[str, int]:
-    """BLOCK_COLUMNS and warps for rows of n_columns: the warps side by side."""
+    """BLOCK_COLUMNS and warps for rows of n_columns; the warps are side by side."""
     block = min(MAX_BLOCK_COLUMNS, next_power_of_two(n_columns))
     return {"BLOCK_COLUMNS": block, "num_warps": max(1, block // COLUMNS_A_WARP)}
 
 
 def check_tokens(tokens: Tensor, device: torch.device, n_positions: int) -> tuple[int, int]:
-    """(B, T) of int64 tokens, T at most the length of the position table."""
+    """(B, T) of int64 tokens; refuses a T above the length of the position table."""
     check_tensor("tokens", tokens, shape=(None, None), dtype=torch.int64, device=device)
     B, T = tokens.shape
     if n_positions < T:
@@ -221,7 +222,7 @@ def embedding_forward(tokens: Tensor, token_table: Tensor, position_table: Tenso
     """x[b, t] = token_table[tokens[b, t]] + position_table[t].
 
     tokens (B, T) int64; token_table (Vp, C), position_table (T_max, C) of one dtype: float32,
-    float16 or bfloat16. Returns x (B, T, C), NaN where a token is not in the table.
+    float16 or bfloat16. Returns x (B, T, C), NaN for a token outside the table.
     Raises ValueError for another dtype, shape, stride or device.
     """
     check_tensor("token_table", token_table, shape=(None, None))
@@ -251,11 +252,11 @@ def embedding_forward(tokens: Tensor, token_table: Tensor, position_table: Tenso
 def embedding_backward(
     dx: Tensor, tokens: Tensor, dtoken_table: Tensor, dposition_table: Tensor
 ) -> None:
-    """Adds dx to the rows of both tables that it was read from.
+    """Add dx to the rows of both tables that the forward read.
 
     dx (B, T, C) float32, float16 or bfloat16; tokens (B, T) int64; dtoken_table (Vp, C) and
     dposition_table (T_max, C) float32. Raises ValueError for another dtype, shape, stride or
-    device. A token that the table does not have is left out.
+    device. Tokens outside the table are ignored.
     """
     check_tensor("dx", dx, shape=(None, None, None))
     C = dx.shape[-1]
@@ -315,7 +316,7 @@ RESOURCE_WIDTHS = (64, 256, 768, 1600)
 
 
 def resource_cases() -> list[ResourceCase]:
-    """Forward and backward for each dtype and block of columns; joining is float32 alone."""
+    """Forward and backward for each dtype and block of columns; joining is float32 only."""
     cases = []
     for C in RESOURCE_WIDTHS:
         for dtype in TRITON_NAME.values():

@@ -7,10 +7,10 @@
                 dh = dy (s + 2 u s (1 - s) z'(u))     z' = √(2/π) (1 + 3 · 0.044715 u²)
                 db += Σ_rows dh
 
-because tanh z = 2 σ(2z) - 1: one exponential and one division an element. What the forward keeps
-is h, its own input; the backward recomputes u and s from it. The bias gradient falls out of the
-same pass: each program adds its rows' dh, in float32 and before rounding, to one row of partial
-sums (see `partials`).
+because tanh z = 2 σ(2z) - 1: one exponential and one division per element. The forward keeps only
+its input h; the backward recomputes u and s from it. The bias gradient is computed in the same
+pass: each program adds its rows' dh, in float32 and before rounding, to one row of partial sums
+(see `partials`).
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from mantrans.kernels.triton.launch import (
 )
 from mantrans.kernels.triton.partials import check_vector_gradient, most_programs, rows_for
 
-FORWARD_ROWS, FORWARD_WARPS = 16, 4  # four 16-byte loads of bf16 under way in each lane
-BACKWARD_LANE_BYTES = 64  # of each of two tensors, under way in each lane of one warp
+FORWARD_ROWS, FORWARD_WARPS = 16, 4  # four 16-byte loads of bf16 in flight per lane
+BACKWARD_LANE_BYTES = 64  # in flight per lane, of each of two tensors
 
 SCALE = tl.constexpr(math.sqrt(2 / math.pi))
 CUBIC = tl.constexpr(0.044715)
@@ -42,14 +42,14 @@ MINUS_2_LOG2_E = tl.constexpr(-2 * math.log2(math.e))
 
 @triton.jit
 def gate(u):
-    """σ(2z) = 1 / (1 + exp(-2z)): the share of u that GELU lets through."""
+    """σ(2z) = 1 / (1 + exp(-2z)): the factor of u in GELU."""
     z = (u + u * u * u * CUBIC) * SCALE
     return 1.0 / (1.0 + tl.exp2(z * MINUS_2_LOG2_E))
 
 
 @triton.jit
 def load_bias(bias_ptr, columns, in_columns):
-    """b as float32, shape (1, BLOCK_COLUMNS); 0 where there is none."""
+    """b as float32, shape (1, BLOCK_COLUMNS); zeros without a bias."""
     if bias_ptr is None:
         bias = tl.zeros(columns.shape, tl.float32)
     else:
@@ -95,10 +95,11 @@ def bias_gelu_backward_kernel(
     n_columns,
     n_programs,
     stride,
+    ACCUMULATE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
-    """Program (c, p) goes through row tiles p, p + n_programs, … of column block c.
+    """Program (c, p) processes row tiles p, p + n_programs, … of column block c.
 
     dy_ptr        (n_rows, n_columns) any float: the gradient of y
     h_ptr         (n_rows, n_columns) like dy: the product before its bias
@@ -120,13 +121,14 @@ def bias_gelu_backward_kernel(
         dy = tl.load(dy_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         s = gate(u)
         dz = (1.0 + u * u * (3.0 * CUBIC)) * SCALE
-        dh = dy * (s + 2.0 * u * s * (1.0 - s) * dz)  # where masked: times dy = 0
+        dh = dy * (s + 2.0 * u * s * (1.0 - s) * dz)  # masked elements: times dy = 0
         tl.store(dh_ptr + offsets, dh.to(dh_ptr.dtype.element_ty), mask=mask)
         if dbias_ptr is not None:
             dbias += tl.sum(dh, 0)
     if dbias_ptr is not None:
         share_ptrs = dbias_ptr + program.to(tl.int64) * stride + columns
-        dbias += tl.load(share_ptrs, mask=in_columns, other=0.0)
+        if ACCUMULATE:
+            dbias += tl.load(share_ptrs, mask=in_columns, other=0.0)
         tl.store(share_ptrs, dbias, mask=in_columns)
 
 
@@ -134,12 +136,12 @@ def bias_gelu_backward_kernel(
 
 
 def backward_rows(dtype: torch.dtype) -> int:
-    """The rows of a tile of the backward."""
+    """The number of rows in a tile of the backward."""
     return BACKWARD_LANE_BYTES // (8 * dtype.itemsize)
 
 
 def check_bias(bias: Tensor | None, h: Tensor) -> None:
-    """Refuse a bias that does not belong to h (..., F)."""
+    """Refuse a bias that does not fit h (..., F)."""
     if bias is not None:
         check_tensor("bias", bias, shape=h.shape[-1:], device=h.device)
 
@@ -189,7 +191,7 @@ def bias_gelu_backward(
     dh = torch.empty_like(h)
     block, n_blocks = column_blocks(F)
     n_programs = row_programs(N, n_blocks, h.device, most_programs(dbias))
-    with rows_for(n_programs, dbias) as (rows,):
+    with rows_for(n_programs, dbias) as rows:
         launch(
             bias_gelu_backward_kernel,
             (n_blocks, n_programs),
@@ -197,11 +199,12 @@ def bias_gelu_backward(
             h,
             bias,
             dh,
-            rows,
+            *rows.tensors,
             N,
             F,
             n_programs,
-            0 if rows is None else rows.stride(0),
+            rows.stride,
+            ACCUMULATE=rows.accumulate,
             BLOCK_ROWS=backward_rows(h.dtype),
             BLOCK_COLUMNS=block,
             num_warps=1,
@@ -213,7 +216,7 @@ def bias_gelu_backward(
 
 
 def resource_cases() -> list[ResourceCase]:
-    """Forward and backward for each dtype, with the bias that GPT-2 has and without."""
+    """Forward and backward for each dtype, with and without the bias."""
     return [
         make(dtype, with_bias)
         for dtype in TRITON_NAME
@@ -254,6 +257,7 @@ def _backward_case(dtype: torch.dtype, with_bias: bool) -> ResourceCase:
         signature={**pointers, **lengths},
         constexprs={
             **({} if with_bias else {"bias_ptr": None, "dbias_ptr": None}),
+            "ACCUMULATE": True,
             "BLOCK_ROWS": backward_rows(dtype),
             "BLOCK_COLUMNS": column_blocks(3072)[0],
         },

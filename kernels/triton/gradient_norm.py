@@ -2,10 +2,10 @@
 
     norm = √(Σ_i g_i²)
 
-The first kernel runs a fixed number of programs, whatever the GPU; program p sums the squares of
-blocks p, p + PROGRAMS, …, each lane its own. The second adds the PROGRAMS sums. So the same
-gradient has the same norm, bit for bit, on any GPU of this kind of arithmetic. It stays on the
-device: the clip factor and the finite check are computed from it there.
+The first kernel runs a fixed number of programs on every GPU; program p sums the squares of blocks
+p, p + PROGRAMS, …, lane by lane. The second adds the PROGRAMS sums. So the same gradient has the
+same norm, bit for bit, on any GPU with the same arithmetic. The norm stays on the device, where the
+clip factor and the finite check are computed from it.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from torch import Tensor
 
 from mantrans.kernels.triton.launch import ResourceCase, check_tensor, launch
 
-PROGRAMS = 1024  # of 8 warps: a single wave on 132 multiprocessors of 64 warps
-BLOCK = 4096  # four 16-byte loads of float32 under way in each lane
+PROGRAMS = 1024  # with 8 warps each: a single wave on 132 multiprocessors with 64 warps
+BLOCK = 4096  # four 16-byte loads of float32 in flight per lane
 WARPS = 8
 
 
@@ -26,7 +26,7 @@ WARPS = 8
 def partial_squares_kernel(gradients_ptr, partials_ptr, n, BLOCK: tl.constexpr):
     """Program p of P sums the squares of blocks p, p + P, …
 
-    gradients_ptr  (n,) float32; n a multiple of 16 keeps the last loads whole
+    gradients_ptr  (n,) float32; n is best a multiple of 16, which splits no load
     partials_ptr   (P,) float32: written
     """
     program = tl.program_id(0).to(tl.int64)
@@ -50,7 +50,7 @@ def root_of_sum_kernel(partials_ptr, norm_ptr, PROGRAMS: tl.constexpr):
 
 
 def gradient_norm(gradients: Tensor) -> Tensor:
-    """√(Σ g²), 0-d float32, on the device. Not finite if any gradient is not.
+    """√(Σ g²), 0-d float32 on the device. Not finite if any gradient is not.
 
     gradients (P,) float32. Raises ValueError for another dtype, shape, stride or device.
     """

@@ -1,7 +1,7 @@
-"""What every Triton operation does around its launch: check the arguments, size the grid, launch.
+"""The code around every Triton launch: check the arguments, size the grid, launch.
 
-Checks come before any launch, because a kernel that is given a wrong pointer reads whatever lies
-there. Each failed check is a ValueError of one line: the argument, what came, what is accepted.
+Arguments are checked before a launch, because a kernel with a wrong pointer reads arbitrary memory.
+A failed check is a ValueError of one line: "ARGUMENT: expected X, got Y".
 """
 
 from __future__ import annotations
@@ -15,32 +15,32 @@ import torch
 import triton
 from torch import Tensor
 
-# The dtypes a kernel computes on; float64 is left to the reference and native backends.
+# The dtypes that kernels support; float64 needs the reference or native backend.
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
-# How a signature for ahead-of-time compilation names them.
+# Their names in a signature for ahead-of-time compilation.
 TRITON_NAME = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
-# Programs on the three axes of a grid (CUDA C++ Programming Guide, compute capabilities).
+# Most programs on each axis of a grid (CUDA C++ Programming Guide, compute capabilities).
 GRID_LIMITS = (2**31 - 1, 65_535, 65_535)
 
-# On a CPU, kernels run one program after the other; two "multiprocessors" are enough to send
-# persistent loops round more than once.
+# The interpreter runs one program after the other; with two "multiprocessors" persistent loops run
+# more than once.
 INTERPRETED_MULTIPROCESSORS = 2
 
 
 class ResourceCase(NamedTuple):
     """One shipped configuration of a kernel, as the ahead-of-time compiler needs it.
 
-    signature names the Triton type of each run-time argument; constexprs gives the value of every
-    other one, None for a pointer that this configuration leaves out.
+    signature has the Triton type of each run-time argument, constexprs the value of every other
+    one, None for a pointer that this configuration leaves out.
     """
 
     name: str  # unique, e.g. "layer_norm_backward bf16 C=1024"
     fn: Any  # the @triton.jit function
     signature: Mapping[str, str]  # argument -> "*bf16", "i32", "fp32", ...
     constexprs: Mapping[str, Any]  # argument -> value
-    divisible_by_16: tuple[str, ...]  # arguments that hold a multiple of 16 in this configuration
+    divisible_by_16: tuple[str, ...]  # arguments that are multiples of 16 in this configuration
     num_warps: int
     num_stages: int
     architectures: tuple[int, ...] = (80, 90, 100)  # compute capabilities it is shipped for
@@ -57,13 +57,13 @@ def cdiv(a: int, b: int) -> int:
 
 
 def next_power_of_two(n: int) -> int:
-    """The smallest power of two that is at least n (1 for n <= 1)."""
+    """The smallest power of two >= n (1 for n <= 1)."""
     return 1 << max(n - 1, 0).bit_length()
 
 
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
-    """How many multiprocessors `device` has: the unit of a persistent grid."""
+    """The number of multiprocessors of `device`: the unit of a persistent grid."""
     if device.type != "cuda":
         return INTERPRETED_MULTIPROCESSORS
     return torch.cuda.get_device_properties(device).multi_processor_count
@@ -72,7 +72,7 @@ def multiprocessors(device: torch.device) -> int:
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
     """kernel[grid](*arguments, **constants) on the device of the first argument, a tensor.
 
-    An empty grid launches nothing. ValueError for one that no GPU takes.
+    An empty grid launches nothing. ValueError for a grid that is too large for any GPU.
     """
     if 0 in grid:
         return
@@ -84,9 +84,9 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
         kernel[grid](*arguments, **constants)
 
 
-def refuse(argument: str, came: object, accepted: object) -> None:
-    """Raise the one-line ValueError that every check of a kernel's arguments ends in."""
-    raise ValueError(f"{argument}: {came} came; accepted: {accepted}")
+def refuse(argument: str, got: object, expected: object) -> None:
+    """Raise the one-line ValueError of a failed check."""
+    raise ValueError(f"{argument}: expected {expected}, got {got}")
 
 
 def check_tensor(
@@ -100,28 +100,28 @@ def check_tensor(
 ) -> None:
     """Refuse a tensor that a kernel would misread.
 
-    argument: its name in the message. shape: the expected one, None for a free length.
-    dtype: the accepted ones. device: where the other arguments are; by default any place that can
-    run kernels. contiguous: whether rows must lie side by side.
+    argument: its name in the message. shape: the expected shape, None for any length.
+    dtype: the accepted dtypes. device: that of the other arguments; by default any device that can
+    run kernels. contiguous: whether the tensor must be contiguous.
     """
     if not isinstance(tensor, Tensor):
         refuse(argument, type(tensor).__name__, "a torch.Tensor")
     if device is not None and tensor.device != device:
-        refuse(argument, f"device {tensor.device}", f"device {device}, as the other arguments")
+        refuse(argument, tensor.device, f"device {device}, as the other arguments")
     if tensor.device.type != "cuda" and not interpreted():
-        refuse(argument, f"device {tensor.device}", "a CUDA device (TRITON_INTERPRET is not set)")
+        refuse(argument, tensor.device, "a CUDA device (TRITON_INTERPRET is not set)")
     dtypes = (dtype,) if isinstance(dtype, torch.dtype) else dtype
     if dtypes is not None and tensor.dtype not in dtypes:
         names = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
-        refuse(argument, f"dtype {str(tensor.dtype).removeprefix('torch.')}", names)
+        refuse(argument, str(tensor.dtype).removeprefix("torch."), f"dtype {names}")
     if shape is not None and not _fits(tensor.shape, shape):
-        wanted = ", ".join("*" if length is None else str(length) for length in shape)
-        refuse(argument, f"shape {tuple(tensor.shape)}", f"shape ({wanted})")
+        expected = ", ".join("*" if length is None else str(length) for length in shape)
+        refuse(argument, tuple(tensor.shape), f"shape ({expected})")
     if contiguous and not tensor.is_contiguous():
         refuse(argument, f"strides {tensor.stride()}", "a contiguous tensor")
 
 
-def _fits(shape: Sequence[int], wanted: Sequence[int | None]) -> bool:
-    return len(shape) == len(wanted) and all(
-        want in (None, have) for have, want in zip(shape, wanted, strict=True)
+def _fits(shape: Sequence[int], expected: Sequence[int | None]) -> bool:
+    return len(shape) == len(expected) and all(
+        length in (None, got) for got, length in zip(shape, expected, strict=True)
     )

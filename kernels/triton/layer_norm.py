@@ -1,4 +1,4 @@
-"""Layer normalization over the last axis (Ba, Kiros & Hinton 2016), with its neighbours fused in.
+"""Layer normalization over the last axis (Ba, Kiros & Hinton 2016), fused with the addition before.
 
     forward     x = residual + branch                 (add_layer_norm_forward; rounded, then used)
                 μ = mean(x)      r = 1 / √(mean((x - μ)²) + ε)      x̂ = (x - μ) r
@@ -8,18 +8,19 @@
                 dx = r (g - mean(g) - x̂ mean(g x̂)) + dresidual
                 dγ += Σ_rows dy x̂      dβ += Σ_rows dy      db += Σ_rows dx
 
-db is that of the bias that ends the branch: x = residual + branch, so dx is the branch's gradient.
+db is the gradient of the branch's last bias: x = residual + branch, so dx is the branch's gradient.
 
-Both directions stream whole rows once through registers, in tiles of several rows so that many
-loads are under way at a time. Statistics and sums are float32. The backward runs a fixed number of
-programs, each with many rows: its share of dγ, dβ and db stays in registers, a sum for each place
-in the tile, until its last row, then goes to one row of partial sums (see `partials`). So the
-gradient is the same bits in every run, and no launch depends on the number of rows but in its grid.
+Both directions read whole rows once into registers, in tiles of several rows so that many loads are
+in flight at a time. Statistics and sums are float32. The backward runs a fixed number of programs,
+each with many rows: its share of dγ, dβ and db stays in registers, one sum per element of the tile,
+until its last row, then is added to one row of partial sums (see `partials`). So the gradient has
+the same bits in every run, and the number of rows changes nothing but the grid.
 """
 
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 import triton
@@ -39,13 +40,13 @@ from mantrans.kernels.triton.launch import (
 from mantrans.kernels.triton.partials import check_vector_gradient, most_programs, rows_for
 
 MAX_WIDTH = 8192  # a row must fit into the registers of one program
-COLUMNS_A_WARP = 256  # 32 lanes of 8 bf16, 16 bytes each
+COLUMNS_A_WARP = 256  # 32 lanes with 8 bf16 (16 bytes) each
 MAX_WARPS = 16
-# Elements a lane holds of each tensor: two 16-byte loads of bf16 from each under way, and in the
-# backward enough registers left for its shares of three sums.
+# Elements per lane of each tensor: two 16-byte loads of bf16 of each in flight, and in the backward
+# enough registers for three sums.
 ELEMENTS_A_LANE = 16
-# Of the backward. At up to 128 registers a lane, 16 warps are resident; four of them at least make
-# a program, because each program costs a row of partial sums.
+# Of the backward. With up to 128 registers per lane, 16 warps are resident. A program has at least
+# four of them, because each program needs a row of partial sums.
 WARPS_A_MULTIPROCESSOR = 16
 MIN_BACKWARD_WARPS = 4
 
@@ -98,7 +99,7 @@ def layer_norm_forward_kernel(
         residual = tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         rounded = (residual + branch).to(x_ptr.dtype.element_ty)
         tl.store(x_ptr + offsets, rounded, mask=mask)
-        x = rounded.to(tl.float32)  # the backward reads the rounded x: normalize that one
+        x = rounded.to(tl.float32)  # normalize the rounded x, which the backward reads
 
     mean = tl.sum(x, 1) / n_columns
     centred = tl.where(mask, x - mean[:, None], 0.0)
@@ -114,10 +115,12 @@ def layer_norm_forward_kernel(
 
 
 @triton.jit
-def add_share(rows_ptr, tile, program, stride, columns, in_columns):
-    """Adds the column sums of tile (BLOCK_ROWS, BLOCK_COLUMNS) to row `program`."""
+def store_sums(rows_ptr, tile, program, stride, columns, in_columns, ACCUMULATE: tl.constexpr):
+    """Add the column sums of tile (BLOCK_ROWS, BLOCK_COLUMNS) to row `program`, or overwrite it."""
     ptrs = rows_ptr + program.to(tl.int64) * stride + columns
-    sums = tl.load(ptrs, mask=in_columns, other=0.0) + tl.sum(tile, 0)
+    sums = tl.sum(tile, 0)
+    if ACCUMULATE:
+        sums += tl.load(ptrs, mask=in_columns, other=0.0)
     tl.store(ptrs, sums, mask=in_columns)
 
 
@@ -137,10 +140,11 @@ def layer_norm_backward_kernel(
     n_columns,
     n_programs,
     stride,
+    ACCUMULATE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
-    """Program p goes through row tiles p, p + n_programs, …; its sums go to row p in the end.
+    """Program p processes row tiles p, p + n_programs, … and adds its sums to row p at the end.
 
     dy_ptr         (n_rows, n_columns) any float: the gradient of y
     x_ptr          (n_rows, n_columns) like dy: what was normalized
@@ -170,7 +174,7 @@ def layer_norm_backward_kernel(
         mean = tl.load(mean_ptr + rows, mask=in_rows, other=0.0)[:, None]
         rstd = tl.load(rstd_ptr + rows, mask=in_rows, other=0.0)[:, None]
 
-        x_hat = (x - mean) * rstd  # where masked: times dy = 0 below
+        x_hat = (x - mean) * rstd  # masked elements are multiplied by dy = 0 below
         g = dy * weight
         mean_g = tl.sum(g, 1) / n_columns
         mean_gx = tl.sum(g * x_hat, 1) / n_columns
@@ -183,28 +187,28 @@ def layer_norm_backward_kernel(
         dweight += dy * x_hat
         if dbias_ptr is not None:
             dbias += dy
-        if dbranch_bias_ptr is not None:  # of what the branch gets, so of the rounded dx
+        if dbranch_bias_ptr is not None:  # a sum of the rounded dx, the branch's gradient
             dbranch_bias += tl.where(mask, rounded.to(tl.float32), 0.0)
 
-    add_share(dweight_ptr, dweight, program, stride, columns, in_columns)
+    store_sums(dweight_ptr, dweight, program, stride, columns, in_columns, ACCUMULATE)
     if dbias_ptr is not None:
-        add_share(dbias_ptr, dbias, program, stride, columns, in_columns)
+        store_sums(dbias_ptr, dbias, program, stride, columns, in_columns, ACCUMULATE)
     if dbranch_bias_ptr is not None:
-        add_share(dbranch_bias_ptr, dbranch_bias, program, stride, columns, in_columns)
+        store_sums(dbranch_bias_ptr, dbranch_bias, program, stride, columns, in_columns, ACCUMULATE)
 
 
 # ---------------------------------------------------------------------------------- launchers
 
 
 def tile(n_columns: int, min_warps: int = 1) -> tuple[int, int, int]:
-    """(BLOCK_ROWS, BLOCK_COLUMNS, warps): the warps side by side along a row, as far as it goes."""
+    """(BLOCK_ROWS, BLOCK_COLUMNS, warps): the warps are side by side along a row."""
     block_columns = next_power_of_two(n_columns)
     warps = min(MAX_WARPS, max(min_warps, block_columns // COLUMNS_A_WARP))
     return max(1, 32 * ELEMENTS_A_LANE * warps // block_columns), block_columns, warps
 
 
 def check_width(argument: str, x: Tensor) -> int:
-    """The row length C of x, refused above MAX_WIDTH."""
+    """The row length C of x; refuses more than MAX_WIDTH."""
     check_tensor(argument, x)
     if x.dim() == 0 or not 1 <= x.shape[-1] <= MAX_WIDTH:
         refuse(argument, f"shape {tuple(x.shape)}", f"a last axis of 1 to {MAX_WIDTH}")
@@ -307,7 +311,6 @@ def layer_norm_backward(
     n_programs = min(cdiv(N, block_rows), resident, most_programs(*vectors) or resident)
     dx = torch.empty_like(x)
     with rows_for(n_programs, *vectors) as rows:
-        assert rows[0] is not None
         launch(
             layer_norm_backward_kernel,
             (n_programs,),
@@ -318,11 +321,12 @@ def layer_norm_backward(
             rstd,
             dresidual,
             dx,
-            *rows,
+            *rows.tensors,
             N,
             C,
             n_programs,
-            rows[0].stride(0),
+            rows.stride,
+            ACCUMULATE=rows.accumulate,
             BLOCK_ROWS=block_rows,
             BLOCK_COLUMNS=block_columns,
             num_warps=warps,
@@ -352,7 +356,7 @@ def check_backward(
 def check_vectors(
     C: int, device: torch.device, dweight: Tensor, dbias: Tensor | None, dbranch_bias: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The gradients of the vectors, refused unless they are all (C,), or rows of one stride."""
+    """The vectors' gradients; refuses any but all (C,), or all rows of one stride."""
     check_vector_gradient("dweight", dweight, C, device)
     for name, vector in (("dbias", dbias), ("dbranch_bias", dbranch_bias)):
         if vector is None:
@@ -365,7 +369,7 @@ def check_vectors(
 
 # ------------------------------------------------------------------------ shipped configurations
 
-# One width for each tile shape: small models, GPT-2 and its largest, the ends of the range.
+# One width per tile shape: small models, GPT-2 and its largest, the ends of the range.
 RESOURCE_WIDTHS = (64, 256, 512, 768, 1600, 4096, 8192)
 
 
@@ -410,7 +414,8 @@ def _backward_case(dtype: str, C: int, bias: bool = True) -> ResourceCase:
     pointers |= {name: "*fp32" for name in ("mean_ptr", "rstd_ptr", "dweight_ptr")}
     pointers |= {name: "*fp32" for name in vectors if bias}
     lengths = {name: "i32" for name in ("n_rows", "n_columns", "n_programs", "stride")}
-    absent = {} if bias else dict.fromkeys(vectors)
+    absent: dict[str, Any] = {} if bias else dict.fromkeys(vectors)
+    absent["ACCUMULATE"] = True
     return ResourceCase(
         name=f"layer_norm_backward {dtype} C={C}{'' if bias else ' no bias'}",
         fn=layer_norm_backward_kernel,

@@ -1,18 +1,19 @@
-"""Gradients of vectors: sums over all rows of a batch, in parts, always in the same order.
+"""Gradients of vectors: sums over all rows of a batch, in parts and in a fixed order.
 
-A bias or a gain receives the sum of a tall matrix's rows. Floating-point atomics would add them in
-whatever order programs happen to end; instead program p of a kernel adds its share to row p of a
-float32 buffer `partials`, and `sum_partials` adds up the rows, in order.
+The gradient of a bias or a gain is the sum of a tall matrix's rows. Floating-point atomics would
+add them in a different order in every run. Instead, program p of a kernel adds its share to row p
+of a float32 buffer `partials`, and `sum_partials` adds up the rows in order.
 
 In training, one buffer (P, W) has a column for each element of all vectors of a block: an operation
 gets a vector's columns (P, C) in place of its gradient, and one launch sums up a whole block. An
-operation that is given the gradient itself (C,) makes rows of its own and sums them up at once.
+operation that gets the gradient itself (C,) allocates such rows and sums them at once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 import triton
@@ -43,7 +44,7 @@ def sum_partials_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
-    """Program c adds the rows of column block c to the gradients, and leaves zeros behind.
+    """Program c adds the rows of column block c to the gradients, and sets them to zero.
 
     partials_ptr   (n_rows, n_columns) float32, rows `stride` apart
     gradients_ptr  (n_columns,) float32
@@ -62,7 +63,7 @@ def sum_partials_kernel(
 
 
 def sum_partials(partials: Tensor, gradients: Tensor) -> None:
-    """gradients += partials.sum(0), and the partials become 0.
+    """gradients += partials.sum(0); then sets the partials to 0.
 
     partials (P, W) float32, last stride 1; gradients (W,) float32, contiguous.
     Raises ValueError for another dtype, shape, stride or device.
@@ -84,16 +85,24 @@ def sum_partials(partials: Tensor, gradients: Tensor) -> None:
 
 
 def partial_rows(device: torch.device) -> int:
-    """How many rows of partial sums the kernels want: what a full GPU runs at once."""
+    """The number of rows of partial sums: as many as programs run at once on a full GPU."""
     return ROWS_A_MULTIPROCESSOR * multiprocessors(device)
 
 
-@contextmanager
-def rows_for(n_programs: int, *gradients: Tensor | None) -> Iterator[list[Tensor | None]]:
-    """For each gradient the rows (at least n_programs, C) that programs add to.
+class Rows(NamedTuple):
+    """The rows to which the programs of a kernel write their sums."""
 
-    A gradient (P, C) is rows already, and whoever gave it sums them up. A vector (C,) gets rows of
-    its own, which are added to it in the end; a single program adds to the vector itself.
+    tensors: list[Tensor | None]  # (P, C) float32 each, or None for no gradient
+    stride: int  # elements from one row to the next, in all of them
+    accumulate: bool  # whether programs add to their rows or overwrite them
+
+
+@contextmanager
+def rows_for(n_programs: int, *gradients: Tensor | None) -> Iterator[Rows]:
+    """For each gradient the rows (at least n_programs, C) that programs write to.
+
+    A gradient (P, C) is used as rows, which are added to; the caller sums them. For a vector (C,)
+    new rows are written, then added to it; a single program adds to the vector directly.
     """
     to_sum: list[tuple[Tensor, Tensor]] = []
 
@@ -102,22 +111,24 @@ def rows_for(n_programs: int, *gradients: Tensor | None) -> Iterator[list[Tensor
             return gradient
         if n_programs == 1:
             return gradient.view(1, -1)
-        to_sum.append((gradient.new_zeros(n_programs, len(gradient)), gradient))
+        to_sum.append((gradient.new_empty(n_programs, len(gradient)), gradient))
         return to_sum[-1][0]
 
-    yield [rows_of(gradient) for gradient in gradients]
-    for rows, gradient in to_sum:
-        sum_partials(rows, gradient)
+    rows = [rows_of(gradient) for gradient in gradients]
+    stride = next((r.stride(0) for r in rows if r is not None), 0)
+    yield Rows(rows, stride, not to_sum)
+    for own, gradient in to_sum:
+        sum_partials(own, gradient)
 
 
 def most_programs(*gradients: Tensor | None) -> int | None:
-    """The number of rows that the given gradients have room for; None: any number."""
+    """The number of rows of the given gradients; None for any number."""
     rows = [len(g) for g in gradients if g is not None and g.dim() == 2]
     return min(rows, default=None)
 
 
 def check_vector_gradient(argument: str, gradient: Tensor, C: int, device: torch.device) -> None:
-    """Refuse what is neither the gradient (C,) of a vector nor rows (P, C) of partial sums."""
+    """Refuse anything but a vector's gradient (C,) or rows (P, C) of partial sums."""
     if isinstance(gradient, Tensor) and gradient.dim() == 2:
         check_partials(argument, gradient, C, device)
     else:

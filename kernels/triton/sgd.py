@@ -3,9 +3,8 @@
     w ← w (1 - η λ)
     w ← w - η (c g)
 
-η the learning rate, λ the weight decay, c the clip factor. η, c and the flag that says whether the
-gradient is finite are read from device memory, so that a captured step decides there; where the
-flag is False nothing at all is written.
+η is the learning rate, λ the weight decay, c the clip factor. η, c and the finite flag are read
+from device memory, as a captured step needs; if the flag is False nothing is written.
 """
 
 from __future__ import annotations
@@ -44,14 +43,14 @@ def sgd_kernel(
 ):
     """Program p updates elements p·BLOCK and on.
 
-    weights_ptr        (n,) any float: written; read where there is no master
+    weights_ptr        (n,) any float: written; read if there is no master
     master_ptr         (n,) float32: read and written, or None
     gradients_ptr      (n,) float32
     learning_rate_ptr  0-d float32 or float64: η
     clip_ptr           0-d float32 or float64: c
     finite_ptr         0-d bool
     seed_ptr           0-d int64: round the weights stochastically with it, or None
-    n                  a multiple of 16 keeps the last loads whole
+    n                  best a multiple of 16, which splits no load
     offset             of the first element in the whole buffer
     """
     if tl.load(finite_ptr):
@@ -104,7 +103,7 @@ def sgd_update(
 
 
 def resource_cases() -> list[ResourceCase]:
-    """Each way of keeping weights."""
+    """Each precision of the weights."""
     numbers = {
         "gradients_ptr": "*fp32",
         "learning_rate_ptr": "*fp32",

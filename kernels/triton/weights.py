@@ -1,13 +1,13 @@
 """Reading and writing weights inside an optimizer's kernel: masters, rounding, skipped steps.
 
-An optimizer computes in float32 on the *master* of each weight: a separate float32 buffer, or the
-weights themselves where there is none. `store_weights` writes the result to the master and, in the
-same pass, rounded, to the weights that the model computes with:
+An optimizer computes in float32 on the *master* of each weight: a separate float32 buffer, or else
+the weights themselves. `store_weights` writes the result to the master and, in the same pass,
+rounded to the weights that the model computes with:
 
     to nearest even, as the hardware rounds; or
     stochastically to bfloat16, up or down with the probability that makes the mean exact: a uniform
     16-bit number is added to the lower half of the float32 before it is cut off. The number is a
-    hash of (index, seed), the same one in every backend.
+    hash of (index, seed), the same in every backend.
 
 `reference.write_weights`, `round_stochastically` and `hash32` are the same in plain torch.
 """
@@ -38,9 +38,9 @@ def hash32(index, seed):
 
 @triton.jit
 def round_stochastically(x, index, seed):
-    """float32 x with its lower 16 bits rounded away, up or down: exact as bfloat16.
+    """float32 x rounded up or down to a value that bfloat16 holds exactly.
 
-    index: int, the element's place in the buffer; seed: 0-d int64. Infinity and NaN pass through.
+    index: int, the element's index in the buffer; seed: 0-d int64. Infinity and NaN stay the same.
     """
     bits = x.to(tl.uint32, bitcast=True)
     rounded = (bits + (hash32(index, seed) & 0xFFFF)) & 0xFFFF0000
@@ -62,7 +62,7 @@ def load_master(weights_ptr, master_ptr, index, mask):
 def store_weights(w, weights_ptr, master_ptr, seed_ptr, index, offset, mask):
     """Write float32 w to the master, if there is one, and to the weights in their dtype.
 
-    offset: of element 0 in the whole buffer; the noise of a rounding is a function of the place.
+    offset: of element 0 in the whole buffer, which the rounding noise depends on.
     """
     if master_ptr is not None:
         tl.store(master_ptr + index, w, mask=mask)
@@ -75,12 +75,12 @@ def store_weights(w, weights_ptr, master_ptr, seed_ptr, index, offset, mask):
 
 
 def grid(weights: Tensor) -> tuple[int]:
-    """One program a block of the flat buffer."""
+    """One program per block of the flat buffer."""
     return (cdiv(weights.numel(), BLOCK),)
 
 
 def check_buffers(weights: Tensor, master: Tensor | None, **moments: Tensor) -> None:
-    """Refuse flat buffers that do not belong together."""
+    """Refuse flat buffers that do not fit together."""
     check_tensor("weights", weights, shape=(None,))
     if master is not None:
         moments["master"] = master
@@ -95,17 +95,17 @@ def check_scalars(device: torch.device, **numbers: Tensor) -> None:
 
 
 def check_switches(weights: Tensor, finite: Tensor, rounding_seed: Tensor | None) -> None:
-    """Refuse a finite flag or rounding seed that makes no sense."""
+    """Refuse a finite flag or rounding seed that the kernels cannot use."""
     device = weights.device
     check_tensor("finite", finite, shape=(), dtype=torch.bool, device=device)
     if rounding_seed is not None:
         check_tensor("rounding_seed", rounding_seed, shape=(), dtype=torch.int64, device=device)
         if weights.dtype != torch.bfloat16:
-            refuse("rounding_seed", f"a seed for {weights.dtype} weights", "None but for bfloat16")
+            refuse("rounding_seed", f"a seed for {weights.dtype}", "None unless bfloat16 weights")
 
 
 class Precision(NamedTuple):
-    """One way to keep weights: their dtype, whether a master is beside them, how they round."""
+    """A precision of the weights: their dtype, with or without a master, and their rounding."""
 
     name: str
     pointers: dict[str, str]
@@ -113,7 +113,7 @@ class Precision(NamedTuple):
 
 
 def precisions() -> list[Precision]:
-    """The ways that ship, as the pointers that a kernel gets and those that it does not."""
+    """The shipped precisions, as the pointers that a kernel gets and those that are None."""
     ways = [Precision("fp32", {"weights_ptr": "*fp32"}, {"master_ptr": None, "seed_ptr": None})]
     for dtype in (torch.float16, torch.bfloat16):
         kind = TRITON_NAME[dtype]

@@ -47,11 +47,10 @@ def newest_intact(directory: str | Path) -> tuple[Path, list[str]]:
         else:
             return path, skipped
     if skipped:
-        found = f"none of its {len(skipped)} checkpoints is intact; first: {skipped[0]}"
-        raise CheckpointError(f"{directory}: {found}")
+        found = f"{len(skipped)} damaged ones; first: {skipped[0]}"
+        raise CheckpointError(f"{directory}: expected an intact checkpoint, got {found}")
     raise CheckpointError(
-        f"{directory}: there is no checkpoint (*.pt) here; accepted: a folder a run has saved to, "
-        "or no --resume to begin anew"
+        f"{directory}: expected a checkpoint (*.pt), got none; leave out --resume to start anew"
     )
 
 

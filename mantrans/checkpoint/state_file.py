@@ -83,7 +83,7 @@ def load(path: str | Path) -> dict[str, Any]:
             raise FormatError(f"expected {FORMAT}, got {shown(metadata.get('format', 'none'))}")
         return plain.restore(metadata.get("state", ""), tensors)
     except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file; accepted: a checkpoint (*.pt)") from None
+        raise CheckpointError(f"{path}: expected a checkpoint (*.pt), got no such file") from None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: cannot be read ({reason(error)})") from None
     except FormatError as error:
@@ -124,8 +124,8 @@ def understood(path: str | Path) -> Iterator[None]:
         if is_out_of_memory(error):
             raise
         raise CheckpointError(
-            f"{path}: its state cannot be used ({type(error).__name__}: {reason(error)}); "
-            "accepted: a checkpoint that train.py saved"
+            f"{path}: expected a checkpoint that train.py saved, got another state "
+            f"({type(error).__name__}: {reason(error)})"
         ) from None
 
 

@@ -185,7 +185,7 @@ def _write_splits(
         if report.broken_lines:
             train.facts["report"] = str(report)[:_LONGEST_NOTE]
     if train.n_tokens + validation.n_tokens == 0:
-        raise DataError(f"{source.name}: no text was found in it; a document needs one character")
+        raise DataError(f"{source.name}: expected a document of at least one character, got none")
     if splits.validation is None and 0 in (train.n_tokens, validation.n_tokens):
         _split_by_tokens(aside, tokenizer, plan, facts | train.facts)
 
@@ -282,9 +282,8 @@ def _open_folder(folder: Path, tokenizer: Tokenizer, known: KnownFiles) -> Token
         stream.require_vocabulary(tokenizer.vocab_size)
         if stream.facts.get("tokenizer_hash") != tokenizer.hash:
             raise DataError(
-                f"token file {stream.path} was written with another tokenizer "
-                f"({stream.facts.get('tokenizer')!r}, not {tokenizer.name!r}); delete the folder "
-                f"{folder} and run again"
+                f"token file {stream.path}: expected the tokenizer {tokenizer.name!r}, got "
+                f"{stream.facts.get('tokenizer')!r}; delete the folder {folder} and run again"
             )
     return TokenDataset(streams[0], streams[1], streams[0].facts.get("report", ""))
 

@@ -79,16 +79,15 @@ def find_source(
         return _builtin(subset_size, val_subset_size)
     if dataset == "local":
         if path is None:
-            raise DataError("data.path is missing: dataset local needs a file or folder")
+            raise DataError("data.path: expected a file or folder for dataset local, got none")
         refuse = on_broken_lines == "refuse"
         return _local(Path(path), text_field or "text", document_separator, refuse)
     if dataset in HUB_SETS:
         return _from_hub(dataset, text_field)
     close = get_close_matches(dataset, DATASETS, n=1)
     raise DataError(
-        f"data.dataset {dataset!r} is unknown"
+        f"data.dataset: expected one of {', '.join(DATASETS)}, got {dataset!r}"
         + (f"; did you mean {close[0]!r}?" if close else "")
-        + f"; accepted: {', '.join(DATASETS)}"
     )
 
 
@@ -183,7 +182,7 @@ def _documents(rows: Any, columns: tuple[str, ...], name: str) -> Iterator[Piece
     missing = [column for column in columns if column not in rows.column_names]
     if missing:
         raise DataError(
-            f"data.dataset {name!r} has no column {missing[0]!r}; it has "
+            f"data.dataset {name!r}: expected a column {missing[0]!r}, got "
             f"{', '.join(rows.column_names)}; set data.text_field"
         )
     for row in rows.select_columns(list(columns)):

@@ -68,7 +68,7 @@ class ShardWriter:
             return
         if array.min() < 0 or array.max() >= self.vocab_size:
             raise DataError(
-                f"{self.path}: tokens must be 0 to {self.vocab_size - 1}, not "
+                f"{self.path}: expected tokens 0 to {self.vocab_size - 1}, got "
                 f"{array.min()} to {array.max()}"
             )
         self.max_token = max(self.max_token, int(array.max()))
@@ -155,8 +155,8 @@ class TokenStream:
         """DataError if a token is not below `vocab_size`."""
         if len(self) and self.max_token >= vocab_size:
             raise DataError(
-                f"token file {self.path} holds token {self.max_token}, but the vocabulary has ids "
-                f"0 to {vocab_size - 1}: it was written with another tokenizer"
+                f"token file {self.path}: expected tokens 0 to {vocab_size - 1}, got "
+                f"{self.max_token}: it was written with another tokenizer"
             )
 
     def _mapped(self, n_tokens: int) -> np.ndarray:

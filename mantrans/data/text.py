@@ -52,7 +52,7 @@ class ReadReport:
         """Counts a broken line, or raises DataError if such lines are refused."""
         if refuse:
             raise DataError(
-                f"{file}, line {line}: {what}; mend the line, or set data.on_broken_lines to skip"
+                f"{file}, line {line}: {what}; correct it, or set data.on_broken_lines to skip"
             )
         self.broken_lines += 1
         self.first_broken = self.first_broken or f"{what} ({file.name}, line {line})"
@@ -67,12 +67,10 @@ def local_files(path: str | Path) -> list[Path]:
     kinds = ", ".join(_SUFFIXES)
     if root.is_file():
         if root.suffix.lower() not in _SUFFIXES:
-            raise DataError(
-                f"data.path {root}: the file's kind {root.suffix!r} is not one of {kinds}"
-            )
+            raise DataError(f"data.path: expected a file {kinds} or a folder, got {root}")
         return [root]
     if not root.is_dir():
-        raise DataError(f"data.path {root}: no such file or folder; accepted: {kinds}, or a folder")
+        raise DataError(f"data.path: expected a file {kinds} or a folder, got no such path: {root}")
     found = [
         file
         for file in sorted(root.rglob("*"))
@@ -81,7 +79,7 @@ def local_files(path: str | Path) -> list[Path]:
         and file.is_file()
     ]
     if not found:
-        raise DataError(f"data.path {root}: the folder has no {kinds} file")
+        raise DataError(f"data.path: expected a folder with {kinds} files, got none in {root}")
     return found
 
 
@@ -152,7 +150,7 @@ def read_parquet(file: Path, text_field: str) -> Iterator[Piece]:
         columns = list(rows.features or {})
         if text_field not in columns:
             raise DataError(
-                f"{file}: it has no column {text_field!r}; it has {', '.join(columns)}; "
+                f"{file}: expected a column {text_field!r}, got {', '.join(columns)}; "
                 "set data.text_field"
             )
         for row in rows.select_columns([text_field]):
@@ -191,9 +189,8 @@ def _characters(file: Path) -> Iterator[str]:
                 # The decoder saw a tail of what was read: what it kept of an earlier chunk counts.
                 place = read + len(raw) - len(error.object) + error.start
                 raise DataError(
-                    f"{file}: not UTF-8 at byte {place} "
-                    f"({error.object[error.start]:#04x}); convert it, for example with "
-                    "iconv -f latin1 -t utf-8"
+                    f"{file}: expected UTF-8, got {error.object[error.start]:#04x} at byte "
+                    f"{place}; convert it, for example with iconv -f latin1 -t utf-8"
                 ) from None
             read += len(raw)
             held = "\r" if raw and text.endswith("\r") else ""

@@ -82,8 +82,8 @@ class Tokenizer:
         for number in numbers:
             if not 0 <= number < self.vocab_size:
                 raise DataError(
-                    f"token {number} is not in tokenizer {self.name!r}: ids are 0 to "
-                    f"{self.vocab_size - 1}"
+                    f"tokenizer {self.name!r}: expected token ids 0 to {self.vocab_size - 1}, "
+                    f"got {number}"
                 )
         return self.library.decode(numbers, skip_special_tokens=False)
 
@@ -101,8 +101,8 @@ def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
     name = str(name_or_path)
     if not name.strip() or "\0" in name or ".." in Path(name).parts:
         raise DataError(
-            f"tokenizer {name!r} is refused: give a name under assets/models/tokenizers/ or a "
-            "folder, without '..'"
+            "data.tokenizer: expected a name under assets/models/tokenizers/ or a folder, "
+            f"without '..', got {name!r}"
         )
     try:
         return _find(name)
@@ -128,9 +128,8 @@ def _find(name: str) -> Tokenizer:
     known = [*known_names(), "gpt2"]
     close = get_close_matches(name, known, n=1)
     raise DataError(
-        f"tokenizer {name!r} not found: it is no folder"
+        f"data.tokenizer: expected a folder or one of {', '.join(known)}, got {name!r}"
         + (f"; did you mean {close[0]!r}?" if close else "")
-        + f"; by name there are {', '.join(known)}"
     )
 
 
@@ -169,8 +168,8 @@ def _from_folder(folder: Path) -> Tokenizer:
             library = _gpt2_library(vocab, merges)
         else:
             raise DataError(
-                f"tokenizer folder {folder}: it has neither {TOKENIZER_FILE} nor vocab.json and "
-                "merges.txt"
+                f"tokenizer folder {folder}: expected {TOKENIZER_FILE}, or vocab.json and "
+                "merges.txt, got neither"
             )
     except DataError:
         raise

@@ -46,8 +46,8 @@ def choose_config(arguments: argparse.Namespace, state: dict[str, Any]) -> Confi
     for override in arguments.overrides:
         if override.strip().startswith("model."):
             raise ConfigError(
-                f"--set {override}: the model is the checkpoint's and cannot be changed; "
-                "accepted: fields of data, training and evaluation"
+                "--set: expected a field of data, training or evaluation (the model is the "
+                f"checkpoint's), got {override}"
             )
     if arguments.config:
         return Config.load(arguments.config, arguments.overrides)

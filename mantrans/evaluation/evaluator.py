@@ -39,13 +39,13 @@ def evaluate(
     show_progress: bool = False,
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """The report of a model: `measure_stream`, and with `generate` samples and what they are worth.
+    """The report of a model: `measure_stream`, and with `generate` samples and their scores.
 
-    coherence: False for no marks from Claude even where the config wants them. say: is given the
-    one line that explains why there are none.
+    coherence: False for no scores from Claude, whatever the config says. say: called with one line
+    that explains why there are no scores.
 
     Returns {"loss", "perplexity", "bits_per_byte", "tokens", "bytes"} and, with `generate`,
-    {"samples", "diversity" (of the continuations), "coherence" (None where there are no marks)}.
+    {"samples", "diversity" (of the continuations), "coherence" (None without scores)}.
     """
     measured = measure_stream(
         wrapper, tokenizer, validation, config, max_batches=max_batches, show_progress=show_progress
@@ -58,17 +58,17 @@ def evaluate(
         "bytes": measured.bytes,
     }
     if generate:
-        settings, graded = config.evaluation, coherence and config.evaluation.evaluate_coherence
+        settings, scored = config.evaluation, coherence and config.evaluation.evaluate_coherence
         count = len(settings.generation_prompts)
         samples = generate_samples(
-            wrapper, tokenizer, config, max(count, settings.coherence_samples) if graded else count
+            wrapper, tokenizer, config, max(count, settings.coherence_samples) if scored else count
         )
         report["samples"] = samples
         report["diversity"] = diversity([sample["continuation"] for sample in samples])
         texts = [sample["prompt"] + sample["continuation"] for sample in samples]
         texts = texts[: settings.coherence_samples]
         report["coherence"] = (
-            score_samples(texts, settings.coherence_model, say=say) if graded else None
+            score_samples(texts, settings.coherence_model, say=say) if scored else None
         )
     return report
 
@@ -160,9 +160,9 @@ def as_text(report: dict[str, Any]) -> str:
     for name, value in report.get("diversity", {}).items():
         facts[name.replace("_", " ")] = "none" if value is None else f"{value:.3f}"
     if report.get("coherence"):
-        marks = report["coherence"]
-        means = ", ".join(f"{name} {marks[name]:.2f}" for name in CRITERIA)
-        facts["marks out of 5"] = f"{means} ({len(marks['scores'])} samples, {marks['model']})"
+        scored = report["coherence"]
+        means = ", ".join(f"{name} {scored[name]:.2f}" for name in CRITERIA)
+        facts["scores out of 5"] = f"{means} ({len(scored['scores'])} samples, {scored['model']})"
     lines = [f"{name:<22}{fact}" for name, fact in facts.items()]
     for sample in report.get("samples", []):
         lines += ["", printable(f"[{sample['prompt']}]{sample['continuation']}")]

@@ -85,7 +85,7 @@ def measure(
     Raises DataError where there is nothing to predict, or a token the model does not know.
     """
     if len(tokens) == 0:
-        raise DataError("validation data: found 0 tokens; accepted: at least 1")
+        raise DataError("validation data: expected at least 1 token, got 0")
     if max_batches is not None:
         tokens = tokens[: max_batches * batch_size * length]
     windows: Iterable[tuple[np.ndarray, np.ndarray]]
@@ -101,8 +101,8 @@ def measure(
         predicted = targets[targets != IGNORE_INDEX]
         if predicted.max() >= len(token_bytes):
             raise DataError(
-                f"validation data: found token {predicted.max()}; "
-                f"accepted: below the vocabulary size {len(token_bytes)}"
+                f"validation data: expected tokens below the vocabulary size {len(token_bytes)}, "
+                f"got {predicted.max()}"
             )
         x, y = (torch.from_numpy(array).to(device) for array in (inputs, targets))
         starts = None if attend_across_documents else document_starts(x, end_of_text)

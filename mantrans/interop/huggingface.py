@@ -95,23 +95,23 @@ def oriented(name: str, x: Tensor) -> Tensor:
 def read_shape(directory: str | Path) -> dict[str, Any]:
     """What a folder's config.json says of the network, as keywords of `ModelConfig`.
 
-    Raises CheckpointError that names the field, what was found and what is accepted.
+    Raises CheckpointError: "FILE: FIELD: expected X, got Y".
     """
     if not os.path.isdir(directory):
         raise CheckpointError(
-            f"{_shown(directory)}: no such folder; accepted: one with {CONFIG} and {WEIGHTS} "
-            "(nothing is downloaded)"
+            f"{_shown(directory)}: expected a folder with {CONFIG} and {WEIGHTS}, got no such "
+            "folder; nothing is downloaded"
         )
     path = Path(directory) / CONFIG
     found, where = _read_json(path), _shown(path)
     for field in REQUIRED:
         if field not in found:
-            raise CheckpointError(f"{where}: {field} is missing; accepted: the file of a GPT-2")
+            raise CheckpointError(f"{where}: {field}: expected that of a GPT-2, got none")
     for field, choices in ACCEPTED.items():
         if found.get(field, choices[0]) not in choices:
-            accepted = ", ".join(json.dumps(choice) for choice in choices)
+            expected = " or ".join(json.dumps(choice) for choice in choices)
             raise CheckpointError(
-                f"{where}: {field}: found {show(found[field])}; accepted: {accepted}"
+                f"{where}: {field}: expected {expected}, got {show(found[field])}"
             )
     values = {ours: found[theirs] for ours, theirs in FIELDS.items() if theirs in found}
     try:
@@ -143,8 +143,8 @@ class Weights:
         for name in self.parameters:
             if name not in self.found:
                 raise CheckpointError(
-                    f"{_shown(self.folder)}: tensor {name} is missing from the files of weights; "
-                    f"accepted: all {len(self.parameters)} that {CONFIG} calls for"
+                    f"{_shown(self.folder)}: expected the {len(self.parameters)} tensors of "
+                    f"{CONFIG}, got no {name}"
                 )
         self._check_copy()
 
@@ -155,11 +155,11 @@ class Weights:
             return
         where = f"{_shown(path)}: tensor {single_line(name)}"
         if bare in self.found:
-            raise CheckpointError(f"{where} is there twice; accepted: each tensor once")
+            raise CheckpointError(f"{where}: expected once, got twice")
         # Where embeddings are tied, an output projection may be there, as a copy.
         parameter = self.parameters.get("wte.weight" if bare == OUTPUT and self.is_tied else bare)
         if parameter is None:
-            raise CheckpointError(f"{where} is surplus; accepted: those that {CONFIG} calls for")
+            raise CheckpointError(f"{where}: expected only the tensors of {CONFIG}, got another")
         claim = file.get_slice(name)
         _check_claim(where, parameter, claim.get_shape(), claim.get_dtype())
         self.found[bare] = file, name
@@ -180,8 +180,8 @@ class Weights:
         output, embedding = self._tensor(OUTPUT), self._tensor("wte.weight")
         if output.dtype != embedding.dtype or not torch.equal(output, embedding):
             raise CheckpointError(
-                f"{_shown(self.folder / CONFIG)}: tie_word_embeddings: found true, but {OUTPUT} "
-                "differs from wte.weight; accepted: false, or equal tensors"
+                f"{_shown(self.folder / CONFIG)}: tie_word_embeddings: expected false, got true: "
+                f"{OUTPUT} differs from wte.weight"
             )
 
 
@@ -191,11 +191,10 @@ def _check_claim(where: str, parameter: Parameter, shape: list[int], dtype: str)
     expected = parameter.shape[::-1] if transposed else parameter.shape
     if tuple(shape) != expected:
         raise CheckpointError(
-            f"{where}: found shape {tuple(shape)}; accepted: {expected}, as {CONFIG} says"
+            f"{where}: expected shape {expected}, as {CONFIG} says, got {tuple(shape)}"
         )
     if dtype not in DTYPES.values():
-        accepted = ", ".join(DTYPES.values())
-        raise CheckpointError(f"{where}: found dtype {dtype}; accepted: {accepted}")
+        raise CheckpointError(f"{where}: expected dtype {', '.join(DTYPES.values())}, got {dtype}")
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -207,11 +206,10 @@ def _weight_files(folder: Path) -> list[Path]:
     pickled = sorted(path.name for path in folder.glob("pytorch_model*"))
     if pickled:
         raise CheckpointError(
-            f"{_shown(folder / pickled[0])}: is a pickle, which may run code when it is read; "
-            f"accepted: {WEIGHTS}; save the model again as safetensors, with transformers' "
-            "save_pretrained"
+            f"{_shown(folder / pickled[0])}: expected {WEIGHTS}, got a pickle, which may run code "
+            "when it is read; save the model again with transformers' save_pretrained"
         )
-    raise CheckpointError(f"{_shown(folder)}: found neither {WEIGHTS} nor {INDEX}; accepted: one")
+    raise CheckpointError(f"{_shown(folder)}: expected {WEIGHTS} or {INDEX}, got neither")
 
 
 def _shards(index: Path) -> list[Path]:
@@ -219,15 +217,15 @@ def _shards(index: Path) -> list[Path]:
     weight_map = _read_json(index).get("weight_map")
     if not isinstance(weight_map, dict):
         raise CheckpointError(
-            f"{_shown(index)}: weight_map: found {show(weight_map)}; accepted: a mapping from "
-            "tensors to files"
+            f"{_shown(index)}: weight_map: expected a mapping from tensors to files, "
+            f"got {show(weight_map)}"
         )
     for name in weight_map.values():
         plain = isinstance(name, str) and name.isprintable() and not re.search(r"[/\\]", name)
         if not plain or name in ("", ".", ".."):
             raise CheckpointError(
-                f"{_shown(index)}: weight_map: found the file {show(name)}; "
-                "accepted: a name in the same folder"
+                f"{_shown(index)}: weight_map: expected a file name in the same folder, "
+                f"got {show(name)}"
             )
     return [index.parent / name for name in sorted(set(weight_map.values()))]
 
@@ -238,17 +236,16 @@ def _open(path: Path) -> Any:
         from safetensors import SafetensorError, safe_open
     except ImportError:
         raise CheckpointError(
-            f"{_shown(path)}: is read with the package safetensors, which is missing; "
-            "pip install safetensors"
+            f"{_shown(path)}: needs the package safetensors (pip install safetensors)"
         ) from None
     if not path.is_file():
-        raise CheckpointError(f"{_shown(path)}: no such file; accepted: all that {INDEX} names")
+        raise CheckpointError(f"{_shown(path)}: expected the file that {INDEX} names, got none")
     try:
         return safe_open(path, framework="pt", device="cpu")
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(
-            f"{_shown(path)}: is damaged or no safetensors file ({single_line(reason(error))}); "
-            "accepted: a file that transformers or save_pretrained wrote"
+            f"{_shown(path)}: expected an intact safetensors file, got other bytes "
+            f"({single_line(reason(error))})"
         ) from None
 
 
@@ -257,7 +254,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     where = _shown(path)
     try:
         if not path.is_file():
-            raise CheckpointError(f"{where}: no such file; accepted: a folder that has it")
+            raise CheckpointError(f"{where}: expected a JSON file, got no such file")
         with open(path, "rb") as file:
             text = file.read(MAX_JSON_BYTES + 1)
         value = json.loads(text) if len(text) <= MAX_JSON_BYTES else None
@@ -265,13 +262,13 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{where}: cannot be read ({reason(error)})") from None
     except (ValueError, RecursionError) as error:
         raise CheckpointError(
-            f"{where}: is not JSON ({single_line(reason(error))}); accepted: a JSON object"
+            f"{where}: expected a JSON object, got other text ({single_line(reason(error))})"
         ) from None
     if len(text) > MAX_JSON_BYTES:
         size = f"{MAX_JSON_BYTES >> 20} MiB"
-        raise CheckpointError(f"{where}: found more than {size}; accepted: at most that")
+        raise CheckpointError(f"{where}: expected at most {size}, got more")
     if not isinstance(value, dict):
-        raise CheckpointError(f"{where}: found {show(value)}; accepted: a JSON object")
+        raise CheckpointError(f"{where}: expected a JSON object, got {show(value)}")
     return value
 
 
@@ -309,10 +306,8 @@ def save(directory: str | Path, config: ModelConfig, weights: dict[str, Tensor])
         with replacing(path) as file:
             write_all(file, text.encode())
     except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{_shown(path)}: could not be written ({single_line(reason(error))}); "
-            "accepted: a folder with room that may be written to"
-        ) from None
+        cause = single_line(reason(error))
+        raise CheckpointError(f"{_shown(path)}: could not be written ({cause})") from None
 
 
 def _their_config(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:

@@ -1,15 +1,15 @@
-"""The layers. Each answers for itself; nobody else knows what is inside.
+"""The layers. Each describes itself completely; no other code knows what is inside.
 
-A layer is made of `Parameter`s, which get their memory when `Parameters` places them, and of the
-module of operations (`ops`, see `mantrans.kernels.backend`) that it computes with.
+A layer holds `Parameter`s, which get their memory from `Parameters`, and the module of operations
+(`ops`, see `mantrans.kernels.backend`) that it computes with.
 
-    parameters()         its parameters, in the order in which it meets them
-    forward(x)           -> y, saved     `saved` is what the backward needs, named as in mathematics
-    backward(dy, saved)  -> dx           the forward read upwards; weight gradients are added to, or
-                                         with accumulate=False overwritten
-    flops(T)             operations of the forward, a token of a sequence of T
-    kept()               elements that the forward keeps for the backward, a token
-    workspace()          elements that the backward has alive besides, a token
+    parameters()         its parameters, in the order of the forward
+    forward(x)           -> y, saved     `saved` is what the backward needs, named as in formulas
+    backward(dy, saved)  -> dx           the forward in reverse; weight gradients are added to, or
+                                         overwritten with accumulate=False
+    flops(T)             operations of the forward per token of a sequence of length T
+    kept()               elements per token that the forward keeps for the backward
+    workspace()          further elements per token that are alive during the backward
 
 Tensors: B batch, T sequence, C model width, H heads, D head width, F feed-forward width, V
 vocabulary, N = B·T rows; x is (B, T, C) throughout.

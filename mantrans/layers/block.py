@@ -17,8 +17,8 @@ from mantrans.parameters import Parameter
 class Block:
     """x ← x + attention(norm_1(x));  x ← x + mlp(norm_2(x)).
 
-    Between blocks travel the residual x and the output of the last branch, not yet added to it: the
-    next norm adds the two while it reads them. The gradient of that sum is the gradient of either.
+    A block passes on the residual x and the output of its last branch, not yet added: the next norm
+    adds the two while it reads them. The gradient of the sum is also the gradient of each.
     """
 
     class Saved(NamedTuple):
@@ -39,14 +39,14 @@ class Block:
     def forward(
         self, x: Tensor, branch: Tensor | None, document_start: Tensor | None
     ) -> tuple[Tensor, Tensor, Saved]:
-        """x, branch (B, T, C) -> the residual, and the MLP's output that is still to be added."""
+        """x, branch (B, T, C) -> the residual, and the MLP's output, not yet added to it."""
         y, norm_1, attention, norm_2 = self._up_to_mlp(x, branch, document_start)
         branch, mlp = self.mlp.forward(y)
         return norm_2.x, branch, self.Saved(norm_1, attention, norm_2, mlp)
 
     def recompute(self, x: Tensor, document_start: Tensor | None) -> Saved:
         """The `Saved` of a forward, from its `norm_1.x`. The MLP's last product, a third of a
-        block's arithmetic, is left out: nobody reads its result again."""
+        block's arithmetic, is left out: the backward does not need its result."""
         y, norm_1, attention, norm_2 = self._up_to_mlp(x, None, document_start)
         return self.Saved(norm_1, attention, norm_2, self.mlp.Saved(y, *self.mlp.hidden(y)))
 
@@ -61,7 +61,7 @@ class Block:
     def backward(
         self, dx: Tensor, saved: Saved, document_start: Tensor | None, accumulate: bool = True
     ) -> Tensor:
-        """dx: of the sum of the block's two outputs. Returns that of the sum of its two inputs."""
+        """dx: the gradient of the sum of the two outputs. Returns that of the sum of the inputs."""
         dy = self.mlp.backward(dx, saved.mlp, accumulate)
         dx = self.norm_2.backward(dy, saved.norm_2, dresidual=dx)
         dy = self.attention.backward(dx, saved.attention, document_start, accumulate)
@@ -83,5 +83,5 @@ class Block:
         return norms + self.attention.kept() + self.mlp.kept()
 
     def workspace(self) -> int:
-        """One branch goes backward at a time."""
+        """The two branches run backward one after the other."""
         return max(self.attention.workspace(), self.mlp.workspace())

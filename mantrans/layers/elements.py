@@ -1,4 +1,4 @@
-"""How much memory a layer asks for: numbers of elements, whatever their dtype will be."""
+"""How much memory a layer needs: numbers of elements, independent of the dtype."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 
 class Elements(NamedTuple):
-    """Elements a token: `narrow` of the model's dtype, `wide` of float32 (or float64)."""
+    """Elements per token: `narrow` of the model's dtype, `wide` of float32 (or float64)."""
 
     narrow: int
     wide: int = 0
@@ -15,5 +15,5 @@ class Elements(NamedTuple):
         return Elements(self.narrow + other[0], self.wide + other[1])
 
     def bytes(self, narrow: int, wide: int) -> int:
-        """Bytes a token, for elements of so many bytes each."""
+        """Bytes per token. narrow, wide: bytes of one element of each kind."""
         return self.narrow * narrow + self.wide * wide

@@ -7,20 +7,17 @@ from types import ModuleType
 
 from torch import Tensor
 
+from mantrans.kernels.reference import padded_vocabulary
 from mantrans.parameters import Parameter
-
-# Matrix products want dimensions that are multiples of their tiles: the vocabulary is padded.
-VOCABULARY_MULTIPLE = 128
 
 
 def vocabulary_table(name: str, V: int, C: int, std: float) -> Parameter:
-    """A row (C,) for each of V tokens, and zero rows up to a multiple that products like."""
-    padded = -(-V // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
-    return Parameter(name, (V, C), std=std, stored_rows=padded, table=True)
+    """A row (C,) for each of V tokens, then zero rows up to `padded_vocabulary`."""
+    return Parameter(name, (V, C), std=std, stored_rows=padded_vocabulary(V), table=True)
 
 
 class Embedding:
-    """x[b, t] = tokens' row + position's row."""
+    """x[b, t] = the token's row + the position's row."""
 
     def __init__(self, ops: ModuleType, V: int, T_max: int, C: int, *, std: float) -> None:
         self.ops = ops
@@ -38,8 +35,8 @@ class Embedding:
     def backward(
         self, dx: Tensor, tokens: Tensor, accumulate: bool = True, tied: bool = False
     ) -> None:
-        """Adds to both tables. Without `accumulate` they begin at 0, but for a token table that is
-        `tied`: the output projection has begun it."""
+        """Add to the gradients of both tables. Without `accumulate` they start from 0, except a
+        token table that is `tied`: the output projection has already written to it."""
         if not accumulate:
             self.positions.gradient.zero_()
             if not tied:

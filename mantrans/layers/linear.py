@@ -13,8 +13,8 @@ from mantrans.parameters import Parameter
 class Linear:
     """y = x Wᵀ + b, with W (M, K).
 
-    into_residual: y is added to the residual stream. The norm that reads the sum next has the
-    gradient of y in its hands (it is that of the sum), and sums the bias's gradient as it goes.
+    into_residual: y is added to the residual stream. The next norm's backward computes the gradient
+    of that sum, which is also the gradient of y, and sums the bias's gradient in the same pass.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class Linear:
             yield self.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        """The input is all that the backward needs: the caller, who has it, keeps it."""
+        """The backward needs only the input, which the caller keeps."""
         return self.ops.linear_forward(x, self.weight.value, self.bias and self.bias.value)
 
     def backward(self, dy: Tensor, x: Tensor, accumulate: bool = True) -> Tensor:
@@ -49,6 +49,6 @@ class Linear:
         )
 
     def flops(self) -> int:
-        """A multiplication and an addition a weight."""
+        """A multiplication and an addition per weight."""
         M, K = self.weight.shape
         return 2 * M * K

@@ -16,7 +16,7 @@ from mantrans.parameters import Parameter
 class MLP:
     """y = gelu(x W₁ᵀ + b₁) W₂ᵀ + b₂. The first bias is added by the GELU, in the same pass.
 
-    recompute_gelu: GELU's output is computed again in the backward instead of kept.
+    recompute_gelu: GELU's output is recomputed in the backward instead of kept.
     """
 
     class Saved(NamedTuple):
@@ -55,7 +55,7 @@ class MLP:
         return y, self.Saved(x, h, None if self.recompute_gelu else a)
 
     def hidden(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The forward as far as the backward needs it: up to the last product's input."""
+        """The part of the forward that the backward needs: up to the last product's input."""
         h = self.up.forward(x)
         return h, self.ops.bias_gelu_forward(h, self.bias and self.bias.value)
 

@@ -1,4 +1,4 @@
-"""LayerNorm, with the addition to the residual that comes before it."""
+"""LayerNorm, with the residual addition before it."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from mantrans.parameters import Parameter
 
 
 class LayerNorm:
-    """y = γ x̂ + β, optionally of the sum of a residual and what a branch adds to it.
+    """y = γ x̂ + β, optionally of the sum of a residual and a branch's output.
 
-    branch_bias: the bias that the branch ends in, if any (`Linear.into_residual`).
+    branch_bias: the bias of the branch's last layer, if any (`Linear.into_residual`).
     """
 
     class Saved(NamedTuple):
@@ -43,7 +43,7 @@ class LayerNorm:
             yield self.bias
 
     def forward(self, x: Tensor, branch: Tensor | None = None) -> tuple[Tensor, Saved]:
-        """y = LN(x), or LN(x + branch); the sum is in `saved.x` for whoever goes on with it."""
+        """y = LN(x), or LN(x + branch). `saved.x` is that sum: the residual from here on."""
         weight, bias = self.weight.value, self.bias and self.bias.value
         if branch is None:
             y, mean, rstd = self.ops.layer_norm_forward(x, weight, bias, self.epsilon)
@@ -54,7 +54,7 @@ class LayerNorm:
         return y, self.Saved(x, mean, rstd)
 
     def backward(self, dy: Tensor, saved: Saved, dresidual: Tensor | None = None) -> Tensor:
-        """The gradient of x, to which `dresidual` is added: what by-passed the norm."""
+        """The gradient of x, plus `dresidual`, the gradient that reaches x without the norm."""
         return self.ops.layer_norm_backward(
             dy,
             saved.x,

@@ -15,9 +15,9 @@ from mantrans.parameters import Parameter
 class Output:
     """logits = y Wᵀ over the vocabulary, W (V, C) stored with padded rows.
 
-    weight: a table of its own, or the token embedding's if they are tied.
-    chunk_rows: rows of logits that exist at a time while the loss is computed; None: the backend's
-        choice. The gradient's last bits depend on it.
+    weight: a separate table, or the token embedding's if they are tied.
+    chunk_rows: rows of logits in memory at a time while the loss is computed; None for the
+        backend's choice. The gradient's last bits depend on it.
     """
 
     def __init__(self, ops: ModuleType, weight: Parameter, tied: bool) -> None:
@@ -53,7 +53,7 @@ class Output:
     def forward_backward(
         self, y: Tensor, targets: Tensor, scale: Tensor, accumulate: bool = True
     ) -> tuple[Tensor, Tensor]:
-        """scale · Σ losses (0-d) and the gradient of y (B, T, C); logits exist in chunks only."""
+        """scale · Σ losses (0-d) and the gradient of y (B, T, C); logits are computed in chunks."""
         loss, dy = self.ops.linear_cross_entropy_forward_backward(
             y.flatten(0, 1),
             self.weight.value,
@@ -72,5 +72,5 @@ class Output:
         return 2 * V * C
 
     def workspace(self) -> Elements:
-        """While the loss is computed: its gradient, and the loss of the token."""
+        """While the loss is computed: the gradient of y, and the token's loss."""
         return Elements(narrow=self.weight.shape[1], wide=1)

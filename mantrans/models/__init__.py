@@ -13,5 +13,5 @@ from mantrans.models.network import Network
 def build(
     config: ModelConfig, ops: ModuleType = reference, recompute_gelu: bool = False
 ) -> Network:
-    """The network that `config` describes; it has no memory before `Parameters` gives it some."""
+    """The network that `config` describes; it has no memory until `Parameters` allocates it."""
     return gpt2.network(config, ops, recompute_gelu)

@@ -1,8 +1,7 @@
-"""GPT-2 (Radford et al. 2019): which parts its network is made of, and how it begins.
+"""GPT-2 (Radford et al. 2019): the parts of its network, and their initialization.
 
-Weights are normal with standard deviation `initializer_range`; those that end in the residual
-stream are scaled by 1 / √(2 n_blocks), because that many of them are summed; gains are 1 and biases
-0.
+Weights are normal with standard deviation `initializer_range`. Projections into the residual stream
+are scaled by 1 / √(2 n_blocks), because 2 n_blocks of them are summed. Gains are 1, biases 0.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from mantrans.parameters import Parameter
 def network(config: ModelConfig, ops: ModuleType, recompute_gelu: bool = False) -> Network:
     """The network that `config` describes; vocab_size must be set."""
     V, C = config.vocab_size, config.d_model
-    assert V is not None, "the vocabulary is known before a network is built"
+    assert V is not None, "vocab_size must be set before a network is built"
     std = config.initializer_range
     embedding = Embedding(ops, V, config.max_seq_len, C, std=std)
     blocks: list[Block] = []
@@ -40,17 +39,17 @@ def block(
     branch_bias: Parameter | None,
     recompute_gelu: bool,
 ) -> Block:
-    """One block. branch_bias: the bias that the branch before it ends in."""
+    """One block. branch_bias: the last bias of the branch before it."""
     C, H, std = config.d_model, config.n_heads, config.initializer_range
-    begin = {"std": std, "residual_std": std / (2 * config.n_blocks) ** 0.5, "bias": config.bias}
-    attention = Attention(ops, f"{name}.attention", C, n_heads=H, head_width=C // H, **begin)
+    common = {"std": std, "residual_std": std / (2 * config.n_blocks) ** 0.5, "bias": config.bias}
+    attention = Attention(ops, f"{name}.attention", C, n_heads=H, head_width=C // H, **common)
     mlp = MLP(
         ops,
         f"{name}.mlp",
         C,
         config.feed_forward_width,
         recompute_gelu=recompute_gelu,
-        **begin,
+        **common,
     )
     return Block(
         norm(config, ops, f"{name}.norm_1", branch_bias),

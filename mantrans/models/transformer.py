@@ -2,8 +2,8 @@
 
     tokens → embedding → block × n_blocks → final norm → output → logits → loss
 
-The backward is the forward read upwards. Activations are kept in a list that the backward empties
-as it goes, so that each dies as soon as the mathematics is done with it.
+The backward is the forward in reverse. It empties the list of saved activations as it goes, so that
+each is freed as soon as it is no longer needed.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ import torch
 from torch import Tensor
 
 from mantrans.config import ModelConfig
-from mantrans.layers import KeyValueCache, LayerNorm
+from mantrans.layers import Block, KeyValueCache, LayerNorm
 from mantrans.models import build
 from mantrans.parameters import Parameters
 
 
 class CustomTransformer:
-    """A decoder-only transformer that knows its own gradients.
+    """A decoder-only transformer with a hand-written backward.
 
     config: shape of the network; vocab_size must be set.
     ops: the module of operations to compute with (`mantrans.kernels.backend.choose`).
     dtype: float32, bfloat16 or float64, of weights and activations.
-    recompute: "none" keeps all activations; "gelu" drops GELU's outputs and computes them again in
-        the backward; "block" keeps only each block's input.
-    training: False leaves out gradients and masters; there is no backward then.
+    recompute: "none" keeps all activations; "gelu" recomputes GELU's outputs in the backward;
+        "block" keeps only each block's input.
+    training: False leaves out gradients and masters; backward is then not possible.
     keep_master: whether bfloat16 weights have float32 masters.
     """
 
@@ -65,27 +65,26 @@ class CustomTransformer:
             keep_master=keep_master,
             partial_rows=ops.partial_rows(device),
         )
-        self.parameters.begin(seed)
+        self.parameters.initialize(seed)
         self.embedding, self.blocks, self.final_norm, self.output = network
         self.vocab_size = self.output.vocab_size
         self._saved: CustomTransformer.Saved | None = None
 
-    # ------------------------------------------------------------------ the network, up and down
+    # -------------------------------------------------------------- the network, in both directions
 
     def _trunk_forward(
         self, tokens: Tensor, document_start: Tensor | None, keep: bool = True
     ) -> Tensor:
         """tokens (B, T) -> y (B, T, C), the input of the output projection."""
-        x = self.embedding.forward(tokens)
-        branch, saved_blocks = None, []
-        for block in self.blocks:
-            x, branch, saved = block.forward(x, branch, document_start)
-            if keep:
-                saved_blocks.append(saved.norm_1.x if self.recompute == "block" else saved)
-            del saved
-        y, saved_norm = self.final_norm.forward(x, branch)
-        if keep:
-            self._saved = self.Saved(tokens, document_start, saved_blocks, saved_norm, y)
+        if not keep:
+            return self.network.forward(tokens, document_start)[0]
+        blocks: list = []
+
+        def see(saved: Block.Saved) -> None:
+            blocks.append(saved.norm_1.x if self.recompute == "block" else saved)
+
+        y, final_norm = self.network.forward(tokens, document_start, see)
+        self._saved = self.Saved(tokens, document_start, blocks, final_norm, y)
         return y
 
     def _trunk_backward(self, dy: Tensor, accumulate: bool) -> None:
@@ -107,7 +106,7 @@ class CustomTransformer:
         self.embedding.backward(dx, tokens, accumulate, tied=self.output.tied)
 
     def _finish_vectors(self, block: str) -> None:
-        """Sum up what the kernels left of the gradients of a block's biases and gains."""
+        """Sum the partial sums of the gradients of a block's biases and gains."""
         if self.parameters.partials is not None:
             self.ops.sum_partials(*self.parameters.partials.of(block))
 
@@ -118,16 +117,16 @@ class CustomTransformer:
     ) -> Tensor:
         """tokens (B, T) int64, T <= max_seq_len -> logits (B, T, V) in the model's dtype.
 
-        document_start (B, T) int32: where each position's document begins, if attention is to stay
+        document_start (B, T) int32: where the document of each position starts, to keep attention
         inside it (`mantrans.kernels.reference.document_starts`). keep: whether a backward follows.
         """
         y = self._trunk_forward(tokens, document_start, keep and self.training)
         return self.output.forward(y)
 
     def backward(self, dlogits: Tensor) -> None:
-        """Adds the gradient of every parameter, given that of the last forward's logits (B, T, V).
+        """Add every parameter's gradient, given that of the last forward's logits (B, T, V).
 
-        Raises RuntimeError if no forward came before, or its activations are used up.
+        Raises RuntimeError without a forward before each backward.
         """
         if self._saved is None:
             raise RuntimeError("backward: no activations; call forward first, once per backward")
@@ -144,10 +143,10 @@ class CustomTransformer:
         document_start: Tensor | None = None,
         accumulate: bool = True,
     ) -> Tensor:
-        """Loss of a micro-batch, and its gradient added to every parameter's.
+        """The loss of a micro-batch; adds its gradient to every parameter's.
 
         tokens, targets (B, T) int64, targets already shifted, -100 where there is none; scale 0-d:
-        what each token's loss counts, 1 / number of targets in the whole batch for a mean.
+        the factor of each token's loss, 1 / number of targets in the whole batch for a mean.
         accumulate: False for the first micro-batch: gradients are overwritten.
         Returns scale · Σ losses, 0-d.
         """
@@ -166,21 +165,17 @@ class CustomTransformer:
     # -------------------------------------------------------------------------------- generation
 
     def new_cache(self, batch_size: int, length: int) -> list[KeyValueCache]:
-        """Room for the keys and values of `batch_size` sequences of `length` tokens."""
+        """Memory for the keys and values of `batch_size` sequences of `length` tokens."""
         return [block.attention.new_cache(batch_size, length) for block in self.blocks]
 
     def prefill(self, tokens: Tensor, lengths: Tensor, cache: list[KeyValueCache]) -> Tensor:
         """Read prompts (B, T), padded on the right to one length, and fill the cache.
 
-        lengths (B,): how much of each row is prompt. What stands right of it is never looked at,
-        because attention is causal. Returns the logits (B, V) after each row's last token.
+        lengths (B,): prompt tokens of each row. The padding after them is never read, because
+        attention is causal. Returns the logits (B, V) after each row's last token.
         """
-        x, branch = self.embedding.forward(tokens), None
-        for block, layer_cache in zip(self.blocks, cache, strict=True):
-            x, branch, saved = block.forward(x, branch, None)
-            layer_cache.fill(saved.attention.qkv)
-            del saved
-        y, _ = self.final_norm.forward(x, branch)
+        layers = iter(cache)
+        y, _ = self.network.forward(tokens, None, lambda s: next(layers).fill(s.attention.qkv))
         return self.output.forward(y[torch.arange(len(lengths), device=y.device), lengths - 1])
 
     def decode(self, tokens: Tensor, lengths: Tensor, cache: list[KeyValueCache]) -> Tensor:
@@ -194,7 +189,7 @@ class CustomTransformer:
     # -------------------------------------------------------------------- parameters, by name
 
     def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
-        """(name, view of the weights): what is written there is what the model computes with."""
+        """(name, view of the weights): the model computes with these views."""
         return self.parameters.named(self.parameters.weights)
 
     def named_gradients(self) -> Iterator[tuple[str, Tensor]]:
@@ -202,7 +197,7 @@ class CustomTransformer:
         return self.parameters.named(self.parameters.gradients)
 
     def zero_gradients(self) -> None:
-        """Every backward adds: call this before the first of a step."""
+        """Call this before the first backward of a step, because every backward adds."""
         self.parameters.gradients.zero_()
 
     def update_parameters(self, learning_rate: float) -> None:

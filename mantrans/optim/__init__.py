@@ -1,4 +1,4 @@
-"""Optimizers over the flat buffers: one file each; schedules; guards that can refuse a step."""
+"""Optimizers over the flat buffers, one file each; schedules; guards that can refuse a step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Further opinions on whether a step's update should happen, formed on the device."""
+"""Guards: further conditions for a step's update, evaluated on the device."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ class Guard(Protocol):
         ...
 
     def state(self) -> dict[str, Tensor]:
-        """The tensors that it remembers earlier steps in."""
+        """The tensors that describe earlier steps, for a checkpoint."""
         ...
 
 
 class Switch:
-    """A guard that refuses everything while it is off: steps run, and nothing changes."""
+    """A guard that refuses every update while it is off: steps run, and no weight changes."""
 
     def __init__(self, device: torch.device) -> None:
         self.on = torch.ones((), dtype=torch.bool, device=device)
@@ -34,10 +34,10 @@ class Switch:
 
 
 class OutlierGuard:
-    """Refuses a step whose loss or gradient norm is far above what the last steps had.
+    """Refuses a step whose loss or gradient norm is far above that of the last steps.
 
-    z_score: how many standard deviations above the mean of the last `window` finite steps is too
-    far. Nothing is refused before the window is full. Refused steps enter the window too, so that a
+    z_score: the limit, in standard deviations above the mean of the last `window` finite steps.
+    Nothing is refused before the window is full. Refused steps enter the window too, so that a
     lasting change of level is accepted after a while.
     """
 

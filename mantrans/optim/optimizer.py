@@ -1,7 +1,7 @@
-"""What every optimizer does: clip, check, update.
+"""The part common to all optimizers: clip, check, update.
 
-A step never asks the device a question: the gradient's norm, the clip factor and whether everything
-is finite stay there as 0-d tensors, and the update kernels obey them.
+A step never waits for the device: the gradient norm, the clip factor and the finite flag stay there
+as 0-d tensors, which the update kernels read.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from mantrans.parameters import Parameters
 
 
 class StepOutcome(NamedTuple):
-    """What a step found, all 0-d on the device."""
+    """The outcome of a step, all 0-d on the device."""
 
     grad_norm: Tensor  # before clipping
     applied: Tensor  # bool: whether the weights were changed
 
 
 class Optimizer:
-    """Clip, check, update. A subclass says what the update is.
+    """Clip, check, update. A subclass implements the update.
 
     max_grad_norm: longer gradients are scaled down to this L2 norm; None never scales.
     weight_decay: decoupled; biases and gains do not decay.
@@ -51,8 +51,8 @@ class Optimizer:
     ) -> StepOutcome:
         """Update the weights from the gradients, unless the loss or their norm is not finite.
 
-        loss, learning_rate 0-d. max_grad_norm: for this step alone. Where this, or one of `guards`,
-        refuses the update, weights and moments keep their bits.
+        loss, learning_rate 0-d. max_grad_norm: for this step only. If the check or one of `guards`
+        refuses the update, weights and moments stay unchanged.
         """
         p = self.parameters
         norm = self.ops.gradient_norm(p.gradients)
@@ -69,7 +69,7 @@ class Optimizer:
         return StepOutcome(norm, applied)
 
     def _parts(self) -> list[tuple[slice, float]]:
-        """Ranges of the flat buffers, each with its weight decay: as few as there can be."""
+        """Ranges of the flat buffers, each with its weight decay, as few as possible."""
         vectors = self.parameters.groups.get("vectors")
         end = self.parameters.weights.numel() if vectors is None else vectors.start
         parts = [(slice(0, end), self.weight_decay)]
@@ -92,5 +92,5 @@ class Optimizer:
         return {"rounding_seed": self.parameters.updates, "offset": where.start}
 
     def state(self) -> dict[str, Tensor]:
-        """Flat buffers that hold the optimizer's memory, by name."""
+        """The optimizer's flat buffers, by name."""
         return {}

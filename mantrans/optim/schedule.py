@@ -19,9 +19,9 @@ def scheduled_learning_rate(
 
     It rises linearly to `peak` over warmup_steps, then
       constant  stays there
-      linear    falls in a straight line to `minimum` at the last step
-      cosine    falls along half a cosine (Loshchilov & Hutter 2017)
-      wsd       stays, and falls in a straight line over the last `decay_fraction` of all steps
+      linear    falls linearly to `minimum` at the last step
+      cosine    falls along half a cosine to `minimum` (Loshchilov & Hutter 2017)
+      wsd       stays, then falls linearly over the last `decay_fraction` of all steps
                 (warm-up, stable, decay: Hu et al. 2024)
     """
     if step < warmup_steps:

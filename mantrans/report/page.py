@@ -46,8 +46,8 @@ class Run:
         shown = strict_yaml.single_line(str(folder))
         try:
             if not (folder / "metrics.jsonl").is_file():
-                found = "no metrics.jsonl in it" if folder.is_dir() else "no such folder"
-                raise MantransError(f"{shown}: {found}; accepted: a folder that train.py wrote")
+                found = "one without metrics.jsonl" if folder.is_dir() else "no such folder"
+                raise MantransError(f"{shown}: expected a folder that train.py wrote, got {found}")
             metrics, config = _records(folder / "metrics.jsonl"), folder / "config.yaml"
             last = metrics[-1]["step"] if metrics else 0
             report = _json(folder / "report.json")
@@ -132,7 +132,9 @@ def _json(path: Path) -> dict[str, Any]:
         value = None
     if not isinstance(value, dict):
         shown = strict_yaml.single_line(str(path))
-        raise MantransError(f"{shown}: not understood; accepted: the JSON object train.py wrote")
+        raise MantransError(
+            f"{shown}: expected the JSON object that train.py wrote, got other JSON"
+        )
     return value
 
 
@@ -204,18 +206,14 @@ def write_page(folder: Path, output: Path | None = None, compare: Sequence[Path]
     path = folder / PAGE if output is None else output
     shown = strict_yaml.single_line(str(path))
     if len(compare) > MOST_COMPARED:
-        raise MantransError(
-            f"--compare: found {len(compare)} runs; accepted: at most {MOST_COMPARED}"
-        )
+        raise MantransError(f"--compare: expected at most {MOST_COMPARED} runs, got {len(compare)}")
     runs = [Run.load(f) for f in (folder, *compare)]
     if len({run.name for run in runs}) < len(runs):
         runs = [replace(r, name=str(f)) for r, f in zip(runs, (folder, *compare), strict=True)]
     content = page(runs[0], runs[1:])
     try:
         if path.exists() and not path.is_file():
-            raise MantransError(
-                f"{path}: found no regular file; accepted: the name of an HTML file"
-            )
+            raise MantransError(f"{path}: expected the name of an HTML file, got no regular file")
         with replacing(path) as file:
             write_all(file, content.encode())
     except OSError as error:

@@ -76,7 +76,8 @@ class Scale:
 
 def log_ticks(low: float, high: float, most: int) -> list[float]:
     """At most `most` round numbers from one at or below `low` to one at or above `high`."""
-    first, last = math.floor(math.log10(low)), math.floor(math.log10(high)) + 1
+    first = math.floor(math.log10(low * (1 - 1e-9)))  # log10 rounds 999,999.9999999999 to 6
+    last = math.floor(math.log10(high)) + 1
     for mantissas in _MANTISSAS:
         found = [float(f"{m}e{power}") for power in range(first, last + 1) for m in mantissas]
         below = sum(value <= low for value in found) - 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from itertools import count
 from typing import Any
 
 from torch import Tensor
@@ -22,11 +23,9 @@ def first_non_finite(model: CustomTransformer, batch: Iterable[MicroBatch]) -> s
         if not weight.isfinite().all():
             return f"the weights {name} are not finite"
     for i, part in enumerate(batch):
-        before = "the tokens"
-        for name, value in activations(model, part.tokens, part.document_start):
-            if not value.isfinite().all():
-                return f"the first value that is not finite is {name}, right after {before}"
-            before = name
+        broken = first_value(model, part)
+        if broken:
+            return f"the first value that is not finite is {broken}"
         loss = model.forward_backward(*part, accumulate=i > 0)
         if not loss.isfinite():
             return "all values up to the loss are finite, but the loss is not"
@@ -36,28 +35,34 @@ def first_non_finite(model: CustomTransformer, batch: Iterable[MicroBatch]) -> s
     return "run alone, the batch is finite from end to end"
 
 
-def activations(
-    model: CustomTransformer, tokens: Tensor, document_start: Tensor | None
-) -> Iterator[tuple[str, Tensor]]:
-    """(name, value) of what every layer keeps, in the order of the forward.
+def first_value(model: CustomTransformer, part: MicroBatch) -> str | None:
+    """The first value of the forward that is not finite and the one before it; None if all are.
 
-    Names are the layer's, and the field's of what it saves: "blocks.3.attention.qkv".
+    Values are named by the layer and the field of what it saves: "blocks.3.attention.qkv".
     """
-    x, branch = model.embedding.forward(tokens), None
-    yield "the embedding's output", x
-    for i, block in enumerate(model.blocks):
-        x, branch, saved = block.forward(x, branch, document_start)
-        yield from tensors(f"blocks.{i}", saved)
-        yield f"blocks.{i}'s output", branch
-    y, saved_norm = model.final_norm.forward(x, branch)
-    yield from tensors("final_norm", saved_norm)
-    yield "the logits", model.output.forward(y)
+    names, finite = ["the tokens"], [True]
+
+    def look(name: str, value: Any) -> None:
+        for path, tensor in tensors(name, value):
+            names.append(path)
+            finite.append(bool(tensor.isfinite().all()))
+
+    number = count()
+    y, final_norm = model.network.forward(
+        part.tokens, part.document_start, lambda saved: look(f"blocks.{next(number)}", saved)
+    )
+    look("final_norm", final_norm)
+    look("the logits", model.output.forward(y))
+    if all(finite):
+        return None
+    first = finite.index(False)
+    return f"{names[first]}, right after {names[first - 1]}"
 
 
 def tensors(name: str, saved: Any) -> Iterator[tuple[str, Tensor]]:
     """The tensors in nested NamedTuples, with the path of field names that leads to each."""
-    for field, value in saved._asdict().items():
-        if isinstance(value, Tensor):
-            yield f"{name}.{field}", value
-        elif value is not None:
+    if isinstance(saved, Tensor):
+        yield name, saved
+    elif saved is not None:
+        for field, value in saved._asdict().items():
             yield from tensors(f"{name}.{field}", value)

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 import torch
 
 from mantrans.config import Config, ModelConfig
+from mantrans.kernels.reference import wide_dtype
 from mantrans.models import build
 from mantrans.models.network import Network
 from mantrans.parameters import Parameter, numel
@@ -32,7 +33,6 @@ CUBLAS_WORKSPACE = 32 << 20
 # Of the memory that a step leaves free, so much may go to logits, to have them in one chunk.
 LOGITS_SHARE = 0.25
 _PARTIAL_ROWS = 4 * 132  # of an H100, where there is no GPU to ask
-_BYTES = {torch.float32: 4, torch.bfloat16: 2, torch.float64: 8}
 _TOKEN_BYTES = 8 + 8 + 4  # id, target, document start
 
 
@@ -82,7 +82,7 @@ def predict(
     """
     training = config.training
     network = _network(config.model, training.recompute)
-    narrow, wide = _BYTES[dtype], 8 if dtype == torch.float64 else 4
+    narrow, wide = dtype.itemsize, wide_dtype(dtype).itemsize
     on_gpu = torch.device(device).type == "cuda"
     stored = sum(p.stored_elements for p in network.parameters())
     partials = _partial_sums(network, device) if _by_triton(config, on_gpu) else 0
@@ -164,7 +164,7 @@ def _logits_chunk(
 ) -> int:
     """Return the bytes of logits that are alive at once: see `linear_cross_entropy_*`."""
     padded = network.output.weight.stored_shape[0]
-    narrow, wide = _BYTES[dtype], 8 if dtype == torch.float64 else 4
+    narrow, wide = dtype.itemsize, wide_dtype(dtype).itemsize
     rows = config.training.batch_size * config.sequence_length
     if _by_triton(config, on_gpu):
         from mantrans.kernels.triton.cross_entropy import chunk_rows_within

@@ -71,12 +71,12 @@ class Progress:
             progress.step, progress.best_step, progress.skipped, progress.not_finite_in_a_row
         )  # fmt: skip
         if any(type(count) is not int or count < 0 for count in counts):
-            raise ValueError(f"found the counts {counts}")
+            raise ValueError(f"progress: expected counts of at least 0, got {counts}")
         if not all(
             isinstance(number, int | float)
             for number in [progress.best_loss, *(n for record in progress.pending for n in record)]
         ):
-            raise ValueError("a loss or norm is no number")
+            raise ValueError("progress: expected numbers as losses and norms")
         return progress
 
 
@@ -376,7 +376,7 @@ class Trainer:
             path, notes = newest_intact(self.folder.folder)
         state = state_file.load(path)
         if "progress" not in state:
-            raise CheckpointError(f"{path}: holds a model but no run; accepted: a run's checkpoint")
+            raise CheckpointError(f"{path}: expected a run's checkpoint, got a model's alone")
         with state_file.understood(path):
             notes += self._take_over(state)
         if resume == "latest":
@@ -523,8 +523,8 @@ def build_wrapper(config: Config, vocab_size: int) -> CustomTransformerWrapper:
     model, training = config.model, config.training
     if model.vocab_size not in (None, vocab_size):
         raise ConfigError(
-            f"model.vocab_size: found {model.vocab_size}; accepted: the {vocab_size} entries of "
-            f"data.tokenizer ({config.data.tokenizer}), or null"
+            f"model.vocab_size: expected null or {vocab_size}, the entries of data.tokenizer "
+            f"({config.data.tokenizer}), got {model.vocab_size}"
         )
     options: dict[str, Any] = {"weight_decay": training.weight_decay}
     if training.optimizer == "adamw":
@@ -575,8 +575,8 @@ def require_memory(
     needed += 3 * 8 * tokens  # a step's tokens on a CPU: made, and kept in two places
     if needed > present:
         raise ConfigError(
-            f"model, training.batch_size: a step of this size takes {needed / 2**30:,.1f} GiB; "
-            f"accepted: what fits into the {present / 2**30:,.1f} GiB of {device}"
+            f"model, training.batch_size: expected a step that fits into the "
+            f"{present / 2**30:,.1f} GiB of {device}, got one of {needed / 2**30:,.1f} GiB"
         )
     return StepMemory(needed, chunk_rows)
 

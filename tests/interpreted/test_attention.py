@@ -237,17 +237,17 @@ QKV = torch.zeros(2, 8, 3 * 32)
 @pytest.mark.parametrize(
     ("qkv", "n_heads", "document_start", "message"),
     [
-        (QKV.double(), 2, None, "qkv: dtype float64 came"),
-        (QKV[0], 2, None, r"qkv: shape \(8, 96\) came"),
-        (torch.zeros(2, 8, 97), 2, None, r"qkv: shape \(2, 8, 97\) came.*3·C"),
-        (torch.zeros(2, 96, 8).mT, 2, None, r"qkv: strides .* came.*last stride of 1"),
-        (QKV, 5, None, "n_heads: 5 came.*divisor of C = 32"),
-        (QKV, 0, None, "n_heads: 0 came"),
-        (torch.zeros(1, 2, 3 * 512), 1, None, "head width.*512 came.*1 to 256"),
-        (QKV, 2, torch.zeros(2, 8), "document_start: dtype float32 came.*int32"),
-        (QKV, 2, torch.zeros(2, 9, dtype=torch.int32), r"document_start: shape \(2, 9\) came"),
-        (QKV, 2, torch.zeros(8, 2, dtype=torch.int32).T, "document_start: strides"),
-        (QKV.to("meta"), 2, QKV.int()[..., 0].contiguous(), "document_start: device cpu came"),
+        (QKV.double(), 2, None, "qkv: expected dtype .*, got float64"),
+        (QKV[0], 2, None, r"qkv: expected shape .*, got \(8, 96\)"),
+        (torch.zeros(2, 8, 97), 2, None, r"qkv: expected .*3·C.*, got shape \(2, 8, 97\)"),
+        (torch.zeros(2, 96, 8).mT, 2, None, r"qkv: expected .*last stride of 1, got strides"),
+        (QKV, 5, None, "n_heads: expected a divisor of C = 32, got 5"),
+        (QKV, 0, None, "n_heads: expected a divisor of C = .*, got 0"),
+        (torch.zeros(1, 2, 3 * 512), 1, None, "head width: expected 1 to 256, got .*512"),
+        (QKV, 2, torch.zeros(2, 8), "document_start: expected dtype int32, got float32"),
+        (QKV, 2, torch.zeros(2, 9, dtype=torch.int32), r"document_start: .* got \(2, 9\)"),
+        (QKV, 2, torch.zeros(8, 2, dtype=torch.int32).T, "document_start: .* got strides"),
+        (QKV.to("meta"), 2, QKV.int()[..., 0].contiguous(), "document_start: expected device meta"),
     ],
 )
 def test_forward_refuses(
@@ -260,14 +260,14 @@ def test_forward_refuses(
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"dout": torch.zeros(2, 8, 33)}, r"dout: shape \(2, 8, 33\) came"),
-        ({"dout": torch.zeros(2, 8, 32).half()}, "dout: dtype float16 came.*float32"),
-        ({"dout": torch.zeros(2, 32, 8).mT}, "dout: strides"),
-        ({"out": torch.zeros(2, 8, 32).double()}, "out: dtype float64 came"),
-        ({"lse": torch.zeros(2, 8)}, r"lse: shape \(2, 8\) came"),
-        ({"lse": torch.zeros(2, 2, 8).double()}, "lse: dtype float64 came"),
-        ({"lse": torch.zeros(2, 8, 2).mT}, "lse: strides .* as attention_forward made it"),
-        ({"n_heads": 3}, "n_heads: 3 came"),
+        ({"dout": torch.zeros(2, 8, 33)}, r"dout: expected shape .*, got \(2, 8, 33\)"),
+        ({"dout": torch.zeros(2, 8, 32).half()}, "dout: expected dtype float32.*, got float16"),
+        ({"dout": torch.zeros(2, 32, 8).mT}, "dout: expected .*, got strides"),
+        ({"out": torch.zeros(2, 8, 32).double()}, "out: expected dtype .*, got float64"),
+        ({"lse": torch.zeros(2, 8)}, r"lse: expected shape .*, got \(2, 8\)"),
+        ({"lse": torch.zeros(2, 2, 8).double()}, "lse: expected dtype .*, got float64"),
+        ({"lse": torch.zeros(2, 8, 2).mT}, "lse: expected strides .*, as attention_forward"),
+        ({"n_heads": 3}, "n_heads: expected a divisor of C = .*, got 3"),
     ],
 )
 def test_backward_refuses(changed: dict[str, object], message: str) -> None:
@@ -280,14 +280,14 @@ def test_backward_refuses(changed: dict[str, object], message: str) -> None:
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"q": torch.zeros(2, 1, 32)}, r"q: shape \(2, 1, 32\) came"),
-        ({"q": torch.zeros(32, 2).T}, "q: strides"),
-        ({"k_cache": torch.zeros(2, 8, 16)}, r"k_cache: shape \(2, 8, 16\) came"),
-        ({"v_cache": torch.zeros(2, 9, 32)}, r"v_cache: shape \(2, 9, 32\) came"),
-        ({"v_cache": torch.zeros(2, 8, 32).half()}, "v_cache: dtype float16 came"),
-        ({"lengths": torch.ones(2).int()}, "lengths: dtype int32 came.*int64"),
-        ({"lengths": torch.ones(3).long()}, r"lengths: shape \(3,\) came"),
-        ({"n_heads": 7}, "n_heads: 7 came.*divisor of C = 32"),
+        ({"q": torch.zeros(2, 1, 32)}, r"q: expected shape .*, got \(2, 1, 32\)"),
+        ({"q": torch.zeros(32, 2).T}, "q: expected .*, got strides"),
+        ({"k_cache": torch.zeros(2, 8, 16)}, r"k_cache: expected shape .*, got \(2, 8, 16\)"),
+        ({"v_cache": torch.zeros(2, 9, 32)}, r"v_cache: expected shape .*, got \(2, 9, 32\)"),
+        ({"v_cache": torch.zeros(2, 8, 32).half()}, "v_cache: expected dtype .*, got float16"),
+        ({"lengths": torch.ones(2).int()}, "lengths: expected dtype int64, got int32"),
+        ({"lengths": torch.ones(3).long()}, r"lengths: expected shape .*, got \(3,\)"),
+        ({"n_heads": 7}, "n_heads: expected a divisor of C = 32, got 7"),
     ],
 )
 def test_decode_refuses(changed: dict[str, object], message: str) -> None:

@@ -42,8 +42,8 @@ PROMISES = (
     ),
     Promise(
         "Exact resume",
-        "The same where memory would now allow another number of logits at a time: that of the "
-        "checkpoint stays.",
+        "The same where memory would now allow more logits at a time: the checkpoint's "
+        "stays.",
         ("tests/test_training.py::test_a_resumed_run_computes_its_logits_as_before",),
     ),
     Promise(

@@ -192,8 +192,8 @@ def test_a_model_that_claims_more_than_the_file_holds_takes_no_memory(
         "--checkpoint", "huge.pt", "--config", "config.yaml", cwd=tmp_path, main=EVALUATE,
         limits={"RLIMIT_AS": 8 * GIB},
     )  # fmt: skip
-    assert ended.is_one_line_error and "found shape" in ended.text
-    with pytest.raises(CheckpointError, match=r"token_embedding\.weight: found shape"):
+    assert ended.is_one_line_error and "expected shape" in ended.text
+    with pytest.raises(CheckpointError, match=r"token_embedding\.weight: expected shape"):
         CustomTransformerWrapper.from_checkpoint(tmp_path / "huge.pt")
 
 
