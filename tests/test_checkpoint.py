@@ -338,7 +338,7 @@ def test_a_bad_sector_and_a_file_that_shrinks_are_said_in_one_line(
     ):
         monkeypatch.setattr(tensor_file, "read", lambda file, e=error: read(FailingDisk(file, e)))
         assert expected in refusal(saved)
-        with pytest.raises(CheckpointError, match="none of its 1 checkpoints is intact"):
+        with pytest.raises(CheckpointError, match="expected an intact checkpoint, got 1 damaged"):
             newest_intact(saved.parent)
 
 
@@ -564,7 +564,9 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path: Path, protocol: int) 
         assert "the first format, a pickle" in refusal(path)
         with zipfile.ZipFile(path, "a") as archive:
             archive.comment = b"mantrans-checkpoint 1 " + b"0" * 20 + b" " + b"0" * 64
-        with pytest.raises(CheckpointError, match="expected a checkpoint of the first format"):
+        with pytest.raises(
+            CheckpointError, match="expected an intact checkpoint of the first format"
+        ):
             convert(path, new)
         assert not mark.exists() and not new.exists()
 
@@ -784,7 +786,7 @@ def test_the_newest_intact_checkpoint_is_found_behind_damaged_ones(tmp_path: Pat
     assert len(skipped) == 1 and "step_00000003.pt: is damaged" in skipped[0]
     for broken in folder.folder.glob("*.pt"):
         broken.write_bytes(b"")
-    with pytest.raises(CheckpointError, match="none of its 3 checkpoints is intact"):
+    with pytest.raises(CheckpointError, match="expected an intact checkpoint, got 3 damaged"):
         newest_intact(folder.folder)
     with pytest.raises(CheckpointError, match="there is no checkpoint"):
         newest_intact(tmp_path / "none")

@@ -133,7 +133,9 @@ def test_the_normal_reader_names_the_command_and_the_command_works(tmp_path: Pat
     command = [sys.executable, "-m", *arguments[:2], str(tmp_path / "new.pt")]
     subprocess.run(command, check=True, cwd=ROOT)
     assert load(tmp_path / "new.pt")["progress"]["step"] == 4
-    with pytest.raises(CheckpointError, match=r"none of its 1 .*mantrans\.checkpoint\.convert"):
+    with pytest.raises(
+        CheckpointError, match=r"expected an intact checkpoint 1 .*mantrans\.checkpoint\.convert"
+    ):
         (tmp_path / "run").mkdir()
         newest_intact(old.rename(tmp_path / "run" / "old.pt").parent)
 
@@ -158,7 +160,9 @@ def test_what_is_damaged_or_no_checkpoint_is_not_converted(
         try:
             convert(broken, new)
         except CheckpointError as error:
-            assert str(error).startswith(f"{broken}: expected a checkpoint of the first format")
+            assert str(error).startswith(
+                f"{broken}: expected an intact checkpoint of the first format"
+            )
         else:  # the bit was in padding, or in something that zip says twice
             assert_same(load(new), torch.load(OLD / "float32.pt", weights_only=True))
             new.unlink()
