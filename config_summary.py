@@ -1,4 +1,4 @@
-"""What a config asks for, before it is run: `python config_summary.py configs/tinystories.yaml`."""
+"""Show a config's size, work and memory: `python config_summary.py configs/tinystories.yaml`."""
 
 import sys
 

@@ -14,7 +14,7 @@ _MODULES = {"CustomTransformer": "models.transformer", "CustomTransformerWrapper
 
 
 def __getattr__(name: str) -> Any:
-    """Import a class when it is first asked for: the command line's --help needs no torch."""
+    """Import a class when it is first used, so that the command line's --help needs no torch."""
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)

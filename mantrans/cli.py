@@ -1,8 +1,8 @@
 """The command line: mantrans train | evaluate | summary | generate | tokenizer | report | convert.
 
-Each command reads its arguments and calls the module that does the work, imported only then, so
-that `--help` answers without torch. `main` alone turns an error into a line and an exit status.
-train.py, evaluate.py and config_summary.py are the first three commands.
+Each command parses its arguments, then imports and calls the module that does the work, so that
+`--help` does not import torch. Only `main` turns an error into a line and an exit status. train.py,
+evaluate.py and config_summary.py run the first three commands.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ MISTAKE, INTERRUPTED, PIPE_CLOSED = 2, 128 + signal.SIGINT, 128 + signal.SIGPIPE
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command of `mantrans`; without arguments, those of the process.
 
-    Returns the exit status: 0; 2 after one line on standard error, for a mistake of the user, a
-    refusal of the system or full memory; 130 after Ctrl-C; 141 where standard output's reader has
-    gone, without a word.
+    Returns the exit status: 0; 2 after one line on standard error, for a user's mistake, an error
+    of the system or full memory; 130 after Ctrl-C; 141, without a message, if the reader of
+    standard output has gone.
     """
     try:
         status = run(list(sys.argv[1:] if arguments is None else arguments))
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(arguments: list[str]) -> int:
-    """Give the arguments after the first to the command that the first one names."""
+    """Run the command that the first argument names with the others."""
     listing = "\n".join(f"  {name:<10} {command.__doc__}" for name, command in COMMANDS.items())
     parser = Parser("mantrans", description=f"commands:\n{listing}", formatter_class=_AS_WRITTEN)
     parser.add_argument("command", choices=COMMANDS, help="see mantrans COMMAND --help")
@@ -62,7 +62,7 @@ def run(arguments: list[str]) -> int:
 
 
 class Parser(argparse.ArgumentParser):
-    """Reports a wrong command line as every other mistake is reported."""
+    """Reports a wrong command line like any other mistake."""
 
     def error(self, message: str) -> NoReturn:
         raise MantransError(f"{message}; see --help")
@@ -104,24 +104,24 @@ def train(arguments: list[str]) -> int:
 
 
 def background_failure(failure: threading.ExceptHookArgs) -> None:
-    """TensorBoard writes from a thread of its own; a disk that refuses it is no news by then."""
+    """Report a disk error of TensorBoard's writer thread as a warning."""
     if isinstance(failure.exc_value, OSError):
         reason = failure.exc_value.strerror
-        print(f"warning: TensorBoard's files are not written on ({reason})", file=sys.stderr)
+        print(f"warning: TensorBoard's files are no longer written ({reason})", file=sys.stderr)
     else:
         threading.__excepthook__(failure)
 
 
 def evaluate(arguments: list[str]) -> int:
-    """measure a checkpoint, and show what it writes"""
+    """measure a checkpoint, and show its samples"""
     parser = Parser(
         "mantrans evaluate",
         description="Measure a checkpoint that train.py saved: loss per token, perplexity, bits "
-        "per byte; with --generate its stories too.",
+        "per byte; with --generate also samples.",
     )
     add = parser.add_argument
     add("--checkpoint", type=Path, required=True, help="the model to measure")
-    add("--config", type=Path, help="YAML file; without it the config in the checkpoint")
+    add("--config", type=Path, help="YAML file (default: the checkpoint's config)")
     add("--generate", action="store_true", help="write samples, and measure their diversity")
     add("--max-batches", type=positive, metavar="N", help="stop after N batches of validation data")
     add("--json", type=Path, metavar="FILE", help="also write the report there")
@@ -136,10 +136,10 @@ def evaluate(arguments: list[str]) -> int:
 
 
 def summary(arguments: list[str]) -> int:
-    """say what a config asks for: parameters, work, memory"""
+    """show a config's parameters, work and memory"""
     parser = Parser(
         "mantrans summary",
-        description="Say what a configuration asks for before it is run: size, work and memory.",
+        description="Show the size, work and memory of a configuration before it is run.",
     )
     parser.add_argument("config", help="a YAML file, such as configs/quickstart.yaml")
     add_overrides(parser)
@@ -158,16 +158,16 @@ def generate(arguments: list[str]) -> int:
     """continue a text"""
     parser = Parser(
         "mantrans generate",
-        description="Continue a text, as it is written; what is not given is as in the config "
-        "that the checkpoint was trained with.",
+        description="Continue a text and print it while it is generated; defaults are from the "
+        "config that the checkpoint was trained with.",
     )
     add = parser.add_argument
     add("--checkpoint", type=Path, required=True, help="a model that train.py saved")
     add("--prompt", required=True, help="the text to continue")
-    add("--max-length", type=positive, metavar="N", help="tokens in all, the prompt counted")
-    add("--temperature", type=float, help="below 1 safer, above 1 wilder, 0 always the likeliest")
-    add("--top-k", type=positive, metavar="K", help="choose among the K likeliest tokens")
-    add("--seed", type=int, help="another one, another text")
+    add("--max-length", type=positive, metavar="N", help="tokens in all, prompt included")
+    add("--temperature", type=float, help="below 1 safer, above 1 wilder, 0 always the most likely")
+    add("--top-k", type=positive, metavar="K", help="sample from the K most likely tokens")
+    add("--seed", type=int, help="of the sampling; another seed gives another text")
     add("--device", help="auto, cpu, cuda or cuda:N; without it training.device")
     options = parser.parse_args(arguments)
     from mantrans.evaluation.evaluator import printable
@@ -195,7 +195,7 @@ def generate(arguments: list[str]) -> int:
 
 
 def tokenizer(arguments: list[str]) -> int:
-    """train a tokenizer, look at one, encode with one"""
+    """train a tokenizer, analyze one, encode with one"""
     from mantrans.data import tokenizer_tool
 
     parser = Parser("mantrans tokenizer", description="Byte-level BPE tokenizers.")

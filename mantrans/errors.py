@@ -1,4 +1,4 @@
-"""The errors a user can cause and correct; `mantrans.cli` prints them as one line, no traceback."""
+"""Errors that a user can cause and correct; `mantrans.cli` prints them in one line."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from typing import Any
 
 
 class MantransError(Exception):
-    """Where, what was expected and what was there instead. The commands exit with status 2."""
+    """One line: "NAME: expected X, got Y". The commands exit with status 2."""
 
 
 class ConfigError(MantransError, ValueError):
-    """A field of the configuration is unknown, ill-typed, or contradicts another."""
+    """A field of the configuration is unknown, of the wrong type, or contradicts another."""
 
 
 class DataError(MantransError):
@@ -18,11 +18,11 @@ class DataError(MantransError):
 
 
 class CheckpointError(MantransError):
-    """A checkpoint is missing, damaged, or was made for something else."""
+    """A checkpoint is missing, damaged, or of another model."""
 
 
 def single_line(text: str) -> str:
-    """Return `text` fit for one line of a terminal: unprintable characters escaped, length cut."""
+    """Return `text` for one line of a terminal: unprintable characters escaped, length cut."""
     shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
     return shown if len(shown) <= 200 else shown[:197] + "..."
 
@@ -44,7 +44,7 @@ def show(value: Any) -> str:
 
 
 def printable(text: str) -> str:
-    """`text` without control characters: an untrained model writes what would move the cursor."""
+    """`text` without control characters, which an untrained model may generate."""
     return "".join(
         c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text
     )

@@ -1,8 +1,8 @@
-"""Files of one JSON object a line that survive kills, full disks and resumed runs.
+"""Files with one JSON object per line that survive kills, full disks and resumed runs.
 
-A record is on its way to the disk when `append` returns: a killed process loses none. On a full
-disk records wait in memory and follow when there is room, so the file has no gap. After a resume
-the records of steps that will be taken again are gone, so it has no duplicate.
+When `append` returns, the system has the record: a killed process loses none. On a full disk,
+records wait in memory and are written when there is room, so the file has no gap. A resumed run
+removes the records of the steps that it repeats, so the file has no duplicates.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class JsonLines:
     def __init__(self, path: Path, resume_step: int | None) -> None:
         """Open `path`, keeping the records up to and including `resume_step`.
 
-        With None a new file begins; an earlier one is kept as `<name>.previous`.
+        None starts a new file; an earlier one is kept as `<name>.previous`.
 
         Raises:
             MantransError: the file cannot be written.
@@ -54,7 +54,7 @@ class JsonLines:
             write_all(self._file, lines)
         except OSError as error:
             self.trouble = f"{self.path}: cannot be written now ({error.strerror})"
-            # What was written of the lines is taken back, to be written whole later.
+            # Remove a partly written line; it is written again later.
             os.ftruncate(self._file.fileno(), self._end)
             return
         self._end += len(lines)
@@ -62,7 +62,7 @@ class JsonLines:
         self.trouble = None
 
     def sync(self) -> None:
-        """Flush to the disk itself, so that a checkpoint is never ahead of its records."""
+        """Flush to the disk, so that a checkpoint is never ahead of its records."""
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
@@ -70,7 +70,7 @@ class JsonLines:
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """Return the whole records of a file; a last line cut short by a kill is left out."""
+    """Return the complete records of a file, without a last line cut short by a kill."""
     records = []
     for line in path.read_bytes().splitlines():
         try:
@@ -83,7 +83,7 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
 
 def _keep_until(path: Path, step: int) -> None:
-    """Drop the records after `step` and whatever is not a record, in one atomic replacement."""
+    """Remove the records after `step` and malformed lines, by replacing the file atomically."""
     if not path.exists():
         return
     kept = []
@@ -100,7 +100,7 @@ def _keep_until(path: Path, step: int) -> None:
 
 
 def _strict(value: Any) -> Any:
-    """Return `value` as strict JSON has it: a number that is not finite becomes its name."""
+    """Return `value` for strict JSON: a number that is not finite becomes its name."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(float(value))
     if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""What the host gives: the device, the dtype its processor is fast at, and its memory."""
+"""The host: its device, the dtype that is fast on it, and its memory."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from mantrans.errors import ConfigError
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 OUT_OF_MEMORY = (
-    "out of memory; lower training.batch_size and raise training.gradient_accumulation_steps by as "
-    "much, shorten data.max_length, set training.recompute to block, make the model smaller, or, "
-    "where a checkpoint is evaluated, lower evaluation.batch_size"
+    "out of memory; lower training.batch_size and raise training.gradient_accumulation_steps by "
+    "the same factor, lower data.max_length, set training.recompute to block, make the model "
+    "smaller, or, to evaluate a checkpoint, lower evaluation.batch_size"
 )
-# PyTorch has an exception for GPUs only; on a CPU its allocator is known by its words.
+# PyTorch has an exception only for GPUs; on a CPU its allocator is recognized by its message.
 _CPU_ALLOCATOR = "DefaultCPUAllocator"
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of malloc.h
 _LARGEST = 2**31 - 1
-_SIZES = (2**30, 2**25)  # older versions accept the second at most
+_SIZES = (2**30, 2**25)  # the second is the largest that older versions accept
 
 
 def resolve_device(device: torch.device | str) -> torch.device:
-    """A GPU for "auto", if there is one. Raises ConfigError for a device that is not there."""
+    """The device; "auto" is a GPU if there is one. Raises ConfigError for a missing device."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -39,10 +39,10 @@ def resolve_device(device: torch.device | str) -> torch.device:
 
 
 def resolve_dtype(dtype: torch.dtype | str, device: torch.device) -> torch.dtype:
-    """For "auto": bfloat16 where the processor multiplies it natively, else float32.
+    """The dtype; "auto" is bfloat16 if the processor multiplies it natively, else float32.
 
-    That is every GPU since Ampere, and CPUs with AVX512-BF16 or AMX, where bfloat16 products were
-    measured four times as fast as float32 ones. Raises ConfigError for a dtype not in DTYPES.
+    This is the case for every GPU since Ampere, and for CPUs with AVX512-BF16 or AMX, whose
+    bfloat16 products are four times as fast as float32. Raises ConfigError for other dtypes.
     """
     if isinstance(dtype, torch.dtype) and dtype in DTYPES.values():
         return dtype
@@ -58,19 +58,19 @@ def resolve_dtype(dtype: torch.dtype | str, device: torch.device) -> torch.dtype
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether `error` is an allocation that the machine refused, on a CPU or a GPU."""
+    """Whether `error` is a failed allocation on a CPU or a GPU."""
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
         isinstance(error, RuntimeError) and _CPU_ALLOCATOR in str(error)
     )
 
 
 def disable_malloc_trim() -> bool:
-    """Let the C library keep freed memory, for this whole process: a tenth of a step on a CPU.
+    """Let the C library keep freed memory in this process, which saves a tenth of a step on a CPU.
 
     By default glibc returns a large block to the system as soon as it is free (mallopt(3),
     M_TRIM_THRESHOLD and M_MMAP_THRESHOLD), and the next tensor of that size, a millisecond later,
-    pays for each of its pages again. A training step frees and takes the same sizes over and over,
-    so nothing is gained by returning them. Returns False where the C library is not glibc.
+    must map all pages again. A training step frees and allocates the same sizes over and over, so
+    returning them gains nothing. Returns False if the C library is not glibc.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt

@@ -1,10 +1,9 @@
-"""Reads a small YAML file that a stranger may have written, or says in one line why not.
+"""Reads a small YAML file, possibly a malicious one, or says in one line why not.
 
-What is accepted is deliberately less than YAML: mappings with plain keys, lists, text, numbers,
-true/false and null. Anchors and aliases are refused, so a file cannot expand into more than it
-holds (the "billion laughs"); so are tags (`!!python/...`), duplicate keys, deep nesting and files
-larger than a configuration has reason to be. Numbers follow YAML 1.2, where `3e-4` is a number;
-PyYAML by itself follows 1.1, where it is text.
+Only a part of YAML is accepted: mappings with plain keys, lists, text, numbers, true/false and
+null. Anchors and aliases are refused, so that a file cannot expand (the "billion laughs"); so are
+tags (`!!python/...`), duplicate keys, deep nesting and large files. Numbers follow YAML 1.2, where
+`3e-4` is a number; PyYAML follows 1.1, where it is text.
 """
 
 from __future__ import annotations
@@ -18,12 +17,12 @@ import yaml
 
 from mantrans.errors import ConfigError, single_line
 
-MAX_BYTES = 64 * 1024  # 50 times a configuration; read in about a second, whatever is in it
+MAX_BYTES = 64 * 1024  # 50 times a configuration; any such file is read in about a second
 
 _SCALARS = {
     "null": r"~|null|Null|NULL|",
     "bool": "true|True|TRUE|false|False|FALSE|yes|Yes|YES|no|No|NO|on|On|ON|off|Off|OFF",
-    # Longer integers stay text: no setting needs them, and int() is quadratic in their length.
+    # Longer integers stay text: no field needs them, and int() is quadratic in their length.
     "int": r"[-+]?(?:0|[1-9][0-9_]{0,30})",
     "float": r"[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|[-+]?[0-9]+[eE][-+]?[0-9]+"
     r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
@@ -57,7 +56,7 @@ def _refusal(place: Any, problem: str) -> yaml.MarkedYAMLError:
 
 
 class _Dumper(yaml.SafeDumper):
-    """SafeDumper that quotes whatever `_Loader` would not read back as text."""
+    """SafeDumper that quotes text which `_Loader` would not read as text."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
@@ -74,7 +73,7 @@ def parse(text: str, source: str) -> Any:
     """Return the plain Python value that `text` describes (None for an empty text).
 
     Raises:
-        ConfigError: the text is not in the accepted part of YAML; the message opens with `source`.
+        ConfigError: the text is not in the accepted part of YAML; the message starts with `source`.
     """
     try:
         return _Loader(text).get_single_data()
@@ -91,11 +90,11 @@ def read(path: str | Path) -> Any:
     """Return the plain Python value in the YAML file at `path`.
 
     Raises:
-        ConfigError: there is no readable, short file of UTF-8, or it is not the accepted YAML.
+        ConfigError: the file is missing, too large, not UTF-8, or not accepted YAML.
     """
     source = single_line(str(path))
     try:
-        if not stat.S_ISREG(Path(path).stat().st_mode):  # asked first: to open a pipe is to wait
+        if not stat.S_ISREG(Path(path).stat().st_mode):  # checked first: opening a pipe would wait
             raise ValueError("not a regular file")
         with open(path, "rb") as file:
             raw = file.read(MAX_BYTES + 1)

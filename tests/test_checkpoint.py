@@ -564,7 +564,9 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path: Path, protocol: int) 
         assert "the first format, a pickle" in refusal(path)
         with zipfile.ZipFile(path, "a") as archive:
             archive.comment = b"mantrans-checkpoint 1 " + b"0" * 20 + b" " + b"0" * 64
-        with pytest.raises(CheckpointError, match="expected a checkpoint of the first format"):
+        with pytest.raises(
+            CheckpointError, match="expected an intact checkpoint of the first format"
+        ):
             convert(path, new)
         assert not mark.exists() and not new.exists()
 
@@ -786,7 +788,7 @@ def test_the_newest_intact_checkpoint_is_found_behind_damaged_ones(tmp_path: Pat
         broken.write_bytes(b"")
     with pytest.raises(CheckpointError, match="expected an intact checkpoint, got 3 damaged"):
         newest_intact(folder.folder)
-    with pytest.raises(CheckpointError, match=r"expected a checkpoint .*, got none"):
+    with pytest.raises(CheckpointError, match="got none; leave out --resume"):
         newest_intact(tmp_path / "none")
 
 

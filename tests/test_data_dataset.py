@@ -127,7 +127,7 @@ def test_a_written_end_of_text_inside_a_document_does_not_end_it(
         (b"", "expected a document"),
         (b"\n\n \r\n", "expected a document"),
         (b"\xef\xbb\xbf", "expected a document"),
-        (b"a", "2 tokens in all are too few"),
+        (b"a", "expected at least 4 tokens, got 2"),
         (b"\xff", "expected UTF-8, got 0xff at byte 0"),
     ],
 )
@@ -450,7 +450,7 @@ def test_an_unreachable_hub_names_the_three_ways_on(
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     with pytest.raises(DataError, match="hub or the cache") as error:
         find_source("tinystories").open(ReadReport())
-    for way in ("data.dataset: local", "cache holds the set", "builtin-stories"):
+    for way in ("data.dataset: local", "fill its cache", "builtin-stories"):
         assert way in str(error.value)
     assert "\n" not in str(error.value)
 

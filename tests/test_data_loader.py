@@ -111,7 +111,9 @@ def test_ranks_share_no_window_of_a_step(folder: Path) -> None:
 
 
 def test_too_short_a_stream_is_one_clear_error(folder: Path) -> None:
-    with pytest.raises(DataError, match=r"10 tokens are too few, a window takes 17.*max_length"):
+    with pytest.raises(
+        DataError, match=r"expected at least 17 tokens, which a window takes, got 10;.*max_length"
+    ):
         BatchLoader(counting(folder, 10), 2, 16, seed=0)
     BatchLoader(counting(folder, 17), 2, 16, seed=0)
 

@@ -86,23 +86,23 @@ def test_every_truncation_and_every_surplus_is_found(tmp_path: Path) -> None:
             TokenStream(path)
     for surplus in (b"\0", b"\0\0", bytes(5000)):
         path.write_bytes(whole + surplus)
-        with pytest.raises(DataError, match="is damaged: it has"):
+        with pytest.raises(DataError, match="is damaged: expected"):
             TokenStream(path)
 
 
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"n_tokens": 2**60}, "where its header says"),
-        ({"n_tokens": 10**400}, "where its header says"),
-        ({"n_tokens": -1}, "n_tokens is no count"),
-        ({"n_tokens": True}, "n_tokens is no count"),
-        ({"n_bytes": "many"}, "n_bytes is no count"),
-        ({"n_documents": 1.5}, "n_documents is no count"),
-        ({"dtype": "object"}, "no token type"),
-        ({"dtype": "uint32"}, "where its header says"),
-        ({"max_token": 3}, "another largest token"),
-        ({"max_token": 2**60}, "another largest token"),
+        ({"n_tokens": 2**60}, "bytes as in its header"),
+        ({"n_tokens": 10**400}, "bytes as in its header"),
+        ({"n_tokens": -1}, "n_tokens is not a count"),
+        ({"n_tokens": True}, "n_tokens is not a count"),
+        ({"n_bytes": "many"}, "n_bytes is not a count"),
+        ({"n_documents": 1.5}, "n_documents is not a count"),
+        ({"dtype": "object"}, "does not name the token type"),
+        ({"dtype": "uint32"}, "bytes as in its header"),
+        ({"max_token": 3}, "its largest token is not"),
+        ({"max_token": 2**60}, "its largest token is not"),
         ({"checksum": None}, "lacks a checksum"),
         ({"checksum": "00"}, "checksum is wrong"),
         ({"facts": []}, "lacks a checksum or facts"),
@@ -135,7 +135,7 @@ def test_an_unfinished_file_is_never_taken_for_a_whole_one(tmp_path: Path) -> No
     with pytest.raises(KeyboardInterrupt), ShardWriter(path, 4096) as writer:
         writer.write(np.arange(100_000) % 4096, n_bytes=1, n_documents=0)
         raise KeyboardInterrupt
-    with pytest.raises(DataError, match="does not begin as one"):
+    with pytest.raises(DataError, match="does not start like a token file"):
         TokenStream(path)
 
 

@@ -157,7 +157,9 @@ def test_what_is_damaged_or_no_checkpoint_is_not_converted(
         try:
             convert(broken, new)
         except CheckpointError as error:
-            assert str(error).startswith(f"{broken}: expected a checkpoint of the first format")
+            assert str(error).startswith(
+                f"{broken}: expected an intact checkpoint of the first format"
+            )
         else:  # the bit was in padding, or in something that zip says twice
             assert_same(load(new), torch.load(OLD / "float32.pt", weights_only=True))
             new.unlink()

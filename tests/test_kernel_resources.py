@@ -69,7 +69,7 @@ def test_a_good_kernel_passes() -> None:
     [
         ({"spilled": 896}, "896 bytes spilled"),
         ({"local": 3}, "3 instructions on local memory"),
-        ({"shared": 232_449}, "232,449 bytes of shared memory; at most 232,448 exist"),
+        ({"shared": 232_449}, "expected at most 232,448 bytes of shared memory, got 232,449"),
         ({"arch": 80}, "at most 166,912"),
         ({"hgmma": 0}, "no HGMMA"),
         ({"hmma": 4}, "4 HMMA"),

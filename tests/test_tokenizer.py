@@ -185,7 +185,7 @@ def test_a_link_out_of_the_shipped_folder_is_refused(
     inside.mkdir()
     (inside / "sly").symlink_to(outside)
     monkeypatch.setattr("mantrans.data.tokenizer.SHIPPED", inside)
-    with pytest.raises(DataError, match="link out of"):
+    with pytest.raises(DataError, match="got a link"):
         load_tokenizer("sly")
 
 
@@ -400,7 +400,7 @@ def test_held_out_documents_are_left_out_of_training(tmp_path: Path) -> None:
         (["train", "--output", "{tmp}/x"], "got neither"),
         (["train", "--output", "{tmp}", "--dataset", "builtin-stories"], "exists already"),
         (["train", "--output", "{tmp}/x", "--input", "{tmp}/no.txt"], "got no such path"),
-        (["train", "--output", "{tmp}/x", "--input", "{tmp}/tiny.txt"], "the text gives, got"),
+        (["train", "--output", "{tmp}/x", "--input", "{tmp}/tiny.txt"], "for this text, got"),
         (
             ["train", "--output", "{tmp}/x", "--input", "{tmp}/tiny.txt", "--vocab-size", "9"],
             "at least 257",

@@ -1,1 +1,1 @@
-"""What developers of this project run; nothing here is installed."""
+"""Tools for the developers of this project; they are not installed."""

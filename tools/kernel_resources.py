@@ -1,18 +1,18 @@
-"""What each shipped kernel costs on a GPU, and whether it may ship: measured without a GPU.
+"""The resources that each shipped kernel takes on a GPU, measured without a GPU, and their limits.
 
     python -m tools.kernel_resources [--arch 80 90 100] [--write docs/kernel-resources.md] [--fresh]
 
-Every configuration that a file of this package names in its `resource_cases()` is compiled for
-each architecture. The compiler's own log and the disassembly then say what no test on a CPU can
-see. The gate, which the command's exit status reports:
+Every configuration in a kernel file's `resource_cases()` is compiled for each architecture. The
+compiler's log and the disassembly show what no test on a CPU can see. The gate, which the command's
+exit status reports:
 
-  * it compiles, and its shared memory fits a multiprocessor;
-  * on sm_90 nothing is spilled: a spilled register costs a trip to memory in the inner loop;
+  * it compiles, and its shared memory fits into a multiprocessor;
+  * on sm_90 no register is spilled to memory, which is slow in an inner loop;
   * on sm_90 the products of 16-bit numbers are warp-group products (HGMMA): with head width 64 or
     more a per-warp product (HMMA) means that the compiler gave up half the tensor cores' speed.
 
-The Triton that is imported decides; with another one on PYTHONPATH the same command measures that.
-Results are kept beside Triton's own cache under a hash of all that they depend on.
+The imported Triton is used; put another one on PYTHONPATH to measure that. Results are kept beside
+Triton's cache under a hash of everything that they depend on.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ WIDE_PRODUCT_HEAD = 64  # from this head width on, products must be HGMMA on sm_
 
 
 class Job(NamedTuple):
-    """One configuration for one architecture; names only, so that it travels to a process."""
+    """One configuration for one architecture; only names, so that it can be sent to a process."""
 
     module: str
     number: int  # which of the module's resource_cases()
@@ -59,14 +59,14 @@ class Job(NamedTuple):
 
 
 class Usage(NamedTuple):
-    """What a compiled kernel takes. Bytes a program for shared, bytes a thread for the others."""
+    """A compiled kernel's resources. Shared bytes are per program, the other bytes per thread."""
 
     name: str
     arch: int
     warps: int
     stages: int
-    multiplies: bool  # whether it forms matrix products of 16-bit numbers
-    head: int  # head width, WIDE_PRODUCT_HEAD where the kernel has none
+    multiplies: bool  # whether it computes matrix products of 16-bit numbers
+    head: int  # head width, WIDE_PRODUCT_HEAD for a kernel without heads
     shared: int = 0
     registers: int = 0
     stack: int = 0
@@ -111,7 +111,7 @@ def key(case: Any, arch: int) -> str:
 
 
 def measure(job: Job) -> Usage:
-    """Compile one configuration and read what it takes out of the log and the binary."""
+    """Compile one configuration and read its resources from the log and the binary."""
     case = importlib.import_module(job.module).resource_cases()[job.number]
     usage = Usage(
         name=case.name,
@@ -123,7 +123,7 @@ def measure(job: Job) -> Usage:
     )
     try:
         compiled, log = compile_ahead(case, job.arch)
-    except Exception as error:  # whatever it is, it is the finding
+    except Exception as error:  # any error is the result
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
         return usage._replace(error=first_line)
     sixteen_bit = any(re.search(r"bf16|fp16", type_) for type_ in case.signature.values())
@@ -136,7 +136,7 @@ def measure(job: Job) -> Usage:
 
 
 def compile_ahead(case: Any, arch: int) -> tuple[Any, str]:
-    """The compiled kernel and ptxas' log. In a cache of its own: a cached kernel has no log."""
+    """The compiled kernel and ptxas' log; in a new cache, because a cached kernel has no log."""
     names = case.fn.arg_names
     signature = {n: "constexpr" if n in case.constexprs else case.signature[n] for n in names}
     attributes = {(names.index(n),): [["tt.divisibility", 16]] for n in case.divisible_by_16}
@@ -157,7 +157,7 @@ def compile_ahead(case: Any, arch: int) -> tuple[Any, str]:
 
 
 def read_log(log: str) -> dict[str, Any]:
-    """Registers, stack and spilled bytes a thread, from what `ptxas -v` wrote."""
+    """Registers, stack and spilled bytes per thread, from the output of `ptxas -v`."""
     registers = re.findall(r"Used (\d+) registers", log)
     frames = re.findall(
         r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log
@@ -182,7 +182,7 @@ def disassemble(cubin: bytes) -> str:
 
 
 def count_instructions(assembly: str) -> dict[str, Any]:
-    """How often each kind of instruction occurs."""
+    """The number of instructions of each kind."""
     # a line reads `/*0040*/ @!P0 LDG.E.128 R4, ...`; the address and the predicate are optional
     opcodes = re.findall(r"^\s*(?:/\*\w+\*/)?\s*(?:@!?U?P\w+\s+)?([A-Z][\w.]+)", assembly, re.M)
     kinds = Counter(opcode.split(".")[0] for opcode in opcodes)
@@ -199,7 +199,7 @@ def count_instructions(assembly: str) -> dict[str, Any]:
 
 
 def measure_all(all_jobs: Sequence[Job], fresh: bool = False) -> list[Usage]:
-    """Measure what is not yet known, one process a core, and remember it."""
+    """Measure what is not cached, with one process per core, and cache it."""
     directory = Path(triton.knobs.cache.dir) / "mantrans-resources"
     directory.mkdir(parents=True, exist_ok=True)
     missing = [job for job in all_jobs if fresh or not (directory / job.key).exists()]
@@ -225,19 +225,19 @@ def violations(usage: Usage) -> Iterator[str]:
         return
     if usage.shared > SHARED_LIMIT[usage.arch]:
         limit = SHARED_LIMIT[usage.arch]
-        yield f"{where}: {usage.shared:,} bytes of shared memory; at most {limit:,} exist"
+        yield f"{where}: expected at most {limit:,} bytes of shared memory, got {usage.shared:,}"
     if usage.arch != 90:
         return
     if usage.spilled or usage.local:
         yield (
-            f"{where}: {usage.spilled} bytes spilled, {usage.local} instructions on local memory; "
-            "none are accepted"
+            f"{where}: expected no spills, got {usage.spilled} bytes spilled, "
+            f"{usage.local} instructions on local memory"
         )
     if usage.multiplies and usage.head >= WIDE_PRODUCT_HEAD:
         if not usage.hgmma:
-            yield f"{where}: no HGMMA; its products are not warp-group products"
+            yield f"{where}: expected warp-group products, got no HGMMA"
         if usage.hmma:
-            yield f"{where}: {usage.hmma} HMMA; products of single warps are slower"
+            yield f"{where}: expected no products of single warps, got {usage.hmma} HMMA"
 
 
 # ------------------------------------------------------------------------------------- reporting
@@ -278,7 +278,7 @@ def cells(usage: Usage) -> tuple[str, ...]:
 
 
 def table(usages: Iterable[Usage]) -> str:
-    """A Markdown table, its columns aligned so that it reads in a terminal too."""
+    """A Markdown table with aligned columns, readable in a terminal too."""
     rows = [HEADINGS, *map(cells, usages)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
@@ -290,7 +290,7 @@ def table(usages: Iterable[Usage]) -> str:
 
 
 def document(usages: Sequence[Usage], broken: Sequence[str]) -> str:
-    """The page that --write leaves behind."""
+    """The page that --write writes."""
     verdict = "\n".join(f"- {line}" for line in broken) or "No configuration breaks the gate."
     return (
         "# What each kernel takes on a GPU\n\n"
@@ -304,12 +304,12 @@ def document(usages: Sequence[Usage], broken: Sequence[str]) -> str:
 
 
 def main() -> int:
-    """Measure, print, and say with the exit status whether everything may ship."""
+    """Measure and print; the exit status says whether the gate is passed."""
     parser = argparse.ArgumentParser(prog="python -m tools.kernel_resources", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--arch", type=int, nargs="+", choices=SHARED_LIMIT, default=[80, 90, 100])
     parser.add_argument("--write", type=Path, metavar="FILE", help="write the table there as well")
-    parser.add_argument("--fresh", action="store_true", help="measure again what is remembered")
+    parser.add_argument("--fresh", action="store_true", help="measure again what is cached")
     arguments = parser.parse_args()
     if triton.knobs.runtime.interpret:
         parser.error("TRITON_INTERPRET is set: kernels that are interpreted cannot be compiled")

@@ -1,15 +1,15 @@
-"""The built-in text: simple children's stories, as many as wanted, from a seed.
+"""Generates the built-in text: any number of simple children's stories from a seed.
 
-    python -m tools.stories --write                  the file in mantrans/assets/stories, anew
-    python -m tools.stories --seed 2 --count 100     prints others of their kind
+    python -m tools.stories --write                  rewrites the file in mantrans/assets/stories
+    python -m tools.stories --seed 2 --count 100     prints other stories
 
-A story is told by one of the plots in `story_plots`: somebody small, a wish or a trouble, an
-attempt, help, a solution, a feeling and what was learned. Who it is, what it is about and how
-each sentence is put are drawn at random, so that a model has to keep a name, a pronoun, an object
-and a feeling in mind from the first sentence to the last.
+A story follows one of the plots in `story_plots`: a child or an animal, a wish or a problem, an
+attempt, help, a solution, a feeling and what was learned. The hero, the topic and the phrasing of
+each sentence are drawn at random, so that a model has to remember a name, a pronoun, an object and
+a feeling from the first sentence to the last.
 
-Story `index` of `seed` is a pure function of the two; it depends on no library's random stream
-except `random.Random.random`, which Python promises to keep.
+Story `index` of `seed` is a pure function of the two; the only random stream it depends on is
+`random.Random.random`, which Python promises to keep.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def story(seed: int, index: int) -> str:
 def stories(seed: int, count: int) -> Iterator[str]:
     """`count` distinct stories, always the same ones in the same order for the same seed.
 
-    A story that was already told is passed over; what is kept of each is a hash.
+    A repeated story is skipped; only a hash of each story is kept.
     """
     told: set[bytes] = set()
     index = 0

@@ -1,7 +1,7 @@
-"""The plots of the built-in stories, one function each: a teller in, paragraphs of sentences out.
+"""The plots of the built-in stories: one function each, from a teller to paragraphs of sentences.
 
-A plot knows what fits together in it (what can be lost under a bed, who can reach a roof), and
-says each thing in a few different ways. `h` is the hero, `f` whoever helps or shares the story.
+A plot combines what fits together (what can be lost under a bed, who can reach a roof) and has a
+few phrasings of each sentence. `h` is the hero, `f` the other character.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The words that the built-in stories are made of, and the teller who chooses among them.
+"""The words of the built-in stories, and the `Teller` that chooses among them.
 
 Things are grouped by what can be done with them, so that in a story a kite flies, a boat floats
 and a cake is eaten.
@@ -13,7 +13,7 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-# Who lives where. Neighbors are friends: knowing one of a pair tells the other, and their home.
+# Two friends, who are neighbors, and their home.
 CHILDREN = (
     ("Lily", "Tom", "in a little house by the sea"),
     ("Anna", "Ben", "in a small house near the forest"),
@@ -48,13 +48,13 @@ def a(phrase: str) -> str:
 
 
 def capital(phrase: str) -> str:
-    """The phrase with its first letter raised, to open a sentence."""
+    """The phrase with a capital first letter, to start a sentence."""
     return phrase[0].upper() + phrase[1:]
 
 
 @dataclass(frozen=True)
 class Character:
-    """Somebody in a story: a name, what he or she is, and the pronouns that go with it."""
+    """A character of a story: a name, a noun, and the pronouns."""
 
     name: str
     noun: str
@@ -62,7 +62,7 @@ class Character:
     home: str = ""
     neighbor: Character | None = None
     relation: str | None = None
-    """How the hero calls this one: `mom`, or `friend` for someone who is met by name."""
+    """The hero's word for this character: `mom`, or `friend` for one with a name."""
 
     @property
     def he(self) -> str:
@@ -89,7 +89,7 @@ class Character:
         return self.noun in ANIMAL_HOMES
 
     def of(self, hero: Character) -> str:
-        """How the story first speaks of this character: `her mom`, `his friend Mia`."""
+        """The first mention of this character: `her mom`, `his friend Mia`."""
         if self.relation == "friend":
             the = f" the {self.noun}" if self.is_animal else ""
             return f"{hero.his} friend {self.name}{the}"
@@ -105,7 +105,7 @@ FAMILY = (
 
 
 class Teller:
-    """Makes the choices of one story, all from one random stream."""
+    """Makes all choices of one story, from one random stream."""
 
     def __init__(self, stream: random.Random) -> None:
         self._stream = stream
@@ -114,11 +114,11 @@ class Teller:
         return options[int(self._stream.random() * len(options))]
 
     def say(self, *phrasings: str) -> str:
-        """One of several ways to put the same thing."""
+        """One of several phrasings."""
         return self.one_of(phrasings)
 
     def maybe(self, *phrasings: str) -> list[str]:
-        """One of the phrasings or, twice as often, nothing: a sentence the story can do without."""
+        """One of the phrasings or, twice as often, nothing: an optional sentence."""
         return [self.one_of(phrasings)] if self.one_of((True, False, False)) else []
 
     def some_of(self, options: Sequence[T], count: int) -> list[T]:
@@ -154,7 +154,7 @@ class Teller:
         return self.one_of((self.child, self.child, self.animal))()
 
     def friend(self, hero: Character) -> Character:
-        """The hero's neighbor, who is of the other sex, so that `he` and `she` stay clear."""
+        """The hero's neighbor, of the other sex, so that `he` and `she` stay unambiguous."""
         assert hero.neighbor is not None
         return replace(hero.neighbor, relation="friend")
 

@@ -1,1 +1,1 @@
-"""Files that survive crashes, full disks and strangers: floor 1, knows no model and no run."""
+"""Checkpoint files that survive crashes, full disks and malicious content; knows no model."""

@@ -1,8 +1,7 @@
-"""Replaces a file so that every reader, and every crash, sees the old one or the new one whole.
+"""Replaces a file atomically: a reader, or a crash, sees the complete old or new file.
 
-The new content goes to a temporary file in the same folder, is flushed to the disk, and takes the
-old one's name in a single rename; then the folder itself is flushed, so that the rename survives a
-power failure too.
+The new content is written to a temporary file in the same folder, flushed to the disk, and renamed
+to the old file's name. Then the folder is flushed, so that the rename survives a power failure.
 """
 
 from __future__ import annotations
@@ -40,19 +39,19 @@ def replacing(path: Path) -> Iterator[FileIO]:
 
 
 def temporary_name(path: Path) -> Path:
-    """Return the name beside `path` under which this process prepares its replacement."""
+    """Return the name of this process's temporary file beside `path`."""
     return path.with_name(TEMPORARY.format(name=path.name, pid=os.getpid()))
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what a killed process was still writing; only for a folder nobody else writes to."""
+    """Remove a killed process's temporary files; no other process may write to the folder."""
     for leftover in folder.glob(TEMPORARY.format(name="*", pid="*")):
         with contextlib.suppress(OSError):
             leftover.unlink()
 
 
 def sync_folder(folder: Path) -> None:
-    """Flush a folder's list of names to the disk, where its file system can do that."""
+    """Flush a folder's list of names to the disk, if its file system can."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
@@ -64,7 +63,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def write_all(file: FileIO, data: bytes | memoryview) -> None:
-    """Write every byte: an unbuffered write may stop short, at a full disk for one.
+    """Write every byte: an unbuffered write may write fewer, for example on a full disk.
 
     Raises:
         OSError: nothing more can be written.

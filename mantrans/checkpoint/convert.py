@@ -1,9 +1,9 @@
-"""Turns a checkpoint of the first format, a zip with a pickle inside, into one of today's.
+"""Converts a checkpoint of the first format, a zip with a pickle, to the current format.
 
     mantrans convert OLD.pt NEW.pt
 
-For files of your own only. PyTorch reads the old file with `weights_only`, which runs no code, but
-a file made for the purpose can make it take all of the machine's memory.
+Only for your own files. PyTorch reads the old file with `weights_only`, which runs no code, but a
+malicious file can make it take all of the machine's memory.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _COMMENT = re.compile(rb"mantrans-checkpoint 1 \d{20} [0-9a-f]{64}")
 
 
 def convert(old: str | Path, new: str | Path) -> None:
-    """Write the state in `old`, bit for bit the same, to `new`; the two may be one path.
+    """Write the state in `old`, bit for bit, to `new`; the two may be the same path.
 
     Raises:
         CheckpointError: `old` is missing, damaged or of another kind; or `new` cannot be written.
@@ -31,9 +31,9 @@ def convert(old: str | Path, new: str | Path) -> None:
             if not _COMMENT.fullmatch(archive.comment) or archive.testzip():
                 raise zipfile.BadZipFile("its contents have changed, or another program wrote it")
         state = torch.load(old, map_location="cpu", weights_only=True)
-    except Exception as error:  # zipfile, pickle and torch raise a dozen kinds at a broken file
+    except Exception as error:  # zipfile, pickle and torch raise many kinds for a broken file
         raise CheckpointError(
-            f"{old}: expected a checkpoint of the first format, intact; got one that cannot be "
+            f"{old}: expected an intact checkpoint of the first format, got one that cannot be "
             f"read ({reason(error)})"
         ) from None
     save(new, state)

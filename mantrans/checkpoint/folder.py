@@ -1,11 +1,11 @@
-"""The checkpoints of a run: which are kept, how they are named, which is the newest that is whole.
+"""The checkpoints of a run: which are kept, their names, and which is the newest intact one.
 
     checkpoints/<experiment>/step_00001000.pt   the newest few
-    checkpoints/<experiment>/latest.pt          the newest: another name of the same file
+    checkpoints/<experiment>/latest.pt          the newest: a second name of the same file
     checkpoints/<experiment>/best.pt            the one with the lowest validation loss
-    checkpoints/latest.pt, best.pt              links into the run that saved last
+    checkpoints/latest.pt, best.pt              links to those of the run that saved last
 
-What is in such a file, and how it is written and verified, is `mantrans.checkpoint.state_file`.
+`mantrans.checkpoint.state_file` writes and verifies such a file.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from mantrans.errors import CheckpointError
 
 
 def newest_intact(directory: str | Path) -> tuple[Path, list[str]]:
-    """Return the newest intact checkpoint in `directory`, and why newer ones were passed over.
+    """Return the newest intact checkpoint in `directory`, and why newer ones were skipped.
 
     Raises:
-        CheckpointError: none is intact, or there is none.
+        CheckpointError: there is no intact checkpoint.
     """
     skipped: list[str] = []
     seen: set[int] = set()
@@ -47,10 +47,10 @@ def newest_intact(directory: str | Path) -> tuple[Path, list[str]]:
         else:
             return path, skipped
     if skipped:
-        found = f"{len(skipped)} damaged ones; first: {skipped[0]}"
+        found = f"{len(skipped)} damaged; the first: {skipped[0]}"
         raise CheckpointError(f"{directory}: expected an intact checkpoint, got {found}")
     raise CheckpointError(
-        f"{directory}: expected a checkpoint (*.pt), got none; leave out --resume to start anew"
+        f"{directory}: expected a checkpoint (*.pt), got none; leave out --resume to start a new run"
     )
 
 
@@ -58,10 +58,10 @@ class CheckpointFolder:
     """The checkpoints of one run. Only one process may hold one: see `training.lock`."""
 
     def __init__(self, checkpoint_dir: str | Path, experiment_name: str, keep: int) -> None:
-        """Make the folder if need be, and clear away what a killed process was writing.
+        """Create the folder if needed, and remove a killed process's temporary files.
 
         Raises:
-            CheckpointError: the folder cannot be made.
+            CheckpointError: the folder cannot be created.
         """
         self.root = Path(checkpoint_dir)
         self.folder = self.root / experiment_name
@@ -79,9 +79,9 @@ class CheckpointFolder:
         return self.folder / "best.pt"
 
     def save(self, step: int, state: dict[str, Any], *, best: bool = False) -> Path:
-        """Save `state` as that of `step`; name it latest, and best if so; drop the oldest.
+        """Save the `state` of `step`; name it latest, and best if `best`; remove the oldest.
 
-        Returns latest.pt's path, the one name that stays.
+        Returns the path of latest.pt, the name that stays the same.
 
         Raises:
             CheckpointError: it could not be written; latest.pt and best.pt are still intact.
@@ -92,10 +92,10 @@ class CheckpointFolder:
         return self.latest
 
     def name(self, path: Path, *, best: bool) -> None:
-        """Name one of this folder's checkpoints latest, and best if so; drop the oldest.
+        """Name one of this folder's checkpoints latest, and best if `best`; remove the oldest.
 
-        The second half of `save`; a resumed run does it again, should the first have been killed
-        between the two.
+        This is the second half of `save`. A resumed run repeats it, because the earlier process may
+        have been killed between the two.
 
         Raises:
             CheckpointError: the folder cannot be changed.
@@ -110,13 +110,13 @@ class CheckpointFolder:
             self._link("best.pt")
 
     def _rotate(self) -> None:
-        """Remove all but the `keep` numbered checkpoints that were written last."""
+        """Remove all numbered checkpoints but the last `keep` written."""
         numbered = [path for path, _ in _by_age(self.folder) if path.name.startswith("step_")]
         for path in numbered[self.keep :]:
             path.unlink()
 
     def _link(self, name: str) -> None:
-        """Point the link `name` above the runs at this run's file, or at none of another run's."""
+        """Point the link `name` above the runs at this run's file, or remove the link."""
         link = self.root / name
         if link.exists() and not link.is_symlink():
             raise CheckpointError(
@@ -134,9 +134,9 @@ class CheckpointFolder:
 
 
 def _by_age(folder: Path) -> list[tuple[Path, int]]:
-    """Return the checkpoints in `folder` and their inodes, the one written last first.
+    """Return the checkpoints in `folder` and their inodes, the last written first.
 
-    By time, not by step: a run resumed from an older step leaves newer-looking numbers behind.
+    Sorted by time, not by step: a run resumed from an older step leaves files with higher numbers.
     """
     found = []
     with contextlib.suppress(OSError):
@@ -148,14 +148,14 @@ def _by_age(folder: Path) -> list[tuple[Path, int]]:
 
 
 def _name_too(path: Path, other: Path) -> None:
-    """Make `other` a second name of the file `path`, at no moment without a file behind it."""
+    """Make `other` a second name of the file `path`; `other` exists at all times."""
     temporary = temporary_name(other)
     with contextlib.suppress(FileNotFoundError):
         temporary.unlink()
     try:
         os.link(path, temporary)
     except OSError:
-        # A file system without hard links: a second copy, as carefully written.
+        # A file system without hard links: write a second copy.
         with replacing(other) as file, open(path, "rb") as source:
             _copy(source.read, file)
         return

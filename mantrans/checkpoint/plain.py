@@ -1,11 +1,11 @@
-"""A state as JSON text and named tensors, and back, to the last bit.
+"""Converts a state to JSON text and named tensors, and back, without losing a bit.
 
-A tensor is stored under the path of keys that leads to it, `optimizer_state.exp_avg.output.weight`,
-in its own shape; the text has {"$tensor": name} in its place. JSON lacks three more things:
+A tensor's name is the path of keys that leads to it, `optimizer_state.exp_avg.output.weight`; the
+text has {"$tensor": name} in its place. JSON lacks three more things:
 
     {"$tuple": [...]}               a tuple
-    {"$float": "7ff0000000000000"}  a number that is not finite, by its bits
-    {"$dict": [[key, value], ...]}  a dictionary with integer keys, or with keys that begin with $
+    {"$float": "7ff0000000000000"}  the bits of a number that is not finite
+    {"$dict": [[key, value], ...]}  a dictionary with integer keys, or with keys that start with $
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ MAX_BITS = 2048
 
 
 def flatten(state: dict[str, Any]) -> tuple[str, dict[str, Tensor]]:
-    """Return the text that stands for `state`, and the tensors that it names.
+    """Return `state` as text, and the tensors that the text names.
 
     Raises:
-        TypeError: `state` holds something that is neither plain data nor a tensor; says where.
+        TypeError: `state` holds something that is neither plain data nor a tensor; names its place.
     """
     tensors: dict[str, Tensor] = {}
     text = json.dumps(_flatten(state, ("state",), tensors), allow_nan=False, separators=(",", ":"))
@@ -82,7 +82,7 @@ def _store(tensor: Tensor, path: tuple[str, ...], tensors: dict[str, Tensor]) ->
 
 
 def restore(text: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Undo `flatten`: each of `tensors` takes its place once.
+    """Undo `flatten`; each of `tensors` must be used once.
 
     Raises:
         FormatError: the text is not what `flatten` writes.

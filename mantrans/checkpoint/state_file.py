@@ -1,11 +1,11 @@
-"""Saves and loads a state so that no crash, full disk or flipped bit costs what was saved before.
+"""Saves and loads a state so that no crash, full disk or flipped bit destroys an earlier save.
 
 A state is plain data and tensors: dictionaries with text or integer keys, lists, tuples, text,
 numbers, true, false, None. `save` replaces the file atomically; `load` verifies every byte before
-it believes any. Neither names, calls or imports anything: the file holds JSON and numbers.
+it uses any. Loading runs no code from the file, which holds only JSON and numbers.
 
 Setting MANTRANS_TEST_SLOW_WRITE to a number of seconds makes each write of a save wait that long;
-the tests use it to kill a process inside one.
+the tests use it to kill a process during a save.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ _ZIP = b"PK\x03\x04"
 
 
 def save(path: str | Path, state: dict[str, Any]) -> None:
-    """Write `state` to `path`, replacing what was there only when all of it is on the disk.
+    """Write `state` to `path`; an earlier file is replaced only when all of it is on the disk.
 
-    Tensors may be on any device; each is stored whole, under the path of keys that leads to it,
-    whatever memory it is a view of. The package safetensors reads the file as well.
+    Tensors may be on any device and may be views; each is stored completely, under the path of keys
+    that leads to it. The package safetensors can read the file too.
 
     Raises:
         CheckpointError: the disk is full or the folder cannot be written; `path` is as it was.
@@ -59,10 +59,10 @@ def save(path: str | Path, state: dict[str, Any]) -> None:
 
 
 def load(path: str | Path) -> dict[str, Any]:
-    """Return the state saved at `path`, every byte of it verified.
+    """Return the state saved at `path`, after verifying every byte.
 
-    Its tensors are on the CPU and are the file's own bytes, mapped into memory: writing to one
-    takes memory and leaves the file as it is. The rest takes no more than a header may claim.
+    Its tensors are on the CPU and map the file's bytes into memory: writing to one takes memory and
+    does not change the file. The rest takes no more memory than a header's largest size.
 
     Raises:
         CheckpointError: there is no such file, it is damaged, or it is of another format.
@@ -94,7 +94,7 @@ def load(path: str | Path) -> dict[str, Any]:
 
 
 def verify(path: str | Path) -> None:
-    """Read all of `path` without keeping any of it.
+    """Verify `path` without keeping anything in memory.
 
     Raises:
         CheckpointError: as for `load`.
@@ -104,9 +104,9 @@ def verify(path: str | Path) -> None:
 
 @contextlib.contextmanager
 def understood(path: str | Path) -> Iterator[None]:
-    """Around code that takes a loaded state apart: what it finds missing or of another kind is a
-    CheckpointError about `path`. A file may be intact and still not be what it is taken for.
-    Full memory is not the file's fault and passes through."""
+    """For code that uses a loaded state: a missing or wrong item becomes a CheckpointError about
+    `path`, because an intact file may still hold something else. Out-of-memory errors pass through.
+    """
     try:
         yield
     except MantransError as error:
@@ -130,6 +130,6 @@ def understood(path: str | Path) -> Iterator[None]:
 
 
 def reason(error: BaseException) -> str:
-    """Return what went wrong in a few words, on one line."""
+    """Return what went wrong, on one short line."""
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return " ".join(text.split())[:200]

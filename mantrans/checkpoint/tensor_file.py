@@ -1,17 +1,17 @@
-"""The sealed file: tensors in safetensors' framing and their digests, read without trusting it.
+"""A file of tensors and their digests in safetensors' format, read without trusting it.
 
     8 bytes   the header's length, little-endian
     header    JSON: {"__metadata__": {name: text}, tensor: {"dtype", "shape", "data_offsets"}, ...}
     tensors   row by row, little-endian, without gaps; wide elements first, so that all are aligned
-    seal      the last tensor, U8 (n + 1, 32): SHA-256 of each of the n tensors, then of all that
-              is not a tensor: the length, the header and these digests
+    seal      the last tensor, U8 (n + 1, 32): SHA-256 of each of the n tensors, then of everything
+              else: the length, the header and these digests
 
-A changed byte or a missing end is seen wherever it is. Whatever reads safetensors reads the file
-and finds one more tensor, `seal`. That package is not used here: it accepts two tensors of one
-name, and reads through a memory map, where a bad sector ends the process instead of raising.
+A changed byte or a missing end is found wherever it is. Any program that reads safetensors can read
+the file and finds one more tensor, `seal`. The package safetensors is not used here: it accepts two
+tensors with one name, and reads only through a memory map, where a bad sector ends the process.
 
-The seal finds accidents. A stranger can seal what he likes, so every claim of the header is held
-against the file's length before memory is taken.
+The seal finds accidents, not attacks: anyone can write a valid seal. So every size in the header is
+compared with the file's length before memory is allocated.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ _CHUNK = 1 << 20
 
 
 class FormatError(Exception):
-    """The file is not what `write` leaves, or the data are not what it takes; says in what."""
+    """A file that `write` did not write, or data that it cannot write; says what is wrong."""
 
 
 class Entry(NamedTuple):
-    """One tensor of a file; its bytes are [offset, offset + size) of the file."""
+    """One tensor in a file, at bytes [offset, offset + size)."""
 
     name: str
     dtype: torch.dtype
@@ -64,12 +64,12 @@ def write(
     metadata: Mapping[str, str],
     tensors: Mapping[str, Tensor],
 ) -> None:
-    """Write a sealed file by calls of `put`, each with the bytes that come next.
+    """Write a sealed file by calling `put` with the next bytes.
 
-    Tensors may be on any device and of any layout in memory; one at a time is copied.
+    Tensors may be on any device and of any memory layout; they are copied one at a time.
 
     Raises:
-        FormatError: the header would be larger than is accepted when it is read.
+        FormatError: the header would be larger than `read` accepts.
     """
     ordered = dict(sorted(tensors.items(), key=lambda item: -item[1].element_size()))
     seal = torch.empty((len(ordered) + 1, _DIGEST_BYTES), dtype=torch.uint8)
@@ -84,10 +84,10 @@ def write(
 
 
 def header_for(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> bytes:
-    """The length and the header of a file in safetensors' framing that has these tensors.
+    """The length and the header of a file in safetensors' format with these tensors.
 
     Raises:
-        FormatError: it would be larger than is accepted when it is read.
+        FormatError: it would be larger than `read` accepts.
     """
     header: dict[str, Any] = {METADATA: dict(metadata)}
     end = 0
@@ -115,10 +115,9 @@ def content_of(tensor: Tensor) -> bytes | memoryview:
 
 
 def read(file: BufferedReader) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """Return the metadata and the tensors of a file, every byte of it verified.
+    """Return the metadata and the tensors of a file, after verifying every byte.
 
-    The tensors are the file's own bytes, mapped into memory: writing to one leaves the file as it
-    is.
+    The tensors map the file's bytes into memory: writing to one does not change the file.
 
     Raises:
         FormatError: the file is cut short, changed, or not a sealed file.
@@ -151,10 +150,10 @@ def read(file: BufferedReader) -> tuple[dict[str, str], dict[str, Tensor]]:
 
 
 def parse_json(text: bytes | str) -> Any:
-    """The value of a JSON text that has no equal names in one object, and no NaN or Infinity.
+    """The value of a JSON text.
 
     Raises:
-        FormatError: it is anything else.
+        FormatError: not JSON, or with a repeated name in an object, NaN or Infinity.
     """
     try:
         text = text if isinstance(text, str) else text.decode()
@@ -164,7 +163,7 @@ def parse_json(text: bytes | str) -> Any:
 
 
 def shown(name: str) -> str:
-    """A name from a file, fit for a line of text."""
+    """A name from a file, printable on one line."""
     return ascii(name[:80])
 
 
@@ -192,7 +191,7 @@ def _mapped(memory: mmap.mmap, entry: Entry) -> Tensor:
 
 
 def _entries(header: dict[str, Any], start: int, end: int) -> list[Entry]:
-    """The tensors in the order of their bytes, which fill [start, end) without gap or overlap."""
+    """The tensors in file order; checks that they fill [start, end) without gap or overlap."""
     entries = [_entry(name, claim, start) for name, claim in header.items()]
     entries.sort(key=lambda entry: (entry.offset, entry.size))
     position = start
@@ -209,7 +208,7 @@ def _entries(header: dict[str, Any], start: int, end: int) -> list[Entry]:
 
 
 def _entry(name: str, claim: Any, start: int) -> Entry:
-    """One claim of the header, consistent in itself; its offsets are counted from `start`."""
+    """One entry of the header, checked for consistency; its offsets are counted from `start`."""
     try:
         kind, shape, (begin, end) = claim["dtype"], claim["shape"], claim["data_offsets"]
         dtype, numbers = DTYPES[kind], [*shape, begin, end]
@@ -229,7 +228,7 @@ def _entry(name: str, claim: Any, start: int) -> Entry:
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        raise ValueError("a name is there twice")
+        raise ValueError("a name occurs twice")
     return found
 
 

@@ -1,9 +1,8 @@
-"""What a run is asked to do: the YAML sections model, data, training and evaluation.
+"""The configuration of a run: the YAML sections model, data, training and evaluation.
 
 Each field states its meaning and its limits once. Checks, error messages, the editors' schema
-(configs/schema.json) and the reference page (docs/configuration.md) all follow from that.
-`Config.load` refuses what it does not understand in one line that names the file, the field, what
-was expected and what came.
+(configs/schema.json) and the reference page (docs/configuration.md) are all derived from that. A
+wrong configuration is refused in one line: "FILE: FIELD: expected X, got Y".
 """
 
 from __future__ import annotations
@@ -39,8 +38,8 @@ Dataset = Literal[
     "local",
 ]
 DATASETS: tuple[str, ...] = get_args(Dataset)
-# Of each pair one field says what the other would: giving one on the command line replaces the
-# other of the file.
+# Each pair has two ways to set the same thing: one of them on the command line replaces the other
+# in the file.
 _PAIRS = [("max_steps", "num_epochs"), ("warmup_steps", "warmup_ratio")]
 _ALTERNATIVES = dict(_PAIRS) | {other: one for one, other in _PAIRS}
 _NUMERIC_TEXT = re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?")
@@ -55,7 +54,7 @@ Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
 def setting(default: Any, meaning: str, form: str = "", **limits: Any) -> Any:
-    """A field: its default, its meaning in a line, its limits; `form` says a pattern in words."""
+    """A field: its default, its meaning in a line, its limits; `form` describes a pattern."""
     extra: Any = {"patternErrorMessage": form} if form else None  # by the name that editors know
     return Field(default, description=meaning, json_schema_extra=extra, **limits)
 
@@ -81,7 +80,7 @@ class Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _read_number(cls, value: Any, info: ValidationInfo) -> Any:
-        """The number that a text such as 1e-3 stands for, where a number belongs."""
+        """Convert a text such as 1e-3 if the field is a number."""
         is_number = isinstance(value, str) and len(value) < 64 and _NUMERIC_TEXT.fullmatch(value)
         wants_number = is_number and float in _kinds(cls.model_fields[str(info.field_name)])
         return float(value) if wants_number else value
@@ -89,7 +88,7 @@ class Section(BaseModel):
     @field_validator("*")
     @classmethod
     def _refuse_unprintable(cls, value: Any) -> Any:
-        """Texts are names and paths: a line break or NUL in one is a mistake or an attack."""
+        """Texts are names and paths, so a line break or NUL in one is a mistake or an attack."""
         if isinstance(value, str) and not value.isprintable():
             raise ValueError("not printable")
         return value
@@ -98,9 +97,9 @@ class Section(BaseModel):
     def checked(
         cls, values: Any, source: str, names: Names = NO_NAMES, sources: Names = NO_NAMES
     ) -> Self:
-        """Check plain data. `source` opens an error's message.
+        """Check plain data. `source`: the file or argument that an error message starts with.
 
-        names: what the user calls a field, where that is another name than ours.
+        names: the user's name of a field, if it differs from ours.
         sources: the source of single fields, by their path such as "model.d_model".
 
         Raises:
@@ -119,7 +118,7 @@ class ModelConfig(Section):
     n_blocks: int = setting(4, "transformer blocks", ge=1, le=1_024)
     n_heads: int = setting(4, "attention heads H; d_model must be a multiple", ge=1, le=65_536)
     d_ffn: Size | None = setting(None, "inner width F of the MLP; null: 4 * d_model")
-    max_seq_len: Size = setting(256, "positions the model has; the longest context it can see")
+    max_seq_len: Size = setting(256, "number of positions: the longest context the model can see")
     vocab_size: Vocabulary | None = setting(None, "token ids; null: the tokenizer's count")
     tie_embeddings: bool = setting(True, "output projection shares the token embedding's weights")
     bias: bool = setting(True, "linear layers and layer norms have biases")
@@ -139,7 +138,7 @@ class ModelConfig(Section):
 
     @classmethod
     def complete(cls, values: Any, source: str, names: Names = NO_NAMES) -> Self:
-        """Like `checked`, for a network that is built now: its vocab_size must be given."""
+        """Like `checked`, but vocab_size must be given."""
         model = cls.checked(values, source, names)
         if model.vocab_size is None:
             name = names.get("vocab_size", "vocab_size")
@@ -154,9 +153,9 @@ class ModelConfig(Section):
 
 
 class DataConfig(Section):
-    """The text and how it becomes tokens."""
+    """The text and its conversion to tokens."""
 
-    dataset: Dataset = setting("builtin-stories", "which text to learn")
+    dataset: Dataset = setting("builtin-stories", "the text to train on")
     tokenizer: Text = setting(
         "tinystories_bpe_4096",
         "folder under assets/models/tokenizers/, any folder with a tokenizer, or gpt2",
@@ -172,17 +171,17 @@ class DataConfig(Section):
     )
     path: Text | None = setting(None, "dataset local only: a .txt, .jsonl or .parquet, or a folder")
     text_field: Text | None = setting(
-        None, "field of .jsonl or .parquet rows that holds the text; null: the dataset's own"
+        None, "field of .jsonl or .parquet rows that holds the text; null: the dataset's default"
     )
     document_separator: Literal["eot", "blank_line"] = setting(
-        "eot", "what parts documents in a .txt: the text <|endoftext|>, or a blank line"
+        "eot", "separator of documents in a .txt: the text <|endoftext|>, or a blank line"
     )
     validation_fraction: float = setting(
-        0.05, "share held out where the dataset has no validation split", gt=0.0, le=0.5
+        0.05, "share held out if the dataset has no validation split", gt=0.0, le=0.5
     )
     cache_dir: Text = setting(".cache/tokens", "folder where token files are kept between runs")
     attend_across_documents: bool = setting(
-        True, "a token sees the whole packed sequence; false: only its own document"
+        True, "a token sees the whole packed sequence; false: only its document"
     )
     on_broken_lines: Literal["skip", "refuse"] = setting("skip", "a .jsonl line that is not JSON")
 
@@ -196,7 +195,7 @@ class DataConfig(Section):
 
 
 class TrainingConfig(Section):
-    """How the weights are found, and where the run's files go."""
+    """Optimization, and where the run's files go."""
 
     experiment_name: Text = setting(
         "experiment",
@@ -215,12 +214,14 @@ class TrainingConfig(Section):
         "auto", "kernels; auto: triton on a GPU, native on a CPU"
     )
     optimizer: Literal["adamw", "sgd"] = setting("adamw", "update rule")
-    learning_rate: float = setting(1e-3, "the highest, reached after warm-up", gt=0.0, le=100.0)
-    min_learning_rate: float = setting(0.0, "where the decay ends", ge=0.0, le=100.0)
+    learning_rate: float = setting(1e-3, "the peak, reached after warm-up", gt=0.0, le=100.0)
+    min_learning_rate: float = setting(0.0, "at the end of the decay", ge=0.0, le=100.0)
     lr_decay: Literal["constant", "linear", "cosine", "wsd"] = setting(
-        "cosine", "after warm-up; wsd holds, then falls linearly"
+        "cosine", "after warm-up; wsd stays constant, then falls linearly"
     )
-    decay_fraction: Share = setting(0.2, "wsd: the last share of the steps, in which it falls")
+    decay_fraction: Share = setting(
+        0.2, "wsd: the share of the steps, at the end, in which it falls"
+    )
     warmup_steps: int | None = setting(
         None, "steps of linear warm-up (this or warmup_ratio)", ge=0, le=10**12
     )
@@ -228,8 +229,8 @@ class TrainingConfig(Section):
         None, "the same as a share of all steps; both null: none", ge=0.0, le=1.0
     )
     weight_decay: float = setting(0.1, "decoupled, on matrices only", ge=0.0, le=100.0)
-    beta1: Decay = setting(0.9, "AdamW: memory of the gradient")
-    beta2: Decay = setting(0.95, "AdamW: memory of its square")
+    beta1: Decay = setting(0.9, "AdamW: decay of the gradient's mean")
+    beta2: Decay = setting(0.95, "AdamW: decay of the squared gradient's mean")
     epsilon: Share = setting(1e-8, "AdamW: added to the denominator")
     batch_size: Size = setting(16, "sequences in one micro-batch")
     gradient_accumulation_steps: Size = setting(1, "micro-batches in one step")
@@ -242,29 +243,29 @@ class TrainingConfig(Section):
     )
     max_nan_count: Count = setting(10, "skipped steps in a row before the run stops")
     outlier_z_score: float | None = setting(
-        None, "skip steps this many deviations off; null: off", gt=0.0, le=1e6
+        None, "skip steps this many standard deviations above the mean; null: off", gt=0.0, le=1e6
     )
-    outlier_window: int = setting(128, "steps the deviation is taken over", ge=8, le=10**6)
+    outlier_window: int = setting(128, "steps over which these are computed", ge=8, le=10**6)
     log_every: int = setting(10, "steps between lines of metrics", ge=1, le=10**5)
     eval_every: Count = setting(200, "steps between validations")
     eval_batches: Count | None = setting(50, "batches in one validation; null: the whole set")
     save_every: Count = setting(500, "steps between checkpoints")
     keep_checkpoints: int = setting(
-        3, "numbered checkpoints kept, beside latest and best", ge=0, le=10**6
+        3, "numbered checkpoints kept, besides latest and best", ge=0, le=10**6
     )
     compile_step: bool = setting(True, "GPU: capture the step as one CUDA graph")
     recompute: Literal["none", "gelu", "block"] = setting(
-        "none", "activations computed again in the backward pass to save memory"
+        "none", "activations recomputed in the backward pass to save memory"
     )
     stochastic_rounding: bool = setting(
-        False, "bfloat16 weights without fp32 masters, rounded at random"
+        False, "bfloat16 weights without fp32 masters, rounded stochastically"
     )
     output_dir: Text = setting("runs", "folder of metrics, logs and samples")
     checkpoint_dir: Text = setting("checkpoints", "folder of checkpoints")
 
     @property
     def sequences_per_step(self) -> int:
-        """Sequences that one update of the weights sees."""
+        """Sequences in one update of the weights."""
         return self.batch_size * self.gradient_accumulation_steps
 
     def warmup(self, total_steps: int) -> int:
@@ -287,32 +288,32 @@ class TrainingConfig(Section):
         if rising > 1.0:
             raise clash(self, "warmup_steps", "at most {} ({})", "max_steps")
         if self.lr_decay == "wsd" and rising + self.decay_fraction > 1.0:
-            left = f"at most {1.0 - rising:g}, what warm-up leaves of the run"
+            left = f"at most {1.0 - rising:g}, the rest of the run after warm-up"
             raise clash(self, "decay_fraction", left)
         return self
 
 
 class EvaluationConfig(Section):
-    """The samples a run shows, and how they are judged."""
+    """The samples of a run, and their scores."""
 
     generation_prompts: list[Prompt] = setting(
         ["Once upon a time", "One day, a little girl named Lily", "The dog was sad because"],
-        "beginnings the model is asked to continue",
+        "texts that the model continues",
     )
-    max_generation_length: Size = setting(128, "tokens in a sample, the prompt counted")
+    max_generation_length: Size = setting(128, "tokens in a sample, prompt included")
     temperature: float = setting(
-        0.8, "below 1 safer, above 1 wilder, 0 always the likeliest", ge=0.0, le=100.0
+        0.8, "below 1 safer, above 1 wilder, 0 always the most likely", ge=0.0, le=100.0
     )
-    top_k: Vocabulary | None = setting(50, "choose among the k likeliest tokens; null: all")
-    top_p: Share | None = setting(None, "choose among the likeliest that sum to p; null: all")
-    evaluate_coherence: bool = setting(False, "let a Claude model grade the samples (needs a key)")
-    coherence_model: Text = setting("claude-haiku-4-5", "the Claude model that grades")
-    coherence_samples: int = setting(8, "samples to grade", ge=1, le=10_000)
+    top_k: Vocabulary | None = setting(50, "sample from the k most likely tokens; null: all")
+    top_p: Share | None = setting(None, "sample from the most likely that sum to p; null: all")
+    evaluate_coherence: bool = setting(False, "let a Claude model score the samples (needs a key)")
+    coherence_model: Text = setting("claude-haiku-4-5", "the Claude model that scores")
+    coherence_samples: int = setting(8, "samples to score", ge=1, le=10_000)
     batch_size: Size = setting(16, "sequences in one batch of evaluate.py")
 
 
 class Config(Section):
-    """A whole run. `Config.load` is the usual way to one."""
+    """A run's complete configuration, usually made by `Config.load`."""
 
     model: ModelConfig = Field(default_factory=ModelConfig)
     data: DataConfig = Field(default_factory=DataConfig)
@@ -326,14 +327,14 @@ class Config(Section):
 
     @property
     def tokens_per_step(self) -> int:
-        """Tokens that one update of the weights sees."""
+        """Tokens in one update of the weights."""
         return self.training.sequences_per_step * self.sequence_length
 
     @classmethod
     def load(cls, path: str | Path, overrides: Iterable[str] = ()) -> Config:
         """Read a YAML file, then apply `section.field=value` overrides in order.
 
-        configs/NAME.yaml is the shipped one where the current directory has none.
+        configs/NAME.yaml is the shipped file if the current directory has none.
 
         Raises:
             ConfigError: the file or an override is not a valid configuration.
@@ -344,10 +345,10 @@ class Config(Section):
     def from_dict(
         cls, values: Any, source: str = "configuration", overrides: Iterable[str] = ()
     ) -> Config:
-        """Check {section: {field: value}}, changed by overrides; `source` says where it is from.
+        """Check {section: {field: value}} from `source`, changed by overrides.
 
-        An override's value is read as YAML. `max_steps` given there replaces the `num_epochs` in
-        `values`, and the other way round; likewise `warmup_steps` and `warmup_ratio`.
+        An override's value is read as YAML. An override of `max_steps` replaces the `num_epochs` in
+        `values` and vice versa; likewise `warmup_steps` and `warmup_ratio`.
 
         Raises:
             ConfigError: a section or field is unknown, or a value is not accepted.
@@ -361,11 +362,11 @@ class Config(Section):
         return cls.checked(values, source, sources=sources)
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
-        """Return {section: {field: value}} of plain data; `from_dict` takes it back."""
+        """Return {section: {field: value}} of plain data, which `from_dict` reads."""
         return self.model_dump()
 
     def save(self, path: str | Path) -> None:
-        """Write every field, defaults included, as YAML that `load` takes back."""
+        """Write every field, defaults included, as YAML, which `load` reads."""
         Path(path).write_text(strict_yaml.dump(self.to_dict()), encoding="utf-8")
 
     @model_validator(mode="after")
@@ -386,9 +387,9 @@ SECTIONS: dict[str, Any] = {name: field.annotation for name, field in Config.mod
 
 
 def _apply(override: str, values: dict[Any, Any], sources: dict[str, str]) -> None:
-    """Set one `section.field=value` in `values`, and note in `sources` that it did.
+    """Set one `section.field=value` in `values`, and add its source to `sources`.
 
-    Whether there is such a section or field is left to the check of the whole.
+    Unknown sections and fields are refused later, by the check of all values.
     """
     source = f"--set {single_line(override)}"
     key, equals, text = override.partition("=")
@@ -397,7 +398,7 @@ def _apply(override: str, values: dict[Any, Any], sources: dict[str, str]) -> No
         raise ConfigError(f"{source}: expected section.field=value, got {single_line(key)}")
     value = strict_yaml.parse(text, source)
     field = SECTIONS[section].model_fields.get(name) if section in SECTIONS else None
-    # A shell has taken the quotes away: 2024 or true meant as a name can only be meant as text.
+    # The shell has removed quotes: 2024 or true in a field of text must be meant as text.
     if field and str in _kinds(field) and isinstance(value, bool | int | float):
         value = text.strip()
     if section not in values:

@@ -1,4 +1,4 @@
-"""Print what follows from the fields: `python -m mantrans.config --schema` or `--reference`."""
+"""Print the schema or the reference page: `python -m mantrans.config --schema | --reference`."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ Written by `python -m mantrans.config --reference` from the fields in `mantrans/
 
 A run is described by a YAML file of four sections. Every field may be left out. Any field can be
 changed for one run: `python train.py --config configs/quickstart.yaml --set training.seed=2`. A
-value that is not accepted, and a name that is not known, ends the command with one line.
+value that is not accepted, or an unknown name, ends the command with one line.
 
-Editors check and complete a configuration by [`configs/schema.json`](../configs/schema.json): the
-YAML extension of VS Code does, where the first line is
+Editors check and complete a configuration with [`configs/schema.json`](../configs/schema.json), for
+example VS Code's YAML extension, if the first line is
 `# yaml-language-server: $schema=schema.json`.
 """
 
 
 class _WithoutTitles(GenerateJsonSchema):
-    """A field's title would be its name once more."""
+    """Without titles, which would repeat the fields' names."""
 
     def field_title_should_be_set(self, schema: Any) -> bool:
         return False
@@ -40,7 +40,7 @@ def schema() -> str:
 
 
 def reference() -> str:
-    """Return the reference page: of each field its default, its meaning and what it accepts."""
+    """Return the reference page: each field's default, meaning and accepted values."""
     lines = [HEAD]
     for name, section in SECTIONS.items():
         lines += [f"## {name}", "", section.__doc__, ""]
@@ -58,7 +58,7 @@ def _row(name: str, described: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Print what the command line asks for."""
+    """Print the schema or the reference page."""
     parser = argparse.ArgumentParser(prog="python -m mantrans.config", description=__doc__)
     wanted = parser.add_mutually_exclusive_group(required=True)
     wanted.add_argument("--schema", action="store_true", help="for editors: configs/schema.json")

@@ -1,6 +1,6 @@
-"""What pydantic found wrong, as one line: where, what was expected, what came.
+"""Turns pydantic's errors into one line: "FILE: FIELD: expected X, got Y".
 
-What a field expects is read from its JSON schema, so that messages, the editors' schema and the
+What a field accepts is read from its JSON schema, so that messages, the editors' schema and the
 reference page say the same.
 """
 
@@ -37,7 +37,7 @@ _BOUNDS = {
 
 
 def accepted(schema: Mapping[str, Any]) -> str:
-    """Say in words what the field of a JSON schema takes, such as "an integer at least 1"."""
+    """Describe what a field of a JSON schema accepts, such as "an integer at least 1"."""
     if "anyOf" in schema:
         return f"{accepted(schema['anyOf'][0])}, or null"
     if "enum" in schema:
@@ -50,9 +50,9 @@ def accepted(schema: Mapping[str, Any]) -> str:
 
 
 def clash(holder: BaseModel, field: str, expected: str, other: str = "") -> PydanticCustomError:
-    """The error of a field that does not fit another of `holder`.
+    """The error of a field that does not fit another field of `holder`.
 
-    expected: what would fit; {} and {} in it are replaced by the other's name and value.
+    expected: what would fit; its two {} are replaced by the other field's name and value.
     """
     got, value = (attrgetter(name)(holder) if name else None for name in (field, other))
     context = {"field": field, "expected": expected, "got": got, "other": other, "value": value}
@@ -62,7 +62,7 @@ def clash(holder: BaseModel, field: str, expected: str, other: str = "") -> Pyda
 def refusal(
     wrong: ValidationError, kind: type[BaseModel], source: str, names: Names, sources: Names
 ) -> ConfigError:
-    """The first thing that is wrong with values for a `kind`, an unknown name before all else.
+    """The first error in values for a `kind`; unknown names come before all others.
 
     names, sources: as of `mantrans.config.Section.checked`.
     """
@@ -98,13 +98,13 @@ def refusal(
 
 
 def _sections(kind: type[BaseModel]) -> dict[str, Any]:
-    """The fields of `kind` that are models themselves."""
+    """The fields of `kind` that are sections."""
     annotations = {name: field.annotation for name, field in kind.model_fields.items()}
     return {name: hint for name, hint in annotations.items() if hasattr(hint, "model_fields")}
 
 
 def _known(kind: type[BaseModel], holder: type[BaseModel], section: str, name: Any) -> Any:
-    """(expected, got) for an unknown name; the nearest known one, if there is one, with it."""
+    """(expected, got) for an unknown name, with the most similar known name if there is one."""
     inner = _sections(kind)
     what = "a section" if _sections(holder) else "a field" + (section and f" of {section}")
     if isinstance(name, str):
@@ -117,6 +117,6 @@ def _known(kind: type[BaseModel], holder: type[BaseModel], section: str, name: A
 
 
 def _field(schema: Mapping[str, Any], got: Any) -> tuple[str, str]:
-    """(expected, got) for the value of a field; the nearest choice, if there is one, with it."""
+    """(expected, got) for the value of a field, with the most similar choice if there is one."""
     close = difflib.get_close_matches(got, schema.get("enum", []), n=1) if type(got) is str else []
     return accepted(schema), show(got) + "".join(f"; did you mean {match!r}?" for match in close)

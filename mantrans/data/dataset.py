@@ -1,10 +1,10 @@
-"""From a config to two checked token streams, written once and kept.
+"""From a config to two checked token streams, written once and cached.
 
-A split is held by one file in a folder whose name is a hash of everything that decides its tokens:
-what stands in the source, the tokenizer, the settings. Files that have not changed since they were
-hashed are not read again at every start: `known` says what that assumes. The folder is made under
-another name and renamed when both files are whole and on the disk, so a half-written one is never
-seen; a lock lets one process write while others wait for it, and dies with its process.
+Each split is one file in a folder whose name is a hash of everything that its tokens depend on: the
+source's content, the tokenizer, the settings. Files that have not changed since they were hashed
+are not read again at every start: `known` says what that assumes. The folder is created under
+another name and renamed when both files are complete and on the disk, so a half-written one is
+never used. A lock lets one process write while others wait; it ends with its process.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from mantrans.config import DataConfig
 
 FORMAT = 1
-"""Raised whenever the same text and settings would give other files."""
+"""Increased whenever the same text and settings would give other files."""
 _BATCH = 2**20  # characters tokenized in one call
 _COPY = 2**20  # tokens copied at once
 _LONGEST_NAME, _LONGEST_NOTE = 60, 160  # characters, so that a file's header has room for them
@@ -43,7 +43,7 @@ _LONGEST_NAME, _LONGEST_NOTE = 60, 160  # characters, so that a file's header ha
 
 @dataclass(frozen=True)
 class TokenDataset:
-    """Both splits; `report` says what was passed over when they were written, or is empty."""
+    """Both splits; `report` says what was skipped when they were written, or is empty."""
 
     train: TokenStream
     validation: TokenStream
@@ -59,8 +59,8 @@ def prepare(
 ) -> TokenDataset:
     """The data set's tokens, from the cache or written now.
 
-    No seed decides here: all runs are validated on the same documents. Raises DataError for text
-    that cannot be used, a cache that is damaged or cannot be written.
+    They do not depend on the seed: all runs are validated on the same documents. Raises DataError
+    for text that cannot be used, or a cache that is damaged or cannot be written.
     """
     source = find_source(
         data_config.dataset,
@@ -93,9 +93,9 @@ def prepare(
 
 
 def held_out(index: int, fraction: float) -> bool:
-    """Whether document number `index` belongs to validation, where a set does not say itself.
+    """Whether document number `index` is held out for validation, in a set without that split.
 
-    A hash of the number decides, so the answer depends on neither seed nor the set's size.
+    The answer is a hash of the number: it depends on neither the seed nor the set's size.
     """
     digest = hashlib.blake2b(index.to_bytes(8, "little"), digest_size=8).digest()
     return int.from_bytes(digest, "little") < fraction * 2**64
@@ -103,7 +103,7 @@ def held_out(index: int, fraction: float) -> bool:
 
 @dataclass(frozen=True)
 class _Plan:
-    """How documents are shared out between the splits."""
+    """How documents are divided between the splits."""
 
     fraction: float
     train_size: int | None
@@ -131,7 +131,7 @@ def _folder_name(source: Source, tokenizer: Tokenizer, plan: _Plan, known: Known
 def _write_folder(
     folder: Path, source: Source, tokenizer: Tokenizer, plan: _Plan, quiet: bool
 ) -> None:
-    """Writes both files aside, then gives the folder its name. Called under the lock."""
+    """Write both files to a temporary folder, then rename it. Called under the lock."""
     aside = folder.parent / f"{folder.name}.unfinished"
     shutil.rmtree(aside, ignore_errors=True)  # left behind by a process that was killed
     aside.mkdir()
@@ -163,7 +163,7 @@ def _write_splits(
     report: ReadReport,
     advance: Callable[[int], Any],
 ) -> None:
-    """Tokenizes the source into aside/train.tokens and aside/validation.tokens."""
+    """Tokenize the source into aside/train.tokens and aside/validation.tokens."""
     splits = source.open(report)
     facts = {
         "source": source.name[:_LONGEST_NAME],
@@ -201,7 +201,7 @@ def _take(pieces: Iterable[Piece], encoder: _Encoder, size: int | None) -> None:
 
 
 def _share_out(pieces: Iterable[Piece], train: _Encoder, validation: _Encoder, plan: _Plan) -> None:
-    """Each document to its split, until both have what was asked for."""
+    """Write each document to its split, until both have the requested size."""
     sizes = {id(train): plan.train_size, id(validation): plan.validation_size}
     taken = {id(train): 0, id(validation): 0}
     index, encoder = 0, validation if held_out(0, plan.fraction) else train
@@ -218,20 +218,20 @@ def _share_out(pieces: Iterable[Piece], train: _Encoder, validation: _Encoder, p
 
 
 def _enough(n_train: int, n_validation: int, plan: _Plan) -> bool:
-    """No limit on training: read all. No limit on validation: what training's part brought."""
+    """Whether both splits are full. Without a training size everything is read; without a
+    validation size validation has what was held out while training was filled."""
     if plan.train_size is None or n_train < plan.train_size:
         return False
     return plan.validation_size is None or n_validation >= plan.validation_size
 
 
 def _split_by_tokens(aside: Path, tokenizer: Tokenizer, plan: _Plan, facts: dict[str, Any]) -> None:
-    """So few documents that one split got none: the last part of all tokens is held out instead."""
+    """If one split got no document, hold out the last part of all tokens instead."""
     names = ("train.tokens", "validation.tokens")
     (whole,) = (stream for name in names if len(stream := TokenStream(aside / name)))
     if len(whole) < 4:
         raise DataError(
-            f"{facts['source']}: {len(whole)} tokens in all are too few to learn from; "
-            "give more text"
+            f"{facts['source']}: expected at least 4 tokens, got {len(whole)}; give more text"
         )
     cut = len(whole) - min(max(2, round(len(whole) * plan.fraction)), len(whole) - 2)
     for name, start, stop in ((names[0], 0, cut), (names[1], cut, len(whole))):
@@ -245,7 +245,7 @@ def _split_by_tokens(aside: Path, tokenizer: Tokenizer, plan: _Plan, facts: dict
 
 
 class _Encoder:
-    """Collects pieces, tokenizes many at once, and ends each document with the end of text."""
+    """Collects pieces, tokenizes many at once, and ends each document with end-of-text."""
 
     def __init__(
         self, tokenizer: Tokenizer, writer: ShardWriter, advance: Callable[[int], Any]
@@ -275,7 +275,7 @@ class _Encoder:
 
 
 def _open_folder(folder: Path, tokenizer: Tokenizer, known: KnownFiles) -> TokenDataset:
-    """Both files, checked against each other's tokenizer as well as in themselves."""
+    """Open both files and check that they were written with this tokenizer."""
     names = ("train", "validation")
     streams = [TokenStream(folder / f"{name}.tokens", known) for name in names]
     for stream in streams:
@@ -289,7 +289,7 @@ def _open_folder(folder: Path, tokenizer: Tokenizer, known: KnownFiles) -> Token
 
 
 def _sync_folder(folder: Path) -> None:
-    """Makes names in the folder survive a power cut."""
+    """Make names in the folder survive a power failure."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -1,10 +1,10 @@
-"""The hashes of files that were read whole before, so that an unchanged file is not read again.
+"""The hashes of files that were read before, so that an unchanged file is not read again.
 
-A file counts as unchanged while its place, device, inode, size and both times of change (mtime and
-ctime, in nanoseconds) are those of when it was read. Every write through the file system sets ctime
-to the present and no program can set it to anything else. So this assumes that nothing writes to
-the disk past the file system, that bits do not flip on it, and that nobody sets the clock back to
-the very nanosecond. Whoever assumes less deletes the record: all is read again.
+A file counts as unchanged while its path, device, inode, size and both times of change (mtime and
+ctime, in nanoseconds) are the same as when it was read. Every write through the file system sets
+ctime to the present, and no program can set it to anything else. So this assumes that nothing
+writes to the disk without the file system, that bits do not flip on it, and that nobody sets the
+clock back to the same nanosecond. To verify all files again, delete the record.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 
 from mantrans.checkpoint.atomic import replacing, write_all
 
-_SETTLED = 2_000_000_000  # ns: file systems tell two changes apart that lie further apart than this
+_SETTLED = 2_000_000_000  # ns: changes further apart than this have different times
 
 
 class KnownFiles:
@@ -34,9 +34,9 @@ class KnownFiles:
             self._known = found if isinstance(found, dict) else {}
 
     def hash(self, file: Path, read: Callable[[Path], str]) -> str:
-        """What `read(file)` returns, or returned when the file was as it is now.
+        """What `read(file)` returns, or what it returned before for the unchanged file.
 
-        Raises OSError for a file that is not there, and whatever `read` raises.
+        Raises OSError for a missing file, and whatever `read` raises.
         """
         name, facts = str(file.resolve()), _facts(file)
         known = self._known.get(name)
@@ -44,13 +44,13 @@ class KnownFiles:
             return known[-1]
         begun = time.time_ns()
         value = read(file)
-        # A file that changed a moment ago may change again within the same tick of its times.
+        # A file that changed just now may change again without a change of its times.
         if _facts(file) == facts and begun - facts[-1] > _SETTLED:
             self._known[name], self._is_new = [*facts, value], True
         return value
 
     def save(self) -> None:
-        """Write down what was read since; a disk that refuses costs another reading."""
+        """Save the new hashes; if that fails, the files are read again next time."""
         if self._is_new:
             with contextlib.suppress(OSError), replacing(self.record) as record:
                 write_all(record, json.dumps(self._known).encode())

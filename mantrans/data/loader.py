@@ -1,12 +1,12 @@
 """Cuts a token stream into batches; a batch is a pure function of (seed, step, rank).
 
-Window w of an epoch begins at `offset + w * length` and has `length + 1` tokens: the first `length`
-are inputs, the last `length` are targets, so neighboring windows share one token and no target is
-seen twice in an epoch. Each epoch draws its own offset below `length` and its own order of the
+Window w of an epoch starts at `offset + w * length` and has `length + 1` tokens: the first `length`
+are inputs, the last `length` are targets, so neighboring windows share one token and no target
+occurs twice in an epoch. Each epoch draws a new offset below `length` and a new order of the
 windows. Epochs follow each other without a gap: a batch may hold the last windows of one and the
 first of the next, so nothing is dropped and no batch is short.
 
-There is no state: a run is resumed by asking for the next step.
+There is no state: a resumed run simply asks for the next step.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ _ROUNDS = 6  # of the Feistel network; 4 are enough in theory, for a perfect rou
 class BatchLoader:
     """Batches of one rank.
 
-    `batch_size`: windows a rank and step. `n_windows`: windows an epoch. `batches_per_epoch`: steps
-    in which all ranks together have seen every window once (rounded up).
+    `batch_size`: windows per rank and step. `n_windows`: windows per epoch. `batches_per_epoch`:
+    steps in which all ranks together see every window once (rounded up).
     Raises DataError if the stream is shorter than `length + 1` tokens.
     """
 
@@ -43,13 +43,13 @@ class BatchLoader:
             )
         if len(stream) <= length:
             raise DataError(
-                f"{stream.path}: {len(stream):,} tokens are too few, a window takes "
-                f"{length + 1:,}; give more text or lower data.max_length"
+                f"{stream.path}: expected at least {length + 1:,} tokens, which a window takes, "
+                f"got {len(stream):,}; give more text or lower data.max_length"
             )
         self.stream = stream
         self.batch_size, self.length, self.seed = batch_size, length, seed
         self.rank, self.world_size = rank, world_size
-        # One window less than fits, so that each has room for the offset.
+        # One window less than fits, to leave room for the offset.
         self.n_windows = max(1, (len(stream) - length) // length)
         self.batches_per_epoch = -(-self.n_windows // (batch_size * world_size))
 
@@ -84,11 +84,11 @@ class BatchLoader:
 
 
 def shuffled(places: np.ndarray, count: int, seed: int, epoch: int) -> np.ndarray:
-    """Where a random permutation of 0 .. count-1, fixed by (seed, epoch), takes each place.
+    """The images of `places` under a random permutation of 0 .. count-1, fixed by (seed, epoch).
 
     places: int64, each in [0, count). A Feistel network over the smallest even number of bits that
-    holds `count`, walked until it lands below `count` (Black and Rogaway, "Ciphers with arbitrary
-    finite domains", 2002): a permutation that needs neither memory nor a pass over the epoch.
+    holds `count`, repeated until the result is below `count` (Black and Rogaway, "Ciphers with
+    arbitrary finite domains", 2002): it needs neither memory nor a pass over the epoch.
     """
     half = np.uint64(max(1, (max(count - 1, 1).bit_length() + 1) // 2))
     mask = (np.uint64(1) << half) - np.uint64(1)
@@ -104,7 +104,7 @@ def shuffled(places: np.ndarray, count: int, seed: int, epoch: int) -> np.ndarra
 
 
 def _key(seed: int, epoch: int, use: int) -> np.uint64:
-    """One key for each use of each epoch of each seed."""
+    """A key for each (seed, epoch, use)."""
     key = np.uint64(seed & 0xFFFF_FFFF_FFFF_FFFF)
     for part in (epoch, use):
         key = _hash(np.uint64(part), key)
@@ -113,7 +113,7 @@ def _key(seed: int, epoch: int, use: int) -> np.uint64:
 
 def _hash(values: np.ndarray | np.uint64, key: np.uint64) -> np.ndarray | np.uint64:
     """splitmix64's finalizer (Steele, Lea and Flood, 2014) of values + key * golden ratio."""
-    with np.errstate(over="ignore"):  # arithmetic modulo 2^64 is what is wanted
+    with np.errstate(over="ignore"):  # arithmetic modulo 2^64 is intended
         x = np.asarray(values, dtype=np.uint64) + key * np.uint64(0x9E3779B97F4A7C15)
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

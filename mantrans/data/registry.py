@@ -1,8 +1,8 @@
-"""The data sets that have a name, and local files: each a `Source` of documents.
+"""The named data sets, and local files: each a `Source` of documents.
 
-A source is cheap to make: it says what it is (`identity`, which keys the cache of tokens) and reads
-nothing before it is opened. The `datasets` library is imported for sets from the hub and for
-Parquet files only; built-in stories, `.txt` and `.jsonl` need nothing beyond this project.
+A source is cheap to create: it has an `identity`, the key of the token cache, and reads nothing
+before it is opened. The `datasets` library is imported only for sets from the hub and for Parquet
+files; built-in stories, `.txt` and `.jsonl` need no other package.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ DEFAULT_VALIDATION_STORIES = 500
 
 @dataclass(frozen=True)
 class HubSet:
-    """A data set on the Hugging Face hub: its repository, and which columns make up a document."""
+    """A data set on the Hugging Face hub: its repository, and the columns of a document."""
 
     repository: str
     columns: tuple[str, ...]
@@ -40,7 +40,7 @@ HUB_SETS = {
 
 @dataclass(frozen=True)
 class Splits:
-    """An opened source; `validation` is None where the set has none of its own."""
+    """An opened source; `validation` is None if the set has no such split."""
 
     train: Iterator[Piece]
     validation: Iterator[Piece] | None
@@ -48,10 +48,10 @@ class Splits:
 
 @dataclass(frozen=True)
 class Source:
-    """Where documents come from.
+    """A source of documents.
 
-    `identity`: all that decides them, as plain data, but what stands inside `files`; `n_bytes`: how
-    much there is to read, where known; `open`: starts reading and notes broken lines in the report.
+    `identity`: everything that determines them, as plain data, except the content of `files`;
+    `n_bytes`: the size, if known; `open`: starts reading and counts broken lines in the report.
     """
 
     name: str
@@ -71,9 +71,9 @@ def find_source(
     subset_size: int | None = None,
     val_subset_size: int | None = None,
 ) -> Source:
-    """The source of that name. DataError for an unknown name, or files that are not there.
+    """The source of that name. DataError for an unknown name or missing files.
 
-    The two sizes matter to the built-in stories only, of which there are `stories.COUNT`.
+    The two sizes matter only for the built-in stories, of which there are `stories.COUNT`.
     """
     if dataset == "builtin-stories":
         return _builtin(subset_size, val_subset_size)
@@ -92,7 +92,7 @@ def find_source(
 
 
 def _builtin(subset_size: int | None, val_subset_size: int | None) -> Source:
-    """The first stories are validation, those after them training: the two never share one."""
+    """The first stories are for validation, those after them for training."""
     n_held = DEFAULT_VALIDATION_STORIES if val_subset_size is None else val_subset_size
     if n_held >= stories.COUNT:
         raise _too_many("val_subset_size", stories.COUNT - 1, n_held)
@@ -111,13 +111,13 @@ def _builtin(subset_size: int | None, val_subset_size: int | None) -> Source:
 
 def _too_many(field: str, most: int, found: int) -> DataError:
     return DataError(
-        f"data.{field}: expected at most {most:,}, got {found:,}: there are {stories.COUNT:,} "
+        f"data.{field}: expected at most {most:,}, got {found:,}; there are {stories.COUNT:,} "
         "built-in stories, for training and validation together"
     )
 
 
 def _local(path: Path, text_field: str, separator: str, refuse: bool) -> Source:
-    """What the files hold decides, and their kinds, which say how they are read."""
+    """The identity is the files' content and their kinds, which determine how they are read."""
     try:
         files = text.local_files(path)
         size = sum(file.stat().st_size for file in files)
@@ -137,7 +137,7 @@ def _local(path: Path, text_field: str, separator: str, refuse: bool) -> Source:
 
 
 def _from_hub(name: str, text_field: str | None) -> Source:
-    """A set of the hub; its own `validation` or `test` split serves as validation."""
+    """A set of the hub; its `validation` or `test` split is used for validation."""
     chosen = HUB_SETS[name]
     columns = (text_field,) if text_field else chosen.columns
 
@@ -154,11 +154,11 @@ def _from_hub(name: str, text_field: str | None) -> Source:
 
 
 def _load_from_hub(name: str, repository: str) -> Any:
-    """The set's splits, memory-mapped by `datasets`; from its cache where the hub does not
-    answer (which the library tries several times; HF_HUB_OFFLINE=1 asks for the cache at once)."""
+    """The set's splits, memory-mapped by `datasets`; from its cache if the hub does not answer
+    (after several tries by the library; HF_HUB_OFFLINE=1 uses the cache at once)."""
     ways = (
-        "give a local file (data.dataset: local, data.path: ...), run once where the hub can be "
-        "reached so that its cache holds the set, or use data.dataset: builtin-stories"
+        "give a local file (data.dataset: local, data.path: ...), run once with access to the hub "
+        "to fill its cache, or use data.dataset: builtin-stories"
     )
     try:
         import datasets
@@ -166,13 +166,12 @@ def _load_from_hub(name: str, repository: str) -> Any:
         return datasets.load_dataset(repository)
     except ImportError:
         raise DataError(
-            f"data.dataset {name!r} comes through the package datasets, which is missing "
-            f"(pip install datasets); or {ways}"
+            f"data.dataset {name!r} needs the package datasets (pip install datasets); or {ways}"
         ) from None
     except Exception as error:  # network, access, disk: the libraries raise many kinds
         reason = (str(error).splitlines() or [type(error).__name__])[0][:150]
         raise DataError(
-            f"data.dataset {name!r} ({repository}) cannot be had from the hub or the cache "
+            f"data.dataset {name!r} ({repository}) cannot be loaded from the hub or the cache "
             f"({reason}): {ways}"
         ) from None
 

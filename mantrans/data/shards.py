@@ -1,16 +1,16 @@
-"""Tokens on disk: one memory-mapped file a split, checked before use.
+"""Tokens on disk: one memory-mapped file per split, checked before use.
 
-Layout, all of it little-endian:
+Layout, little-endian:
 
     0 .. 7       magic
     8 .. 23      blake2b-128 of bytes 24 .. 4095
     24 .. 4095   header: JSON, padded with spaces
     4096 ..      the tokens, uint16 where the vocabulary allows it, else uint32
 
-The header counts tokens, documents and the bytes of text they stand for, and holds the largest
-token and a blake2b-128 of the tokens. A reader believes none of it before the file's size, both
-checksums and the largest token agree, so a flipped byte, a truncation or a header that claims 2^60
-tokens is refused, and an id outside the vocabulary never reaches an embedding.
+The header has the numbers of tokens, of documents and of bytes of their text, the largest token and
+a blake2b-128 of the tokens. A reader first checks the file's size, both checksums and the largest
+token. So a flipped byte, a truncation or a header that claims 2^60 tokens is refused, and an id
+outside the vocabulary never reaches an embedding.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def token_dtype(vocab_size: int) -> np.dtype[Any]:
 
 
 class ShardWriter:
-    """Writes one token file; it is whole only once `close` has returned.
+    """Writes one token file, which is complete after `close`.
 
     Use as a context manager. `facts` (small, JSON) are kept in the header.
     """
@@ -62,7 +62,7 @@ class ShardWriter:
         self._file.write(b"\0" * HEADER_BYTES)
 
     def write(self, tokens: Sequence[int] | np.ndarray, n_bytes: int, n_documents: int) -> None:
-        """Appends tokens that stand for `n_bytes` bytes of text and end `n_documents` documents."""
+        """Append tokens that encode `n_bytes` bytes of text and end `n_documents` documents."""
         array = np.asarray(tokens, dtype=np.int64)
         if not array.size:
             return
@@ -80,7 +80,7 @@ class ShardWriter:
         self.n_documents += n_documents
 
     def close(self) -> None:
-        """Writes the header and waits until all of it is on the disk."""
+        """Write the header, and flush everything to the disk."""
         header = {
             "dtype": self.dtype.name,
             "n_tokens": self.n_tokens,
@@ -112,11 +112,11 @@ class ShardWriter:
 
 
 class TokenStream:
-    """A token file, opened and checked; of one that is `known`, the tokens are not read again.
+    """A token file, opened and checked; the tokens of a file that is `known` are not read again.
 
-    `tokens`: (len,) uint16 or uint32, mapped, not read; `n_bytes`: UTF-8 bytes of the text they
-    stand for, separators not counted; `n_documents`: documents that end in it; `max_token`;
-    `checksum`: hex, of the tokens; `facts`: what the writer noted; `path`.
+    `tokens`: (len,) uint16 or uint32, mapped, not read; `n_bytes`: UTF-8 bytes of their text,
+    without separators; `n_documents`: documents that end in it; `max_token`; `checksum`: hex, of
+    the tokens; `facts`: the writer's; `path`.
     """
 
     def __init__(self, path: str | Path, known: KnownFiles | None = None) -> None:
@@ -129,7 +129,7 @@ class TokenStream:
         except OSError as error:
             raise DataError(
                 f"token file {self.path} cannot be read: {error.strerror or error}; if it is lost, "
-                f"delete the folder {self.path.parent} and run again to write it anew"
+                f"delete the folder {self.path.parent} and run again to rewrite it"
             ) from None
         self.dtype = _DTYPES[header["dtype"]]
         self.n_documents: int = header["n_documents"]
@@ -175,10 +175,10 @@ def _packed_header(header: dict[str, Any]) -> bytes:
 
 
 def _read_header(file: BinaryIO, path: Path) -> dict[str, Any]:
-    """The header, once its checksum is right and it describes a file of just this size."""
+    """The header, after checking its checksum and the file size that it gives."""
     raw = file.read(HEADER_BYTES)
     if raw[: len(MAGIC)] != MAGIC:
-        raise _damaged(path, "it does not begin as one")
+        raise _damaged(path, "it does not start like a token file")
     if len(raw) < HEADER_BYTES:
         raise _damaged(path, f"it ends after {len(raw)} bytes, inside its header")
     text = raw[_CHECKED_FROM:]
@@ -189,21 +189,21 @@ def _read_header(file: BinaryIO, path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError):
         raise _damaged(path, "its header is not JSON") from None
     if not isinstance(header, dict) or header.get("dtype") not in _DTYPES:
-        raise _damaged(path, "its header names no token type uint16 or uint32")
+        raise _damaged(path, "its header does not name the token type uint16 or uint32")
     for name in _COUNTS:
         if type(header.get(name)) is not int or header[name] < 0:
-            raise _damaged(path, f"its header's {name} is no count")
+            raise _damaged(path, f"its header's {name} is not a count")
     if not isinstance(header.get("checksum"), str) or not isinstance(header.get("facts"), dict):
         raise _damaged(path, "its header lacks a checksum or facts")
     expected = HEADER_BYTES + header["n_tokens"] * _DTYPES[header["dtype"]].itemsize
     found = os.fstat(file.fileno()).st_size
     if found != expected:
-        raise _damaged(path, f"it has {found:,} bytes where its header says {expected:,}")
+        raise _damaged(path, f"expected {expected:,} bytes as in its header, got {found:,}")
     return header
 
 
 def _summary(path: Path, dtype: np.dtype[Any]) -> str:
-    """Checksum and largest of the tokens, each of which is read once, in bounded memory."""
+    """The tokens' checksum and their largest, in one pass and in bounded memory."""
     digest, largest = hashlib.blake2b(digest_size=16), 0
     with path.open("rb") as file:
         file.seek(HEADER_BYTES)
@@ -218,11 +218,11 @@ def _verify(header: dict[str, Any], summary: str, path: Path) -> None:
     if checksum != header["checksum"]:
         raise _damaged(path, "its tokens' checksum is wrong")
     if int(largest) != header["max_token"]:
-        raise _damaged(path, "its header names another largest token than it holds")
+        raise _damaged(path, "its largest token is not the one in its header")
 
 
 def _damaged(path: Path, what: str) -> DataError:
     return DataError(
         f"token file {path} is damaged: {what}; delete the folder {path.parent} and run again to "
-        "write it anew"
+        "rewrite it"
     )

@@ -1,6 +1,6 @@
-"""The built-in stories: a language in miniature, learnable in minutes by a small model.
+"""The built-in stories: simple English that a small model learns in minutes.
 
-They come with the package as one compressed text, which `tools/stories.py` made.
+They are part of the package as one compressed text, written by `tools/stories.py`.
 """
 
 from __future__ import annotations

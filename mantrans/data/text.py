@@ -1,13 +1,13 @@
 """Reads documents from local files in bounded memory, however large the file, line or document.
 
-A document comes as one or more `Piece`s; only its last piece has `ends` set. Pieces are cut where
+A document is read as one or more `Piece`s; only its last piece has `ends` set. Pieces are cut where
 GPT-2's pre-tokenizer cuts too (before white space), so that tokens are those of the whole document.
-Only a run of over `PIECE` characters without any white space is cut inside a word: the text is
-still the same, some tokens beside the cut may not be.
+Only a run of over `PIECE` characters without white space is cut inside a word: this keeps the text,
+but may change some tokens beside the cut.
 
-Documents are stripped of surrounding white space, and empty ones are passed over. Text is UTF-8,
-with or without a byte order mark; in `.txt`, CRLF counts as LF. Anything else is refused with the
-file's name and the place: text is not guessed at.
+White space around documents is removed, and empty documents are skipped. Text is UTF-8, with or
+without a byte order mark; in `.txt`, CRLF is read as LF. Anything else is refused with the file's
+name and the place; encodings are not guessed.
 """
 
 from __future__ import annotations
@@ -23,9 +23,11 @@ from typing import Any, NamedTuple
 from mantrans.data.tokenizer import END_OF_TEXT
 from mantrans.errors import DataError
 
-PIECE = 2**18  # characters: small against memory, large against the cost of a call
+PIECE = 2**18  # characters: little memory, and few calls
 _CHUNK = 2**18  # bytes read at once
-_LONGEST_JSON_LINE = 2**27  # bytes: a line is parsed whole, so it must fit in memory a few times
+_LONGEST_JSON_LINE = (
+    2**27
+)  # bytes: a line is parsed as a whole and must fit into memory a few times
 _SUFFIXES = (".txt", ".jsonl", ".parquet")
 _SEPARATORS = {
     "eot": re.compile(re.escape(END_OF_TEXT)),
@@ -43,13 +45,13 @@ class Piece(NamedTuple):
 
 @dataclass
 class ReadReport:
-    """What the readers had to pass over, filled in while they run."""
+    """What the readers skipped, updated while they run."""
 
     broken_lines: int = 0
     first_broken: str = ""
 
     def broken(self, file: Path, line: int, what: str, refuse: bool) -> None:
-        """Counts a broken line, or raises DataError if such lines are refused."""
+        """Count a broken line, or raise DataError if such lines are refused."""
         if refuse:
             raise DataError(
                 f"{file}, line {line}: {what}; correct it, or set data.on_broken_lines to skip"
@@ -90,7 +92,7 @@ def read_files(
     refuse_broken_lines: bool,
     report: ReadReport,
 ) -> Iterator[Piece]:
-    """The documents of all files, in order. DataError for what cannot be read as text."""
+    """The documents of all files, in order. DataError for a file that cannot be read as text."""
     for file in files:
         try:
             if file.suffix.lower() == ".txt":
@@ -104,17 +106,17 @@ def read_files(
 
 
 def read_txt(file: Path, separator: str = "eot") -> Iterator[Piece]:
-    """Documents of a text file, parted by `<|endoftext|>` ("eot") or by blank lines."""
-    return _stripped(_parted(_characters(file), _SEPARATORS[separator]))
+    """Documents of a text file, separated by `<|endoftext|>` ("eot") or by blank lines."""
+    return _stripped(_split(_characters(file), _SEPARATORS[separator]))
 
 
 def read_jsonl(
     file: Path, text_field: str, refuse_broken_lines: bool, report: ReadReport
 ) -> Iterator[Piece]:
-    """The texts in `text_field` of a file with one JSON object a line; blank lines do not count.
+    """The texts in `text_field` of a file with one JSON object per line; blank lines are ignored.
 
-    A line is broken if it is not UTF-8, not a JSON object, lacks the field, holds no string there,
-    or is over 128 MiB. DataError if every line is.
+    A line is broken if it is not UTF-8, not a JSON object, has no string in that field, or is over
+    128 MiB. DataError if every line is broken.
     """
     good = False
     before, fields_seen = report.broken_lines, ""
@@ -141,7 +143,7 @@ def read_parquet(file: Path, text_field: str) -> Iterator[Piece]:
     except ImportError:
         raise DataError(
             f"{file}: .parquet needs the package datasets (pip install datasets); "
-            ".txt and .jsonl do not"
+            ".txt and .jsonl need none"
         ) from None
     try:
         rows = datasets.load_dataset(
@@ -160,12 +162,12 @@ def read_parquet(file: Path, text_field: str) -> Iterator[Piece]:
         raise
     except Exception as error:  # pyarrow and datasets raise many kinds for a damaged file
         raise DataError(
-            f"{file}: not a readable Parquet file: {str(error).splitlines()[0]:.150}"
+            f"{file}: expected a Parquet file, got {str(error).splitlines()[0]:.150}"
         ) from None
 
 
 def pieces_of(document: str) -> Iterator[Piece]:
-    """A document that is in memory already, stripped, in pieces."""
+    """A document in memory, stripped, in pieces."""
     text = document.strip()
     start = 0
     while len(text) - start > PIECE:
@@ -186,7 +188,7 @@ def _characters(file: Path) -> Iterator[str]:
             try:
                 text = held + decoder.decode(raw, final=not raw)
             except UnicodeDecodeError as error:
-                # The decoder saw a tail of what was read: what it kept of an earlier chunk counts.
+                # The decoder's position includes the bytes it kept from an earlier chunk.
                 place = read + len(raw) - len(error.object) + error.start
                 raise DataError(
                     f"{file}: expected UTF-8, got {error.object[error.start]:#04x} at byte "
@@ -199,15 +201,15 @@ def _characters(file: Path) -> Iterator[str]:
                 return
 
 
-def _parted(chunks: Iterable[str], separator: re.Pattern[str]) -> Iterator[Piece]:
-    """Cuts a stream of text at the separator; holds back what might be the start of one."""
+def _split(chunks: Iterable[str], separator: re.Pattern[str]) -> Iterator[Piece]:
+    """Cut a stream of text at the separator; hold back what may be the start of one."""
     buffer = ""
     for chunk in chunks:
         buffer += chunk
         *documents, buffer = separator.split(buffer)
         for document in documents:
             yield Piece(document, True)
-        # The separator's white space, or a begun <|endoftext|>, lies behind a safe cut.
+        # White space of a separator, or the start of <|endoftext|>, comes after a safe cut.
         cut = _safe_cut(buffer, 0, len(buffer) - len(END_OF_TEXT))
         if not cut and len(buffer) > PIECE:
             cut = len(buffer) - len(END_OF_TEXT)
@@ -218,7 +220,7 @@ def _parted(chunks: Iterable[str], separator: re.Pattern[str]) -> Iterator[Piece
 
 
 def _safe_cut(text: str, start: int, stop: int) -> int:
-    """Where the last run of white space before `stop` begins, or 0 if there is no such place."""
+    """The start of the last run of white space before `stop`, or 0 if there is none."""
     if stop <= start:
         return 0
     space = max(text.rfind(character, start, stop) for character in _SPACE)
@@ -230,11 +232,11 @@ def _safe_cut(text: str, start: int, stop: int) -> int:
 
 
 def _stripped(pieces: Iterable[Piece]) -> Iterator[Piece]:
-    """Drops the white space around documents, and documents that are nothing else."""
+    """Remove the white space around documents, and documents without other characters."""
     begun, held = False, ""
     for text, ends in pieces:
         text = held + text if begun else text.lstrip()
-        # White space at the end goes with the document's end, or else stands before what follows.
+        # Hold back white space at the end: dropped if the document ends, else kept before the rest.
         kept = text.rstrip()
         held = text[len(kept) :]
         if len(held) > PIECE and not ends:
@@ -247,7 +249,7 @@ def _stripped(pieces: Iterable[Piece]) -> Iterator[Piece]:
 
 
 def _lines(file: Path) -> Iterator[tuple[int, bytes | None]]:
-    """Numbered lines but blank ones, without a byte order mark; None for one too long to read."""
+    """(number, line) of lines that are not blank, without a byte order mark; None if too long."""
     with file.open("rb") as stream:
         number = 0
         while line := stream.readline(_LONGEST_JSON_LINE + 1):
@@ -265,7 +267,7 @@ def _lines(file: Path) -> Iterator[tuple[int, bytes | None]]:
 
 
 def _text_of_line(line: bytes | None, text_field: str) -> tuple[str | None, str]:
-    """The line's text and "", or None and what is wrong with the line."""
+    """(text, "") of a line, or (None, what is wrong with it)."""
     if line is None:
         return None, f"the line is longer than {_LONGEST_JSON_LINE:,} bytes"
     try:

@@ -1,11 +1,11 @@
-"""Text to tokens and back: byte-level BPE that loses nothing.
+"""Text to tokens and back, without loss: byte-level BPE.
 
-A tokenizer is a folder with `tokenizer.json`, or with GPT-2's `vocab.json` and `merges.txt`. What
-is accepted here is narrower than what the `tokenizers` library can run: every byte has a token, so
-that there is no unknown one; text is neither normalised nor given a leading space, so that any
-text comes back exactly; `<|endoftext|>` is the one special token. That text is *never* read as the
-special token: inside a document it is ordinary text, so no document can end itself early; the end
-of a document is the number `eot_id`, which only `shards` appends. `tokenizer_tool` trains one.
+A tokenizer is a folder with `tokenizer.json`, or with GPT-2's `vocab.json` and `merges.txt`. Only a
+part of what the `tokenizers` library can run is accepted: every byte has a token, so that nothing
+is unknown; text is neither normalized nor given a leading space, so that any text is restored
+exactly; `<|endoftext|>` is the only special token. In a document this text is *never* read as the
+special token, so no document can end itself early; the end of a document is the number `eot_id`,
+which only `shards` appends. `tokenizer_tool` trains tokenizers.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ TOKENIZER_FILE = "tokenizer.json"
 MANIFEST_FILE = "manifest.json"
 OWN = Path("assets", "models", "tokenizers")  # of the current directory
 SHIPPED = ASSETS / "tokenizers"
-_LARGEST_FILE = 256 * 2**20  # bytes; the largest published vocabularies take some 30 MB
+_LARGEST_FILE = 256 * 2**20  # bytes; the largest published vocabularies take about 30 MB
 _PROBES = (
     "Once upon a time, there was a kind girl.",
     "  two spaces\r\nand\ttabs \n\n\n",
@@ -41,9 +41,9 @@ class Tokenizer:
     """A checked tokenizer.
 
     `vocab_size` counts all tokens, ids 0 .. vocab_size-1; `eot_id` ends a document; `hash` is the
-    sha256 of what decides the tokens of a text, the same for the same tokenizer however it is
-    stored; `token_bytes` (vocab_size,) int64 is how many bytes of text each token stands for, 0
-    for the end of text.
+    sha256 of what determines the tokens of a text, independent of how the tokenizer is stored;
+    `token_bytes` (vocab_size,) int64 is the number of bytes of text of each token, 0 for the end of
+    text.
     """
 
     def __init__(self, library: tokenizers.Tokenizer, name: str, source: str) -> None:
@@ -62,17 +62,17 @@ class Tokenizer:
         _check_lossless(self, vocabulary, description, source)
 
     def encode(self, text: str) -> list[int]:
-        """The tokens of `text`, nothing added."""
+        """The tokens of `text`, without special tokens."""
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """The tokens of each text. DataError for a lone surrogate, which no UTF-8 text has."""
+        """The tokens of each text. DataError for a lone surrogate, which UTF-8 does not allow."""
         try:
             encodings = self.library.encode_batch_fast(list(texts), add_special_tokens=False)
         except (TypeError, UnicodeEncodeError):
             found = next((t for t in texts if not _is_unicode(t)), texts)
             raise DataError(
-                f"not text: {found!r:.60} holds half of a surrogate pair, or is no string"
+                f"text: expected Unicode, got {found!r:.60}: half of a surrogate pair, or no string"
             ) from None
         return [encoding.ids for encoding in encodings]
 
@@ -92,11 +92,11 @@ class Tokenizer:
 
 
 def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
-    """The tokenizer in that folder, or of that name: under ./assets/models/tokenizers, among those
-    that come with the package, or GPT-2's.
+    """The tokenizer in that folder, or of that name: in ./assets/models/tokenizers, in the package,
+    or GPT-2's.
 
-    Raises DataError when there is none, or when its files are damaged or are not what the module
-    docstring asks for.
+    Raises DataError if there is none, or if its files are damaged or not as the module's docstring
+    says.
     """
     name = str(name_or_path)
     if not name.strip() or "\0" in name or ".." in Path(name).parts:
@@ -106,14 +106,12 @@ def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
         )
     try:
         return _find(name)
-    except OSError as error:  # a name no file can have, or a folder that may not be entered
-        raise DataError(
-            f"tokenizer {name!r} cannot be looked up: {error.strerror or error}"
-        ) from None
+    except OSError as error:  # a name that no file can have, or a folder without permission
+        raise DataError(f"tokenizer {name!r} cannot be read: {error.strerror or error}") from None
 
 
 def _find(name: str) -> Tokenizer:
-    """The tokenizer of a name or path that is safe to look up."""
+    """The tokenizer of a checked name or path."""
     if Path(name).is_dir():
         return _from_folder(Path(name))
     if Path(name).name == TOKENIZER_FILE and Path(name).is_file():
@@ -121,7 +119,7 @@ def _find(name: str) -> Tokenizer:
     for root in (OWN, SHIPPED):
         if (root / name).is_dir():
             if not (root / name).resolve().is_relative_to(root.resolve()):
-                raise DataError(f"tokenizer {name!r} is refused: it is a link out of {root}")
+                raise DataError(f"tokenizer {name!r}: expected a folder in {root}, got a link")
             return _from_folder(root / name)
     if name == "gpt2":
         return _gpt2_from_hub()
@@ -134,14 +132,14 @@ def _find(name: str) -> Tokenizer:
 
 
 def known_names() -> list[str]:
-    """The tokenizers that a name alone finds on this disk."""
+    """The names of the tokenizers on this disk."""
     return sorted(
         {p.parent.name for root in (OWN, SHIPPED) for p in root.glob(f"*/{TOKENIZER_FILE}")}
     )
 
 
 def write_manifest(folder: Path, tokenizer: Tokenizer, facts: dict[str, Any]) -> None:
-    """Beside `tokenizer.json`: its checksum, which loading verifies, and how it was made."""
+    """Write the checksum of `tokenizer.json`, which loading verifies, and how it was made."""
     manifest = {
         "vocab_size": tokenizer.vocab_size,
         "hash": tokenizer.hash,
@@ -153,7 +151,7 @@ def write_manifest(folder: Path, tokenizer: Tokenizer, facts: dict[str, Any]) ->
 
 
 def _from_folder(folder: Path) -> Tokenizer:
-    """Reads a folder of either kind; what the library says about a bad file fits on one line."""
+    """Read a folder of either kind; the library's message about a bad file becomes one line."""
     file = folder / TOKENIZER_FILE
     vocab, merges = folder / "vocab.json", folder / "merges.txt"
     try:
@@ -198,17 +196,17 @@ def _gpt2_from_hub() -> Tokenizer:
         from huggingface_hub import hf_hub_download
     except ImportError:
         raise DataError(
-            f"tokenizer 'gpt2' comes through the package huggingface_hub, which is missing: {ways}"
+            f"tokenizer 'gpt2' needs the package huggingface_hub, which is missing: {ways}"
         ) from None
     file, failure = None, "no answer"
-    # The cache first, so that a run that once worked never needs the network again.
+    # The cache first, so that later runs do not need the network.
     for local_only in (True, False):
         try:
             file = hf_hub_download(
                 "openai-community/gpt2", TOKENIZER_FILE, local_files_only=local_only
             )
             break
-        except Exception as error:  # network, proxy, disk: the hub's own kinds are many
+        except Exception as error:  # network, proxy, disk: the hub raises many kinds
             failure = type(error).__name__
     if file is None:
         raise DataError(
@@ -225,7 +223,7 @@ def _gpt2_from_hub() -> Tokenizer:
 
 
 def _vocabulary(library: tokenizers.Tokenizer, source: str) -> list[str]:
-    """Tokens by id; the ids must be 0, 1, 2, … and the end of text must be among them."""
+    """Tokens by id; checks that ids are 0, 1, 2, … and that the end of text is among them."""
     by_text = library.get_vocab(with_added_tokens=True)
     tokens = sorted(by_text, key=by_text.__getitem__)
     ids = [by_text[token] for token in tokens]
@@ -233,8 +231,8 @@ def _vocabulary(library: tokenizers.Tokenizer, source: str) -> list[str]:
         if expected != found:
             raise _damaged(
                 Path(source),
-                f"token ids must run from 0 to {len(ids) - 1}, each once; {found} stands where "
-                f"{expected} belongs",
+                f"expected token ids 0 to {len(ids) - 1}, each once, got {found} in place of "
+                f"{expected}",
             )
     if END_OF_TEXT not in by_text:
         raise _damaged(Path(source), f"it has no token {END_OF_TEXT}")
@@ -242,7 +240,7 @@ def _vocabulary(library: tokenizers.Tokenizer, source: str) -> list[str]:
 
 
 def _canonical_hash(description: dict[str, Any], vocabulary: list[str]) -> str:
-    """sha256 over vocabulary, merges and pre-tokenizer: not over how one version writes them."""
+    """sha256 of vocabulary, merges and pre-tokenizer, independent of the library's version."""
     merges = [
         pair.split(" ") if isinstance(pair, str) else pair
         for pair in description["model"].get("merges", [])
@@ -256,7 +254,7 @@ def _canonical_hash(description: dict[str, Any], vocabulary: list[str]) -> str:
 def _check_lossless(
     tokenizer: Tokenizer, vocabulary: list[str], description: dict[str, Any], source: str
 ) -> None:
-    """Refuses a tokenizer that could meet an unknown byte, or that gives other text back."""
+    """Refuse a tokenizer that lacks a byte, or that does not restore texts exactly."""
     if description["model"].get("type") != "BPE":
         raise _damaged(Path(source), f"it is {description['model'].get('type')}, not BPE")
     missing = set(tokenizers.pre_tokenizers.ByteLevel.alphabet()) - set(vocabulary)
@@ -273,18 +271,18 @@ def _check_lossless(
         ids = tokenizer.encode(probe)
         lossless = ids and max(ids) < len(vocabulary) and tokenizer.eot_id not in ids
         if not lossless or tokenizer.decode(ids) != probe:
-            raise _damaged(Path(source), f"the text {probe!r} does not come back from it exactly")
+            raise _damaged(Path(source), f"it does not restore the text {probe!r} exactly")
 
 
 def _check_size(file: Path) -> None:
     if file.stat().st_size > _LARGEST_FILE:
         raise DataError(
-            f"{file}: {file.stat().st_size:,} bytes is no tokenizer; at most {_LARGEST_FILE:,}"
+            f"{file}: expected at most {_LARGEST_FILE:,} bytes, got {file.stat().st_size:,}"
         )
 
 
 def _check_manifest(folder: Path, file: Path) -> None:
-    """Where a manifest lies beside it, `tokenizer.json` must be, byte for byte, what it names."""
+    """If there is a manifest, check that `tokenizer.json` has the checksum in it."""
     manifest = folder / MANIFEST_FILE
     if not manifest.is_file():
         return
@@ -292,9 +290,9 @@ def _check_manifest(folder: Path, file: Path) -> None:
     try:
         expected = json.loads(manifest.read_bytes())["sha256_of_tokenizer_json"]
     except (ValueError, KeyError, TypeError, RecursionError):
-        raise _damaged(manifest, f"it does not name the checksum of {TOKENIZER_FILE}") from None
+        raise _damaged(manifest, f"it has no checksum of {TOKENIZER_FILE}") from None
     if expected != _sha256(file):
-        raise _damaged(file, f"its bytes are not those that {MANIFEST_FILE} beside it was made for")
+        raise _damaged(file, f"its bytes do not have the checksum in {MANIFEST_FILE}")
 
 
 def _sha256(file: Path) -> str:

@@ -1,4 +1,4 @@
-"""What `mantrans tokenizer` does: train one, look at one, encode with one.
+"""The command `mantrans tokenizer`: train a tokenizer, analyze one, encode with one.
 
     mantrans tokenizer train --output assets/models/tokenizers/NAME \\
         --input stories.txt --dataset builtin-stories --vocab-size 4096 --hold-out 0.1
@@ -6,9 +6,9 @@
         --held-out 0.1
     mantrans tokenizer encode --tokenizer NAME "Once upon a time"
 
-`--hold-out` leaves out the very documents that `data.validation_fraction` of the same size holds
-out of training, so that neither tokenizer nor model has seen them; `analyze --held-out` counts on
-them alone.
+`--hold-out` leaves out the same documents that `data.validation_fraction` of the same size holds
+out of training, so that neither tokenizer nor model has seen them; `analyze --held-out` counts only
+these.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _BATCH = 1000  # pieces tokenized in one call
 
 @dataclass(frozen=True)
 class Analysis:
-    """What a tokenizer makes of a text. `coverage`: share of its tokens that occur in it."""
+    """A tokenizer's statistics on a text. `coverage`: the share of its tokens that occur in it."""
 
     tokenizer: str
     vocab_size: int
@@ -61,9 +61,9 @@ class Analysis:
 def train(pieces: Iterable[Piece], vocab_size: int, folder: Path) -> Tokenizer:
     """Byte-level BPE (Sennrich et al. 2016; bytes as in GPT-2) learned from the pieces' text.
 
-    The end of text is token 0, the 256 bytes follow, then the merges in the order in which they
-    were learned. Writes `tokenizer.json` and `tokenizer_config.json` into `folder`, which
-    `transformers.PreTrainedTokenizerFast` loads. DataError if the text is too small for so many.
+    The end of text is token 0, then come the 256 bytes and the merges in the order in which they
+    were learned. Writes `tokenizer.json` and `tokenizer_config.json` to `folder`, which
+    `transformers.PreTrainedTokenizerFast` loads. DataError if the text has fewer tokens.
     """
     if vocab_size < SMALLEST_VOCABULARY:
         raise DataError(f"--vocab-size: expected at least {SMALLEST_VOCABULARY}, got {vocab_size}")
@@ -79,8 +79,8 @@ def train(pieces: Iterable[Piece], vocab_size: int, folder: Path) -> Tokenizer:
     library.train_from_iterator((piece.text for piece in pieces), trainer)
     if library.get_vocab_size() != vocab_size:
         raise DataError(
-            f"--vocab-size: expected at most {library.get_vocab_size()}, which is what the text "
-            f"gives, got {vocab_size}"
+            f"--vocab-size: expected at most {library.get_vocab_size()} for this text, "
+            f"got {vocab_size}"
         )
     folder.mkdir(parents=True, exist_ok=True)
     library.save(str(folder / TOKENIZER_FILE))
@@ -95,7 +95,7 @@ def train(pieces: Iterable[Piece], vocab_size: int, folder: Path) -> Tokenizer:
 
 
 def analyze(tokenizer: Tokenizer, pieces: Iterable[Piece]) -> Analysis:
-    """Counts the tokens of the pieces; the end of text counts neither as token nor as unused."""
+    """Count the tokens of the pieces; the end of text counts neither as used nor as unused."""
     counts = np.zeros(tokenizer.vocab_size, dtype=np.int64)
     documents = 0
     for batch in _batches(pieces):
@@ -157,7 +157,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run_train(options: argparse.Namespace) -> None:
-    """Trains beside the output folder, which appears only when it is complete."""
+    """Train in a temporary folder, which is renamed when it is complete."""
     output: Path = options.output
     if output.exists():
         raise DataError(f"--output: expected a new folder, got {output}, which exists already")
@@ -200,7 +200,7 @@ def _run_encode(options: argparse.Namespace) -> None:
 
 
 def _pieces(options: argparse.Namespace, fraction: float, held: bool) -> Iterator[Piece]:
-    """All text the options name; of the named sets, training documents only."""
+    """All text that the options name; of the named sets only training documents."""
     if not options.input and not options.dataset:
         raise DataError("--input, --dataset: expected at least one of them, got neither")
     report = ReadReport()

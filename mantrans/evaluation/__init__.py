@@ -1,4 +1,4 @@
-"""What a trained model is worth: how well it predicts text, and how well it tells a story.
+"""Evaluation of a trained model: how well it predicts text, and how good its stories are.
 
-`evaluator` makes the report; `perplexity`, `diversity` and `coherence` are its three parts.
+`evaluator` writes the report; `perplexity`, `diversity` and `coherence` are its three parts.
 """

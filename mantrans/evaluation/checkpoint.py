@@ -1,7 +1,7 @@
-"""Measure a checkpoint: what `mantrans evaluate` does once its arguments are read.
+"""Evaluates a checkpoint: the work of `mantrans evaluate`.
 
-The model is always the checkpoint's. Data, tokenizer and sampling are those of --config or else
-those the checkpoint was trained with.
+The model is always the checkpoint's. Data, tokenizer and sampling are those of --config, or else
+those that the checkpoint was trained with.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from mantrans.inference.trained import load_model, load_trained
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Load, measure, print, and write the JSON file if one is wanted."""
+    """Load, measure, print, and write the JSON file if requested."""
     state = load_trained(arguments.checkpoint)
     config = choose_config(arguments, state)
     wrapper, tokenizer = load_model(arguments.checkpoint, state, config, arguments.device)
@@ -35,14 +35,14 @@ def run(arguments: argparse.Namespace) -> None:
     )
     try:
         print(as_text(report))
-    finally:  # also where nobody reads what is printed
+    finally:  # even if standard output is closed
         if arguments.json:
             about = {"checkpoint": str(arguments.checkpoint), "dataset": config.data.dataset}
             write_json(arguments.json, about | {"tokenizer": tokenizer.name} | report)
 
 
 def choose_config(arguments: argparse.Namespace, state: dict[str, Any]) -> Config:
-    """The file's config, or the one in the checkpoint, with the --set overrides."""
+    """The config of --config, or the checkpoint's, with the --set overrides."""
     for override in arguments.overrides:
         if override.strip().startswith("model."):
             raise ConfigError(
@@ -55,7 +55,7 @@ def choose_config(arguments: argparse.Namespace, state: dict[str, Any]) -> Confi
 
 
 def write_json(path: Path, report: dict[str, Any]) -> None:
-    """Write the report; MantransError where that fails."""
+    """Write the report; MantransError if that fails."""
     try:
         path.write_text(as_json(report), encoding="utf-8")
     except OSError as error:

@@ -1,7 +1,7 @@
-"""How varied generated text is: what share of its words and phrases are new, and what repeats.
+"""How varied generated text is: the share of its words and phrases that are new or repeated.
 
-All four numbers lie in [0, 1] and are counted over words in lower case, so that they compare
-models with different tokenizers. Loss does not show a model that falls into a loop; these do.
+All four numbers are in [0, 1] and count words in lower case, so that they compare models with
+different tokenizers. They show a model that repeats itself, which the loss does not.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 
-WORD = re.compile(r"\w+(?:['’]\w+)*")  # letters and digits; "don't" is one word, "." is none
-REPETITION_LENGTH = 4  # words in the phrase whose return counts as repetition
+WORD = re.compile(r"\w+(?:['’]\w+)*")  # letters and digits; "don't" is one word, "." is not a word
+REPETITION_LENGTH = 4  # words in a phrase that counts as repeated
 
 
 def words_of(text: str) -> list[str]:
@@ -19,14 +19,14 @@ def words_of(text: str) -> list[str]:
 
 
 def phrases_of(words: Sequence[str], n: int) -> Iterator[tuple[str, ...]]:
-    """Every run of n neighbouring words (n-gram): len(words) - n + 1 of them, or none."""
+    """Every run of n neighboring words (n-gram): len(words) - n + 1 of them, or none."""
     return (tuple(words[i : i + n]) for i in range(len(words) - n + 1))
 
 
 def distinct(texts: Sequence[str], n: int) -> float | None:
     """distinct-n: different n-grams / all n-grams of the texts together (Li et al. 2016).
 
-    An n-gram never spans two texts. None where no text has n words. Longer samples have smaller
+    An n-gram never spans two texts. None if no text has n words. Longer samples have smaller
     values: compare only runs with the same prompts and the same `max_generation_length`.
     """
     phrases = [phrase for text in texts for phrase in phrases_of(words_of(text), n)]
@@ -36,7 +36,7 @@ def distinct(texts: Sequence[str], n: int) -> float | None:
 def vocabulary_diversity(texts: Sequence[str]) -> float | None:
     """Type-token ratio: the mean over texts of different words / words. None without any word.
 
-    Taken per text and averaged, where distinct-1 pools the texts: a model that tells the same
+    Computed per text and averaged, while distinct-1 pools the texts: a model that tells the same
     varied story for every prompt has a high diversity here and a low distinct-1.
     """
     ratios = [len(set(words)) / len(words) for words in map(words_of, texts) if words]
@@ -47,7 +47,7 @@ def repetition_rate(texts: Sequence[str], n: int = REPETITION_LENGTH) -> float |
     """The share of n-grams that occurred before in the same text (rep-n: Welleck et al. 2020).
 
     The n-grams of all texts are pooled after counting, so a long text weighs more than a short
-    one. 0: nothing returns; near 1: the model loops. None where no text has n words.
+    one. 0: nothing is repeated; near 1: the model loops. None if no text has n words.
     """
     total = repeated = 0
     for text in texts:

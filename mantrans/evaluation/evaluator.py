@@ -1,7 +1,7 @@
-"""Everything that is asked of a trained model, as one report: its loss, its samples, their quality.
+"""The report of a trained model: its loss, its samples and their quality.
 
-The trainer makes a report at the end of a run, `evaluate.py` makes one of a checkpoint. A report is
-a dict of plain data; `as_json` and `as_text` write it for machines and for people.
+The trainer writes a report at the end of a run, `evaluate.py` one of a checkpoint. A report is a
+dict of plain data; `as_json` and `as_text` format it for machines and for people.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from mantrans.evaluation.perplexity import Perplexity
     from mantrans.wrapper import CustomTransformerWrapper
 
-Sample = dict[str, str]  # {"prompt": what was given, "continuation": what the model made of it}
+Sample = dict[str, str]  # {"prompt": text, "continuation": the model's text after it}
 
 
 def evaluate(
@@ -82,16 +82,16 @@ def measure_stream(
     max_batches: int | None = None,
     show_progress: bool = False,
 ) -> Perplexity:
-    """The cost of a stream under a model, in windows as long as those it was trained on.
+    """The cost of a stream under a model, in windows of the configured sequence length.
 
-    Raises ConfigError where such a window is longer than the model's max_seq_len.
+    Raises ConfigError if a window is longer than the model's max_seq_len.
     """
     if config.sequence_length > wrapper.config.max_seq_len:
         raise ConfigError(
             f"data.max_length: expected at most the checkpoint's max_seq_len "
             f"({wrapper.config.max_seq_len}), got {config.sequence_length}"
         )
-    from mantrans.evaluation.perplexity import measure  # torch, which a page of a run needs not
+    from mantrans.evaluation.perplexity import measure  # imports torch, which other users need not
 
     return measure(
         wrapper.model,
@@ -112,8 +112,8 @@ def generate_samples(
 ) -> list[Sample]:
     """`count` samples for the configured prompts in turn, with the configured sampling and seed.
 
-    A sample ends at `max_generation_length` tokens, those of `prompt_tokens` counted, or before the
-    model's own end-of-text token.
+    A sample ends at `max_generation_length` tokens, `prompt_tokens` included, or before the model's
+    end-of-text token.
     """
     settings = config.evaluation
     prompts = list(islice(cycle(settings.generation_prompts), count))
@@ -127,7 +127,7 @@ def generate_samples(
             top_k=settings.top_k,
             top_p=settings.top_p,
             eos_token_id=tokenizer.eot_id,
-            seed=config.training.seed + first,  # or all batches of one prompt would be the same
+            seed=config.training.seed + first,  # else all batches of one prompt would be the same
         )
         for row in rows:
             prompt, ids = prompts[len(samples)], given[len(samples)]
@@ -137,7 +137,7 @@ def generate_samples(
 
 
 def as_json(report: dict[str, Any]) -> str:
-    """The report as JSON; a number that is infinite or none at all, which JSON lacks, as null."""
+    """The report as JSON; infinity and NaN, which JSON lacks, become null."""
 
     def finite(value: Any) -> Any:
         if isinstance(value, dict):

@@ -1,14 +1,14 @@
 """How well a model predicts a text: loss per token, perplexity, and bits per byte.
 
 Loss per token and perplexity compare models that share a tokenizer. Bits per byte compares any two
-models on one text: the whole text's cost in bits, divided by its length in UTF-8 bytes, of which
-the tokenizer has no say.
+models on one text: the whole text's cost in bits, divided by its length in UTF-8 bytes, which does
+not depend on the tokenizer.
 
-How tokens are counted. The stream is cut into windows of T tokens that do not overlap, and read as
-if an end-of-text token stood before it. So every token, the very first included, is predicted
-exactly once, from the tokens before it in its window (the first one of a window: from its
-predecessor alone). End-of-text tokens count like all others in loss and tokens, since where a
-document ends must be predicted too; they stand for no text, and so for no bytes.
+How tokens are counted: the stream, with an end-of-text token put before it, is cut into windows of
+T tokens that do not overlap. So every token, including the first, is predicted exactly once, from
+the tokens before it in its window (the first one of a window only from its predecessor).
+End-of-text tokens count like all others in loss and tokens, because the end of a document must be
+predicted too; they have no bytes.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from mantrans.kernels.reference import IGNORE_INDEX, document_starts
 
 
 class LossModel(Protocol):
-    """What is needed of a model: the loss of each position, 0 where the target is ignored."""
+    """A model that gives the loss of each position, 0 for an ignored target."""
 
     def losses(
         self, tokens: Tensor, targets: Tensor, document_start: Tensor | None = None
@@ -36,28 +36,28 @@ class LossModel(Protocol):
 
 
 class Perplexity(NamedTuple):
-    """The cost of a text under a model: sums, and the three measures made of them."""
+    """The cost of a text under a model: sums, and the three measures computed from them."""
 
-    nats: float  # -log probability of all counted tokens together
-    tokens: int  # predicted tokens, end-of-text tokens among them
+    nats: float  # -log probability of all counted tokens
+    tokens: int  # predicted tokens, including end-of-text tokens
     bytes: int  # UTF-8 bytes of the text those tokens encode
 
     @property
     def loss(self) -> float:
-        """Nats per token: the cross-entropy a training log shows."""
+        """Nats per token: the cross-entropy of the training log."""
         return self.nats / self.tokens
 
     @property
     def perplexity(self) -> float:
-        """exp(loss): the number of equally likely tokens that would be as hard to guess among."""
+        """exp(loss): the number of equally likely tokens with the same loss."""
         try:
             return math.exp(self.loss)
-        except OverflowError:  # past 709 nats a token, which only a broken model reaches
+        except OverflowError:  # above 709 nats per token, which only a broken model reaches
             return math.inf
 
     @property
     def bits_per_byte(self) -> float:
-        """nats / ln 2 / bytes. Not a number for a text of no bytes."""
+        """nats / ln 2 / bytes. NaN for a text without bytes."""
         return self.nats / math.log(2) / self.bytes if self.bytes else math.nan
 
 
@@ -74,15 +74,15 @@ def measure(
     max_batches: int | None = None,
     show_progress: bool = False,
 ) -> Perplexity:
-    """The cost of `tokens`, or of as many of them as `max_batches` batches hold.
+    """The cost of `tokens`, or of the first `max_batches` batches.
 
     tokens: 1-D, any integer dtype, may be memory-mapped; only a batch at a time is read.
-    token_bytes (V,): how many bytes each token id stands for, 0 for end-of-text.
+    token_bytes (V,): the number of bytes of each token id, 0 for end-of-text.
     length: T of a window, at most the model's max_seq_len. batch_size: windows in a batch.
-    attend_across_documents: as in training; if False a token sees its own document only.
-    show_progress: a bar on stderr, where that is a terminal.
+    attend_across_documents: as in training; if False a token sees only its document.
+    show_progress: a bar on stderr, if that is a terminal.
 
-    Raises DataError where there is nothing to predict, or a token the model does not know.
+    Raises DataError without tokens, or for a token outside the model's vocabulary.
     """
     if len(tokens) == 0:
         raise DataError("validation data: expected at least 1 token, got 0")
@@ -119,7 +119,7 @@ def batches(
     """The stream in order as (inputs, targets), each (B, T) int64 with B <= batch_size.
 
     inputs[b, t] is the token before targets[b, t]. Each token is a target exactly once; the last
-    window is filled up with targets that are ignored.
+    window is padded with ignored targets.
     """
     per_batch = batch_size * length
     for first in range(0, len(tokens), per_batch):

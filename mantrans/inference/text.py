@@ -1,4 +1,4 @@
-"""Text in, text out: a prompt as the model's tokens, and its new tokens as text while they come."""
+"""Text in, text out: a prompt as tokens, and the new tokens as text while they are drawn."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 
 
 def sampling_config(saved: Any, source: str, sampling: dict[str, Any], seed: int | None) -> Config:
-    """A checkpoint's config with other sampling: fields of `evaluation`, and the run's seed.
+    """A checkpoint's config with other sampling: fields of `evaluation`, and the seed.
 
-    saved: the config as plain data, of the file named `source`. Raises ConfigError.
+    saved: the config as plain data, from the file named `source`. Raises ConfigError.
     """
     values = Config.from_dict(saved, source).to_dict()
     values["evaluation"] |= sampling
@@ -26,10 +26,10 @@ def sampling_config(saved: Any, source: str, sampling: dict[str, Any], seed: int
 
 
 def prompt_tokens(tokenizer: Tokenizer, config: Config, prompts: Sequence[str]) -> list[list[int]]:
-    """Each prompt's tokens, preceded by an end of text: a document begins here, as in training.
+    """Each prompt's tokens after an end-of-text token, because a document starts here.
 
-    A model trained to see only its own document has never looked back at one and gets none, but
-    for a prompt that is empty.
+    A model trained with attention inside documents has never seen that token from a document, so it
+    gets none, unless the prompt is empty.
     """
     opening = [tokenizer.eot_id] if config.data.attend_across_documents else []
     return [opening + ids or [tokenizer.eot_id] for ids in tokenizer.encode_batch(prompts)]
@@ -38,11 +38,11 @@ def prompt_tokens(tokenizer: Tokenizer, config: Config, prompts: Sequence[str]) 
 def continue_text(
     wrapper: CustomTransformerWrapper, tokenizer: Tokenizer, config: Config, prompt: str
 ) -> Iterator[str]:
-    """What the model adds to `prompt`, in pieces of whole characters, each as soon as it is drawn.
+    """The continuation of `prompt`, in pieces of whole characters, as soon as they are drawn.
 
-    The sampling is config.evaluation's, with training.seed. It ends at max_generation_length
-    tokens, the prompt's counted, or before the model's own end of text. Raises ConfigError, at
-    once, where the prompt alone is as long as that.
+    Samples with config.evaluation and training.seed. Ends at max_generation_length tokens, prompt
+    included, or before the model's end of text. Raises ConfigError at once if the prompt is already
+    that long.
     """
     settings = config.evaluation
     [ids] = prompt_tokens(tokenizer, config, [prompt])
@@ -64,7 +64,7 @@ def continue_text(
 
 
 def _characters(tokenizer: Tokenizer, steps: Iterable[list[int | None]]) -> Iterator[str]:
-    """The text of one row; what may be half a character waits for the token that completes it."""
+    """The text of one row; an incomplete character waits for the token that completes it."""
     waiting: list[int] = []
     for [token] in steps:
         if token is not None and token != tokenizer.eot_id:

@@ -1,4 +1,4 @@
-"""A run's checkpoint as a model that can be asked, with the tokenizer it was trained with."""
+"""Loads the model of a run's checkpoint, with the tokenizer it was trained with."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mantrans.wrapper import CustomTransformerWrapper
 
 
 def load_trained(path: Path) -> dict[str, Any]:
-    """The state of a training run's checkpoint. CheckpointError for one that is not a run's."""
+    """The state of a training run's checkpoint. CheckpointError for any other checkpoint."""
     state = state_file.load(path)
     missing = {"config", "tokenizer", "model_config", "parameters"} - state.keys()
     if missing:
@@ -27,10 +27,10 @@ def load_trained(path: Path) -> dict[str, Any]:
 def load_model(
     path: Path, state: dict[str, Any], config: Config, device: str | None = None
 ) -> tuple[CustomTransformerWrapper, Tokenizer]:
-    """The model of `state`, which `path` held, and its tokenizer.
+    """The model of `state`, loaded from `path`, and its tokenizer.
 
-    device: None for config's own, training.device.
-    Raises CheckpointError for a tokenizer or a model that are not the checkpoint's.
+    device: None for the config's training.device.
+    Raises CheckpointError if the tokenizer or the model is not the checkpoint's.
     """
     tokenizer = load_tokenizer(config.data.tokenizer)
     with state_file.understood(path):
@@ -58,8 +58,8 @@ def check_vocabulary(state: dict[str, Any], tokenizer: Tokenizer) -> None:
 def refuse_other_tokenizer(saved: dict[str, Any], tokenizer: Tokenizer) -> None:
     """CheckpointError unless `tokenizer` is the one a checkpoint was trained with.
 
-    saved: {"name", "hash", "vocab_size"} of the checkpoint. The hash decides: two tokenizers of one
-    name, or of one size, may give a text different tokens.
+    saved: {"name", "hash", "vocab_size"} of the checkpoint. The hashes are compared: tokenizers of
+    the same name or size may give different tokens.
     """
     if saved["hash"] != tokenizer.hash:
         raise CheckpointError(

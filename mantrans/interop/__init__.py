@@ -1,1 +1,1 @@
-"""Models of other programs, read and written."""
+"""Reads and writes models of other programs."""

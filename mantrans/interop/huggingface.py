@@ -1,14 +1,14 @@
 """transformers' GPT-2: our names and theirs, and the folder that both sides read and write.
 
-    config.json                   the shape; of its fields those in FIELDS and ACCEPTED matter here
-    model.safetensors             the weights, or, in several files,
-    model.safetensors.index.json  {"weight_map": {tensor: file}} beside them
+    config.json                   the shape; only the fields in FIELDS and ACCEPTED are used
+    model.safetensors             the weights; or if they are in several files,
+    model.safetensors.index.json  {"weight_map": {tensor: file}}
 
-Two things differ from our side: the names, and that their Conv1D stores a block's matrices
-transposed, (in, out). Theirs always has biases: a model without is written with zeros, the same
-function, and is a model with biases when it is read again. Dropout fields are ignored in reading
-and 0 in writing, because we have none; so are the ids of special tokens, which are the tokenizer's
-affair, and written as null.
+Two things differ: the names, and their Conv1D, which stores a block's matrices transposed,
+(in, out). Their GPT-2 always has biases: a model without them is written with zeros, which gives
+the same outputs, and becomes a model with biases when it is read again. We have no dropout: its
+fields are ignored when reading and written as 0. Ids of special tokens belong to the tokenizer:
+they are ignored when reading and written as null.
 
 Source: GPT2LMHeadModel of transformers 5.24, and the safetensors format as its README describes it.
 """
@@ -41,7 +41,7 @@ PREFIX = "transformer."
 OUTPUT = "lm_head.weight"
 MAX_JSON_BYTES = 4 << 20
 
-# our field -> theirs; the optional ones have the same defaults on both sides
+# our field -> theirs; optional fields have the same defaults
 FIELDS = {
     "vocab_size": "vocab_size",
     "max_seq_len": "n_positions",
@@ -54,7 +54,7 @@ FIELDS = {
     "tie_embeddings": "tie_word_embeddings",
 }
 REQUIRED = ("model_type", "vocab_size", "n_positions", "n_embd", "n_layer", "n_head")
-# Fields that make another function of the same weights; an absent one means the first value.
+# Fields that change the function of the same weights; the first value is the default.
 ACCEPTED: dict[str, tuple] = {
     "model_type": ("gpt2",),
     "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
@@ -76,7 +76,7 @@ _BUFFER = re.compile(r"h\.\d+\.attn\.(masked_)?bias")
 
 
 def their_name(name: str) -> str:
-    """The name of one of our parameters in GPT2LMHeadModel."""
+    """The name of our parameter in GPT2LMHeadModel."""
     layer, _, kind = name.rpartition(".")
     if layer in OUTER_NAMES:
         return f"{OUTER_NAMES[layer]}.{kind}"
@@ -85,7 +85,7 @@ def their_name(name: str) -> str:
 
 
 def oriented(name: str, x: Tensor) -> Tensor:
-    """A tensor of theirs (or its gradient) in our orientation, and the other way round: a view."""
+    """A view of their tensor (or its gradient) in our orientation, or of ours in theirs."""
     return x.T if name.startswith("blocks.") and x.dim() == 2 else x
 
 
@@ -93,7 +93,7 @@ def oriented(name: str, x: Tensor) -> Tensor:
 
 
 def read_shape(directory: str | Path) -> dict[str, Any]:
-    """What a folder's config.json says of the network, as keywords of `ModelConfig`.
+    """The network's shape in a folder's config.json, as keywords of `ModelConfig`.
 
     Raises CheckpointError: "FILE: FIELD: expected X, got Y".
     """
@@ -121,14 +121,14 @@ def read_shape(directory: str | Path) -> dict[str, Any]:
 
 
 class Weights:
-    """The tensors of a folder, which are exactly those that a model of these `specs` needs.
+    """The tensors of a folder, which must be exactly those of `parameters`.
 
-    That is checked at once, from the files' headers; iterating then gives (our name, tensor in our
+    This is checked at once, from the files' headers. Iteration then gives (our name, tensor in our
     orientation), one at a time, in the files' dtype, on the CPU. Names may lack the leading
-    `transformer.`. The format has no checksums: a changed weight is not noticed.
+    `transformer.`. The format has no checksums, so a changed weight is not found.
 
-    Raises CheckpointError that names the file and the first tensor missing, surplus or of another
-    shape or dtype.
+    Raises CheckpointError that names the file and the first tensor that is missing, surplus or of
+    another shape or dtype.
     """
 
     def __init__(self, directory: str | Path, parameters: Iterable[Parameter]) -> None:
@@ -138,7 +138,7 @@ class Weights:
         self.found: dict[str, tuple[Any, str]] = {}  # bare name: open file, name in it
         for path in _weight_files(self.folder):
             file = _open(path)
-            for name in file.keys():  # noqa: SIM118  (a safetensors file is no mapping)
+            for name in file.keys():  # noqa: SIM118  (a safetensors file is not a mapping)
                 self._add(path, file, name)
         for name in self.parameters:
             if name not in self.found:
@@ -149,14 +149,14 @@ class Weights:
         self._check_copy()
 
     def _add(self, path: Path, file: Any, name: str) -> None:
-        """Take note of one tensor, or refuse it."""
+        """Add one tensor, or refuse it."""
         bare = _bare(name)
         if _BUFFER.fullmatch(bare):
             return
         where = f"{_shown(path)}: tensor {single_line(name)}"
         if bare in self.found:
             raise CheckpointError(f"{where}: expected once, got twice")
-        # Where embeddings are tied, an output projection may be there, as a copy.
+        # With tied embeddings the file may contain a copy as the output projection.
         parameter = self.parameters.get("wte.weight" if bare == OUTPUT and self.is_tied else bare)
         if parameter is None:
             raise CheckpointError(f"{where}: expected only the tensors of {CONFIG}, got another")
@@ -173,8 +173,8 @@ class Weights:
         return file.get_tensor(name)
 
     def _check_copy(self) -> None:
-        """An output projection that is tied to the embedding and saved all the same is equal to it.
-        Where they differ, transformers 4 believes the config and transformers 5 the tensors."""
+        """Check that an output projection saved with tied embeddings is equal to the embedding.
+        If they differ, transformers 4 follows the config and transformers 5 the tensors."""
         if not self.is_tied or OUTPUT not in self.found:
             return
         output, embedding = self._tensor(OUTPUT), self._tensor("wte.weight")
@@ -186,7 +186,7 @@ class Weights:
 
 
 def _check_claim(where: str, parameter: Parameter, shape: list[int], dtype: str) -> None:
-    """A tensor's shape in their orientation, and its dtype, are what the model needs."""
+    """Check a tensor's shape, in their orientation, and its dtype."""
     transposed = parameter.name.startswith("blocks.") and len(parameter.shape) == 2
     expected = parameter.shape[::-1] if transposed else parameter.shape
     if tuple(shape) != expected:
@@ -198,7 +198,7 @@ def _check_claim(where: str, parameter: Parameter, shape: list[int], dtype: str)
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a folder; the single one goes first, as in transformers."""
+    """The safetensors files of a folder; a single file is preferred, as in transformers."""
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
     if (folder / INDEX).is_file():
@@ -213,7 +213,7 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def _shards(index: Path) -> list[Path]:
-    """The files that an index names, each inside its folder."""
+    """The files that an index names, all in its folder."""
     weight_map = _read_json(index).get("weight_map")
     if not isinstance(weight_map, dict):
         raise CheckpointError(
@@ -231,7 +231,7 @@ def _shards(index: Path) -> list[Path]:
 
 
 def _open(path: Path) -> Any:
-    """An open safetensors file, its header checked against its size; no tensor is read yet."""
+    """An open safetensors file, with its header checked; no tensor is read yet."""
     try:
         from safetensors import SafetensorError, safe_open
     except ImportError:
@@ -250,7 +250,7 @@ def _open(path: Path) -> Any:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises CheckpointError for anything else, in one line."""
+    """The object in a JSON file. Raises CheckpointError of one line for anything else."""
     where = _shown(path)
     try:
         if not path.is_file():
@@ -287,10 +287,10 @@ def save(directory: str | Path, config: ModelConfig, weights: dict[str, Tensor])
     """Write a model as the folder that `GPT2LMHeadModel.from_pretrained` reads.
 
     weights: all parameters by our names, on any device; they keep their dtype, which config.json
-    records. Each file replaces an older one whole: the weights first, the config last. Files of
-    other names in the folder stay.
+    records. Each file is replaced atomically: the weights first, the config last. Files of other
+    names in the folder stay.
 
-    Raises CheckpointError if a file cannot be written; it is then as it was.
+    Raises CheckpointError if a file cannot be written; the earlier file then stays.
     """
     folder = Path(directory)
     tensors = _theirs(weights)
@@ -311,7 +311,7 @@ def save(directory: str | Path, config: ModelConfig, weights: dict[str, Tensor])
 
 
 def _their_config(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
-    """config.json: the shape, the only values we accept, no dropout, no special tokens."""
+    """config.json: the shape, the accepted values, no dropout, no special tokens."""
     return {
         "architectures": ["GPT2LMHeadModel"],
         **{theirs: getattr(config, ours) for ours, theirs in FIELDS.items()},
@@ -326,7 +326,7 @@ def _their_config(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def _theirs(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Views of our weights under their names; zeros for the biases of a model without."""
+    """Views of our weights under their names; zeros for the biases of a model without biases."""
     tensors = {}
     for name, value in weights.items():
         tensors[their_name(name)] = oriented(name, value)
@@ -338,7 +338,7 @@ def _theirs(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _write_tensors(file: FileIO, tensors: dict[str, Tensor]) -> None:
-    """The safetensors format, in one tensor's room; the package's own writer holds all of them."""
-    write_all(file, header_for({"format": "pt"}, tensors))  # transformers wants to see that
+    """Write the safetensors format, one tensor in memory at a time, unlike the package's writer."""
+    write_all(file, header_for({"format": "pt"}, tensors))  # transformers requires this metadata
     for tensor in tensors.values():
         write_all(file, content_of(tensor))

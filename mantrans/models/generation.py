@@ -1,8 +1,8 @@
-"""Sampling text: one token after the other, with a key/value cache.
+"""Sampling of text, token by token, with a key/value cache.
 
-A model sees at most max_seq_len tokens. When a sequence grows past that, its window drops the
-oldest half at once, and goes on growing from there: so the cache, whose positions start at the
-window's first token, is rebuilt once every max_seq_len / 2 tokens instead of at every one.
+A model sees at most max_seq_len tokens. When a sequence grows beyond that, its window drops the
+oldest half at once and then grows again. So the cache, whose positions start at the window's first
+token, is rebuilt every max_seq_len / 2 tokens instead of at every token.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from mantrans.models.transformer import CustomTransformer
 
 
 def window_start(length: int, max_seq_len: int) -> int:
-    """Index of the first token that the model sees of a sequence of `length` tokens."""
+    """Index of the first token that the model sees in a sequence of `length` tokens."""
     stride = max(1, max_seq_len // 2)
     return max(0, -(-(length - max_seq_len) // stride)) * stride
 
@@ -30,8 +30,8 @@ def sample(
 ) -> Tensor:
     """Draw one token per row from logits (B, V) -> (B,) int64.
 
-    temperature divides the logits, 0 takes the likeliest token; top_k keeps the k likeliest; top_p
-    the smallest set of likeliest tokens whose probabilities sum to p (Holtzman et al. 2020).
+    temperature divides the logits, 0 takes the most likely token; top_k keeps the k most likely;
+    top_p the smallest set of likely tokens whose probabilities sum to p (Holtzman et al. 2020).
     """
     logits = logits.float()
     if temperature == 0:
@@ -43,7 +43,7 @@ def sample(
     if top_p is not None and top_p < 1:
         ordered, order = logits.sort(descending=True)
         p = ordered.softmax(-1)
-        beyond = p.cumsum(-1) - p >= top_p  # what comes before already sums to top_p
+        beyond = p.cumsum(-1) - p >= top_p  # the more likely tokens already sum to top_p
         ordered = ordered.masked_fill(beyond, -torch.inf)
         logits = torch.full_like(logits, -torch.inf).scatter(1, order, ordered)
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
@@ -52,9 +52,9 @@ def sample(
 class Decoder:
     """The next-token logits of a growing batch of sequences.
 
-    sequences: one list of tokens a row, which the caller extends by one token each between calls.
-    max_length: how long the shortest will get: room for keys and values is taken for that.
-    use_cache: False recomputes everything at each call; the tokens that come out are the same.
+    sequences: one list of tokens per row, which the caller extends by one token between calls.
+    max_length: the final length of the shortest; the cache has room for it.
+    use_cache: False recomputes everything at each call and gives the same tokens.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class Decoder:
         use_cache: bool = True,
     ) -> None:
         self.model, self.sequences, self.use_cache = model, sequences, use_cache
-        # Rows that are done go along until the last one is.
+        # Rows that have ended are continued until the last one ends.
         lengths = [len(s) for s in sequences] or [0]
         length = max(lengths) + max(0, max_length - min(lengths))
         length = min(length, model.config.max_seq_len)
@@ -105,9 +105,9 @@ def stream(
     seed: int = 0,
     use_cache: bool = True,
 ) -> Iterator[list[int | None]]:
-    """Continue each prompt; yields, a step at a time, each row's new token or None when it is done.
+    """Continue each prompt; yields per step each row's new token, or None if the row has ended.
 
-    A row is done at `max_length` tokens, the prompt counted, or after its end-of-text token.
+    A row ends at `max_length` tokens, prompt included, or after its end-of-text token.
     """
     sequences = [list(prompt) for prompt in prompts]
     decoder = Decoder(model, sequences, max_length, use_cache)
@@ -119,5 +119,5 @@ def stream(
         for row, token in enumerate(drawn):
             sequences[row].append(
                 token
-            )  # a finished row goes along unseen, so that rows stay equal
+            )  # rows that have ended get tokens too, so that all rows stay equally long
             open_rows[row] &= token != eos_token_id and len(sequences[row]) < max_length

@@ -1,1 +1,1 @@
-"""A run as a page: curves, samples, the configuration."""
+"""A run's page: curves, samples, the configuration."""

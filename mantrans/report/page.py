@@ -2,9 +2,9 @@
 
     mantrans report runs/NAME [--output FILE.html] [--compare runs/OTHER ...]
 
-The page shows what train.py left in the run's folder and leaves out what is not there. It needs no
-network and no script. This file reads and chooses; page.html, figure.html and page.css say how it
-looks, and jinja2 escapes all that comes from a file.
+The page shows the files that train.py wrote to the run's folder; sections without data are left
+out. It needs no network and no script. This file reads and selects the data; page.html, figure.html
+and page.css define the page, and jinja2 escapes everything that comes from a file.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from mantrans.records import read_records
 from mantrans.report.svg import Curve, Figure, Mark, Point, short
 
 PAGE = "report.html"
-MOST_COMPARED = 4  # as many as there are colors to tell them apart
+MOST_COMPARED = 4  # the number of distinct colors
 
 
 @dataclass(frozen=True)
 class Run:
-    """What is on record about a run. What there is no record of is empty."""
+    """The records of a run; a missing one is empty."""
 
     name: str
     metrics: list[dict[str, Any]]
@@ -42,7 +42,7 @@ class Run:
 
     @classmethod
     def load(cls, folder: Path) -> Run:
-        """MantransError for a folder that is no run, or a file in it that cannot be understood."""
+        """MantransError for a folder without a run, or a file in it that cannot be parsed."""
         shown = strict_yaml.single_line(str(folder))
         try:
             if not (folder / "metrics.jsonl").is_file():
@@ -51,7 +51,7 @@ class Run:
             metrics, config = _records(folder / "metrics.jsonl"), folder / "config.yaml"
             last = metrics[-1]["step"] if metrics else 0
             report = _json(folder / "report.json")
-            # One of another step is of an earlier run in this folder, or from before a resume.
+            # A report of another step is from an earlier run in this folder, or before a resume.
             is_current = _mapping(report.get("run")).get("step", last) == last
             return cls(
                 name=folder.resolve().name,
@@ -65,24 +65,24 @@ class Run:
             raise MantransError(f"{shown}: cannot be read ({error.strerror})") from None
 
     def curve(self, field: str) -> list[Point]:
-        """(step, value) of a field of the metrics or timings; None for a value not finite."""
+        """(step, value) of a field of the metrics or timings; None if it is not finite."""
         records = self.timings if field == "tokens_per_second" else self.metrics
         return [(r["step"], number(r[field])) for r in records if field in r]
 
     @property
     def steps(self) -> int:
-        """The last step on record."""
+        """The last recorded step."""
         return self.metrics[-1]["step"] if self.metrics else 0
 
     @property
     def tokens_per_step(self) -> float | None:
-        """As the last record that counts tokens has it; None where none does."""
+        """From the last record that counts tokens; None without one."""
         counted = [r for r in self.metrics if r["step"] and number(r.get("tokens"))]
         return counted[-1]["tokens"] / counted[-1]["step"] if counted else None
 
     @property
     def tokens(self) -> float | None:
-        """Tokens trained on until the last step on record; None where they are not counted."""
+        """Tokens trained on until the last recorded step; None if they are not counted."""
         return self.steps * self.tokens_per_step if self.tokens_per_step else None
 
     @property
@@ -97,7 +97,7 @@ class Run:
         return min(measured, default=None)
 
     def skipped(self) -> list[Mark]:
-        """The stretches of the log in which steps were skipped."""
+        """The ranges of the log in which steps were skipped."""
         marks: list[Mark] = []
         before = seen = 0.0
         for step, count in self.curve("skipped"):
@@ -109,21 +109,21 @@ class Run:
 
 
 def number(value: Any) -> float | None:
-    """`value` as a finite float that can be drawn; None for anything else."""
+    """`value` as a finite float; None for anything else."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e100:
         return None
     return float(value)
 
 
 def _records(path: Path) -> list[dict[str, Any]]:
-    """The records of a file in the order of their steps; none where there is no file."""
+    """The records of a file in the order of their steps; none without a file."""
     records = read_records(path) if path.exists() else []
     records = [r for r in records if type(r.get("step")) is int and 0 <= r["step"] <= 10**12]
     return sorted(records, key=lambda r: r["step"])
 
 
 def _json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; {} where there is no file."""
+    """The object in a JSON file; {} without a file."""
     if not path.exists():
         return {}
     try:
@@ -139,23 +139,23 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _mapping(value: Any) -> dict[str, Any]:
-    """A section of a file, {} if it is absent or no section."""
+    """A section of a file; {} if it is absent or not a section."""
     return value if isinstance(value, dict) else {}
 
 
-# -------------------------------------------------------------------------------- what is written
+# -------------------------------------------------------------------------------------- the page
 
 TEMPLATES = jinja2.Environment(
     loader=jinja2.FileSystemLoader(Path(__file__).parent),
     autoescape=True,
-    undefined=jinja2.ChainableUndefined,  # what is not on record has no parts either
+    undefined=jinja2.ChainableUndefined,  # fields of a missing record are missing too
     finalize=lambda value: value if isinstance(value, Markup) else printable(str(value)),
 )
 TEMPLATES.filters |= {"short": short, "number": number, "place": "{:.3f}".format}
 
 
 def page(run: Run, others: Sequence[Run] = ()) -> str:
-    """The whole page about `run`, with the losses of `others` beside its own."""
+    """The page about `run`, with the losses of `others` in the same figure."""
     report, samples = run.report, run.report.get("samples")
     return TEMPLATES.get_template("page.html").render(
         run=run,
@@ -178,13 +178,13 @@ def _losses(runs: Sequence[Run]) -> Figure:
     if len(runs) > 1:
         unit += "; lines: training, dots: validation"
     per_step = {run.tokens_per_step for run in runs}
-    tokens = per_step.pop() if len(per_step) == 1 else None  # else a step is not one count of them
+    tokens = per_step.pop() if len(per_step) == 1 else None  # else tokens per step differ
     marks = runs[0].skipped()
     return Figure("Loss", unit, curves, log=True, tokens_per_step=tokens, marks=marks)
 
 
 def _curves(run: Run) -> list[Figure]:
-    """What else is logged, as small figures."""
+    """The other logged values, as small figures."""
     figures = []
     for title, field, note, of in (
         ("Learning rate", "learning_rate", "highest", max),
@@ -199,9 +199,9 @@ def _curves(run: Run) -> list[Figure]:
 
 
 def write_page(folder: Path, output: Path | None = None, compare: Sequence[Path] = ()) -> Path:
-    """Write the page about the run in `folder`, there as report.html or to `output`; return where.
+    """Write the page about the run in `folder` to `output`, by default its report.html; return it.
 
-    Raises MantransError (one line) for a folder that is no run, or a page that cannot be written.
+    Raises MantransError (one line) for a folder without a run, or a page that cannot be written.
     """
     path = folder / PAGE if output is None else output
     shown = strict_yaml.single_line(str(path))

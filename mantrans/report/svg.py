@@ -1,4 +1,4 @@
-"""The axes and stretches of a figure's curves; figure.html draws them as SVG."""
+"""The axes and segments of a figure's curves; figure.html draws them as SVG."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 Point = tuple[float, float | None]  # step, value; a value of None is a gap
-Mark = tuple[float, float, str]  # of what happened after one step and until another, in words
-_MOST_POINTS = 2000  # in one line: more than a screen has columns
+Mark = tuple[float, float, str]  # a range of steps, and a text about it
+_MOST_POINTS = 2000  # in one line: about as many as a screen has columns
 _UNITS = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"), (1.0, ""))
 _MANTISSAS = ((1, 1.5, 2, 3, 4, 5, 6, 8), (1, 2, 3, 5), (1, 2, 5), (1,))  # of logarithmic ticks
 
 
 @dataclass(frozen=True)
 class Curve:
-    """A line through its points, or with `dots` the points alone."""
+    """A line through its points, or with `dots` only the points."""
 
     name: str
     points: Sequence[Point]
@@ -28,7 +28,7 @@ class Curve:
 
     @property
     def segments(self) -> list[list[tuple[float, float]]]:
-        """The stretches between gaps, each thinned to what a screen can show."""
+        """The segments between gaps, each thinned to what a screen can show."""
         found: list[list[tuple[float, float]]] = [[]]
         for x, y in self.points:
             if y is not None:
@@ -56,7 +56,7 @@ class Scale:
     def around(cls, values: Sequence[float], most: int = 5, log: bool = False) -> Scale:
         """The axis from the round number below all values to the one above them.
 
-        log: asks for a logarithmic one, which it is if all values are positive.
+        log: a logarithmic axis, if all values are positive.
         """
         low, high = min(values), max(values)
         log = log and low > 1e-100
@@ -96,14 +96,14 @@ def round_step(low: float, high: float, most: int) -> float:
 
 
 def ticks(low: float, high: float, most: int) -> list[float]:
-    """The multiples of a round step from `low` to `high`, both included where they are round."""
+    """The multiples of a round step from `low` to `high`, both included if they are round."""
     step = round_step(low, high, most)
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
     return [i * step for i in range(first, last + 1)]
 
 
 def tick_labels(values: Sequence[float]) -> list[str]:
-    """Neighboring ticks in one notation, with the digits that tell them apart: 0.5, 1.0, 1.5."""
+    """The ticks in one notation, with enough digits to distinguish them: 0.5, 1.0, 1.5."""
     largest = max(abs(v) for v in values)
     if largest and not 1e-3 <= largest < 1e15:
         power = math.floor(math.log10(largest) + 1e-9)
@@ -115,14 +115,14 @@ def tick_labels(values: Sequence[float]) -> list[str]:
 
 
 def short(value: float) -> str:
-    """Three digits of a count: 288k, 1.71M."""
+    """A count with three digits: 288k, 1.71M."""
     value = float(f"{value:.3g}")
     unit, suffix = next((u, s) for u, s in _UNITS if abs(value) >= u or u == 1)
     return f"{value / unit:.3g}{suffix}"
 
 
 def thinned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The lowest and the highest of every few points of a long line: no spike is lost."""
+    """The lowest and the highest of every few points of a long line, which keeps spikes."""
     if len(points) <= _MOST_POINTS:
         return points
     size = math.ceil(2 * len(points) / _MOST_POINTS)
@@ -137,7 +137,7 @@ def thinned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
 class Figure:
     """What figure.html draws: curves over steps from 0.
 
-    from_zero: the y axis begins at 0, for quantities of which the ratio matters. log: it is
+    from_zero: the y axis starts at 0, for quantities compared by their ratio. log: it is
     logarithmic, if all values are positive. tokens_per_step: label the x axis in tokens too.
     """
 
@@ -159,13 +159,13 @@ class Figure:
 
     @property
     def y(self) -> Scale | None:
-        """The axis of values; None where no value is finite and there is nothing to draw."""
+        """The axis of values; None if no value is finite."""
         values = [y for curve in self.curves for y in curve.finite()]
         return Scale.around([0.0] * self.from_zero + values, log=self.log) if values else None
 
     @property
     def legend(self) -> dict[str, str]:
-        """Name by class of the style sheet: one for the line and the dots of one name."""
+        """{CSS class: name}, one entry for the line and the dots of one name."""
         drawn = [c for c in reversed(self.curves) if c.finite()]
         keys = {(c.name, c.color): f"c{c.color} {'dot' if c.dots else 'line'}" for c in drawn}
         names = {key: name for (name, _), key in reversed(keys.items())}

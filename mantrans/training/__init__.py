@@ -1,1 +1,1 @@
-"""The training loop and what it leaves on disk: checkpoints, logs, counts of work and memory."""
+"""The training loop and its files: checkpoints, logs, counts of work and memory."""

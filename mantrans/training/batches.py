@@ -1,7 +1,7 @@
-"""Brings a step's tokens to where the step reads them.
+"""Copies a step's tokens to the tensor that the step reads.
 
-The step reads a tensor that never moves, so that it can be captured once and replayed. `load(step)`
-fills what it is made from, before the replay; `rows()` is part of the step itself.
+That tensor stays at one address, so that the step can be captured once and replayed. `load(step)`
+fills it before the replay; `rows()` is part of the step.
 """
 
 from __future__ import annotations
@@ -13,26 +13,26 @@ from torch import Tensor
 
 from mantrans.data.loader import BatchLoader
 
-# Of the memory that a step leaves free on a GPU, what the tokens of a data set may take.
+# The share of the memory that a step leaves free on a GPU which a data set's tokens may take.
 DEVICE_SHARE = 0.25
 
 
 class TokenSource(Protocol):
-    """Where a step finds its tokens."""
+    """Provides the tokens of each step."""
 
     def load(self, step: int) -> None:
-        """Make the tokens of `step` the ones that `rows` gives."""
+        """Prepare the tokens of `step` for `rows`."""
         ...
 
     def rows(self) -> Tensor:
-        """(sequences, T+1) int64 on the device: inputs and, one further, targets."""
+        """(sequences, T+1) int64 on the device: inputs, and shifted by one the targets."""
         ...
 
 
 class HostTokens:
     """The tokens stay in the memory-mapped file; each batch is copied to the device.
 
-    On a GPU the next batch travels from pinned memory on a stream of its own while the current step
+    On a GPU the next batch is copied from pinned memory on a separate stream while the current step
     computes.
     """
 
@@ -43,7 +43,7 @@ class HostTokens:
         self.side_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.staging = torch.zeros_like(self.tokens)
         if self.side_stream is not None:
-            self.staging.record_stream(self.side_stream)  # not reused while a copy is under way
+            self.staging.record_stream(self.side_stream)  # not reused during a copy
         self.staged_step: int | None = None
 
     def load(self, step: int) -> None:
@@ -69,11 +69,11 @@ class HostTokens:
 
 
 class DeviceTokens:
-    """All tokens lie on the device; a batch is gathered there from where its windows start."""
+    """All tokens are on the device, where a batch is gathered from the starts of its windows."""
 
     def __init__(self, loader: BatchLoader, device: torch.device) -> None:
         self.loader = loader
-        # 16- and 32-bit numbers without a sign are poorly supported: read as signed, then masked
+        # unsigned 16- and 32-bit numbers are poorly supported: read as signed, then masked
         bits = loader.stream.tokens.dtype.itemsize * 8
         signed = loader.stream.tokens.view(f"int{bits}")
         self.corpus = torch.from_numpy(signed.copy()).to(device)
@@ -92,9 +92,9 @@ class DeviceTokens:
 
 
 def token_source(loader: BatchLoader, device: torch.device, step_bytes: int = 0) -> TokenSource:
-    """On a GPU whose memory has room for all tokens they go there; else they stay on the host.
+    """The device's memory if it is a GPU with room for all tokens, else the host's.
 
-    step_bytes: of the free memory, what a step will take.
+    step_bytes: the part of the free memory that a step will take.
     """
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)

@@ -1,4 +1,4 @@
-"""What a person sees of a run: a live bar in a terminal, plain lines everywhere else."""
+"""A run's progress on screen: a bar in a terminal, plain lines everywhere else."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ class Console:
             )
 
     def update(self, step: int) -> None:
-        """Move the bar to `step`; nothing where there is no bar."""
+        """Move the bar to `step`, if there is one."""
         if self._bar is not None:
             self._bar.update(step - self.step)
         self.step = step
 
     def show(self, step: int, scalars: dict[str, Any]) -> None:
-        """Show the values of one logged step; those that are not known are left out."""
+        """Show the known values of one logged step."""
         self.update(step)
         text = describe(scalars)
         if self._bar is not None:
@@ -60,7 +60,7 @@ class Console:
             self.message(f"step {step}{of}  {text}")
 
     def message(self, text: str) -> None:
-        """Print a line of its own, above the bar if there is one."""
+        """Print a separate line, above the bar if there is one."""
         if self.quiet:
             return
         if self._bar is not None:
@@ -69,14 +69,14 @@ class Console:
             print(text, file=self.stream, flush=True)
 
     def close(self) -> None:
-        """Leave the bar as it stands; what follows are plain lines."""
+        """Stop the bar where it is; plain lines follow."""
         if self._bar is not None:
             self._bar.close()
             self._bar = None
 
 
 def describe(scalars: dict[str, Any]) -> str:
-    """Return `loss 1.2345, lr 3.00e-04, …` for the values that are known, which None is not."""
+    """Return `loss 1.2345, lr 3.00e-04, …`; values that are None are left out."""
     parts = []
     for name, value in scalars.items():
         form = _WORDS.get(name, name + " {:.4g}")

@@ -1,4 +1,4 @@
-"""Finds where numbers break: the first value or gradient of a step that is not finite."""
+"""Finds the first value or gradient of a step that is not finite."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from mantrans.training.step import MicroBatch
 
 
 def first_non_finite(model: CustomTransformer, batch: Iterable[MicroBatch]) -> str:
-    """Runs a batch through the model as the step does, by micro-batches, and says what broke.
+    """Run a batch through the model by micro-batches, as the step does, and describe the place.
 
-    Weights are looked at first, then what each layer keeps, in the order of the forward, then
+    Checks the weights first, then what each layer keeps, in the order of the forward, then the
     gradients in the order of the backward. What broke lies between the value that is named and the
-    one before it, which is named too. The model's gradients are overwritten.
+    one before it, which is named too. Overwrites the model's gradients.
     """
     for name, weight in model.named_parameters():
         if not weight.isfinite().all():
@@ -32,7 +32,7 @@ def first_non_finite(model: CustomTransformer, batch: Iterable[MicroBatch]) -> s
     for name, gradient in reversed(list(model.named_gradients())):
         if not gradient.isfinite().all():
             return f"the first gradient that is not finite is that of {name}"
-    return "run alone, the batch is finite from end to end"
+    return "when the batch is run again, all values are finite"
 
 
 def first_value(model: CustomTransformer, part: MicroBatch) -> str | None:

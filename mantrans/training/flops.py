@@ -1,11 +1,11 @@
-"""How much arithmetic a token costs, and which share of the machine's best that is (MFU).
+"""The operations per token, and the share of the device's peak that they use (MFU).
 
-Model FLOPs utilisation as Chowdhery et al. 2022 (PaLM, appendix B) define it: the operations that
-the mathematics of forward and backward needs, per second, over the peak of the device. What a
-program computes a second time to save memory is not counted.
+Model FLOPs utilization as defined by Chowdhery et al. 2022 (PaLM, appendix B): the operations per
+second that the mathematics of forward and backward needs, divided by the device's peak.
+Recomputation to save memory is not counted.
 
-What is counted is said where it is counted: `Network.flops_per_token`. PaLM's formula, 6N +
-12·L·H·Q·T, counts all T keys of a query; ours those it sees, so ours are the lower figures.
+`Network.flops_per_token` says what is counted. PaLM's formula, 6N + 12·L·H·Q·T, counts all T keys
+of a query; we count only the keys that it sees, so our figures are lower.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from mantrans.config import ModelConfig
 from mantrans.models import build
 
 # Dense peaks in TFLOP/s: bfloat16 with float32 sums, and plain float32. From NVIDIA's data sheets
-# and architecture whitepapers (GA100, GA102, GH100, AD102, Blackwell), which quote figures with
-# sparsity for some: those are halved here. Names as the driver reports them. A part of a GPU (MIG),
-# a laptop's, or any name not matched whole has another peak and is unknown.
+# and architecture whitepapers (GA100, GA102, GH100, AD102, Blackwell); figures with sparsity are
+# halved. Names as the driver reports them. A name that does not match as a whole, such as a part of
+# a GPU (MIG) or a laptop GPU, has another peak, which is not known.
 _PEAKS: tuple[tuple[str, float, float], ...] = (
     (r"NVIDIA B200", 2250.0, 75.0),
     (r"NVIDIA GH200 \d+GB", 989.4, 66.9),
@@ -56,12 +56,12 @@ def flops_per_token(model: ModelConfig, sequence_length: int | None = None) -> f
 def peak_flops(
     device: torch.device | str, dtype: torch.dtype, *, name: str | None = None
 ) -> float | None:
-    """Return the device's peak in operations per second, or None where it is not known.
+    """Return the device's peak in operations per second, or None if it is not known.
 
     Args:
-        device: where the run computes. A CPU's peak is not known.
+        device: the run's device. A CPU's peak is not known.
         dtype: of the matrix products' inputs.
-        name: the GPU's name as the driver reports it; asked of the driver if None.
+        name: the GPU's name as the driver reports it; None to ask the driver.
     """
     device = torch.device(device)
     if device.type != "cuda":
@@ -78,7 +78,7 @@ def peak_flops(
 
 
 def mfu(tokens_per_second: float, per_token: float, peak: float | None) -> float | None:
-    """Return the share of `peak` that the model's arithmetic comes to; None if it is unknown."""
+    """Return the model's operations per second as a share of `peak`; None without a peak."""
     if peak is None:
         return None
     return tokens_per_second * per_token / peak

@@ -1,7 +1,7 @@
-"""Keeps a run's folder to one process at a time.
+"""Allows one process at a time in a run's folder.
 
-The lock is the kernel's, by way of `filelock`: it ends with the process however that ends, so a
-dead one leaves nothing to clean up. A second file beside it only tells who holds it.
+`filelock` takes a lock of the operating system. It ends with its process, so a killed process
+leaves nothing to clean up. A second file beside it only tells who holds the lock.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from mantrans.errors import MantransError
 
 @contextlib.contextmanager
 def run_lock(directory: str | Path) -> Iterator[None]:
-    """Hold `directory`, made if need be, for as long as the `with` statement lasts.
+    """Create `directory` if needed and lock it during the `with` statement.
 
     Raises:
         MantransError: another process holds it, or the folder cannot be written.
@@ -38,7 +38,7 @@ def run_lock(directory: str | Path) -> Iterator[None]:
             f"{directory}: the run's folder cannot be written ({error.strerror})"
         ) from None
     try:
-        with contextlib.suppress(OSError):  # a full disk: the lock holds without the number
+        with contextlib.suppress(OSError):  # on a full disk the lock holds without the number
             holder.write_text(f"{os.getpid()}\n")
         yield
     finally:
@@ -46,7 +46,7 @@ def run_lock(directory: str | Path) -> Iterator[None]:
 
 
 def _name_of(holder: Path) -> str:
-    """Return who holds the lock, as far as it can be told."""
+    """Return the process that holds the lock, with its id if it can be read."""
     with contextlib.suppress(OSError, ValueError):
         return f"process {int(holder.read_bytes()[:20])}"
     return "another process"

@@ -1,13 +1,13 @@
-"""Everything a run writes down about itself, in its folder `runs/<experiment>/`.
+"""The records of a run, in its folder `runs/<experiment>/`.
 
-    metrics.jsonl    losses, learning rates, norms: a function of configuration and seed alone, so
-                     that an interrupted and resumed run has the very bytes of an unbroken one
-    timings.jsonl    tokens per second, TFLOP/s, MFU: what depends on the machine and the moment
+    metrics.jsonl    losses, learning rates, norms: they depend only on configuration and seed, so
+                     a resumed run has the same bytes as an uninterrupted one
+    timings.jsonl    tokens per second, TFLOP/s, MFU: values that vary from run to run
     tensorboard/     the same as TensorBoard event files, where tensorboard is installed
     config.yaml      the configuration with every default written out
     versions.json    of Python, the libraries and this project, and the machine
 
-`log` before the checkpoint of the same step is saved: what a checkpoint has seen is then on record.
+Call `log` before the checkpoint of the same step is saved, so that the records include its steps.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ class RunLogger:
     """Writes a run's records and shows its progress.
 
     Args:
-        directory: the run's folder; made if it is not there.
-        resume_step: the step of the checkpoint the run goes on from: later records are dropped.
-            None begins the records anew.
+        directory: the run's folder; created if needed.
+        resume_step: the step of the checkpoint that the run resumes from: later records are
+            dropped. None starts new records.
         config: written out as config.yaml, if given.
         total_steps: where the progress bar ends.
         tensorboard: write event files too, if tensorboard is installed.
@@ -82,7 +82,7 @@ class RunLogger:
         self._write(self._metrics, step, scalars)
 
     def log_timing(self, step: int, **scalars: Any) -> None:
-        """Record values that depend on the machine and the moment; None stands for unknown."""
+        """Record values that vary from run to run; None for a value that is not known."""
         self._write(self._timings, step, scalars)
 
     def progress(self, step: int) -> None:
@@ -90,7 +90,7 @@ class RunLogger:
         self.console.update(step)
 
     def show(self, step: int, **scalars: Any) -> None:
-        """Show values beside the bar, or as a line where there is no terminal."""
+        """Show values beside the bar, or as a line without a terminal."""
         self.console.show(step, scalars)
 
     def message(self, text: str) -> None:
@@ -104,7 +104,7 @@ class RunLogger:
             self.console.message(text)
 
     def sync(self) -> None:
-        """Flush the records to the disk itself; call it before a checkpoint is saved."""
+        """Flush the records to the disk; call it before a checkpoint is saved."""
         self._metrics.sync()
         self._timings.sync()
         self._to_events("flush")
@@ -137,7 +137,7 @@ class RunLogger:
                 self._to_events("add_scalar", name, value, step)
 
     def _to_events(self, method: str, *arguments: Any) -> None:
-        """Call the writer; a disk it cannot write to ends the event file, never the run."""
+        """Call the writer; if the disk fails, the event file ends and the run continues."""
         if self._events is not None:
             try:
                 getattr(self._events, method)(*arguments)
@@ -146,7 +146,7 @@ class RunLogger:
 
 
 def _event_writer(directory: Path, resume_step: int | None) -> Any:
-    """TensorBoard's writer, or None. It voids what earlier files say of later steps."""
+    """TensorBoard's writer, or None. It discards what earlier files say about later steps."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
@@ -160,7 +160,7 @@ def _event_writer(directory: Path, resume_step: int | None) -> Any:
 
 
 def versions() -> dict[str, str | None]:
-    """Return what a run would need to be repeated: versions, commit, machine."""
+    """Return what is needed to repeat a run: versions, commit, machine."""
     import torch
 
     found: dict[str, str | None] = {"python": platform.python_version()}
@@ -188,7 +188,7 @@ def git_commit() -> str | None:
         return result.stdout.strip()
 
     try:
-        # Installed inside somebody else's repository, its commit says nothing about this code.
+        # If mantrans is installed inside another repository, that commit is not this code's.
         if Path(git("rev-parse", "--show-toplevel")) != root:
             return None
         changed = git("status", "--porcelain", "--untracked-files=no")

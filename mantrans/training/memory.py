@@ -4,17 +4,17 @@ Counted are the tensors that are alive at the peak:
 
     weights, masters, gradients, moments    the flat buffers of `parameters.py`, padding included;
                                             with the gradients, rows of partial sums on a GPU
-    activations                             what the layers keep (`kept`); for recompute: block only
-                                            each block's input; what the final norm and the output
-                                            keep; of a token its id, target and document start
-    while a block goes backward             what it has alive besides (`workspace`); for recompute:
-                                            block also what it did not keep
+    activations                             what the layers keep (`kept`), or with recompute: block
+                                            only each block's input; what the final norm and the
+                                            output keep; each token's id, target, document start
+    during a block's backward               its temporary tensors (`workspace`), and with recompute:
+                                            block also its recomputed activations
     while the loss is computed              its gradient, and the logits of one chunk
     library                                 cuBLAS's workspace on a GPU, 32 MiB a stream
 
-The peak is the buffers and all that is kept, the library's workspace, and the larger of the two
-lines before it. CUDA's own context and the fragmentation of PyTorch's allocator are not in it; the
-counter to compare it with is `torch.cuda.max_memory_allocated()`.
+The peak is the sum of these, with only the larger of "during a block's backward" and "while the
+loss is computed". It does not include CUDA's context and the fragmentation of PyTorch's allocator:
+compare it with `torch.cuda.max_memory_allocated()`.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ from mantrans.models.network import Network
 from mantrans.parameters import Parameter, numel
 
 CUBLAS_WORKSPACE = 32 << 20
-# Of the memory that a step leaves free, so much may go to logits, to have them in one chunk.
+# The share of the memory that a step leaves free which logits may take, to have them in one chunk.
 LOGITS_SHARE = 0.25
-_PARTIAL_ROWS = 4 * 132  # of an H100, where there is no GPU to ask
+_PARTIAL_ROWS = 4 * 132  # of an H100; used without a GPU
 _TOKEN_BYTES = 8 + 8 + 4  # id, target, document start
 
 
 @dataclass(frozen=True)
 class MemoryPrediction:
-    """Bytes at the peak of a training step, by what they are for."""
+    """Bytes at the peak of a training step, by purpose."""
 
     weights: int
     masters: int
@@ -51,7 +51,7 @@ class MemoryPrediction:
 
     @property
     def total(self) -> int:
-        """Bytes at the peak: of the two workspaces only the larger is alive then."""
+        """Bytes at the peak; only the larger of the two workspaces counts."""
         return (
             self.weights
             + self.masters
@@ -74,8 +74,8 @@ def predict(
     Args:
         config: the run; batch size, sequence length, recompute mode and optimizer come from it.
         dtype: of weights and activations, "auto" resolved.
-        device: where it runs.
-        chunk_rows: rows of logits at a time; None for the backend's own choice.
+        device: the run's device.
+        chunk_rows: rows of logits at a time; None for the backend's choice.
 
     Raises:
         ValueError: the vocabulary's size is not known.
@@ -110,10 +110,10 @@ def predict(
 def logits_chunk_rows(
     config: Config, dtype: torch.dtype, device: torch.device, free: int
 ) -> int | None:
-    """Return how many rows of logits to have at a time, None for the backend's own choice.
+    """Return how many rows of logits to have at a time, None for the backend's choice.
 
-    All of them is fastest on a GPU (0.8 of 32.8 ms of a GPT-2 124M step on an H100), if they take
-    at most LOGITS_SHARE of the `free` bytes that the step with the backend's choice leaves.
+    On a GPU one chunk is fastest (it saves 0.8 of 32.8 ms of a GPT-2 124M step on an H100). It is
+    chosen if it takes at most LOGITS_SHARE of the `free` bytes that the step leaves otherwise.
     """
     if not _by_triton(config, device.type == "cuda"):
         return None
@@ -123,7 +123,7 @@ def logits_chunk_rows(
 
 
 def parameter_groups(model: ModelConfig) -> dict[str, int]:
-    """Return the parameters of each kind of layer, padding not counted; they sum to the model's."""
+    """Return the number of parameters of each kind of layer, without padding."""
     groups: dict[str, int] = {}
     for parameter in _network(model).parameters():
         kind = _kind(parameter)
@@ -162,7 +162,7 @@ def _partial_sums(network: Network, device: torch.device | str) -> int:
 def _logits_chunk(
     config: Config, network: Network, dtype: torch.dtype, on_gpu: bool, chunk_rows: int | None
 ) -> int:
-    """Return the bytes of logits that are alive at once: see `linear_cross_entropy_*`."""
+    """Return the bytes of logits in memory at once: see `linear_cross_entropy_*`."""
     padded = network.output.weight.stored_shape[0]
     narrow, wide = dtype.itemsize, wide_dtype(dtype).itemsize
     rows = config.training.batch_size * config.sequence_length

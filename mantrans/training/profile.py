@@ -1,16 +1,16 @@
-"""A profile of a few training steps: a trace to look at, and the operations that cost most.
+"""A profile of a few training steps: a trace, and a table of the most expensive operations.
 
-`train.py --profile N` lets WARM_UP_STEPS steps go by (compilation, capture, first touches of
-memory), records the next N with PyTorch's profiler, and trains on. The run's folder gets
-`profile.json`, a Chrome trace for chrome://tracing or ui.perfetto.dev; the console gets a table:
+`train.py --profile N` skips WARM_UP_STEPS steps (compilation, capture, first use of memory),
+records the next N with PyTorch's profiler, and continues training. The run's folder gets
+`profile.json`, a Chrome trace for chrome://tracing or ui.perfetto.dev; the console shows a table:
 
-    share of step    an operation's own time, over all time that operations took: on a GPU of its
-                     kernels, on a CPU of what ran on the host
-    of the roofline  for products whose arithmetic the profiler knows: operations per second over
-                     what a large matrix product reaches here, measured when profiling starts. A
-                     small share marks time that a better kernel or shape would give back. A step
-                     that is replayed as a CUDA graph consists of kernels, whose arithmetic nobody
-                     counts: with `compile_step: false` there are figures for it too.
+    share of step    an operation's own time, divided by the time of all operations: of its kernels
+                     on a GPU, of the host on a CPU
+    of the roofline  for products whose operations the profiler counts: operations per second,
+                     divided by those of a large matrix product here, measured when profiling
+                     starts. A small share means that a better kernel or shape could save time. A
+                     step replayed as a CUDA graph has only kernels, which the profiler does not
+                     count: use `compile_step: false` to see these figures.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class StepProfiler:
         self.profile: torch.profiler.profile | None = None
 
     def after_step(self) -> None:
-        """Count a step; begin or end the recording when it is time."""
+        """Count a step; start or end the recording when it is due."""
         self.seen += 1
         if self.seen == WARM_UP_STEPS:
             self._begin()
@@ -59,10 +59,7 @@ class StepProfiler:
             self.finish()
 
     def finish(self) -> None:
-        """End the recording and show it, also that of a run which ended too early.
-
-        A second call does nothing.
-        """
+        """End the recording and show it, even if the run ended early; works once."""
         if self.finished:
             return
         self.finished = True
@@ -93,10 +90,10 @@ class StepProfiler:
 
 
 def table(events: Any, steps: int, device: torch.device, ceiling: float) -> str:
-    """The ten costliest operations as text.
+    """The ten most expensive operations as text.
 
-    events: the profiler's averages; steps: how many they are of; ceiling: operations per second of
-    a large matrix product.
+    events: the profiler's averages over `steps` steps. ceiling: operations per second of a large
+    matrix product.
     """
     on_gpu = device.type == "cuda"
     cost = _own_device_time if on_gpu else _own_host_time
@@ -122,13 +119,13 @@ def _own_host_time(event: Any) -> float:
 
 
 def _own_device_time(event: Any) -> float:
-    """Kernels only: the operation that launched them would count the same time again."""
+    """Of kernels only: the operation that launched a kernel would count its time twice."""
     is_kernel = event.device_type.name == "CUDA"
     return event.self_device_time_total if is_kernel else 0.0
 
 
 def product_ceiling(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations per second of a large square matrix product: the best of a few."""
+    """Operations per second of a large square matrix product, the best of a few runs."""
     size = 8192 if device.type == "cuda" else 1024
     a, b = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(2))
     best = float("inf")
@@ -143,7 +140,7 @@ def product_ceiling(device: torch.device, dtype: torch.dtype) -> float:
 
 @contextmanager
 def without_native_messages() -> Iterator[None]:
-    """Silence what libraries write to standard error themselves: the profiler announces itself."""
+    """Suppress what libraries write to standard error directly, as the profiler does."""
     sys.stderr.flush()
     kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     try:

@@ -1,9 +1,9 @@
-"""The training step: forward, backward, all micro-batches, clip, check, update, in one piece.
+"""The training step: forward and backward of all micro-batches, clip, check, update.
 
-Everything that changes from step to step (tokens, learning rate, counters) is a tensor that stays
-where it is and is written before the step runs. On a GPU the step is captured once as a CUDA graph
-and then replayed: the host launches one thing and asks nothing. Eager or captured, the same
-function runs, and gives the same bits.
+Everything that changes from step to step (tokens, learning rate, counters) is a tensor with a fixed
+address, written before the step runs. On a GPU the step is captured once as a CUDA graph and then
+replayed: the host launches one graph and waits for nothing. Eager or captured, the same function
+runs and gives the same bits.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ WARM_UP_RUNS = 3
 
 
 class StepRecord(NamedTuple):
-    """What the host reads of a step, some time after it ran."""
+    """The result of a step, which the host reads some time after it ran."""
 
     loss: float
     grad_norm: float
@@ -33,7 +33,7 @@ class StepRecord(NamedTuple):
 
 
 class MicroBatch(NamedTuple):
-    """What a forward and backward work on at a time; see `CustomTransformer.forward_backward`."""
+    """The input of one forward and backward: see `CustomTransformer.forward_backward`."""
 
     tokens: Tensor  # (B,T)
     targets: Tensor  # (B,T)
@@ -44,9 +44,9 @@ class MicroBatch(NamedTuple):
 class TrainStep:
     """One optimization step over `micro_batches` equal parts of the source's sequences.
 
-    end_of_text: its token, if attention is to stay inside documents; None: it crosses them.
+    end_of_text: its token, to keep attention inside documents; None to let it cross them.
     capture: replay the step as a CUDA graph; False runs the same function directly.
-    history: how many steps' results are kept on the device until `read` fetches them.
+    history: the number of steps whose results stay on the device until `read` fetches them.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class TrainStep:
         self.replay: Callable[[], None] | None = None
 
     def run(self, step: int, learning_rate: float) -> None:
-        """Do step number `step`. Nothing comes back: `read` tells what happened."""
+        """Run step number `step`. `read` returns its result later."""
         if self.unread == len(self.history):
             raise RuntimeError(f"{self.unread} steps were not read; call read() more often")
         self.source.load(step)
@@ -85,14 +85,14 @@ class TrainStep:
         self.unread += 1
 
     def read(self) -> list[StepRecord]:
-        """What the steps since the last call found. This waits for the device."""
+        """The results of the steps since the last call. This waits for the device."""
         rows = self.history[: self.unread].tolist()
         self.place.zero_()
         self.unread = 0
         return [StepRecord(loss, norm, bool(applied)) for loss, norm, applied in rows]
 
     def batch(self) -> Iterator[MicroBatch]:
-        """The parts of the source's present sequences."""
+        """The micro-batches of the source's current sequences."""
         rows = self.source.rows()
         inputs, targets = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
         scale = mean_scale(targets, self.history.dtype)
@@ -111,7 +111,7 @@ class TrainStep:
         self.place += 1
 
     def _capture(self) -> None:
-        """Record the step with the switch off, so that the runs this takes change nothing."""
+        """Capture the step with the switch off, so that the warm-up runs change no weights."""
         memory = [tensor for guard in self.guards for tensor in guard.state().values()]
         before = [tensor.clone() for tensor in memory]
         self.switch.on.fill_(False)
@@ -123,10 +123,10 @@ class TrainStep:
 
 
 def cuda_graph(function: Callable[[], None]) -> Callable[[], None]:
-    """Run `function` a few times, record what it launches, and return what launches it again.
+    """Run `function` a few times, capture what it launches, and return a function that replays it.
 
-    The first runs compile kernels and let libraries choose their algorithms, on a stream of their
-    own as PyTorch's notes on CUDA graphs ask for.
+    The first runs compile kernels and let libraries choose their algorithms. They use a side
+    stream, as PyTorch's notes on CUDA graphs require.
     """
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())

@@ -1,4 +1,4 @@
-"""What a configuration asks for, before it is run: size, work and memory."""
+"""A configuration's size, work and memory, before it is run."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _KNOWN_VOCABULARIES = {"gpt2": 50_257}
 
 
 def summary(config: Config, tokens_per_epoch: int | None = None) -> str:
-    """Return the whole summary as text; sets config.model.vocab_size if it was left open.
+    """Return the summary as text; sets config.model.vocab_size if it is null.
 
     Raises:
-        MantransError: the tokenizer, which says the vocabulary's size, cannot be loaded.
+        MantransError: the tokenizer, which determines the vocabulary size, cannot be loaded.
     """
     if config.model.vocab_size is None:
         config.model.vocab_size = _vocabulary(config.data.tokenizer)
@@ -64,7 +64,7 @@ def _work(config: Config, tokens_per_epoch: int | None) -> str:
 
 
 def _memory(config: Config, device: str) -> str:
-    dtype = torch.bfloat16  # what "auto" is on a GPU, which need not be in this machine
+    dtype = torch.bfloat16  # "auto" on a GPU, which this machine need not have
     if config.model.dtype != "auto" or device == "cpu":
         dtype = resolve_dtype(config.model.dtype, torch.device("cpu"))
     predicted = predict(config, dtype, device)

@@ -1,9 +1,9 @@
-"""The training loop: read it from top to bottom, it is all here.
+"""The training loop, to be read from top to bottom.
 
     set up → for each step: run it; now and then read results, log, validate, save → report
 
-What a resumed run needs to go on bit for bit is in `Trainer.state`: weights, moments, the step
-number (batches and learning rates are functions of it), and what was counted on the way.
+`Trainer.state` has what a resumed run needs to continue bit for bit: weights, moments, the step
+number (batches and learning rates are functions of it), and the counters.
 """
 
 from __future__ import annotations
@@ -45,27 +45,25 @@ from mantrans.training.profile import StepProfiler
 from mantrans.training.step import StepRecord, TrainStep
 from mantrans.wrapper import CustomTransformerWrapper
 
-# Of a GPU's memory, what the allocator's blocks and libraries take beside a step: 2% were missing
-# at 252 sequences of GPT-2 124M on an H100.
+# The share of a GPU's memory that the allocator's blocks and libraries take beside a step: 2% were
+# missing at 252 sequences of GPT-2 124M on an H100.
 HEADROOM = 0.02
 
 
 @dataclass
 class Progress:
-    """What a run has counted so far; saved with every checkpoint."""
+    """The run's counters, saved with every checkpoint."""
 
     step: int = 0
     best_loss: float = math.inf
     best_step: int = 0
     skipped: int = 0  # steps refused so far
     not_finite_in_a_row: int = 0
-    pending: list[StepRecord] = field(
-        default_factory=list
-    )  # read, but not yet in a line of the log
+    pending: list[StepRecord] = field(default_factory=list)  # read, but not yet logged
 
     @classmethod
     def from_saved(cls, saved: dict[str, Any]) -> Progress:
-        """Undo `Trainer.state`. TypeError or ValueError for what it cannot have written."""
+        """Undo `Trainer.state`. TypeError or ValueError for malformed values."""
         progress = cls(**{**saved, "pending": [StepRecord(*record) for record in saved["pending"]]})
         counts = (
             progress.step, progress.best_step, progress.skipped, progress.not_finite_in_a_row
@@ -84,10 +82,10 @@ class Trainer:
     """One run. `Trainer(config).run()` trains, validates, saves and reports.
 
     resume: a checkpoint's path, or "latest" for the newest intact one of this experiment.
-    evaluate_coherence: False overrules the config. debug_nan: stop at the first step that is not
-    finite and name the layer. check_kernels: hold each Triton kernel against the reference first.
-    profile: record so many steps (see `mantrans.training.profile`).
-    Raises MantransError (one line) for whatever a user can mend.
+    evaluate_coherence: False overrides the config. debug_nan: stop at the first step that is not
+    finite and name the layer. check_kernels: compare each Triton kernel with the reference first.
+    profile: the number of steps to record (see `mantrans.training.profile`).
+    Raises MantransError (one line) for anything that a user can correct.
     """
 
     def __init__(
@@ -137,7 +135,7 @@ class Trainer:
             self.logger.message(note)
 
     def _lock(self) -> None:
-        """Be the only process that writes to the run's folder and to its checkpoints."""
+        """Make this the only process that writes to the run's folder and its checkpoints."""
         checkpoints = (
             Path(self.config.training.checkpoint_dir) / self.config.training.experiment_name
         )
@@ -145,7 +143,7 @@ class Trainer:
             self.locks.enter_context(run_lock(folder))
 
     def _load_data(self, quiet: bool) -> None:
-        """Tokenizer, tokens, and the order in which they come; with them the length of the run."""
+        """Load the tokenizer and the tokens; set their order and the length of the run."""
         training, data = self.config.training, self.config.data
         self.tokenizer = load_tokenizer(data.tokenizer)
         self.dataset = prepare(data, self.tokenizer, cache_dir=data.cache_dir, quiet=quiet)
@@ -160,7 +158,7 @@ class Trainer:
         )
 
     def _build(self) -> None:
-        """Model, optimizer, and the step that moves them; where checkpoints go."""
+        """Build the model, the optimizer, the training step and the checkpoint folder."""
         training, data = self.config.training, self.config.data
         self.folder = CheckpointFolder(
             training.checkpoint_dir, training.experiment_name, training.keep_checkpoints
@@ -211,7 +209,7 @@ class Trainer:
             self.locks.close()
 
     def _advance(self) -> None:
-        """One step, and what is due after it."""
+        """Run one step, then whatever is due after it."""
         training, progress = self.config.training, self.progress
         self.train_step.run(progress.step, self.learning_rate(progress.step))
         if self.profiler:
@@ -246,7 +244,7 @@ class Trainer:
         )
 
     def _read(self) -> None:
-        """Fetch the results of the steps that ran since the last time, and count the bad ones."""
+        """Fetch the results of the steps since the last call, and count the skipped ones."""
         progress = self.progress
         first = progress.step - self.train_step.unread
         for step, record in enumerate(self.train_step.read(), start=first):
@@ -261,7 +259,7 @@ class Trainer:
                 self._give_up(step)
 
     def _log(self) -> None:
-        """One line of metrics for the steps since the last one, means over those that counted."""
+        """Log a line of metrics since the last line: means over the steps that were not skipped."""
         progress = self.progress
         applied = [r for r in progress.pending if r.applied] or progress.pending
         elapsed = time.perf_counter() - self._timer[0]
@@ -308,7 +306,7 @@ class Trainer:
             f"step {self.progress.step}  validation loss {measured.loss:.4f}, "
             f"perplexity {measured.perplexity:.2f}, bits per byte {measured.bits_per_byte:.4f}"
         )
-        if not measured.loss < self.progress.best_loss:  # nor is NaN an improvement
+        if not measured.loss < self.progress.best_loss:  # NaN is not an improvement either
             return False
         self.progress.best_loss, self.progress.best_step = measured.loss, self.progress.step
         return True
@@ -316,7 +314,7 @@ class Trainer:
     # -------------------------------------------------------------------------- saving, resuming
 
     def state(self) -> dict[str, Any]:
-        """All that the rest of the run depends on."""
+        """Everything that the rest of the run depends on."""
         progress = self.progress
         return {
             **self.wrapper.state_dict(),
@@ -340,7 +338,7 @@ class Trainer:
         }
 
     def _save(self, *, best: bool, must_succeed: bool) -> None:
-        """Write a checkpoint. A periodic one that fails is reported, and the run goes on."""
+        """Write a checkpoint. If a periodic one fails, it is reported and the run continues."""
         try:
             self._refuse_weights_that_are_not_finite()
             self._sync_records()
@@ -351,7 +349,7 @@ class Trainer:
             self.logger.message(f"warning: {failure}; training goes on")
 
     def _refuse_weights_that_are_not_finite(self) -> None:
-        """A skipped step leaves good weights, but weights may break by themselves."""
+        """A skipped step leaves finite weights, but a step that is not skipped may overflow."""
         if not self.wrapper.model.parameters.best_weights().isfinite().all():
             raise CheckpointError(
                 f"step {self.progress.step}: weights are not finite and are not saved; "
@@ -359,7 +357,7 @@ class Trainer:
             )
 
     def _sync_records(self) -> None:
-        """A checkpoint must never know of steps that are on no record."""
+        """Flush the records: they must include every step that a checkpoint includes."""
         try:
             self.logger.sync()
         except OSError as error:
@@ -369,7 +367,7 @@ class Trainer:
             ) from None
 
     def _resume(self, resume: str) -> list[str]:
-        """Take over a checkpoint's state; returns what the user should know about it."""
+        """Load a checkpoint's state; returns what the user should know about it."""
         path = Path(resume)
         notes: list[str] = []
         if resume == "latest":
@@ -378,15 +376,15 @@ class Trainer:
         if "progress" not in state:
             raise CheckpointError(f"{path}: expected a run's checkpoint, got a model's alone")
         with state_file.understood(path):
-            notes += self._take_over(state)
+            notes += self._load_state(state)
         if resume == "latest":
             self.folder.name(path, best=self.progress.best_step == self.progress.step)
         if self.progress.step >= self.total_steps:
             notes.append(f"{path} is already at step {self.progress.step}: nothing left to train")
         return [*notes, f"resumed from {path} at step {self.progress.step}"]
 
-    def _take_over(self, state: dict[str, Any]) -> list[str]:
-        """Make a loaded state this run's own; returns what has changed since it was saved."""
+    def _load_state(self, state: dict[str, Any]) -> list[str]:
+        """Continue from a checkpoint's state; returns what has changed since it was saved."""
         refuse_other_tokenizer(state["tokenizer"], self.tokenizer)
         notes = _differences(state["config"], self.config.to_dict())
         chunk_rows = state.get("logits_chunk_rows")  # gradients' last bits depend on it
@@ -401,7 +399,7 @@ class Trainer:
                 self.guard.load_state(state["guard"])
             else:
                 notes.append(
-                    f"note: training.outlier_window was {len(window)}: its memory begins empty"
+                    f"note: training.outlier_window was {len(window)}: the window starts empty"
                 )
         self.progress = Progress.from_saved(state["progress"])
         return notes
@@ -409,7 +407,7 @@ class Trainer:
     # ------------------------------------------------------------------------------------- ending
 
     def _finish(self) -> dict[str, Any]:
-        """Validate and sample once more, and say where everything is."""
+        """Validate and sample once more; print the report and where the files are."""
         report = evaluate(
             self.wrapper,
             self.tokenizer,
@@ -428,7 +426,7 @@ class Trainer:
         self.logger.console.close()
         self.logger.message(
             f"\n{as_text(report)}\n\n"
-            f"metrics, report   {self.directory}/ (to look at: report.html)\n"
+            f"metrics, report   {self.directory}/ (open report.html)\n"
             f"checkpoints       {self.folder.latest}, {self.folder.best}"
         )
         return report
@@ -442,16 +440,16 @@ class Trainer:
             raise MantransError(f"{path}: cannot be written ({error.strerror})") from None
 
     def _interrupted(self) -> None:
-        """A signal came: the step is done, save it and say how to go on."""
+        """After a signal: save the last step and say how to resume."""
         self._read()
         self._save(best=False, must_succeed=True)
         self.logger.message(
             f"stopped at step {self.progress.step} of {self.total_steps}; "
-            "to go on, add --resume latest to the same command"
+            "to resume, add --resume latest to the same command"
         )
 
     def _give_up(self, step: int) -> None:
-        """Too many steps were not finite: name the place where the numbers break, and stop."""
+        """Stop after too many steps that were not finite; name the first value that is not."""
         self.train_step.source.load(step)
         where = first_non_finite(self.wrapper.model, self.train_step.batch())
         n = self.progress.not_finite_in_a_row
@@ -466,7 +464,7 @@ class Trainer:
     def _listen_for_signals(self) -> Callable[[], None]:
         """SIGTERM and Ctrl-C end the run after this step; a second Ctrl-C ends it at once.
 
-        Returns what gives the signals back to those who had them before.
+        Returns a function that restores the earlier handlers.
         """
 
         def note(number: int, frame: FrameType | None) -> None:
@@ -482,10 +480,10 @@ class Trainer:
 
         return restore
 
-    # ---------------------------------------------------------------------------------- the start
+    # -------------------------------------------------------------------------------------- start
 
     def describe(self) -> str:
-        """What is about to be trained, on what, in a few lines."""
+        """The model, the data and the length of the run, in three lines."""
         info = self.wrapper.get_model_info()
         dtype = info["dtype"]
         return (
@@ -498,7 +496,7 @@ class Trainer:
         )
 
     def _check_kernels(self) -> None:
-        """Refuse to train on a kernel that computes something else than the reference."""
+        """Refuse to train on a kernel whose results differ from the reference."""
         config = self.wrapper.config
         try:
             selfcheck.check(
@@ -544,19 +542,19 @@ def build_wrapper(config: Config, vocab_size: int) -> CustomTransformerWrapper:
 
 
 class StepMemory(NamedTuple):
-    """What a step takes, and how it computes its logits to take no more."""
+    """A step's memory, and how it computes its logits to stay within it."""
 
     bytes: int
-    chunk_rows: int | None  # rows of logits at a time; None: the backend's choice
+    chunk_rows: int | None  # rows of logits at a time; None for the backend's choice
 
 
 def require_memory(
     config: Config, vocab_size: int, chunk_rows: int | Literal["auto"] | None = "auto"
 ) -> StepMemory:
-    """What a step takes; ConfigError if the device's memory cannot hold it.
+    """The memory of a step; ConfigError if the device does not have it.
 
-    Otherwise the system would grant the memory and kill the process when it is used. On a GPU what
-    is free now counts, and HEADROOM of it for what the allocator cannot fill.
+    Without this check the system grants the memory and kills the process when it is used. On a GPU
+    the memory must be free now, with HEADROOM of it for what the allocator cannot fill.
     chunk_rows: rows of logits at a time, None for the backend's choice, "auto" to choose by memory.
     """
     device = resolve_device(config.training.device)
@@ -572,7 +570,7 @@ def require_memory(
     if chunk_rows == "auto":
         chunk_rows = memory.logits_chunk_rows(config, dtype, device, present)
     needed = memory.predict(config, dtype, device, chunk_rows).total
-    needed += 3 * 8 * tokens  # a step's tokens on a CPU: made, and kept in two places
+    needed += 3 * 8 * tokens  # a step's tokens on a CPU: three copies
     if needed > present:
         raise ConfigError(
             f"model, training.batch_size: expected a step that fits into the "
@@ -582,7 +580,7 @@ def require_memory(
 
 
 def _differences(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Settings that are not those the checkpoint was trained with: the run becomes another one."""
+    """A note on settings that differ from those the checkpoint was trained with."""
     changed = [
         f"{section}.{name} {saved.get(section, {}).get(name)!r} → {value!r}"
         for section in ("model", "data", "training")

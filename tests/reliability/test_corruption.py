@@ -116,7 +116,7 @@ def test_with_nothing_intact_a_run_is_not_silently_begun_anew(
         path.write_bytes(path.read_bytes()[:100])
     interrupted.save(tmp_path / "config.yaml")
     ended = nursery.run("--config", "config.yaml", "--resume", "latest", cwd=tmp_path)
-    assert ended.is_one_line_error and "is intact" in ended.text
+    assert ended.is_one_line_error and "expected an intact checkpoint" in ended.text
 
 
 @pytest.mark.parametrize("trials", [100, pytest.param(2000, marks=pytest.mark.slow)])
