@@ -132,7 +132,7 @@ def test_the_normal_reader_names_the_command_and_the_command_works(tmp_path: Pat
     command = [sys.executable, "-m", *arguments[:3], str(tmp_path / "new.pt")]
     subprocess.run(command, check=True, cwd=ROOT)
     assert load(tmp_path / "new.pt")["progress"]["step"] == 4
-    with pytest.raises(CheckpointError, match=r"expected an intact checkpoint, got 1 damaged.*python -m mantrans convert"):
+    with pytest.raises(CheckpointError, match=r"an intact .*got 1 damaged.*-m mantrans convert"):
         (tmp_path / "run").mkdir()
         newest_intact(old.rename(tmp_path / "run" / "old.pt").parent)
 

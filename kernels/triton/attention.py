@@ -14,7 +14,7 @@ backward is lse = m + log l, one number a row, from which p_ij = exp(s_ij - lse_
 (FlashAttention: Dao et al. 2022; the work split over rows and columns: FlashAttention-2, Dao 2023).
 
 All exponentials are to base 2, because that is the GPU's instruction: scores are multiplied by
-log2(e) / √D in float32 after the product, and lse is in log2 units.
+log2(e) / √D in float32 after the product, and what is kept is lse2 = lse · log2(e).
 
 The backward is three kernels in a fixed order of summation, so its bits repeat: δ; then dk and dv,
 one program per block of keys; then dq, one program per block of queries. The scores are computed
@@ -22,9 +22,9 @@ twice that way (7 products instead of 5); in return no two programs add to the s
 
 Two habits keep Hopper's compilers honest. The dk/dv kernel works on transposed scores, Sᵀ = K Qᵀ,
 from the start: transposing the *result* of a product and feeding it to another one is silently
-miscompiled by Triton 3.4 to 3.7.0 (flash-linear-attention issue 640), while transposing a loaded
+miscompiled by Triton 3.4 and later (flash-linear-attention issues 640, 984). Transposing a loaded
 tile is only another way to read shared memory. And a product whose left side lies in registers
-(p, ds) is waited for at once, see `finished`.
+(p, ds) is waited for at once, see `wait_for_product`.
 
 With documents, a program visits only the blocks that some of its rows can see, in both directions.
 
@@ -152,9 +152,9 @@ def store_tile(
 
 @triton.jit
 def load_row_statistic(source, pair, row, T, stride, ROWS: tl.constexpr, TMA: tl.constexpr):
-    """lse or delta of the queries row .. row + ROWS, (ROWS,) float32; zero beyond T.
+    """lse2 or delta of the queries row .. row + ROWS, (ROWS,) float32; zero beyond T.
 
-    A zero lse is harmless there: q and do are zero too, so p = 1 meets do = 0 and ds = 0.
+    A zero lse2 is harmless there: q and do are zero too, so p = 1 meets do = 0 and ds = 0.
     """
     if TMA:
         return tl.reshape(source.load([pair, row]), (ROWS,))
@@ -194,7 +194,7 @@ def visible(rows, keys, document_start, T):
 
 
 @triton.jit
-def finished(x, WAIT: tl.constexpr):
+def wait_for_product(x, WAIT: tl.constexpr):
     """x, a float32 product; with WAIT the matrix unit is done with it before anything else happens.
 
     Hopper's products run asynchronously. Left alone, Triton lets one run on into the next round of
@@ -230,14 +230,14 @@ def key_range(row, document_start, T, M: tl.constexpr, N: tl.constexpr):
 @triton.jit(do_not_specialize=["T", "n_pairs", "pairs_together"])
 def forward_kernel(
     out,
-    lse,
+    lse2,
     q_tiles,
     kv_tiles,
     document_start,
     T,
     stride_b,
     stride_t,
-    stride_lse,
+    stride_lse2,
     n_heads,
     n_pairs,
     pairs_together,
@@ -252,7 +252,7 @@ def forward_kernel(
 ):
     """One program: M queries of one pair against the keys they see.
 
-    out (B, T, H·D) dtype of qkv, written; lse (B·H, T) float32, rows stride_lse apart, written:
+    out (B, T, H·D) dtype of qkv, written; lse2 (B·H, T) float32, rows stride_lse2 apart, written:
     log2 Σ_j 2^(s_ij log2 e).
     q_tiles, kv_tiles: qkv (B, T, P) 16 or 32-bit float, batches stride_b and positions stride_t
     apart, as `load_tile` takes it, in tiles of M and N rows.
@@ -294,11 +294,11 @@ def forward_kernel(
             v = load_tile(kv_tiles, batch, kv_head, n, T, stride_b, stride_t, N, D, BLOCK_D, TMA)
             acc = acc * rescale[:, None]
             acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")  # (M,N)(N,D) -> (M,D)
-            acc = finished(acc, WAIT)
+            acc = wait_for_product(acc, WAIT)
 
     store_tile(out, acc / row_sum[:, None], batch, head, row, T, n_heads * D, M, D, BLOCK_D)
-    lse += pair.to(tl.int64) * stride_lse
-    tl.store(lse + rows, row_max + tl.math.log2(row_sum), mask=rows < T)
+    lse2 += pair.to(tl.int64) * stride_lse2
+    tl.store(lse2 + rows, row_max + tl.math.log2(row_sum), mask=rows < T)
 
 
 # ------------------------------------------------------------------------------------ backward
@@ -386,14 +386,14 @@ def dkdv_kernel(
     q_tiles,
     kv_tiles,
     do_tiles,
-    lse,
+    lse2,
     delta,
     document_start,
     document_end,
     T,
     stride_b,
     stride_t,
-    stride_lse,
+    stride_lse2,
     n_heads,
     n_pairs,
     pairs_together,
@@ -410,7 +410,7 @@ def dkdv_kernel(
 
     dqkv (B, T, P) dtype of qkv; its columns of keys and values are written.
     q_tiles, kv_tiles: qkv (B, T, P) as in `forward_kernel`; do_tiles: dout (B, T, H·D) in tiles of
-    M rows; lse, delta (B·H, T) float32, rows stride_lse apart, as `load_row_statistic` takes them.
+    M rows; lse2, delta (B·H, T) float32, rows stride_lse2 apart: see `load_row_statistic`.
     document_start, document_end (B, T) int32, the latter from `delta_kernel`, or None.
     n_pairs: B·H_kv; GROUP = H / H_kv.
     """
@@ -441,8 +441,8 @@ def dkdv_kernel(
             m, g = block_and_head(i, M, GROUP)
             q = load_tile(q_tiles, batch, head + g, m, T, stride_b, stride_t, M, D, BLOCK_D, TMA)
             s_t = rows_times_rows(k, q)  # (N,D)(D,M) -> (N,M)
-            lse_m = load_row_statistic(lse, pair * GROUP + g, m, T, stride_lse, M, TMA)
-            p_t = tl.math.exp2(s_t * (scale * LOG2_E) - lse_m[None, :])
+            lse2_m = load_row_statistic(lse2, pair * GROUP + g, m, T, stride_lse2, M, TMA)
+            p_t = tl.math.exp2(s_t * (scale * LOG2_E) - lse2_m[None, :])
             if part != 1:
                 rows = m + tl.arange(0, M)
                 seen = visible(rows[None, :], keys[:, None], document_start, T)
@@ -450,11 +450,11 @@ def dkdv_kernel(
             do = load_tile(do_tiles, batch, head + g, m, T, T * C, C, M, D, BLOCK_D, TMA)
             dv = tl.dot(p_t.to(do.dtype), do, dv, input_precision="ieee")  # (N,M)(M,D) -> (N,D)
             dp_t = rows_times_rows(v, do)  # (N,D)(D,M) -> (N,M)
-            delta_m = load_row_statistic(delta, pair * GROUP + g, m, T, stride_lse, M, TMA)
+            delta_m = load_row_statistic(delta, pair * GROUP + g, m, T, stride_lse2, M, TMA)
             ds_t = p_t * (dp_t - delta_m[None, :])
             dk = tl.dot(ds_t.to(q.dtype), q, dk, input_precision="ieee")  # (N,M)(M,D) -> (N,D)
-            dv = finished(dv, WAIT)
-            dk = finished(dk, WAIT)
+            dv = wait_for_product(dv, WAIT)
+            dk = wait_for_product(dk, WAIT)
 
     width = C * (GROUP + 2) // GROUP
     kv_head = key_head(head, n_heads, GROUP)
@@ -469,13 +469,13 @@ def dq_kernel(
     q_tiles,
     kv_tiles,
     do_tiles,
-    lse,
+    lse2,
     delta,
     document_start,
     T,
     stride_b,
     stride_t,
-    stride_lse,
+    stride_lse2,
     n_heads,
     n_pairs,
     pairs_together,
@@ -490,8 +490,8 @@ def dq_kernel(
 ):
     """One program: dq of M queries of one pair, over the keys they see.
 
-    dqkv (B, T, P) dtype of qkv; its first H·D columns are written. lse, delta (B·H, T) float32,
-    pointers, rows stride_lse apart; n_pairs: B·H. The other arguments as in `dkdv_kernel`.
+    dqkv (B, T, P) dtype of qkv; its first H·D columns are written. lse2, delta (B·H, T) float32,
+    pointers, rows stride_lse2 apart; n_pairs: B·H. The other arguments as in `dkdv_kernel`.
     """
     rank, pair = heaviest_first(tl.cdiv(T, M), n_pairs, pairs_together)
     batch = pair // n_heads
@@ -504,8 +504,8 @@ def dq_kernel(
 
     q = load_tile(q_tiles, batch, head, row, T, stride_b, stride_t, M, D, BLOCK_D, TMA)
     do = load_tile(do_tiles, batch, head, row, T, T * C, C, M, D, BLOCK_D, TMA)
-    lse_m = load_row_statistic(lse, pair, row, T, stride_lse, M, False)
-    delta_m = load_row_statistic(delta, pair, row, T, stride_lse, M, False)
+    lse2_m = load_row_statistic(lse2, pair, row, T, stride_lse2, M, False)
+    delta_m = load_row_statistic(delta, pair, row, T, stride_lse2, M, False)
     dq = tl.zeros((M, BLOCK_D), tl.float32)
 
     first, clear, diagonal, stop = key_range(row, document_start, T, M, N)
@@ -516,7 +516,7 @@ def dq_kernel(
             kv_head = key_head(head, n_heads, GROUP)
             k = load_tile(kv_tiles, batch, kv_head, n, T, stride_b, stride_t, N, D, BLOCK_D, TMA)
             s = rows_times_rows(q, k)  # (M,D)(D,N) -> (M,N)
-            p = tl.math.exp2(s * (scale * LOG2_E) - lse_m[:, None])
+            p = tl.math.exp2(s * (scale * LOG2_E) - lse2_m[:, None])
             if part != 1:
                 keys = n + tl.arange(0, N)
                 seen = visible(rows[:, None], keys[None, :], document_start, T)
@@ -526,7 +526,7 @@ def dq_kernel(
             dp = rows_times_rows(do, v)  # (M,D)(D,N) -> (M,N)
             ds = p * (dp - delta_m[:, None])
             dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")  # (M,N)(N,D) -> (M,D)
-            dq = finished(dq, WAIT)
+            dq = wait_for_product(dq, WAIT)
 
     width = C * (GROUP + 2) // GROUP
     store_tile(dqkv, dq * scale, batch, head, row, T, width, M, D, BLOCK_D)
@@ -550,63 +550,63 @@ def attention_forward(
     of keys and H_kv of values side by side, each of width D <= 256. document_start (B, T) int32, or
     None for one document: where each position's document begins; query i sees the keys j with
     document_start[i] <= j <= i. n_kv_heads: H_kv, which divides H; None for H.
-    Returns out (B, T, H·D), and for the backward lse (B, H, T) float32 in log2 units.
+    Returns out (B, T, H·D), and for the backward lse2 (B, H, T) float32 in log2 units.
     ValueError, before any launch, names an argument whose device, dtype, shape or stride is wrong.
     """
     problem = problem_of(qkv, n_heads, n_kv_heads)
     check_documents(document_start, problem, qkv.device)
     shape = (problem.B, problem.T, n_heads * problem.D)
     out = torch.empty(shape, dtype=qkv.dtype, device=qkv.device)
-    lse = empty_row_statistic(qkv, problem)
+    lse2 = empty_row_statistic(qkv, problem)
     if not qkv.numel():
-        return out, lse
+        return out, lse2
     tiles = problem.tiles("forward")
     grid, n_pairs, pairs_together = problem.schedule(tiles.M, n_heads)
     launch(
         forward_kernel,
         grid,
         out,
-        lse,
+        lse2,
         tiles_of(qkv, problem, tiles.M),
         tiles_of(qkv, problem, tiles.N),
         document_start,
         problem.T,
         qkv.stride(0),
         qkv.stride(1),
-        lse.stride(1),
+        lse2.stride(1),
         n_heads,
         n_pairs,
         pairs_together,
         problem.scale,
         **problem.constants("forward"),
     )
-    return out, lse
+    return out, lse2
 
 
 def attention_backward(
     dout: Tensor,
     qkv: Tensor,
     out: Tensor,
-    lse: Tensor,
+    lse2: Tensor,
     n_heads: int,
     document_start: Tensor | None = None,
     n_kv_heads: int | None = None,
 ) -> Tensor:
     """dqkv, from what `attention_forward` took and gave (the file's docstring has the equations).
 
-    dout, out (B, T, H·D) contiguous, dtype of qkv; lse (B, H, T) float32 as the forward returned
+    dout, out (B, T, H·D) contiguous, dtype of qkv; lse2 (B, H, T) float32 as the forward returned
     it; the rest as there. Returns dqkv, of qkv's shape, contiguous. Same bits whenever called
     again. ValueError as `attention_forward`.
     """
     problem = problem_of(qkv, n_heads, n_kv_heads)
-    check_backward(dout, qkv, out, lse, document_start, problem)
+    check_backward(dout, qkv, out, lse2, document_start, problem)
     dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
     if not qkv.numel():
         return dqkv
     if dout.data_ptr() % 16:
         dout = dout.clone()
     delta, document_end = output_gradient_statistics(dout, out, document_start, problem)
-    sizes = (problem.T, qkv.stride(0), qkv.stride(1), lse.stride(1), n_heads)
+    sizes = (problem.T, qkv.stride(0), qkv.stride(1), lse2.stride(1), n_heads)
 
     tiles = problem.tiles("dkdv")
     grid, n_pairs, pairs_together = problem.schedule(tiles.N, problem.H_kv)
@@ -617,7 +617,7 @@ def attention_backward(
         tiles_of(qkv, problem, tiles.M),
         tiles_of(qkv, problem, tiles.N),
         tiles_of(dout, problem, tiles.M),
-        row_statistics(lse, problem, tiles.M),
+        row_statistics(lse2, problem, tiles.M),
         row_statistics(delta, problem, tiles.M),
         document_start,
         document_end,
@@ -637,7 +637,7 @@ def attention_backward(
         tiles_of(qkv, problem, tiles.M),
         tiles_of(qkv, problem, tiles.N),
         tiles_of(dout, problem, tiles.M),
-        lse,
+        lse2,
         delta,
         document_start,
         *sizes,
@@ -653,7 +653,7 @@ def check_backward(
     dout: Tensor,
     qkv: Tensor,
     out: Tensor,
-    lse: Tensor,
+    lse2: Tensor,
     document_start: Tensor | None,
     problem: Problem,
 ) -> None:
@@ -662,12 +662,12 @@ def check_backward(
     for name, x in (("dout", dout), ("out", out)):
         check_tensor(name, x, shape=(B, T, H * D), dtype=qkv.dtype, device=qkv.device)
     check_tensor(
-        "lse", lse, shape=(B, H, T), dtype=torch.float32, device=qkv.device, contiguous=False
+        "lse2", lse2, shape=(B, H, T), dtype=torch.float32, device=qkv.device, contiguous=False
     )
-    expected = empty_row_statistic(lse.new_empty(0, device="meta"), problem).stride()
-    if lse.numel() and lse.stride() != expected:
+    expected = empty_row_statistic(lse2.new_empty(0, device="meta"), problem).stride()
+    if lse2.numel() and lse2.stride() != expected:
         refuse(
-            "lse", f"strides {lse.stride()}", f"strides {expected}, as attention_forward made it"
+            "lse2", f"strides {lse2.stride()}", f"strides {expected}, as attention_forward made it"
         )
     check_documents(document_start, problem, qkv.device)
 
@@ -742,7 +742,7 @@ def _case(
     types = {
         "out": f"*{name}",
         "dqkv": f"*{name}",
-        "lse": statistic,
+        "lse2": statistic,
         "delta": statistic,
         "q_tiles": tiles(M),
         "kv_tiles": tiles(N),
@@ -757,7 +757,7 @@ def _case(
         constexprs |= {"document_start": None, "document_end": None}
     arguments = KERNELS[kernel].arg_names
     variant = [f"group={group}"] * (group > 1) + ["documents"] * documents
-    aligned = ("stride_b", "stride_t", "stride_lse")  # as for any C that 16 divides
+    aligned = ("stride_b", "stride_t", "stride_lse2")  # as for any C that 16 divides
     return ResourceCase(
         name=" ".join([f"attention {kernel} {name} D={D}", *variant, f"sm_{arch}"]),
         fn=KERNELS[kernel],

@@ -193,7 +193,7 @@ class Problem(NamedTuple):
 
 
 def waits(architecture: int, element_bytes: int) -> bool:
-    """Whether `finished` has something to wait for: Hopper's products of 16-bit numbers."""
+    """Whether `wait_for_product` has something to wait for: Hopper's products of 16-bit numbers."""
     return architecture == 90 and element_bytes == 2 and not interpreted()
 
 

@@ -26,7 +26,7 @@ class Attention:
         x: Tensor  # (B,T,C)     input of the packed projection
         qkv: Tensor  # (B,T,M)
         out: Tensor  # (B,T,HD)  the heads' outputs, input of the second projection
-        lse: Tensor  # (B,H,T)
+        lse: Tensor  # (B,H,T) log Σ exp(scores), in the unit of the backend that reads it again
 
     def __init__(
         self,

@@ -42,8 +42,7 @@ PROMISES = (
     ),
     Promise(
         "Exact resume",
-        "The same where memory would now allow more logits at a time: the checkpoint's "
-        "stays.",
+        "The same where memory would now allow more logits at a time: the checkpoint's stays.",
         ("tests/test_training.py::test_a_resumed_run_computes_its_logits_as_before",),
     ),
     Promise(
