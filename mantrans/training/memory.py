@@ -173,5 +173,5 @@ def _logits_chunk(
     from mantrans.kernels.native import CHUNK_ROWS, softmax_rows
 
     # The native backend keeps the chunk's logits and, in the wide dtype, a few rows' softmax.
-    softmax = min(rows, CHUNK_ROWS, softmax_rows(padded))
-    return (min(rows, CHUNK_ROWS) * narrow + softmax * wide) * padded
+    size = min(rows, chunk_rows or CHUNK_ROWS)
+    return (size * narrow + min(size, softmax_rows(padded)) * wide) * padded
