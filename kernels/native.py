@@ -17,6 +17,9 @@ from mantrans.kernels.reference import (
     CHUNK_ROWS,
     IGNORE_INDEX,
     document_starts,
+    head_sizes,
+    join_heads,
+    merge_heads,
     partial_rows,
     split_heads,
     sum_partials,
@@ -179,22 +182,25 @@ LONGEST_BATCHED = 1024
 
 
 def attention_forward(
-    qkv: Tensor, n_heads: int, document_start: Tensor | None = None
+    qkv: Tensor,
+    n_heads: int,
+    document_start: Tensor | None = None,
+    n_kv_heads: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See `reference.attention_forward`; lse is empty where the backward cannot need it."""
+    heads = split_heads(qkv, n_heads, n_kv_heads)
     if _flash_forward(qkv):
-        q, k, v = split_heads(qkv, n_heads)
         mask = _additive_mask(qkv, document_start)
         out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
-            q, k, v, 0.0, mask is None, attn_mask=mask
+            *heads, 0.0, mask is None, attn_mask=mask
         )
-        return out.transpose(1, 2).reshape(*qkv.shape[:2], -1), lse
-    q, k, v = _pack_heads(qkv, n_heads, 3)
+        return merge_heads(out), lse
+    q, k, v = _stack_heads(*heads)
     out = torch.empty_like(q)
     for rows, keys in _query_blocks(qkv.shape[1]):
         p = _probabilities(q, k, rows, keys, n_heads, document_start)
         torch.bmm(p, v[:, keys], out=out[:, rows])
-    return _unpack_heads(out[None], n_heads), qkv.new_empty(0)
+    return merge_heads(out.unflatten(0, (-1, n_heads))), qkv.new_empty(0)
 
 
 def attention_backward(
@@ -204,19 +210,20 @@ def attention_backward(
     lse: Tensor,
     n_heads: int,
     document_start: Tensor | None = None,
+    n_kv_heads: int | None = None,
 ) -> Tensor:
     """See `reference.attention_backward`."""
-    B, T, C = out.shape
+    B, T, _ = out.shape
+    heads = split_heads(qkv, n_heads, n_kv_heads)
+    do, o = (x.view(B, T, n_heads, -1).transpose(1, 2) for x in (dout, out))
     if _flash_backward(qkv, lse):
-        q, k, v = split_heads(qkv, n_heads)
-        do, o = (x.view(B, T, n_heads, -1).transpose(1, 2) for x in (dout, out))
         mask = _additive_mask(qkv, document_start)
-        grads = aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            do, q, k, v, o, lse, 0.0, mask is None, attn_mask=mask
+        gradients = aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            do, *heads, o, lse, 0.0, mask is None, attn_mask=mask
         )
-        return torch.cat([dx.transpose(1, 2).reshape(B, T, C) for dx in grads], dim=-1)
-    q, k, v = _pack_heads(qkv, n_heads, 3)
-    (do,) = _pack_heads(dout, n_heads, 1)
+        return join_heads(gradients, n_kv_heads)
+    q, k, v = _stack_heads(*heads)
+    (do,) = _stack_heads(do)
     scale = q.shape[-1] ** -0.5
     dq, dk, dv = dqkv = q.new_empty(3, *q.shape)
     for rows, keys in reversed(list(_query_blocks(T))):
@@ -227,23 +234,27 @@ def attention_backward(
         ds = aten._softmax_backward_data.out(dp, p, -1, p.dtype, grad_input=dp)
         dq[:, rows].baddbmm_(ds, k[:, keys], beta=0, alpha=scale)
         dk[:, keys].baddbmm_(ds.mT, q[:, rows], beta=beta, alpha=scale)
-    return _unpack_heads(dqkv, n_heads)
+    return join_heads(dqkv.unflatten(1, (B, n_heads)), n_kv_heads)
 
 
 def decode_attention(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, n_heads: int
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    lengths: Tensor,
+    n_heads: int,
+    n_kv_heads: int | None = None,
 ) -> Tensor:
     """See `reference.decode_attention`. On a CPU PyTorch's kernel serves rows of one length, the
     usual case; it would look beyond a shorter one, at what was never written."""
     longest = int(lengths[0]) if _flash_forward(q) else 0
     if not longest or (lengths != longest).any():
-        return reference.decode_attention(q, k_cache, v_cache, lengths, n_heads)
-    heads = (len(q), -1, n_heads, q.shape[1] // n_heads)
-    q, k, v = (
-        x.view(heads).transpose(1, 2) for x in (q, k_cache[:, :longest], v_cache[:, :longest])
-    )
-    out, _ = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, False)
-    return out.transpose(1, 2).reshape(len(q), -1)
+        return reference.decode_attention(q, k_cache, v_cache, lengths, n_heads, n_kv_heads)
+    H_kv, D = head_sizes(q.shape[1] + 2 * k_cache.shape[2], n_heads, n_kv_heads)
+    k, v = (x[:, :longest].unflatten(2, (H_kv, D)).transpose(1, 2) for x in (k_cache, v_cache))
+    group = q.view(len(q), H_kv, -1, D)
+    out, _ = aten._scaled_dot_product_flash_attention_for_cpu(group, k, v, 0.0, False)
+    return out.reshape(q.shape)
 
 
 def _flash_forward(qkv: Tensor) -> bool:
@@ -270,17 +281,9 @@ def _additive_mask(qkv: Tensor, document_start: Tensor | None) -> Tensor | None:
     return torch.zeros_like(seen, dtype=qkv.dtype).masked_fill_(~seen, -torch.inf)
 
 
-def _pack_heads(x: Tensor, n_heads: int, n: int) -> Tensor:
-    """(B, T, n·C) -> (n, BH, T, D), contiguous: n = 3 for a packed projection, else 1."""
-    B, T, _ = x.shape
-    return x.view(B, T, n, n_heads, -1).permute(2, 0, 3, 1, 4).reshape(n, B * n_heads, T, -1)
-
-
-def _unpack_heads(x: Tensor, n_heads: int) -> Tensor:
-    """(n, BH, T, D) -> (B, T, n·C)."""
-    n, BH, T, D = x.shape
-    x = x.view(n, BH // n_heads, n_heads, T, D).permute(1, 3, 0, 2, 4)
-    return x.reshape(BH // n_heads, T, n * n_heads * D)
+def _stack_heads(*heads: Tensor) -> Tensor:
+    """n of (B, H, T, D) -> (n, BH, T, D), contiguous."""
+    return torch.stack(heads).flatten(1, 2)
 
 
 def _query_blocks(T: int) -> Iterator[tuple[slice, slice]]:

@@ -12,13 +12,14 @@ The contract of every backward:
 
 Everything is computed in float32, or in float64 for float64 inputs, and rounded once at the end.
 
-Alphabet: B batch, T sequence, C model width, H heads, D = C/H head width, F feed-forward width,
-V vocabulary (Vp: padded with rows that no token uses), N = B*T rows.
+Alphabet: B batch, T sequence, C model width, H heads (H_kv of keys and of values), D head width,
+F feed-forward width, V vocabulary (Vp: padded with rows that no token uses), N = B*T rows.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -195,15 +196,46 @@ def layer_norm_backward(
 # ---------------------------------------------------------------------------------- attention
 
 
-def split_heads(qkv: Tensor, n_heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The three views q, k, v (B, H, T, D) of a packed projection qkv (B, T, 3C)."""
-    B, T, three_C = qkv.shape
-    q, k, v = qkv.view(B, T, 3, n_heads, three_C // 3 // n_heads).permute(2, 0, 3, 1, 4)
+def head_sizes(width: int, n_heads: int, n_kv_heads: int | None = None) -> tuple[int, int]:
+    """(H_kv, D) of heads that lie side by side in `width` = (H + 2 H_kv)·D columns.
+
+    n_kv_heads: H_kv, None for H. ValueError if it does not divide H, or no D fits.
+    """
+    H_kv = n_heads if n_kv_heads is None else n_kv_heads
+    if n_heads < 1 or H_kv < 1 or n_heads % H_kv:
+        raise ValueError(f"n_kv_heads: expected a divisor of n_heads = {n_heads}, got {H_kv}")
+    parts = n_heads + 2 * H_kv
+    if width % parts:
+        formula = f"(n_heads + 2 n_kv_heads)·D = {parts}·D"
+        raise ValueError(f"q, k and v: expected a width of {formula} together, got {width}")
+    return H_kv, width // parts
+
+
+def split_heads(
+    qkv: Tensor, n_heads: int, n_kv_heads: int | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v (B, H, T, D) of a packed projection qkv (B, T, (H + 2 H_kv)·D).
+
+    Key and value head n serve the n-th group of H / H_kv query heads (Ainslie et al. 2023), and are
+    repeated for each of them. With H_kv = H all three are views.
+    """
+    H_kv, D = head_sizes(qkv.shape[2], n_heads, n_kv_heads)
+    q, k, v = qkv.unflatten(2, (-1, D)).transpose(1, 2).split((n_heads, H_kv, H_kv), dim=1)
+    if n_heads != H_kv:
+        k, v = (x.repeat_interleave(n_heads // H_kv, dim=1) for x in (k, v))
     return q, k, v
 
 
+def join_heads(gradients: Iterable[Tensor], n_kv_heads: int | None = None) -> Tensor:
+    """The backward of `split_heads`: dq, dk, dv -> dqkv; dk and dv are summed over each group."""
+    dq, dk, dv = gradients
+    if n_kv_heads not in (None, dq.shape[1]):
+        dk, dv = (dx.unflatten(1, (n_kv_heads, -1)).sum(2) for dx in (dk, dv))
+    return torch.cat([dx.transpose(1, 2) for dx in (dq, dk, dv)], dim=2).flatten(2)
+
+
 def merge_heads(x: Tensor) -> Tensor:
-    """(B, H, T, D) -> (B, T, C): the heads side by side again."""
+    """(B, H, T, D) -> (B, T, H·D): the heads side by side again."""
     B, H, T, D = x.shape
     return x.transpose(1, 2).reshape(B, T, H * D)
 
@@ -234,15 +266,18 @@ def document_starts(tokens: Tensor, end_of_text: int) -> Tensor:
 
 
 def attention_forward(
-    qkv: Tensor, n_heads: int, document_start: Tensor | None = None
+    qkv: Tensor,
+    n_heads: int,
+    document_start: Tensor | None = None,
+    n_kv_heads: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """o = softmax(q kᵀ / √D + mask) v per head (Vaswani et al. 2017), causal.
 
-    qkv (B, T, 3C): q, k and v side by side, each of H heads of width D.
-    document_start (B, T) int32 or None: see `visible`.
-    Returns out (B, T, C), and for the backward lse (B, H, T) = log Σ_j exp(score_ij).
+    qkv (B, T, (H + 2 H_kv)·D): H heads of queries, H_kv of keys and H_kv of values side by side.
+    document_start (B, T) int32 or None: see `visible`. n_kv_heads: H_kv, which divides H; None: H.
+    Returns out (B, T, H·D), and for the backward lse (B, H, T) = log Σ_j exp(score_ij).
     """
-    q, k, v = (widen(x) for x in split_heads(qkv, n_heads))
+    q, k, v = (widen(x) for x in split_heads(qkv, n_heads, n_kv_heads))
     T, D = q.shape[-2:]
     scores = q @ k.mT / math.sqrt(D)  # (B,H,T,T)
     scores = scores.masked_fill(~visible(T, document_start, qkv.device), -math.inf)
@@ -258,16 +293,17 @@ def attention_backward(
     lse: Tensor,
     n_heads: int,
     document_start: Tensor | None = None,
+    n_kv_heads: int | None = None,
 ) -> Tensor:
     """The probabilities come back from q, k and lse; only those rows need be remembered (Dao 2022).
 
     dv = pᵀ do;  dp = do vᵀ;  ds = p (dp - δ) with δ_i = Σ_j p_ij dp_ij = do_i · o_i;
     dq = ds k / √D;  dk = dsᵀ q / √D.
 
-    dout, out (B, T, C); qkv (B, T, 3C); lse (B, H, T). Returns dqkv (B, T, 3C).
+    dout, out (B, T, H·D); lse (B, H, T); the others as in the forward. Returns dqkv, as qkv.
     """
     B, T, _ = out.shape
-    q, k, v = (widen(x) for x in split_heads(qkv, n_heads))
+    q, k, v = (widen(x) for x in split_heads(qkv, n_heads, n_kv_heads))
     do, o = (widen(x).view(B, T, n_heads, -1).transpose(1, 2) for x in (dout, out))
     scale = 1 / math.sqrt(q.shape[-1])
     scores = (q @ k.mT * scale).masked_fill(~visible(T, document_start, qkv.device), -math.inf)
@@ -278,25 +314,31 @@ def attention_backward(
     ds = p * (dp - delta)
     dq = ds @ k * scale
     dk = ds.mT @ q * scale
-    return torch.cat([merge_heads(dx) for dx in (dq, dk, dv)], dim=-1).to(qkv.dtype)
+    return join_heads((dq, dk, dv), n_kv_heads).to(qkv.dtype)
 
 
 def decode_attention(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, n_heads: int
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    lengths: Tensor,
+    n_heads: int,
+    n_kv_heads: int | None = None,
 ) -> Tensor:
     """Attention of one new position per row over its cached keys 0 .. lengths[b]-1. No backward.
 
-    q (B, C); k_cache, v_cache (B, T_max, C); lengths (B,) int64 in 1..T_max. Returns out (B, C).
+    q (B, H·D); k_cache, v_cache (B, T_max, H_kv·D); lengths (B,) int64 in 1..T_max; n_kv_heads as
+    in `attention_forward`. The queries of a group are rows of one product. Returns out (B, H·D).
     """
-    B, T, C = k_cache.shape
-    heads = (B, -1, n_heads, C // n_heads)
-    q, k, v = (widen(x).reshape(heads).transpose(1, 2) for x in (q, k_cache, v_cache))
-    scores = q @ k.mT / math.sqrt(C // n_heads)  # (B,H,1,T)
+    B, T, width = k_cache.shape
+    H_kv, D = head_sizes(q.shape[1] + 2 * width, n_heads, n_kv_heads)
+    k, v = (widen(x).reshape(B, T, H_kv, D).transpose(1, 2) for x in (k_cache, v_cache))
+    scores = widen(q).reshape(B, H_kv, -1, D) @ k.mT / math.sqrt(D)  # (B,H_kv,H/H_kv,T)
     past = torch.arange(T, device=q.device) < lengths[:, None, None, None]
     p = torch.softmax(scores.masked_fill(~past, -math.inf), -1)
     # what lies beyond `lengths` was never written: 0 * NaN must not reach the sum
     v = v.masked_fill(~past.mT, 0)
-    return merge_heads(p @ v).reshape(B, C).to(k_cache.dtype)
+    return (p @ v).reshape(q.shape).to(k_cache.dtype)
 
 
 # ---------------------------------------------------------------------------------- bias + GELU

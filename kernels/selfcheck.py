@@ -62,6 +62,7 @@ class Shapes(NamedTuple):
     B: int
     T: int
     H: int
+    H_kv: int
     D: int
     C: int
     F: int
@@ -71,7 +72,13 @@ class Shapes(NamedTuple):
 
     @classmethod
     def of_run(
-        cls, d_model: int, n_heads: int, d_ffn: int, vocab_size: int, sequence_length: int
+        cls,
+        d_model: int,
+        n_heads: int,
+        d_ffn: int,
+        vocab_size: int,
+        sequence_length: int,
+        n_kv_heads: int | None = None,
     ) -> Shapes:
         """Widths are the run's. Only rows, sequences and (beyond MAX_SCORES) T are reduced."""
         T = min(sequence_length, math.isqrt(MAX_SCORES // n_heads))
@@ -79,6 +86,7 @@ class Shapes(NamedTuple):
             B=2 if 2 * n_heads * T * T <= MAX_SCORES else 1,
             T=T,
             H=n_heads,
+            H_kv=n_kv_heads or n_heads,
             D=d_model // n_heads,
             C=d_model,
             F=d_ffn,
@@ -124,6 +132,22 @@ class Draw:
 Program = Callable[[Any, Inputs], Outputs]
 
 
+def by_partial_sums(
+    ops: Any, backward: Callable[..., object], *vectors: Tensor
+) -> tuple[Tensor, ...]:
+    """What backward(*vectors) adds to gradients of one length, by way of partial sums as in
+    training, where the backend has them: vectors begin 64 elements apart, and start at 1."""
+    n_rows, width = ops.partial_rows(vectors[0].device), len(vectors[0])
+    totals = vectors[0].new_ones(len(vectors), -(-width // 64) * 64)
+    if n_rows:
+        rows = totals.new_zeros(n_rows, *totals.shape)
+        backward(*rows[..., :width].unbind(1))
+        ops.sum_partials(rows.flatten(1), totals.flatten())
+    else:
+        backward(*totals[:, :width])
+    return totals[:, :width].unbind()
+
+
 def embedding_inputs(s: Shapes, draw: Draw) -> Inputs:
     return {
         "tokens": draw.integers(s.V, s.B, s.T) % 97,  # few, so that tokens occur more than once
@@ -164,7 +188,13 @@ def linear(ops: Any, i: Inputs) -> Outputs:
     y = ops.linear_forward(i["x"], i["weight"], i["bias"])
     dx = ops.linear_backward(i["dy"], i["x"], i["weight"], i["dweight"], i["dbias"])
     ops.bias_gradient(i["dy"], i["sums"])
-    ops.linear_backward(i["dy"], i["x"], i["weight"], i["overwritten"], accumulate=False)
+    (dbias,) = by_partial_sums(
+        ops,
+        lambda dbias: ops.linear_backward(
+            i["dy"], i["x"], i["weight"], i["overwritten"], dbias, accumulate=False
+        ),
+        i["dbias"],
+    )
     ops.sum_partials(i["partials"], i["total"])
     return {
         ("linear_forward", "y"): y,
@@ -172,6 +202,7 @@ def linear(ops: Any, i: Inputs) -> Outputs:
         ("linear_backward", "dweight"): i["dweight"],
         ("linear_backward", "dbias"): i["dbias"],
         ("linear_backward", "dweight, overwritten"): i["overwritten"],
+        ("linear_backward", "dbias by partial sums"): dbias,
         ("bias_gradient", "dbias"): i["sums"],
         ("sum_partials", "gradients"): i["total"],
         ("sum_partials", "partials"): i["partials"],
@@ -200,6 +231,14 @@ def layer_norm(ops: Any, i: Inputs) -> Outputs:
         i["dy"], i["residual"], weight, mean, rstd,
         i["dweight"], i["dbias"], i["dresidual"], i["dbranch_bias"],
     )  # fmt: skip
+    summed = by_partial_sums(
+        ops,
+        lambda dweight, dbias, dbranch_bias: ops.layer_norm_backward(
+            i["dy"], i["residual"], weight, mean, rstd, dweight, dbias, None, dbranch_bias
+        ),
+        i["dweight"], i["dbias"], i["dbranch_bias"],
+    )  # fmt: skip
+    names = ("dweight", "dbias", "dbranch_bias")
     return {
         ("layer_norm_forward", "y"): y,
         ("layer_norm_forward", "mean"): mean,
@@ -210,6 +249,10 @@ def layer_norm(ops: Any, i: Inputs) -> Outputs:
         ("layer_norm_backward", "dweight"): i["dweight"],
         ("layer_norm_backward", "dbias"): i["dbias"],
         ("layer_norm_backward", "dbranch_bias"): i["dbranch_bias"],
+        **{
+            ("layer_norm_backward", f"{name} by partial sums"): x
+            for name, x in zip(names, summed, strict=True)
+        },
     }
 
 
@@ -218,21 +261,22 @@ def attention_inputs(s: Shapes, draw: Draw) -> Inputs:
     starts[:, s.T // 3 :] = s.T // 3
     starts[:, s.T // 2 :] = s.T // 2
     return {
-        "qkv": draw.normal(s.B, s.T, 3 * s.C),
-        "dout": draw.normal(s.B, s.T, s.C),
-        "n_heads": s.H,
+        "qkv": draw.normal(s.B, s.T, (s.H + 2 * s.H_kv) * s.D),
+        "dout": draw.normal(s.B, s.T, s.H * s.D),
+        "heads": (s.H, s.H_kv),
         "starts": starts,
     }
 
 
 def attention(ops: Any, i: Inputs) -> Outputs:
     outputs = {}
+    H, H_kv = i["heads"]
     for suffix, starts in (("", None), (" with documents", i["starts"])):
-        out, lse = ops.attention_forward(i["qkv"], i["n_heads"], starts)
-        dqkv = ops.attention_backward(i["dout"], i["qkv"], out, lse, i["n_heads"], starts)
+        out, lse = ops.attention_forward(i["qkv"], H, starts, H_kv)
+        dqkv = ops.attention_backward(i["dout"], i["qkv"], out, lse, H, starts, H_kv)
         outputs["attention_forward", f"out{suffix}"] = out
-        # of one scale, so each third is held to the size of all: alone, dq of one token is 0
-        outputs["attention_backward", f"dqkv{suffix}"] = dqkv.unflatten(-1, (3, -1))
+        # of one scale, so each head is held to the size of all: alone, dq of one token is 0
+        outputs["attention_backward", f"dqkv{suffix}"] = dqkv.unflatten(-1, (H + 2 * H_kv, -1))
     return outputs
 
 
@@ -240,14 +284,15 @@ def decoding_inputs(s: Shapes, draw: Draw) -> Inputs:
     lengths = draw.integers(s.T, 3) + 1
     lengths[0], lengths[1] = 1, s.T
     past = torch.arange(s.T, device=draw.device) < lengths[:, None]
-    cache = {name: draw.normal(3, s.T, s.C) for name in ("k", "v")}
+    cache = {name: draw.normal(3, s.T, s.H_kv * s.D) for name in ("k", "v")}
     for tensor in cache.values():
         tensor[~past] = math.nan  # what lies beyond a row's length was never written
-    return {"q": draw.normal(3, s.C), **cache, "lengths": lengths, "n_heads": s.H}
+    q = draw.normal(3, s.H * s.D)
+    return {"q": q, **cache, "lengths": lengths, "heads": (s.H, s.H_kv)}
 
 
 def decoding(ops: Any, i: Inputs) -> Outputs:
-    out = ops.decode_attention(i["q"], i["k"], i["v"], i["lengths"], i["n_heads"])
+    out = ops.decode_attention(i["q"], i["k"], i["v"], i["lengths"], *i["heads"])
     return {("decode_attention", "out"): out}
 
 
@@ -263,10 +308,14 @@ def gelu_inputs(s: Shapes, draw: Draw) -> Inputs:
 def gelu(ops: Any, i: Inputs) -> Outputs:
     y = ops.bias_gelu_forward(i["h"], i["bias"])
     dh = ops.bias_gelu_backward(i["dy"], i["h"], i["bias"], i["dbias"])
+    (dbias,) = by_partial_sums(
+        ops, lambda x: ops.bias_gelu_backward(i["dy"], i["h"], i["bias"], x), i["dbias"]
+    )
     return {
         ("bias_gelu_forward", "y"): y,
         ("bias_gelu_backward", "dh"): dh,
         ("bias_gelu_backward", "dbias"): i["dbias"],
+        ("bias_gelu_backward", "dbias by partial sums"): dbias,
     }
 
 
@@ -290,8 +339,9 @@ def loss(ops: Any, i: Inputs) -> Outputs:
     both = ops.cross_entropy_forward_backward(together, targets, scale, V)
     projected = ops.linear_cross_entropy_forward(i["x"], i["weight"], targets, V)
     total, dx = ops.linear_cross_entropy_forward_backward(
-        i["x"], i["weight"], targets, scale, i["dweight"], V
-    )
+        i["x"], i["weight"], targets, scale, i["dweight"], V,
+        accumulate=False, chunk_rows=len(targets) // 2 + 1,  # overwrites, then adds
+    )  # fmt: skip
     return {
         ("cross_entropy_forward", "losses"): losses,
         ("cross_entropy_backward", "dlogits"): dlogits,
@@ -376,13 +426,15 @@ def check(
     sequence_length: int,
     dtype: torch.dtype,
     device: torch.device,
+    n_kv_heads: int | None = None,
 ) -> list[Result]:
     """Run every operation of the backend `ops` and compare it with the reference.
 
-    The arguments are the run's. Returns one Result per output. Raises KernelCheckError at the first
-    wrong output: one line with the operation, the output and its shape.
+    The arguments are the run's; n_kv_heads None means n_heads. Returns one Result per output.
+    Raises KernelCheckError at the first wrong output: one line with the operation, the output and
+    its shape.
     """
-    shapes = Shapes.of_run(d_model, n_heads, d_ffn, vocab_size, sequence_length)
+    shapes = Shapes.of_run(d_model, n_heads, d_ffn, vocab_size, sequence_length, n_kv_heads)
     results = []
     for draw_inputs, program in PROGRAMS:
         inputs = draw_inputs(shapes, Draw(dtype, device))

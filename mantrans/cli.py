@@ -1,4 +1,4 @@
-"""The command line: mantrans train | evaluate | summary | generate | tokenizer | report.
+"""The command line: mantrans train | evaluate | summary | generate | tokenizer | report | convert.
 
 Each command parses its arguments, then imports and calls the module that does the work, so that
 `--help` does not import torch. Only `main` turns an error into a line and an exit status. train.py,
@@ -207,13 +207,37 @@ def tokenizer(arguments: list[str]) -> int:
 
 def report(arguments: list[str]) -> int:
     """show a run's curves and samples as a page"""
-    from mantrans.report import page
+    parser = Parser("mantrans report", description="A run's curves and samples as an HTML page.")
+    add = parser.add_argument
+    add("run", type=Path, help="a run's folder, such as runs/quickstart")
+    add("--output", type=Path, metavar="FILE", help="where to write; without it RUN/report.html")
+    add("--compare", type=Path, nargs="+", default=[], metavar="RUN", help="show their losses too")
+    options = parser.parse_args(arguments)
+    from mantrans.report.page import write_page
 
-    return page.main(arguments)
+    print(write_page(options.run, options.output, options.compare))
+    return 0
+
+
+def convert(arguments: list[str]) -> int:
+    """turn a checkpoint of the first format into one of today's"""
+    parser = Parser(
+        "mantrans convert",
+        description="Turn a checkpoint of the first format, a pickle, into one of today's. For "
+        "files of your own only: one made for the purpose can take all of the machine's memory.",
+    )
+    parser.add_argument("old", type=Path, help="a checkpoint of the first format, your own")
+    parser.add_argument("new", type=Path, help="where to write it in today's format")
+    options = parser.parse_args(arguments)
+    from mantrans.checkpoint.convert import convert as convert_file
+
+    convert_file(options.old, options.new)
+    return 0
 
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
-    command.__name__: command for command in (train, evaluate, summary, generate, tokenizer, report)
+    command.__name__: command
+    for command in (train, evaluate, summary, generate, tokenizer, report, convert)
 }
 
 

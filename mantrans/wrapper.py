@@ -18,11 +18,10 @@ from torch import Tensor
 from mantrans.checkpoint import state_file
 from mantrans.config import ModelConfig
 from mantrans.errors import CheckpointError, ConfigError
-from mantrans.inference import generation
 from mantrans.interop import huggingface
 from mantrans.kernels import backend as backends
 from mantrans.kernels.reference import IGNORE_INDEX
-from mantrans.models import build
+from mantrans.models import build, generation
 from mantrans.models.transformer import CustomTransformer
 from mantrans.optim import OPTIMIZERS, Optimizer
 from mantrans.parameters import Parameter
@@ -227,7 +226,7 @@ class CustomTransformerWrapper:
         seed: int = 0,
         use_cache: bool = True,
     ) -> Tensor | list[Tensor]:
-        """Continue prompts by sampling (see `mantrans.inference.generation`).
+        """Continue prompts by sampling (see `mantrans.models.generation`).
 
         input_ids: (B, T) or (T,) integers, or a list of prompts of different lengths.
         max_length includes the prompt. A row ends after eos_token_id.

@@ -77,6 +77,20 @@ MUTATIONS = (
         "attention",
     ),
     Mutation(
+        "a query reads the keys of another group",
+        "attention",
+        "return n_heads + head // GROUP\n",
+        "return n_heads + head % (n_heads // GROUP)\n",
+        "attention",
+    ),
+    Mutation(
+        "dk comes from the last query head of a group alone",
+        "attention",
+        "ds_t = p_t * (dp_t - delta_m[None, :])",
+        "ds_t = p_t * (dp_t - delta_m[None, :]) * (g == GROUP - 1)",
+        "attention",
+    ),
+    Mutation(
         "the last position is never written",
         "attention",
         "    corner = target + (batch.to(tl.int64) * T + row) * width + head * D\n",

@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import mantrans.wrapper
+from mantrans import CustomTransformer
 from mantrans.cli import COMMANDS, main
 from mantrans.config import Config
 from mantrans.data.tokenizer import load_tokenizer
@@ -106,6 +107,10 @@ MISTAKES = {
     "generate --checkpoint RUN/best.pt --prompt abcdef --max-length 5": "the 7 tokens of the",
     "generate --checkpoint RUN/config.yaml --prompt a": "config.yaml",
     "report nowhere": "nowhere",
+    "report": "run",
+    "report RUN --compare": "--compare: expected at least one argument",
+    "convert RUN/best.pt": "new",
+    "convert RUN/config.yaml RUN/new.pt": "config.yaml",
 }
 
 
@@ -137,6 +142,22 @@ def test_full_memory_is_one_line_and_not_the_checkpoint_s_fault(
     monkeypatch.setattr(mantrans.wrapper, "CustomTransformer", too_large)
     assert main(filled(arguments, run)) == 2
     assert error_line(capsys) == f"error: {OUT_OF_MEMORY}"
+
+
+@pytest.mark.parametrize("command", ["evaluate", "generate"])
+def test_a_model_that_is_only_read_has_no_gradients(
+    run: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    built = []
+
+    def watched(*arguments: object, **options: object) -> CustomTransformer:
+        built.append(CustomTransformer(*arguments, **options))  # type: ignore[arg-type]
+        return built[-1]
+
+    monkeypatch.setattr(mantrans.wrapper, "CustomTransformer", watched)
+    assert main(filled(WORKING[command], run)) == 0
+    [model] = built
+    assert model.parameters.master is None and not hasattr(model.parameters, "gradients")
 
 
 @pytest.mark.parametrize(

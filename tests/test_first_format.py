@@ -17,9 +17,8 @@ from typing import Any
 import pytest
 import torch
 
-from mantrans import CustomTransformerWrapper
+from mantrans import CustomTransformerWrapper, cli
 from mantrans.checkpoint.convert import convert
-from mantrans.checkpoint.convert import main as convert_command
 from mantrans.checkpoint.folder import newest_intact
 from mantrans.checkpoint.state_file import load
 from mantrans.config import Config
@@ -129,13 +128,11 @@ def test_the_normal_reader_names_the_command_and_the_command_works(tmp_path: Pat
     message = str(caught.value)
     assert "\n" not in message and "the first format, a pickle" in message
     arguments = message.partition("python -m ")[2].split()
-    assert arguments == ["mantrans.checkpoint.convert", str(old), "NEW.pt"]
-    command = [sys.executable, "-m", *arguments[:2], str(tmp_path / "new.pt")]
+    assert arguments == ["mantrans", "convert", str(old), "NEW.pt"]
+    command = [sys.executable, "-m", *arguments[:3], str(tmp_path / "new.pt")]
     subprocess.run(command, check=True, cwd=ROOT)
     assert load(tmp_path / "new.pt")["progress"]["step"] == 4
-    with pytest.raises(
-        CheckpointError, match=r"expected an intact checkpoint 1 .*mantrans\.checkpoint\.convert"
-    ):
+    with pytest.raises(CheckpointError, match=r"an intact .*got 1 damaged.*-m mantrans convert"):
         (tmp_path / "run").mkdir()
         newest_intact(old.rename(tmp_path / "run" / "old.pt").parent)
 
@@ -167,11 +164,11 @@ def test_what_is_damaged_or_no_checkpoint_is_not_converted(
             assert_same(load(new), torch.load(OLD / "float32.pt", weights_only=True))
             new.unlink()
     broken.write_bytes(whole[:-1])
-    assert convert_command([str(broken), str(new)]) == 2
+    assert cli.main(["convert", str(broken), str(new)]) == 2
     with zipfile.ZipFile(broken, "w") as archive:
         archive.writestr("archive/data.pkl", b"")
-    assert convert_command([str(broken), str(new)]) == 2
-    assert convert_command([str(tmp_path / "none.pt"), str(new)]) == 2
+    assert cli.main(["convert", str(broken), str(new)]) == 2
+    assert cli.main(["convert", str(tmp_path / "none.pt"), str(new)]) == 2
     assert not new.exists()
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 3 and all(line.startswith("error: ") for line in lines)

@@ -176,6 +176,23 @@ def test_recomputing_saves_activations_in_order_and_sgd_its_moments() -> None:
     assert memory.predict(rounded, torch.bfloat16, "cpu").masters == 0
 
 
+def test_all_logits_at_once_where_a_gpus_memory_allows() -> None:
+    """Chosen without a GPU: at most a quarter of what the step with small chunks leaves free."""
+    config, device = configured(GPT2, batch_size=16), torch.device("cuda")
+    rows = 16 * config.sequence_length
+    small, large = (
+        memory.predict(config, torch.bfloat16, device, chunk).total for chunk in (None, rows)
+    )
+    logits = rows * 50304 * 2
+    assert small < large <= small + logits
+    enough = small + 4 * (large - small)
+    for free, expected in ((enough, rows), (enough - 4, None), (small, None), (2**60, rows)):
+        assert memory.logits_chunk_rows(config, torch.bfloat16, device, free) == expected
+    for elsewhere in (config, configured(GPT2, batch_size=16, backend="native")):
+        place = device if elsewhere is not config else torch.device("cpu")
+        assert memory.logits_chunk_rows(elsewhere, torch.bfloat16, place, 2**60) is None
+
+
 class ResultsOnly:
     """Operations that compute nothing and take memory for their results alone, as the fused kernels
     do (a kernel's partial sums, some hundred rows, left out)."""

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mantrans import CustomTransformerWrapper
-from mantrans.inference.generation import sample, window_start
+from mantrans.models.generation import Decoder, sample, window_start
 
 V = 61
 
@@ -42,6 +42,24 @@ def test_cached_and_recomputed_tokens_are_the_same(model, lengths) -> None:
     for row, other, prompt in zip(cached, recomputed, given, strict=True):
         assert torch.equal(row, other) and len(row) == 90
         assert torch.equal(row[: len(prompt)], prompt)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "max_length", "expected"),
+    [((5,), 9, 9), ((5,), 2, 5), ((3, 7), 10, 14), ((3, 7), 24, 24), ((1, 24), 90, 24), ((), 9, 9)],
+)
+def test_the_cache_is_as_long_as_asked_for(model, lengths, max_length, expected) -> None:
+    """And holds all that is put there: the longest row goes along until the shortest is done."""
+    given = [row.tolist() for row in prompts(*lengths)]
+    cache = Decoder(model.model, given, max_length).cache
+    assert all(x.shape == (len(lengths), expected, 32) for pair in cache for x in pair)
+    if not lengths:
+        return
+    options = {"max_length": max_length, "temperature": 0.9, "seed": 2}
+    rows, others = (
+        model.generate(prompts(*lengths), **options, use_cache=use) for use in (True, False)
+    )
+    assert all(map(torch.equal, rows, others))
 
 
 def test_greedy_rows_do_not_depend_on_their_neighbours(model) -> None:

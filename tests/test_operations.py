@@ -142,19 +142,22 @@ class AddLayerNorm(Case):
 
 
 class Attention(Case):
-    def __init__(self, B: int, T: int, H: int, D: int, documents: bool = False) -> None:
-        super().__init__(qkv=randn(B, T, 3 * H * D))
-        self.n_heads = H
+    def __init__(
+        self, B: int, T: int, H: int, D: int, documents: bool = False, H_kv: int | None = None
+    ) -> None:
+        super().__init__(qkv=randn(B, T, (H + 2 * (H_kv or H)) * D))
+        self.n_heads, self.n_kv_heads = H, H_kv
         self.start = None
         if documents:
             self.start = reference.document_starts(torch.randint(0, 3, (B, T)), 0)
 
     def forward(self, ops, qkv):
-        return ops.attention_forward(qkv, self.n_heads, self.start)
+        return ops.attention_forward(qkv, self.n_heads, self.start, self.n_kv_heads)
 
     def backward(self, ops, dy, saved, qkv):
         out, lse = saved
-        return [ops.attention_backward(dy, qkv, out, lse, self.n_heads, self.start)]
+        heads = (self.n_heads, self.start, self.n_kv_heads)
+        return [ops.attention_backward(dy, qkv, out, lse, *heads)]
 
 
 class BiasGelu(Case):
@@ -187,6 +190,9 @@ CASES = {
     "attention documents": lambda: Attention(2, 19, 2, 6, documents=True),
     "attention over several query blocks": lambda: Attention(1, 300, 2, 8),
     "attention documents over several blocks": lambda: Attention(2, 270, 1, 8, documents=True),
+    "attention in groups of two": lambda: Attention(2, 17, 4, 6, H_kv=2),
+    "attention in groups of three, documents": lambda: Attention(2, 19, 6, 7, True, H_kv=2),
+    "attention of one key head over several blocks": lambda: Attention(1, 301, 3, 5, H_kv=1),
     "bias gelu": lambda: BiasGelu(9, 14),
     "gelu no bias": lambda: BiasGelu(9, 14, bias=False),
 }
@@ -254,16 +260,71 @@ def test_bf16_attention_is_as_good_as_pytorchs_own() -> None:
 
 @pytest.mark.parametrize("flash", ["forward", "forward and backward", "never"])
 @pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize("H_kv", [2, 1])
 def test_bf16_attention_by_every_way_that_a_cpu_may_choose(
-    monkeypatch: pytest.MonkeyPatch, flash: str, documents: bool
+    monkeypatch: pytest.MonkeyPatch, flash: str, documents: bool, H_kv: int
 ) -> None:
     """With AMX or without, short or long: whatever this machine would choose by itself."""
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: flash != "never")
     monkeypatch.setattr(native, "LONGEST_BATCHED", 0 if "backward" in flash else 1024)
-    case = Attention(2, 300, 2, 16, documents)
+    case = Attention(2, 300, 2, 16, documents, H_kv)
     expected, actual = (case.run(ops, torch.bfloat16) for ops in (reference, native))
     for name, value in expected.items():
         assert_close(actual[name], value, NATIVE[torch.bfloat16], name)
+
+
+def repeat_kv(x: Tensor, times: int) -> Tensor:
+    """(B, H_kv, T, D) -> (B, H_kv·times, T, D), in the order of transformers' function."""
+    B, H_kv, T, D = x.shape
+    return x[:, :, None].expand(B, H_kv, times, T, D).reshape(B, H_kv * times, T, D)
+
+
+@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize(("H", "H_kv"), [(4, 4), (4, 2), (6, 2), (5, 1)])
+def test_grouped_attention_equals_autograd_of_repeated_heads(
+    H: int, H_kv: int, documents: bool
+) -> None:
+    B, T, D = 2, 13, 7
+    case = Attention(B, T, H, D, documents, H_kv)
+    leaf = case.leaves["qkv"].clone().requires_grad_()
+    q, k, v = leaf.view(B, T, -1, D).transpose(1, 2).split([H, H_kv, H_kv], 1)
+    k, v = repeat_kv(k, H // H_kv), repeat_kv(v, H // H_kv)
+    hidden = ~reference.visible(T, case.start, leaf.device)
+    p = torch.softmax((q @ k.mT / math.sqrt(D)).masked_fill(hidden, -math.inf), -1)
+    expected = (p @ v).transpose(1, 2).reshape(B, T, H * D)
+    dout = torch.randn(B, T, H * D, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    (expected_gradient,) = torch.autograd.grad(expected, leaf, dout)
+
+    results = case.run(reference)
+    assert_close(results["y"], expected.detach(), 1e-12, "out")
+    for name, got, wanted in zip(
+        ("dq", "dk", "dv"),
+        *(x.split([H * D, H_kv * D, H_kv * D], -1) for x in (results["dqkv"], expected_gradient)),
+        strict=True,
+    ):
+        assert_close(got, wanted, 1e-12, name)
+
+
+@pytest.mark.parametrize("ops", [reference, native], ids=["reference", "native"])
+@pytest.mark.parametrize(
+    ("width", "n_heads", "n_kv_heads", "message"),
+    [
+        (40, 6, 4, "n_kv_heads: expected a divisor of n_heads = 6, got 4"),
+        (40, 4, 8, "n_kv_heads: expected a divisor of n_heads = 4, got 8"),
+        (40, 4, 0, "n_kv_heads: expected a divisor of n_heads = 4, got 0"),
+        (40, 0, None, "n_kv_heads: expected a divisor of n_heads = 0, got 0"),
+        (40, 2, None, "q, k and v: expected a width of .* = 6·D together, got 40"),
+        (42, 4, 2, "q, k and v: expected a width of .* = 8·D together, got 42"),
+    ],
+)
+def test_heads_that_do_not_fit_are_refused(
+    ops, width: int, n_heads: int, n_kv_heads: int | None, message: str
+) -> None:
+    qkv = torch.zeros(1, 3, width)
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        ops.attention_forward(qkv, n_heads, None, n_kv_heads)
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        ops.attention_backward(qkv, qkv, qkv, qkv.new_empty(0), n_heads, None, n_kv_heads)
 
 
 # -------------------------------------------------------------------------------- cross-entropy
@@ -359,18 +420,22 @@ def test_native_linear_cross_entropy_equals_reference(dtype: torch.dtype) -> Non
 
 
 @pytest.mark.parametrize("lengths", [[11, 1, 6], [7, 7, 7], [1, 1, 1]], ids=str)
+@pytest.mark.parametrize(("H", "H_kv"), [(2, None), (6, 2), (3, 1)])
 @pytest.mark.parametrize("ops", [reference, native], ids=["reference", "native"])
-def test_decode_attention_is_the_last_row_of_attention(ops, lengths: list[int]) -> None:
-    B, T, H, D = 3, 11, 2, 6
-    qkv = randn(B, T, 3 * H * D)
-    out, _ = reference.attention_forward(qkv, H)
-    q, k, v = qkv.chunk(3, dim=-1)
-    k_cache, v_cache = (torch.full((B, T + 4, H * D), math.nan, dtype=q.dtype) for _ in "kv")
+def test_decode_attention_is_the_last_row_of_attention(
+    ops, H: int, H_kv: int | None, lengths: list[int]
+) -> None:
+    B, T, D = 3, 11, 6
+    width = (H_kv or H) * D
+    qkv = randn(B, T, H * D + 2 * width)
+    out, _ = reference.attention_forward(qkv, H, None, H_kv)
+    q, k, v = qkv.split([H * D, width, width], dim=-1)
+    k_cache, v_cache = (torch.full((B, T + 4, width), math.nan, dtype=q.dtype) for _ in "kv")
     for b, n in enumerate(lengths):
         k_cache[b, :n], v_cache[b, :n] = k[b, :n], v[b, :n]
     last = torch.stack([q[b, n - 1] for b, n in enumerate(lengths)])
     expected = torch.stack([out[b, n - 1] for b, n in enumerate(lengths)])
-    actual = ops.decode_attention(last, k_cache, v_cache, torch.tensor(lengths), H)
+    actual = ops.decode_attention(last, k_cache, v_cache, torch.tensor(lengths), H, H_kv)
     assert_close(actual, expected, 1e-12)
 
 

@@ -15,9 +15,10 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from mantrans.cli import main
 from mantrans.config import Config
 from mantrans.report import svg as report_svg
-from mantrans.report.page import TEMPLATES, Run, main, number, page, write_page
+from mantrans.report.page import TEMPLATES, Run, number, page, write_page
 from mantrans.report.svg import Curve, Figure, Scale, short, tick_labels, ticks
 from mantrans.training.logger import RunLogger
 from mantrans.training.trainer import Trainer
@@ -326,7 +327,7 @@ def test_bad_input_is_one_line_and_status_2(tmp_path: Path, capsys: Any) -> None
         ([run, "--output", tmp_path], "expected the name of an HTML file, got no regular file"),
         ([run, "--output", tmp_path / "no" / "page.html"], "cannot be written"),
     ):
-        assert main([str(argument) for argument in arguments]) == 2
+        assert main(["report", *map(str, arguments)]) == 2
         said = capsys.readouterr()
         assert said.out == "" and said.err.startswith("error: ") and words in said.err, said.err
         assert said.err.count("\n") == 1

@@ -55,6 +55,15 @@ def test_a_right_backend_passes() -> None:
     assert all(result.error <= result.bound for result in results)
 
 
+def test_a_right_backend_passes_with_fewer_key_heads() -> None:
+    widths = {result.output: result.shape[-2:] for result in check(native, **RUN, n_kv_heads=1)}
+    assert widths["dqkv"] == (5, 16)  # three heads of queries, one of keys, one of values
+    off_by_one = backend(attention_forward=attention_with_another_order_of_heads)
+    check(off_by_one, **RUN)
+    with pytest.raises(KernelCheckError, match="attention_forward is wrong"):
+        check(off_by_one, **{**RUN, "d_model": 64, "n_heads": 4, "n_kv_heads": 2})
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_roundings_of_other_dtypes_pass(dtype: torch.dtype) -> None:
     # the reference rounds once per operation, so it is right in any dtype
@@ -71,24 +80,32 @@ def test_other_shapes_pass(dtype: torch.dtype, vocab_size: int, sequence_length:
 # ----------------------------------------------------------------------------- wrong on purpose
 
 
-def attention_that_sees_one_key_more(qkv: Tensor, n_heads: int, starts: Tensor | None = None):
+def attention_that_sees_one_key_more(qkv, n_heads, starts, n_kv_heads):
     T = qkv.shape[1]
-    q, k, v = reference.split_heads(qkv, n_heads)
+    q, k, v = reference.split_heads(qkv, n_heads, n_kv_heads)
     hidden = ~torch.ones(T, T, dtype=torch.bool).tril(1)
     scores = (q @ k.mT / q.shape[-1] ** 0.5).masked_fill(hidden, -torch.inf)
     return reference.merge_heads(torch.softmax(scores, -1) @ v), torch.logsumexp(scores, -1)
 
 
-def attention_without_documents(qkv: Tensor, n_heads: int, starts: Tensor | None = None):
-    return native.attention_forward(qkv, n_heads)
+def attention_without_documents(qkv, n_heads, starts, n_kv_heads):
+    return native.attention_forward(qkv, n_heads, None, n_kv_heads)
 
 
-def attention_with_a_block_off(dout, qkv, out, lse, n_heads, starts=None):
+def attention_with_a_block_off(dout, qkv, out, lse, n_heads, starts, n_kv_heads):
     """Wrong in the last rows of dk only: what an off-by-one at the end of a sequence does."""
-    dqkv = native.attention_backward(dout, qkv, out, lse, n_heads, starts)
+    dqkv = native.attention_backward(dout, qkv, out, lse, n_heads, starts, n_kv_heads)
     C = qkv.shape[-1] // 3
     dqkv[:, -1, C : 2 * C] = 0
     return dqkv
+
+
+def attention_with_another_order_of_heads(qkv, n_heads, starts, n_kv_heads):
+    """Query head h reads key head h mod H_kv: the right one only if there are as many."""
+    heads = qkv.unflatten(-1, (n_heads + 2 * n_kv_heads, -1))
+    q, k, v = heads.split((n_heads, n_kv_heads, n_kv_heads), dim=-2)
+    repeated = (x.repeat(1, 1, n_heads // n_kv_heads, 1) for x in (k, v))
+    return native.attention_forward(torch.cat([q, *repeated], -2).flatten(2), n_heads, starts)
 
 
 def gelu_that_forgets_a_row(h: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -124,10 +141,9 @@ def sgd_that_decays_too_much(*arguments: Any) -> None:
     native.sgd_update(*arguments)
 
 
-def decoding_that_reads_too_far(q, k_cache, v_cache, lengths, n_heads):
-    return native.decode_attention(
-        q, k_cache, v_cache, (lengths + 1).clamp(max=k_cache.shape[1]), n_heads
-    )
+def decoding_that_reads_too_far(q, k_cache, v_cache, lengths, n_heads, n_kv_heads):
+    too_far = (lengths + 1).clamp(max=k_cache.shape[1])
+    return native.decode_attention(q, k_cache, v_cache, too_far, n_heads, n_kv_heads)
 
 
 def linear_in_tf32(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -140,7 +156,7 @@ def linear_in_tf32(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
     [
         ("attention_forward", attention_that_sees_one_key_more, "out (2, 37, 48)"),
         ("attention_forward", attention_without_documents, "out with documents"),
-        ("attention_backward", attention_with_a_block_off, "dqkv (2, 37, 3, 48)"),
+        ("attention_backward", attention_with_a_block_off, "dqkv (2, 37, 9, 16)"),
         ("bias_gelu_forward", gelu_that_forgets_a_row, "never written"),
         ("layer_norm_backward", layer_norm_backward_without_residual, "dx"),
         ("bias_gradient", overwriting_bias_gradient, "dbias (80,)"),
@@ -166,6 +182,12 @@ def test_an_operation_that_raises_is_named() -> None:
     with pytest.raises(KernelCheckError) as caught:
         check(backend(attention_backward=out_of_resources), **RUN)
     assert str(caught.value) == "attention_backward does not run: out of resource: shared memory"
+
+
+def test_sums_in_rows_that_are_wrong_are_named() -> None:
+    """`native` adds a whole sum to each row, so three rows have three times too much."""
+    with pytest.raises(KernelCheckError, match=r"linear_backward .*dbias by partial sums \(80,\)"):
+        check(backend(partial_rows=lambda device: 3), **RUN)
 
 
 # ------------------------------------------------------------------------------------ its parts

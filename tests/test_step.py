@@ -7,16 +7,19 @@ with the switch off, static inputs, results kept on the device) is the real one.
 from __future__ import annotations
 
 import math
+import types
 
 import pytest
 import torch
 from torch import Tensor
 
 from mantrans import CustomTransformerWrapper
+from mantrans.kernels import native
 from mantrans.kernels.reference import document_starts
 from mantrans.optim.guards import OutlierGuard
 from mantrans.training import step as step_module
 from mantrans.training.batches import DeviceTokens, HostTokens
+from mantrans.training.diagnosis import first_non_finite
 from mantrans.training.step import TrainStep
 
 V, B, T, EOT = 53, 4, 12, 0
@@ -201,6 +204,60 @@ def test_wrapper_names_what_was_not_finite(monkeypatch) -> None:
     monkeypatch.setattr(wrapper.model, "forward_backward", poisoned)
     assert wrapper.train_step(ids, ids)["status"] == "nan_gradient"
     assert_same_bits(before, everything(wrapper))
+
+
+def attention_broken_when(breaks) -> types.SimpleNamespace:
+    """`native`, but one value of attention's output is NaN where breaks(document_start)."""
+
+    def attention_forward(qkv, n_heads, document_start=None):
+        out, lse = native.attention_forward(qkv, n_heads, document_start)
+        if breaks(document_start):
+            out[-1, -1, 0] = math.nan
+        return out, lse
+
+    return types.SimpleNamespace(**{**vars(native), "attention_forward": attention_forward})
+
+
+@pytest.mark.parametrize("end_of_text", [None, EOT])
+def test_the_diagnosis_sees_what_only_documents_break(end_of_text: int | None) -> None:
+    wrapper, step = build(end_of_text=end_of_text)
+    wrapper.model.blocks[1].attention.ops = attention_broken_when(lambda start: start is not None)
+    step.source.load(0)
+    said = first_non_finite(wrapper.model, step.batch())
+    if end_of_text is None:
+        assert "finite from end to end" in said
+    else:
+        assert "blocks.1.attention.out, right after blocks.1.attention.qkv" in said
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_the_diagnosis_sees_what_only_a_later_micro_batch_breaks(micro_batches: int) -> None:
+    """Found by a token that is in the last row alone, and by a gradient that the second adds."""
+    wrapper, step = build(micro_batches=micro_batches)
+    step.source.load(0)
+    tokens = step.source.rows()
+    (odd, *_) = set(tokens[-1, :-1].tolist()) - set(tokens[: B // 2].flatten().tolist())
+    embedding = wrapper.model.embedding
+    embed = embedding.forward
+    embedding.forward = lambda x: embed(x).masked_fill((x == odd)[..., None], math.nan)
+    assert [not embedding.forward(part.tokens).isfinite().all() for part in step.batch()] == (
+        [True] if micro_batches == 1 else [False, True]
+    )
+    said = first_non_finite(wrapper.model, step.batch())
+    assert "blocks.0.norm_1.x, right after the tokens" in said
+
+    embedding.forward = embed
+    backward = wrapper.model.blocks[0].mlp.backward
+
+    def breaking(dy, saved, accumulate):
+        dx = backward(dy, saved, accumulate)
+        if accumulate == (micro_batches == 2):
+            wrapper.model.blocks[0].mlp.down.weight.gradient[0, 0] = math.inf
+        return dx
+
+    wrapper.model.blocks[0].mlp.backward = breaking
+    said = first_non_finite(wrapper.model, step.batch())
+    assert said == "the first gradient that is not finite is that of blocks.0.mlp.down.weight"
 
 
 def test_outlier_guard_refuses_what_is_far_above_and_learns_a_new_level() -> None:

@@ -20,6 +20,7 @@ from mantrans.config import Config
 from mantrans.errors import CheckpointError, ConfigError, MantransError
 from mantrans.optim.schedule import scheduled_learning_rate
 from mantrans.records import read_records
+from mantrans.training import memory
 from mantrans.training.trainer import Trainer
 
 ROOT = Path(__file__).parents[1]
@@ -109,6 +110,59 @@ def test_a_resumed_run_has_the_bits_of_an_unbroken_one(tmp_path, settings, stop)
     assert_same(outcome(broken), outcome(unbroken))
 
 
+@pytest.mark.parametrize("recorded", [7, None, "absent"])
+def test_a_resumed_run_computes_its_logits_as_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recorded: int | str | None
+) -> None:
+    """Whatever memory would choose now, the checkpoint's count of rows stays: the bits depend on
+    it. A checkpoint from before there was a count goes on with the backend's own."""
+
+    def memory_chooses(rows: int | None) -> None:
+        monkeypatch.setattr(memory, "logits_chunk_rows", lambda *_: rows)
+
+    memory_chooses(7 if recorded == 7 else None)
+    Trainer(small(tmp_path / "unbroken"), quiet=True).run()
+    memory_chooses(11)
+    Trainer(small(tmp_path / "other"), quiet=True).run()
+    expected, other = outcome(tmp_path / "unbroken"), outcome(tmp_path / "other")
+    expected_rows = None if recorded == "absent" else recorded
+    assert expected["state"]["logits_chunk_rows"] == expected_rows
+    names = ("token_embedding.weight", "position_embedding.weight")
+    assert any(
+        not torch.equal(*(o["state"]["parameters"][name] for o in (expected, other)))
+        for name in names
+    ), "the test cannot fail: 11 rows at a time give the same bits"
+
+    memory_chooses(expected_rows)
+    trainer = Trainer(small(tmp_path / "broken"), quiet=True)
+    stop_after(trainer, 5)
+    trainer.run()
+    path = tmp_path / "broken" / "checkpoints" / "small" / "latest.pt"
+    if recorded == "absent":
+        state = state_file.load(path)
+        del state["logits_chunk_rows"]
+        state_file.save(path, state)
+    memory_chooses(11)
+    trainer = Trainer(small(tmp_path / "broken"), resume=str(path), quiet=True)
+    assert trainer.wrapper.model.output.chunk_rows == expected_rows
+    trainer.run()
+    assert_same(outcome(tmp_path / "broken"), expected)
+
+
+@pytest.mark.parametrize("odd", [0, -1, True, 7.0, "7", [7], 2**70])
+def test_an_odd_count_of_logits_is_refused_in_one_line(tmp_path: Path, odd: object) -> None:
+    Trainer(small(tmp_path, max_steps=4), quiet=True).run()
+    path = tmp_path / "checkpoints" / "small" / "latest.pt"
+    state = {**state_file.load(path), "logits_chunk_rows": odd}
+    state_file.save(path, state)
+    if odd == 2**70:  # as good as all rows
+        Trainer(small(tmp_path, max_steps=6), resume=str(path), quiet=True).run()
+        return
+    with pytest.raises(CheckpointError, match="logits_chunk_rows: expected a count") as refusal:
+        Trainer(small(tmp_path, max_steps=6), resume=str(path), quiet=True)
+    assert "\n" not in str(refusal.value)
+
+
 def test_the_log_has_every_line_once(tmp_path: Path) -> None:
     config = small(tmp_path)
     Trainer(config, quiet=True).run()
@@ -168,7 +222,8 @@ def test_debug_nan_stops_at_once_and_names_the_layer(tmp_path: Path) -> None:
         return y * math.nan if trainer.progress.step >= 2 else y, saved
 
     model.blocks[1].norm_2.forward = broken
-    with pytest.raises(MantransError, match=r"step 3: 1 step in a row.*is blocks\.1\.mlp\.x"):
+    named = r"is blocks\.1\.mlp\.x, right after blocks\.1\.norm_2"
+    with pytest.raises(MantransError, match=f"step 3: 1 step in a row.*{named}"):
         trainer.run()
 
 

@@ -12,13 +12,6 @@ import pytest
 from tests.support.installed import ROOT, Environment, build, copy_sources, run
 
 NAME = "tinystories_bpe_4096"
-FALLBACK = """
-import sys
-from mantrans.config import Config
-from mantrans.training.trainer import Trainer
-settings = [argument.removeprefix("--set=") for argument in sys.argv[2:]]
-Trainer(Config.load("configs/quickstart.yaml", settings)).run()
-"""
 
 
 @pytest.fixture(scope="module")
@@ -73,10 +66,8 @@ def test_the_quickstart_trains_outside_the_clone(wheel: Path, tmp_path: Path) ->
         "--set=training.max_steps=20", "--set=training.log_every=10", "--set=training.device=cpu",
         "--set=training.eval_batches=2", "--set=evaluation.max_generation_length=30",
     ]  # fmt: skip
-    command: list[Path | str] = [environment.folder / "bin" / "mantrans"]
-    if not (ROOT / "mantrans" / "cli.py").exists():  # FALLBACK, until the command is merged
-        command = [environment.python, "-c", FALLBACK]
-    run(*command, "train", *settings, cwd=elsewhere, OMP_NUM_THREADS="1")
+    command = environment.folder / "bin" / "mantrans"
+    run(command, "train", *settings, cwd=elsewhere, OMP_NUM_THREADS="1")
     records = (elsewhere / "runs/quickstart/metrics.jsonl").read_text().splitlines()
     losses = [row["loss"] for row in map(json.loads, records) if "loss" in row]
     assert losses[-1] < losses[0]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mantrans.kernels import native
 from mantrans.kernels.native import linear_forward
-from mantrans.kernels.reference import document_starts
+from mantrans.kernels.reference import document_starts, head_sizes
 from mantrans.kernels.triton import attention
 from mantrans.kernels.triton.adamw import adamw_update
 from mantrans.kernels.triton.attention_tiles import MAX_HEAD_WIDTH
@@ -70,10 +70,14 @@ WIDEST_FLOAT32_HEAD = 128
 
 
 def attention_forward(
-    qkv: Tensor, n_heads: int, document_start: Tensor | None = None
+    qkv: Tensor,
+    n_heads: int,
+    document_start: Tensor | None = None,
+    n_kv_heads: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See `reference.attention_forward`."""
-    return _attention_of(qkv, n_heads).attention_forward(qkv, n_heads, document_start)
+    ops = _attention_of(qkv, n_heads, n_kv_heads)
+    return ops.attention_forward(qkv, n_heads, document_start, n_kv_heads)
 
 
 def attention_backward(
@@ -83,16 +87,17 @@ def attention_backward(
     lse: Tensor,
     n_heads: int,
     document_start: Tensor | None = None,
+    n_kv_heads: int | None = None,
 ) -> Tensor:
     """See `reference.attention_backward`."""
-    ops = _attention_of(qkv, n_heads)
-    return ops.attention_backward(dout, qkv, out, lse, n_heads, document_start)
+    ops = _attention_of(qkv, n_heads, n_kv_heads)
+    return ops.attention_backward(dout, qkv, out, lse, n_heads, document_start, n_kv_heads)
 
 
-def _attention_of(qkv: Tensor, n_heads: int) -> ModuleType:
+def _attention_of(qkv: Tensor, n_heads: int, n_kv_heads: int | None) -> ModuleType:
     """The module that serves this dtype and head width."""
-    wide = qkv.shape[-1] > 3 * WIDEST_FLOAT32_HEAD * max(1, n_heads)
-    too_wide = wide and qkv.shape[-1] <= 3 * MAX_HEAD_WIDTH * n_heads
+    _, D = head_sizes(qkv.shape[-1], n_heads, n_kv_heads)
+    too_wide = WIDEST_FLOAT32_HEAD < D <= MAX_HEAD_WIDTH
     return native if qkv.dtype == torch.float32 and too_wide else attention
 
 

@@ -14,7 +14,7 @@ backward is lse = m + log l, one number a row, from which p_ij = exp(s_ij - lse_
 (FlashAttention: Dao et al. 2022; the work split over rows and columns: FlashAttention-2, Dao 2023).
 
 All exponentials are to base 2, because that is the GPU's instruction: scores are multiplied by
-log2(e) / √D in float32 after the product, and lse is in log2 units.
+log2(e) / √D in float32 after the product, and what is kept is lse2 = lse · log2(e).
 
 The backward is three kernels in a fixed order of summation, so its bits repeat: δ; then dk and dv,
 one program per block of keys; then dq, one program per block of queries. The scores are computed
@@ -22,15 +22,19 @@ twice that way (7 products instead of 5); in return no two programs add to the s
 
 Two habits keep Hopper's compilers honest. The dk/dv kernel works on transposed scores, Sᵀ = K Qᵀ,
 from the start: transposing the *result* of a product and feeding it to another one is silently
-miscompiled by Triton 3.4 to 3.7.0 (flash-linear-attention issue 640), while transposing a loaded
+miscompiled by Triton 3.4 and later (flash-linear-attention issues 640, 984). Transposing a loaded
 tile is only another way to read shared memory. And a product whose left side lies in registers
-(p, ds) is waited for at once, see `finished`.
+(p, ds) is waited for at once, see `wait_for_product`.
 
 With documents, a program visits only the blocks that some of its rows can see, in both directions.
 
-Alphabet: B batch, T sequence, H heads, D head width, C = H·D; M rows of a block of queries, N of a
-block of keys; a "pair" is one (batch, head). In comments (M,D)(D,N) -> (M,N) is the shape of a
-product.
+A GROUP of neighboring heads of queries may share one head of keys and of values (Ainslie et al.
+2023). One program of the dk/dv kernel then goes through the queries of the whole group, in each
+block of positions head after head, so that nothing changes in what is said above.
+
+Alphabet: B batch, T sequence, H heads of queries, H_kv of keys and as many of values, D head width,
+P = (H + 2 H_kv)·D; M rows of a block of queries, N of a block of keys; a "pair" is one (batch,
+head). In comments (M,D)(D,N) -> (M,N) is the shape of a product.
 """
 
 from __future__ import annotations
@@ -100,7 +104,7 @@ def load_tile(
     """Rows row .. row + ROWS of one head as (ROWS, BLOCK_D); zero beyond T and beyond D.
 
     source: with TMA a descriptor made by `tiles_of`, else a pointer to (B, T, heads·D). A packed
-    qkv has 3H heads here: query h is head h, its key is head H + h, its value head 2H + h.
+    qkv has H + 2 H_kv heads here: those of queries, of keys and of values.
     """
     if TMA:
         return tl.reshape(source.load([batch, head, row, 0]), (ROWS, BLOCK_D))
@@ -111,6 +115,18 @@ def load_tile(
         columns = tl.arange(0, BLOCK_D)[None, :]
         inside = (row + rows < T) & (columns < D)
         return tl.load(corner + rows * stride_t + columns, mask=inside, other=0.0)
+
+
+@triton.jit
+def key_head(head, n_heads, GROUP: tl.constexpr):
+    """Which head of a packed qkv holds the keys that query head `head` reads."""
+    return n_heads + head // GROUP
+
+
+@triton.jit
+def value_head(head, n_heads, GROUP: tl.constexpr):
+    """Which head of a packed qkv holds the values that query head `head` reads."""
+    return n_heads * (GROUP + 1) // GROUP + head // GROUP
 
 
 @triton.jit
@@ -136,9 +152,9 @@ def store_tile(
 
 @triton.jit
 def load_row_statistic(source, pair, row, T, stride, ROWS: tl.constexpr, TMA: tl.constexpr):
-    """lse or delta of the queries row .. row + ROWS, (ROWS,) float32; zero beyond T.
+    """lse2 or delta of the queries row .. row + ROWS, (ROWS,) float32; zero beyond T.
 
-    A zero lse is harmless there: q and do are zero too, so p = 1 meets do = 0 and ds = 0.
+    A zero lse2 is harmless there: q and do are zero too, so p = 1 meets do = 0 and ds = 0.
     """
     if TMA:
         return tl.reshape(source.load([pair, row]), (ROWS,))
@@ -178,7 +194,7 @@ def visible(rows, keys, document_start, T):
 
 
 @triton.jit
-def finished(x, WAIT: tl.constexpr):
+def wait_for_product(x, WAIT: tl.constexpr):
     """x, a float32 product; with WAIT the matrix unit is done with it before anything else happens.
 
     Hopper's products run asynchronously. Left alone, Triton lets one run on into the next round of
@@ -214,14 +230,14 @@ def key_range(row, document_start, T, M: tl.constexpr, N: tl.constexpr):
 @triton.jit(do_not_specialize=["T", "n_pairs", "pairs_together"])
 def forward_kernel(
     out,
-    lse,
+    lse2,
     q_tiles,
     kv_tiles,
     document_start,
     T,
     stride_b,
     stride_t,
-    stride_lse,
+    stride_lse2,
     n_heads,
     n_pairs,
     pairs_together,
@@ -230,16 +246,17 @@ def forward_kernel(
     BLOCK_D: tl.constexpr,
     M: tl.constexpr,
     N: tl.constexpr,
+    GROUP: tl.constexpr,
     TMA: tl.constexpr,
     WAIT: tl.constexpr,
 ):
     """One program: M queries of one pair against the keys they see.
 
-    out (B, T, C) dtype of qkv, written; lse (B·H, T) float32, rows stride_lse apart, written:
+    out (B, T, H·D) dtype of qkv, written; lse2 (B·H, T) float32, rows stride_lse2 apart, written:
     log2 Σ_j 2^(s_ij log2 e).
-    q_tiles, kv_tiles: qkv (B, T, 3C) 16 or 32-bit float, batches stride_b and positions stride_t
+    q_tiles, kv_tiles: qkv (B, T, P) 16 or 32-bit float, batches stride_b and positions stride_t
     apart, as `load_tile` takes it, in tiles of M and N rows.
-    document_start (B, T) int32 or None.
+    document_start (B, T) int32 or None. GROUP = H / H_kv.
     """
     rank, pair = heaviest_first(tl.cdiv(T, M), n_pairs, pairs_together)
     batch = pair // n_heads
@@ -261,9 +278,8 @@ def forward_kernel(
         begin = first if part == 0 else (clear if part == 1 else diagonal)
         end = clear if part == 0 else (diagonal if part == 1 else stop)
         for n in tl.range(begin, end, N):
-            k = load_tile(
-                kv_tiles, batch, n_heads + head, n, T, stride_b, stride_t, N, D, BLOCK_D, TMA
-            )
+            kv_head = key_head(head, n_heads, GROUP)
+            k = load_tile(kv_tiles, batch, kv_head, n, T, stride_b, stride_t, N, D, BLOCK_D, TMA)
             s = rows_times_rows(q, k)  # (M,D)(D,N) -> (M,N)
             if part != 1:
                 keys = n + tl.arange(0, N)
@@ -274,16 +290,15 @@ def forward_kernel(
             rescale = tl.math.exp2(row_max - new_max)
             row_sum = row_sum * rescale + tl.sum(p, 1)
             row_max = new_max
-            v = load_tile(
-                kv_tiles, batch, 2 * n_heads + head, n, T, stride_b, stride_t, N, D, BLOCK_D, TMA
-            )
+            kv_head = value_head(head, n_heads, GROUP)
+            v = load_tile(kv_tiles, batch, kv_head, n, T, stride_b, stride_t, N, D, BLOCK_D, TMA)
             acc = acc * rescale[:, None]
             acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")  # (M,N)(N,D) -> (M,D)
-            acc = finished(acc, WAIT)
+            acc = wait_for_product(acc, WAIT)
 
     store_tile(out, acc / row_sum[:, None], batch, head, row, T, n_heads * D, M, D, BLOCK_D)
-    lse += pair.to(tl.int64) * stride_lse
-    tl.store(lse + rows, row_max + tl.math.log2(row_sum), mask=rows < T)
+    lse2 += pair.to(tl.int64) * stride_lse2
+    tl.store(lse2 + rows, row_max + tl.math.log2(row_sum), mask=rows < T)
 
 
 # ------------------------------------------------------------------------------------ backward
@@ -308,7 +323,7 @@ def delta_kernel(
     delta (B·H, T) float32, rows stride_delta apart, written.
     document_end (B, T) int32, written at the first position of each document only: the position
     after its last. None without documents.
-    out, dout (B, T, C) float; document_start (B, T) int32 or None.
+    out, dout (B, T, H·D) float; document_start (B, T) int32 or None.
     """
     pair = tl.program_id(0)  # on the axis that has room for 2³¹ programs, not 65,535
     batch = pair // n_heads
@@ -347,20 +362,38 @@ def query_range(key, document_start, document_end, T, M: tl.constexpr, N: tl.con
     return key // M * M, below, tl.maximum(below, clear), stop
 
 
+@triton.jit
+def in_turns(row, M: tl.constexpr, GROUP: tl.constexpr):
+    """Where a loop over blocks of M rows is at `row` if it visits each once for every head."""
+    if GROUP == 1:
+        return row
+    else:
+        return tl.cdiv(row, M) * (M * GROUP)
+
+
+@triton.jit
+def block_and_head(i, M: tl.constexpr, GROUP: tl.constexpr):
+    """Which block of queries, and which head of the group, is due at i of such a loop."""
+    if GROUP == 1:
+        return i, 0
+    else:
+        return i // (M * GROUP) * M, i // M % GROUP
+
+
 @triton.jit(do_not_specialize=["T", "n_pairs", "pairs_together"])
 def dkdv_kernel(
     dqkv,
     q_tiles,
     kv_tiles,
     do_tiles,
-    lse,
+    lse2,
     delta,
     document_start,
     document_end,
     T,
     stride_b,
     stride_t,
-    stride_lse,
+    stride_lse2,
     n_heads,
     n_pairs,
     pairs_together,
@@ -369,19 +402,22 @@ def dkdv_kernel(
     BLOCK_D: tl.constexpr,
     M: tl.constexpr,
     N: tl.constexpr,
+    GROUP: tl.constexpr,
     TMA: tl.constexpr,
     WAIT: tl.constexpr,
 ):
     """One program: dk and dv of N keys of one pair, over the queries that see them.
 
-    dqkv (B, T, 3C) dtype of qkv; its second and third C columns are written.
-    q_tiles, kv_tiles: qkv (B, T, 3C) as in `forward_kernel`; do_tiles: dout (B, T, C) in tiles of
-    M rows; lse, delta (B·H, T) float32, rows stride_lse apart, as `load_row_statistic` takes them.
+    dqkv (B, T, P) dtype of qkv; its columns of keys and values are written.
+    q_tiles, kv_tiles: qkv (B, T, P) as in `forward_kernel`; do_tiles: dout (B, T, H·D) in tiles of
+    M rows; lse2, delta (B·H, T) float32, rows stride_lse2 apart: see `load_row_statistic`.
     document_start, document_end (B, T) int32, the latter from `delta_kernel`, or None.
+    n_pairs: B·H_kv; GROUP = H / H_kv.
     """
     rank, pair = heaviest_first(tl.cdiv(T, N), n_pairs, pairs_together)
-    batch = pair // n_heads
-    head = pair % n_heads
+    n_kv_heads = n_heads // GROUP
+    batch = pair // n_kv_heads
+    head = pair % n_kv_heads * GROUP  # the group's first
     key = rank * N
     keys = key + tl.arange(0, N)
     C = n_heads * D
@@ -389,10 +425,10 @@ def dkdv_kernel(
         document_start += batch.to(tl.int64) * T
         document_end += batch.to(tl.int64) * T
 
-    k = load_tile(kv_tiles, batch, n_heads + head, key, T, stride_b, stride_t, N, D, BLOCK_D, TMA)
-    v = load_tile(
-        kv_tiles, batch, 2 * n_heads + head, key, T, stride_b, stride_t, N, D, BLOCK_D, TMA
-    )
+    kv_head = key_head(head, n_heads, GROUP)
+    k = load_tile(kv_tiles, batch, kv_head, key, T, stride_b, stride_t, N, D, BLOCK_D, TMA)
+    kv_head = value_head(head, n_heads, GROUP)
+    v = load_tile(kv_tiles, batch, kv_head, key, T, stride_b, stride_t, N, D, BLOCK_D, TMA)
     dk = tl.zeros((N, BLOCK_D), tl.float32)
     dv = tl.zeros((N, BLOCK_D), tl.float32)
 
@@ -401,26 +437,30 @@ def dkdv_kernel(
     for part in tl.static_range(3 if document_start is not None else 2):
         begin = first if part == 0 else (below if part == 1 else clear)
         end = below if part == 0 else (clear if part == 1 else stop)
-        for m in tl.range(begin, end, M):
-            q = load_tile(q_tiles, batch, head, m, T, stride_b, stride_t, M, D, BLOCK_D, TMA)
+        for i in tl.range(in_turns(begin, M, GROUP), in_turns(end, M, GROUP), M):
+            m, g = block_and_head(i, M, GROUP)
+            q = load_tile(q_tiles, batch, head + g, m, T, stride_b, stride_t, M, D, BLOCK_D, TMA)
             s_t = rows_times_rows(k, q)  # (N,D)(D,M) -> (N,M)
-            lse_m = load_row_statistic(lse, pair, m, T, stride_lse, M, TMA)
-            p_t = tl.math.exp2(s_t * (scale * LOG2_E) - lse_m[None, :])
+            lse2_m = load_row_statistic(lse2, pair * GROUP + g, m, T, stride_lse2, M, TMA)
+            p_t = tl.math.exp2(s_t * (scale * LOG2_E) - lse2_m[None, :])
             if part != 1:
                 rows = m + tl.arange(0, M)
                 seen = visible(rows[None, :], keys[:, None], document_start, T)
                 p_t = tl.where(seen, p_t, 0.0)
-            do = load_tile(do_tiles, batch, head, m, T, T * C, C, M, D, BLOCK_D, TMA)
+            do = load_tile(do_tiles, batch, head + g, m, T, T * C, C, M, D, BLOCK_D, TMA)
             dv = tl.dot(p_t.to(do.dtype), do, dv, input_precision="ieee")  # (N,M)(M,D) -> (N,D)
             dp_t = rows_times_rows(v, do)  # (N,D)(D,M) -> (N,M)
-            delta_m = load_row_statistic(delta, pair, m, T, stride_lse, M, TMA)
+            delta_m = load_row_statistic(delta, pair * GROUP + g, m, T, stride_lse2, M, TMA)
             ds_t = p_t * (dp_t - delta_m[None, :])
             dk = tl.dot(ds_t.to(q.dtype), q, dk, input_precision="ieee")  # (N,M)(M,D) -> (N,D)
-            dv = finished(dv, WAIT)
-            dk = finished(dk, WAIT)
+            dv = wait_for_product(dv, WAIT)
+            dk = wait_for_product(dk, WAIT)
 
-    store_tile(dqkv, dk * scale, batch, n_heads + head, key, T, 3 * C, N, D, BLOCK_D)
-    store_tile(dqkv, dv, batch, 2 * n_heads + head, key, T, 3 * C, N, D, BLOCK_D)
+    width = C * (GROUP + 2) // GROUP
+    kv_head = key_head(head, n_heads, GROUP)
+    store_tile(dqkv, dk * scale, batch, kv_head, key, T, width, N, D, BLOCK_D)
+    kv_head = value_head(head, n_heads, GROUP)
+    store_tile(dqkv, dv, batch, kv_head, key, T, width, N, D, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=["T", "n_pairs", "pairs_together"])
@@ -429,13 +469,13 @@ def dq_kernel(
     q_tiles,
     kv_tiles,
     do_tiles,
-    lse,
+    lse2,
     delta,
     document_start,
     T,
     stride_b,
     stride_t,
-    stride_lse,
+    stride_lse2,
     n_heads,
     n_pairs,
     pairs_together,
@@ -444,13 +484,14 @@ def dq_kernel(
     BLOCK_D: tl.constexpr,
     M: tl.constexpr,
     N: tl.constexpr,
+    GROUP: tl.constexpr,
     TMA: tl.constexpr,
     WAIT: tl.constexpr,
 ):
     """One program: dq of M queries of one pair, over the keys they see.
 
-    dqkv (B, T, 3C) dtype of qkv; its first C columns are written. lse, delta (B·H, T) float32,
-    pointers, rows stride_lse apart. The other arguments as in `dkdv_kernel`.
+    dqkv (B, T, P) dtype of qkv; its first H·D columns are written. lse2, delta (B·H, T) float32,
+    pointers, rows stride_lse2 apart; n_pairs: B·H. The other arguments as in `dkdv_kernel`.
     """
     rank, pair = heaviest_first(tl.cdiv(T, M), n_pairs, pairs_together)
     batch = pair // n_heads
@@ -463,8 +504,8 @@ def dq_kernel(
 
     q = load_tile(q_tiles, batch, head, row, T, stride_b, stride_t, M, D, BLOCK_D, TMA)
     do = load_tile(do_tiles, batch, head, row, T, T * C, C, M, D, BLOCK_D, TMA)
-    lse_m = load_row_statistic(lse, pair, row, T, stride_lse, M, False)
-    delta_m = load_row_statistic(delta, pair, row, T, stride_lse, M, False)
+    lse2_m = load_row_statistic(lse2, pair, row, T, stride_lse2, M, False)
+    delta_m = load_row_statistic(delta, pair, row, T, stride_lse2, M, False)
     dq = tl.zeros((M, BLOCK_D), tl.float32)
 
     first, clear, diagonal, stop = key_range(row, document_start, T, M, N)
@@ -472,24 +513,23 @@ def dq_kernel(
         begin = first if part == 0 else (clear if part == 1 else diagonal)
         end = clear if part == 0 else (diagonal if part == 1 else stop)
         for n in tl.range(begin, end, N):
-            k = load_tile(
-                kv_tiles, batch, n_heads + head, n, T, stride_b, stride_t, N, D, BLOCK_D, TMA
-            )
+            kv_head = key_head(head, n_heads, GROUP)
+            k = load_tile(kv_tiles, batch, kv_head, n, T, stride_b, stride_t, N, D, BLOCK_D, TMA)
             s = rows_times_rows(q, k)  # (M,D)(D,N) -> (M,N)
-            p = tl.math.exp2(s * (scale * LOG2_E) - lse_m[:, None])
+            p = tl.math.exp2(s * (scale * LOG2_E) - lse2_m[:, None])
             if part != 1:
                 keys = n + tl.arange(0, N)
                 seen = visible(rows[:, None], keys[None, :], document_start, T)
                 p = tl.where(seen, p, 0.0)
-            v = load_tile(
-                kv_tiles, batch, 2 * n_heads + head, n, T, stride_b, stride_t, N, D, BLOCK_D, TMA
-            )
+            kv_head = value_head(head, n_heads, GROUP)
+            v = load_tile(kv_tiles, batch, kv_head, n, T, stride_b, stride_t, N, D, BLOCK_D, TMA)
             dp = rows_times_rows(do, v)  # (M,D)(D,N) -> (M,N)
             ds = p * (dp - delta_m[:, None])
             dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")  # (M,N)(N,D) -> (M,D)
-            dq = finished(dq, WAIT)
+            dq = wait_for_product(dq, WAIT)
 
-    store_tile(dqkv, dq * scale, batch, head, row, T, 3 * C, M, D, BLOCK_D)
+    width = C * (GROUP + 2) // GROUP
+    store_tile(dqkv, dq * scale, batch, head, row, T, width, M, D, BLOCK_D)
 
 
 # ------------------------------------------------------------------------------------- launchers
@@ -499,72 +539,77 @@ DELTA_ROWS = 64  # rows a program of delta_kernel
 
 
 def attention_forward(
-    qkv: Tensor, n_heads: int, document_start: Tensor | None = None
+    qkv: Tensor,
+    n_heads: int,
+    document_start: Tensor | None = None,
+    n_kv_heads: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """o = softmax(q kᵀ / √D + mask) v per head, causal (the file's docstring has the equations).
 
-    qkv (B, T, 3C) float32, float16 or bfloat16, last stride 1: q, k and v side by side, each of H
-    heads of width D <= 256. document_start (B, T) int32, or None for one document: where each
-    position's document begins; query i sees the keys j with document_start[i] <= j <= i.
-    Returns out (B, T, C), and for the backward lse (B, H, T) float32 in log2 units.
+    qkv (B, T, (H + 2 H_kv)·D) float32, float16 or bfloat16, last stride 1: H heads of queries, H_kv
+    of keys and H_kv of values side by side, each of width D <= 256. document_start (B, T) int32, or
+    None for one document: where each position's document begins; query i sees the keys j with
+    document_start[i] <= j <= i. n_kv_heads: H_kv, which divides H; None for H.
+    Returns out (B, T, H·D), and for the backward lse2 (B, H, T) float32 in log2 units.
     ValueError, before any launch, names an argument whose device, dtype, shape or stride is wrong.
     """
-    problem = problem_of(qkv, n_heads)
+    problem = problem_of(qkv, n_heads, n_kv_heads)
     check_documents(document_start, problem, qkv.device)
-    B, T, C = problem.B, problem.T, problem.H * problem.D
-    out = torch.empty((B, T, C), dtype=qkv.dtype, device=qkv.device)
-    lse = empty_row_statistic(qkv, problem)
+    shape = (problem.B, problem.T, n_heads * problem.D)
+    out = torch.empty(shape, dtype=qkv.dtype, device=qkv.device)
+    lse2 = empty_row_statistic(qkv, problem)
     if not qkv.numel():
-        return out, lse
+        return out, lse2
     tiles = problem.tiles("forward")
-    grid, n_pairs, pairs_together = problem.schedule(tiles.M)
+    grid, n_pairs, pairs_together = problem.schedule(tiles.M, n_heads)
     launch(
         forward_kernel,
         grid,
         out,
-        lse,
+        lse2,
         tiles_of(qkv, problem, tiles.M),
         tiles_of(qkv, problem, tiles.N),
         document_start,
-        T,
+        problem.T,
         qkv.stride(0),
         qkv.stride(1),
-        lse.stride(1),
+        lse2.stride(1),
         n_heads,
         n_pairs,
         pairs_together,
         problem.scale,
         **problem.constants("forward"),
     )
-    return out, lse
+    return out, lse2
 
 
 def attention_backward(
     dout: Tensor,
     qkv: Tensor,
     out: Tensor,
-    lse: Tensor,
+    lse2: Tensor,
     n_heads: int,
     document_start: Tensor | None = None,
+    n_kv_heads: int | None = None,
 ) -> Tensor:
     """dqkv, from what `attention_forward` took and gave (the file's docstring has the equations).
 
-    dout, out (B, T, C) contiguous, dtype of qkv; lse (B, H, T) float32 as the forward returned it;
-    the rest as there. Returns dqkv (B, T, 3C), contiguous. Same bits whenever called again.
-    ValueError as `attention_forward`.
+    dout, out (B, T, H·D) contiguous, dtype of qkv; lse2 (B, H, T) float32 as the forward returned
+    it; the rest as there. Returns dqkv, of qkv's shape, contiguous. Same bits whenever called
+    again. ValueError as `attention_forward`.
     """
-    problem = problem_of(qkv, n_heads)
-    check_backward(dout, qkv, out, lse, document_start, problem)
+    problem = problem_of(qkv, n_heads, n_kv_heads)
+    check_backward(dout, qkv, out, lse2, document_start, problem)
     dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
     if not qkv.numel():
         return dqkv
     if dout.data_ptr() % 16:
         dout = dout.clone()
     delta, document_end = output_gradient_statistics(dout, out, document_start, problem)
-    sizes = (problem.T, qkv.stride(0), qkv.stride(1), lse.stride(1), n_heads)
+    sizes = (problem.T, qkv.stride(0), qkv.stride(1), lse2.stride(1), n_heads)
 
     tiles = problem.tiles("dkdv")
-    grid, n_pairs, pairs_together = problem.schedule(tiles.N)
+    grid, n_pairs, pairs_together = problem.schedule(tiles.N, problem.H_kv)
     launch(
         dkdv_kernel,
         grid,
@@ -572,7 +617,7 @@ def attention_backward(
         tiles_of(qkv, problem, tiles.M),
         tiles_of(qkv, problem, tiles.N),
         tiles_of(dout, problem, tiles.M),
-        row_statistics(lse, problem, tiles.M),
+        row_statistics(lse2, problem, tiles.M),
         row_statistics(delta, problem, tiles.M),
         document_start,
         document_end,
@@ -584,7 +629,7 @@ def attention_backward(
     )
 
     tiles = problem.tiles("dq")
-    grid, n_pairs, pairs_together = problem.schedule(tiles.M)
+    grid, n_pairs, pairs_together = problem.schedule(tiles.M, n_heads)
     launch(
         dq_kernel,
         grid,
@@ -592,7 +637,7 @@ def attention_backward(
         tiles_of(qkv, problem, tiles.M),
         tiles_of(qkv, problem, tiles.N),
         tiles_of(dout, problem, tiles.M),
-        lse,
+        lse2,
         delta,
         document_start,
         *sizes,
@@ -608,21 +653,21 @@ def check_backward(
     dout: Tensor,
     qkv: Tensor,
     out: Tensor,
-    lse: Tensor,
+    lse2: Tensor,
     document_start: Tensor | None,
     problem: Problem,
 ) -> None:
     """ValueError as `attention_backward`."""
-    B, T, H, D = problem[:4]
+    B, T, H, D = problem.B, problem.T, problem.H, problem.D
     for name, x in (("dout", dout), ("out", out)):
         check_tensor(name, x, shape=(B, T, H * D), dtype=qkv.dtype, device=qkv.device)
     check_tensor(
-        "lse", lse, shape=(B, H, T), dtype=torch.float32, device=qkv.device, contiguous=False
+        "lse2", lse2, shape=(B, H, T), dtype=torch.float32, device=qkv.device, contiguous=False
     )
-    expected = empty_row_statistic(lse.new_empty(0, device="meta"), problem).stride()
-    if lse.numel() and lse.stride() != expected:
+    expected = empty_row_statistic(lse2.new_empty(0, device="meta"), problem).stride()
+    if lse2.numel() and lse2.stride() != expected:
         refuse(
-            "lse", f"strides {lse.stride()}", f"strides {expected}, as attention_forward made it"
+            "lse2", f"strides {lse2.stride()}", f"strides {expected}, as attention_forward made it"
         )
     check_documents(document_start, problem, qkv.device)
 
@@ -670,8 +715,11 @@ def resource_cases() -> list[ResourceCase]:
         for arch in ARCHITECTURES:
             for D in RESOURCE_HEAD_WIDTHS:
                 cases.append(_case(kernel, arch, D, torch.bfloat16, documents=True))
+                if D == 64 or (arch == 90 and D in (128, 256)):
+                    cases.append(_case(kernel, arch, D, torch.bfloat16, documents=True, group=4))
                 if arch == 90 and D in (64, 128, 256):
                     cases.append(_case(kernel, arch, D, torch.bfloat16, documents=False))
+                    cases.append(_case(kernel, arch, D, torch.bfloat16, documents=False, group=4))
                     cases.append(_case(kernel, arch, D, torch.float16, documents=True))
                 if D in (16, 32, 64, 128, 256) and (arch == 90 or D == 64):
                     cases.append(_case(kernel, arch, D, torch.float32, documents=True))
@@ -679,10 +727,12 @@ def resource_cases() -> list[ResourceCase]:
     return [c for c in cases if c.name != "attention dkdv fp32 D=256 documents sm_90"]
 
 
-def _case(kernel: str, arch: int, D: int, dtype: torch.dtype, documents: bool) -> ResourceCase:
+def _case(
+    kernel: str, arch: int, D: int, dtype: torch.dtype, documents: bool, group: int = 1
+) -> ResourceCase:
     name, size = TRITON_NAME[dtype], dtype.itemsize
     TMA = copy_engine_serves(arch, D, size)
-    problem = Problem(1, 1, 1, D, padded(D), size, arch, TMA)
+    problem = Problem(1, 1, group, 1, D, padded(D), size, arch, TMA)
     M, N, num_warps, num_stages = problem.tiles(kernel)
 
     def tiles(rows: int) -> str:
@@ -692,7 +742,7 @@ def _case(kernel: str, arch: int, D: int, dtype: torch.dtype, documents: bool) -
     types = {
         "out": f"*{name}",
         "dqkv": f"*{name}",
-        "lse": statistic,
+        "lse2": statistic,
         "delta": statistic,
         "q_tiles": tiles(M),
         "kv_tiles": tiles(N),
@@ -702,13 +752,14 @@ def _case(kernel: str, arch: int, D: int, dtype: torch.dtype, documents: bool) -
         "scale": "fp32",
     }
     constants = problem.constants(kernel)
-    constexprs = {k: constants[k] for k in ("D", "BLOCK_D", "M", "N", "TMA", "WAIT")}
+    constexprs = {k: constants[k] for k in ("D", "BLOCK_D", "M", "N", "GROUP", "TMA", "WAIT")}
     if not documents:
         constexprs |= {"document_start": None, "document_end": None}
     arguments = KERNELS[kernel].arg_names
-    aligned = ("stride_b", "stride_t", "stride_lse")  # as for any C that 16 divides
+    variant = [f"group={group}"] * (group > 1) + ["documents"] * documents
+    aligned = ("stride_b", "stride_t", "stride_lse2")  # as for any C that 16 divides
     return ResourceCase(
-        name=f"attention {kernel} {name} D={D}{' documents' if documents else ''} sm_{arch}",
+        name=" ".join([f"attention {kernel} {name} D={D}", *variant, f"sm_{arch}"]),
         fn=KERNELS[kernel],
         signature={a: types.get(a, "i32") for a in arguments if a not in constexprs},
         constexprs={a: value for a, value in constexprs.items() if a in arguments},

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from mantrans.kernels.reference import head_sizes
 from mantrans.kernels.triton.launch import (
     cdiv,
     check_tensor,
@@ -151,6 +152,7 @@ class Problem(NamedTuple):
     B: int
     T: int
     H: int
+    H_kv: int
     D: int
     BLOCK_D: int
     element_bytes: int
@@ -169,15 +171,21 @@ class Problem(NamedTuple):
             "D": self.D,
             "BLOCK_D": self.BLOCK_D,
             **self.tiles(kernel)._asdict(),
+            "GROUP": self.H // self.H_kv,
             "TMA": self.TMA,
             "WAIT": waits(self.architecture, self.element_bytes),
         }
 
-    def schedule(self, rows: int) -> tuple[tuple[int], int, int]:
-        """The grid for blocks of `rows`, and the arguments of `heaviest_first` after the first."""
-        pairs = self.B * self.H
-        tiles_of_a_pair = 2 * self.T * self.D * self.element_bytes  # k and v, or q and do
-        return (cdiv(self.T, rows) * pairs,), pairs, max(1, min(pairs, L2_BYTES // tiles_of_a_pair))
+    def schedule(self, rows: int, heads: int) -> tuple[tuple[int], int, int]:
+        """The grid for blocks of `rows`, and the arguments of `heaviest_first` after the first.
+
+        heads: H where programs own queries and read k and v, H_kv where it is the other way round.
+        """
+        pairs = self.B * heads
+        read = self.H * self.H_kv // heads  # heads of which the programs of one sequence read
+        tiles = 2 * self.T * self.D * self.element_bytes * read  # k and v, or q and do
+        together = max(1, min(pairs, L2_BYTES * heads // tiles))
+        return (cdiv(self.T, rows) * pairs,), pairs, together
 
     @property
     def scale(self) -> float:
@@ -185,24 +193,30 @@ class Problem(NamedTuple):
 
 
 def waits(architecture: int, element_bytes: int) -> bool:
-    """Whether `finished` has something to wait for: Hopper's products of 16-bit numbers."""
+    """Whether `wait_for_product` has something to wait for: Hopper's products of 16-bit numbers."""
     return architecture == 90 and element_bytes == 2 and not interpreted()
 
 
-def problem_of(qkv: Tensor, n_heads: int) -> Problem:
-    """Checks the sizes of qkv against n_heads. ValueError as `attention_forward`."""
+def problem_of(qkv: Tensor, n_heads: int, n_kv_heads: int | None) -> Problem:
+    """Checks the sizes of qkv against its heads. ValueError as `attention_forward`."""
     check_tensor("qkv", qkv, shape=(None, None, None), contiguous=False)
-    B, T, three_C = qkv.shape
+    B, T, width = qkv.shape
     if qkv.stride(2) != 1:
         refuse("qkv", f"strides {qkv.stride()}", "a last stride of 1")
-    if three_C % 3:
-        refuse("qkv", f"shape {tuple(qkv.shape)}", "a width of 3·C: queries, keys, values")
-    D = head_width(three_C // 3, n_heads)
+    H_kv, D = accepted_head_sizes(width, n_heads, n_kv_heads)
     arch = architecture(qkv.device)
     size = qkv.element_size()
     aligned = qkv.data_ptr() % 16 == 0 and all(s * size % 16 == 0 for s in qkv.stride()[:2])
     TMA = aligned and copy_engine_serves(arch, D, size)
-    return Problem(B, T, n_heads, D, padded(D), size, arch, TMA)
+    return Problem(B, T, n_heads, H_kv, D, padded(D), size, arch, TMA)
+
+
+def accepted_head_sizes(width: int, n_heads: int, n_kv_heads: int | None) -> tuple[int, int]:
+    """`reference.head_sizes`, and a ValueError too if D is not from 1 to 256."""
+    H_kv, D = head_sizes(width, n_heads, n_kv_heads)
+    if not 1 <= D <= MAX_HEAD_WIDTH:
+        refuse("head width", D, f"1 to {MAX_HEAD_WIDTH}")
+    return H_kv, D
 
 
 def padded(D: int) -> int:
@@ -216,15 +230,6 @@ def copy_engine_serves(architecture: int, D: int, element_bytes: int) -> bool:
     float32 tiles come by plain loads: their products are formed in registers.
     """
     return architecture >= 90 and element_bytes == 2 and D * element_bytes % 16 == 0
-
-
-def head_width(C: int, n_heads: int) -> int:
-    """D = C / n_heads. ValueError if that is not a whole number from 1 to 256."""
-    if n_heads < 1 or C % n_heads:
-        refuse("n_heads", n_heads, f"a divisor of C = {C}")
-    if not 1 <= C // n_heads <= MAX_HEAD_WIDTH:
-        refuse("head width", f"C / n_heads = {C // n_heads}", f"1 to {MAX_HEAD_WIDTH}")
-    return C // n_heads
 
 
 def tiles_of(x: Tensor, problem: Problem, rows: int) -> Tensor | TensorDescriptor:

@@ -15,8 +15,8 @@ merges the shares in a fixed order:
 How a sequence is split depends on its length and the sizes of the call alone: the same call gives
 the same bits. Exponentials are to base 2 as in `attention`.
 
-Alphabet: B batch, Tmax the cache's positions, H heads, D head width, C = H·D, N keys of a block,
-S shares of a sequence; a "pair" is one (batch, head).
+Alphabet: B batch, Tmax the cache's positions, H heads of queries, H_kv of keys and of values, D
+head width, N keys of a block, S shares of a sequence; a "pair" is one (batch, query head).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mantrans.kernels.triton.attention_tiles import head_width, padded
+from mantrans.kernels.triton.attention_tiles import accepted_head_sizes, padded
 from mantrans.kernels.triton.launch import (
     TRITON_NAME,
     ResourceCase,
@@ -70,13 +70,14 @@ def share_kernel(
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     N: tl.constexpr,
+    GROUP: tl.constexpr,
 ):
     """One program: one pair's query against one share of its keys.
 
     partial (B·H, S, D) float32, written: o_s, zero where the share is empty.
     partial_lse (B·H, S) float32, written: log2 Σ_j 2^(s_j log2 e), about LOWEST where it is empty.
-    q (B, C), rows stride_q apart; k_cache, v_cache (B, Tmax, C), batches stride_?b and positions
-    stride_?t apart: float32, float16 or bfloat16.
+    q (B, H·D), rows stride_q apart; k_cache, v_cache (B, Tmax, H_kv·D), batches stride_?b and
+    positions stride_?t apart: float32, float16 or bfloat16. GROUP = H / H_kv.
     lengths (B,) int64: how many positions of each cache row count; at most T = Tmax are read.
     """
     pair = tl.program_id(0).to(tl.int64)
@@ -89,8 +90,8 @@ def share_kernel(
 
     query = tl.load(q + batch * stride_q + head * D + columns, mask=inside, other=0.0)
     query = query.to(tl.float32) * to_log2
-    k_cache += batch * stride_kb + head * D
-    v_cache += batch * stride_vb + head * D
+    k_cache += batch * stride_kb + head // GROUP * D
+    v_cache += batch * stride_vb + head // GROUP * D
     length = tl.minimum(tl.load(lengths + batch), T).to(tl.int32)
     size = tl.cdiv(tl.cdiv(length, shares), N) * N
     begin = share * size
@@ -137,7 +138,7 @@ def merge_kernel(
 ):
     """One program: the shares of one pair become its output.
 
-    out (B·H, D), which is (B, C), in the dtype of the cache, written.
+    out (B·H, D), which is (B, H·D), in the dtype of the cache, written.
     partial (B·H, S, D) and partial_lse (B·H, S) float32, from `share_kernel`; S <= BLOCK_S.
     """
     pair = tl.program_id(0).to(tl.int64)
@@ -178,19 +179,24 @@ def split(pairs: int, T: int, D: int, device: torch.device) -> Split:
 
 
 def decode_attention(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, n_heads: int
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    lengths: Tensor,
+    n_heads: int,
+    n_kv_heads: int | None = None,
 ) -> Tensor:
     """Row b of q attends to the keys 0 .. lengths[b]-1 of its cache, per head. No backward.
 
-    q (B, C); k_cache, v_cache (B, Tmax, C) in q's dtype: float32, float16 or bfloat16; last
-    strides 1, so that they may be slices of a packed projection. H = n_heads heads of width
-    C/H <= 256. lengths (B,) int64, each in 1 .. Tmax. Returns out (B, C), contiguous.
+    q (B, H·D); k_cache, v_cache (B, Tmax, H_kv·D) in q's dtype: float32, float16 or bfloat16; last
+    strides 1, so that they may be slices of a packed projection. n_kv_heads: H_kv, which divides H;
+    None for H. D <= 256. lengths (B,) int64, each in 1 .. Tmax. Returns out (B, H·D), contiguous.
     ValueError, before any launch, names an argument whose device, dtype, shape or stride is wrong.
     """
-    check_arguments(q, k_cache, v_cache, lengths, n_heads)
-    B, T, C = k_cache.shape
-    D, pairs = C // n_heads, B * n_heads
-    out = torch.empty((B, C), dtype=q.dtype, device=q.device)
+    H_kv, D = check_arguments(q, k_cache, v_cache, lengths, n_heads, n_kv_heads)
+    B, T, _ = k_cache.shape
+    pairs = B * n_heads
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if not pairs:
         return out
     BLOCK_D, N, shares = split(pairs, T, D, q.device)
@@ -215,6 +221,7 @@ def decode_attention(
         D=D,
         BLOCK_D=BLOCK_D,
         N=N,
+        GROUP=n_heads // H_kv,
         num_warps=NUM_WARPS,
     )
     launch(
@@ -233,13 +240,18 @@ def decode_attention(
 
 
 def check_arguments(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, n_heads: int
-) -> None:
-    """ValueError as `decode_attention`."""
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    lengths: Tensor,
+    n_heads: int,
+    n_kv_heads: int | None,
+) -> tuple[int, int]:
+    """(H_kv, D). ValueError as `decode_attention`."""
     check_tensor("q", q, shape=(None, None), contiguous=False)
-    B, C = q.shape
-    head_width(C, n_heads)
-    cache = (B, k_cache.shape[1] if k_cache.dim() == 3 else None, C)
+    check_tensor("k_cache", k_cache, shape=(len(q), None, None), contiguous=False)
+    H_kv, D = accepted_head_sizes(q.shape[1] + 2 * k_cache.shape[2], n_heads, n_kv_heads)
+    cache = (len(q), k_cache.shape[1], q.shape[1] // n_heads * H_kv)
     for name, x in (("k_cache", k_cache), ("v_cache", v_cache)):
         check_tensor(name, x, shape=cache, dtype=q.dtype, device=q.device, contiguous=False)
     for name, x in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
@@ -247,7 +259,8 @@ def check_arguments(
             refuse(name, f"strides {x.stride()}", "a last stride of 1")
     if not k_cache.shape[1]:
         refuse("k_cache", f"shape {tuple(k_cache.shape)}", "at least one position")
-    check_tensor("lengths", lengths, shape=(B,), dtype=torch.int64, device=q.device)
+    check_tensor("lengths", lengths, shape=cache[:1], dtype=torch.int64, device=q.device)
+    return H_kv, D
 
 
 # ------------------------------------------------------------------------ shipped configurations
@@ -256,25 +269,25 @@ RESOURCE_HEAD_WIDTHS = (16, 64, 96, 256)
 
 
 def resource_cases() -> list[ResourceCase]:
-    """Both kernels for each padded head width, and the former for each dtype."""
-    return [
-        case
-        for D in RESOURCE_HEAD_WIDTHS
-        for case in (*(_share_case(dtype, D) for dtype in TRITON_NAME.values()), _merge_case(D))
-    ]
+    """Both kernels for each padded head width, and the former for each dtype; one with groups."""
+    cases = [_share_case("bf16", 64, group=4)]
+    for D in RESOURCE_HEAD_WIDTHS:
+        cases += [_share_case(dtype, D) for dtype in TRITON_NAME.values()]
+        cases.append(_merge_case(D))
+    return cases
 
 
-def _share_case(dtype: str, D: int) -> ResourceCase:
+def _share_case(dtype: str, D: int, group: int = 1) -> ResourceCase:
     BLOCK_D = padded(D)
     pointers = {name: f"*{dtype}" for name in ("q", "k_cache", "v_cache")}
     pointers |= {"partial": "*fp32", "partial_lse": "*fp32", "lengths": "*i64"}
     strides = ("stride_q", "stride_kb", "stride_kt", "stride_vb", "stride_vt")
     integers = dict.fromkeys(("T", *strides, "n_heads", "shares"), "i32")
     return ResourceCase(
-        name=f"decode_attention share {dtype} D={D}",
+        name=f"decode_attention share {dtype} D={D}{f' group={group}' if group > 1 else ''}",
         fn=share_kernel,
         signature={**pointers, **integers, "scale": "fp32"},
-        constexprs={"D": D, "BLOCK_D": BLOCK_D, "N": BLOCK_ELEMENTS // BLOCK_D},
+        constexprs={"D": D, "BLOCK_D": BLOCK_D, "N": BLOCK_ELEMENTS // BLOCK_D, "GROUP": group},
         divisible_by_16=(*pointers, *strides),
         num_warps=NUM_WARPS,
         num_stages=3,

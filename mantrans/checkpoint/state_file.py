@@ -76,7 +76,7 @@ def load(path: str | Path) -> dict[str, Any]:
                 raise CheckpointError(
                     f"{path}: expected {FORMAT}, got the first format, a pickle, which is not "
                     "read; if the file is your own, convert it: "
-                    f"python -m mantrans.checkpoint.convert {path} NEW.pt"
+                    f"python -m mantrans convert {path} NEW.pt"
                 )
             metadata, tensors = tensor_file.read(file)
         if metadata.get("format") != FORMAT:

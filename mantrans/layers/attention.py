@@ -17,15 +17,16 @@ from mantrans.parameters import Parameter
 class Attention:
     """softmax(q kᵀ / √D) v of H heads between a packed projection and a second one.
 
-    The packed projection's rows are H heads of queries, then as many of keys and of values, each of
-    width D = head_width, which need not be C / H.
+    The packed projection has M = (H + 2 H_kv)·D rows: H = n_heads heads of queries, then H_kv =
+    n_kv_heads of keys and as many of values, each of width D = head_width, which need not be C / H.
+    H_kv divides H: every H / H_kv neighboring heads of queries share one of keys and of values.
     """
 
     class Saved(NamedTuple):
         x: Tensor  # (B,T,C)     input of the packed projection
-        qkv: Tensor  # (B,T,3HD)
+        qkv: Tensor  # (B,T,M)
         out: Tensor  # (B,T,HD)  the heads' outputs, input of the second projection
-        lse: Tensor  # (B,H,T)
+        lse: Tensor  # (B,H,T) log Σ exp(scores), in the unit of the backend that reads it again
 
     def __init__(
         self,
@@ -34,14 +35,16 @@ class Attention:
         C: int,
         *,
         n_heads: int,
+        n_kv_heads: int,
         head_width: int,
         std: float,
         residual_std: float,
         bias: bool = True,
     ) -> None:
-        self.ops, self.n_heads, self.head_width = ops, n_heads, head_width
-        width = n_heads * head_width
-        self.qkv = Linear(ops, f"{name}.qkv", C, 3 * width, std=std, bias=bias)
+        self.ops, self.n_heads, self.n_kv_heads = ops, n_heads, n_kv_heads
+        width, kv_width = n_heads * head_width, n_kv_heads * head_width
+        self.widths = (width, kv_width, kv_width)  # of q, k and v
+        self.qkv = Linear(ops, f"{name}.qkv", C, sum(self.widths), std=std, bias=bias)
         self.projection = Linear(
             ops, f"{name}.projection", width, C, std=residual_std, bias=bias, into_residual=True
         )
@@ -52,7 +55,7 @@ class Attention:
 
     def forward(self, x: Tensor, document_start: Tensor | None) -> tuple[Tensor, Saved]:
         qkv = self.qkv.forward(x)
-        out, lse = self.ops.attention_forward(qkv, self.n_heads, document_start)
+        out, lse = self.ops.attention_forward(qkv, self.n_heads, document_start, self.n_kv_heads)
         y = self.projection.forward(out)
         return y, self.Saved(x, qkv, out, lse)
 
@@ -61,51 +64,54 @@ class Attention:
     ) -> Tensor:
         x, qkv, out, lse = saved
         dout = self.projection.backward(dy, out, accumulate)
-        dqkv = self.ops.attention_backward(dout, qkv, out, lse, self.n_heads, document_start)
+        dqkv = self.ops.attention_backward(
+            dout, qkv, out, lse, self.n_heads, document_start, self.n_kv_heads
+        )
         return self.qkv.backward(dqkv, x, accumulate)
 
     def decode(self, x: Tensor, cache: KeyValueCache, lengths: Tensor) -> Tensor:
         """One new position per row: x (B, C) at index lengths[b] - 1. Extends the cache."""
-        q, k, v = self.qkv.forward(x).chunk(3, dim=-1)
+        q, k, v = self.qkv.forward(x).split(self.widths, dim=-1)
         cache.append(k, v, lengths)
-        out = self.ops.decode_attention(q.contiguous(), cache.k, cache.v, lengths, self.n_heads)
+        out = self.ops.decode_attention(
+            q.contiguous(), cache.k, cache.v, lengths, self.n_heads, self.n_kv_heads
+        )
         return self.projection.forward(out)
 
     def new_cache(self, batch_size: int, length: int) -> KeyValueCache:
         """Room for the keys and values of `length` positions."""
         weight = self.qkv.weight.value
-        shape = (batch_size, length, self.n_heads * self.head_width)
+        shape = (batch_size, length, self.widths[1])
         return KeyValueCache(weight.new_empty(shape), weight.new_empty(shape))
 
     def flops(self, T: int) -> float:
         """Projections; scores and weighted sum over the (T + 1) / 2 keys that a query sees."""
-        width = self.n_heads * self.head_width
-        return self.qkv.flops() + self.projection.flops() + 4 * width * (T + 1) / 2
+        return self.qkv.flops() + self.projection.flops() + 4 * self.widths[0] * (T + 1) / 2
 
     def kept(self) -> Elements:
         M, C = self.qkv.weight.shape
-        return Elements(narrow=C + M + M // 3, wide=self.n_heads)
+        return Elements(narrow=C + M + self.widths[0], wide=self.n_heads)
 
     def workspace(self) -> int:
-        """dy, dout, dqkv, and the three inputs of the kernels that are copies."""
+        """dy, dout, dqkv, and the three inputs of the kernels that are copies, of H heads each."""
         M, C = self.qkv.weight.shape
-        return 2 * M + 2 * C
+        return C + M + 4 * self.widths[0]
 
 
 class KeyValueCache(NamedTuple):
-    """The keys and values of all past positions of one attention layer: each (B, T_max, H·D)."""
+    """The keys and values of all past positions of one attention layer: each (B, T_max, H_kv·D)."""
 
     k: Tensor
     v: Tensor
 
     def fill(self, qkv: Tensor) -> None:
-        """Store the keys and values of a whole prompt, qkv (B, T, 3HD), from position 0 on."""
+        """Store the keys and values of a whole prompt, qkv (B, T, M), from position 0 on."""
         T, width = qkv.shape[1], self.k.shape[2]
-        self.k[:, :T] = qkv[..., width : 2 * width]
-        self.v[:, :T] = qkv[..., 2 * width :]
+        self.k[:, :T] = qkv[..., -2 * width : -width]
+        self.v[:, :T] = qkv[..., -width:]
 
     def append(self, k: Tensor, v: Tensor, lengths: Tensor) -> None:
-        """Store one position per row, k and v (B, H·D), at index lengths[b] - 1."""
+        """Store one position per row, k and v (B, H_kv·D), at index lengths[b] - 1."""
         rows = torch.arange(len(lengths), device=lengths.device)
         self.k[rows, lengths - 1] = k
         self.v[rows, lengths - 1] = v

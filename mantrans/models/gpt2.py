@@ -42,7 +42,9 @@ def block(
     """One block. branch_bias: the last bias of the branch before it."""
     C, H, std = config.d_model, config.n_heads, config.initializer_range
     common = {"std": std, "residual_std": std / (2 * config.n_blocks) ** 0.5, "bias": config.bias}
-    attention = Attention(ops, f"{name}.attention", C, n_heads=H, head_width=C // H, **common)
+    attention = Attention(
+        ops, f"{name}.attention", C, n_heads=H, n_kv_heads=H, head_width=C // H, **common
+    )
     mlp = MLP(
         ops,
         f"{name}.mlp",

@@ -1,6 +1,6 @@
 """A run's curves and samples as one self-contained HTML page.
 
-    python -m mantrans.report runs/NAME [--output FILE.html] [--compare runs/OTHER ...]
+    mantrans report runs/NAME [--output FILE.html] [--compare runs/OTHER ...]
 
 The page shows the files that train.py wrote to the run's folder; sections without data are left
 out. It needs no network and no script. This file reads and selects the data; page.html, figure.html
@@ -9,10 +9,8 @@ and page.css define the page, and jinja2 escapes everything that comes from a fi
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -200,9 +198,6 @@ def _curves(run: Run) -> list[Figure]:
     return figures
 
 
-# ------------------------------------------------------------------------------------ command line
-
-
 def write_page(folder: Path, output: Path | None = None, compare: Sequence[Path] = ()) -> Path:
     """Write the page about the run in `folder` to `output`, by default its report.html; return it.
 
@@ -224,19 +219,3 @@ def write_page(folder: Path, output: Path | None = None, compare: Sequence[Path]
     except OSError as error:
         raise MantransError(f"{shown}: cannot be written ({error.strerror})") from None
     return path
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="mantrans.report", description=__doc__.split("\n")[0])
-    add = parser.add_argument
-    add("run", type=Path, help="a run's folder, such as runs/quickstart")
-    add("--output", type=Path, metavar="FILE", help=f"where to write; without it RUN/{PAGE}")
-    add("--compare", type=Path, nargs="+", default=[], metavar="RUN", help="show their losses too")
-    options = parser.parse_args(arguments)
-    try:
-        print(write_page(options.run, options.output, options.compare))
-    except MantransError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0

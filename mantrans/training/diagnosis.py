@@ -16,7 +16,8 @@ def first_non_finite(model: CustomTransformer, batch: Iterable[MicroBatch]) -> s
     """Run a batch through the model by micro-batches, as the step does, and describe the place.
 
     Checks the weights first, then what each layer keeps, in the order of the forward, then the
-    gradients in the order of the backward. Overwrites the model's gradients.
+    gradients in the order of the backward. Names the first value that is not finite and the one
+    before it: the cause is between them. Overwrites the model's gradients.
     """
     for name, weight in model.named_parameters():
         if not weight.isfinite().all():
@@ -35,29 +36,33 @@ def first_non_finite(model: CustomTransformer, batch: Iterable[MicroBatch]) -> s
 
 
 def first_value(model: CustomTransformer, part: MicroBatch) -> str | None:
-    """The first value of the forward that is not finite, None if all are.
+    """The first value of the forward that is not finite and the one before it; None if all are.
 
     Values are named by the layer and the field of what it saves: "blocks.3.attention.qkv".
     """
-    broken: list[str] = []
+    names, finite = ["the tokens"], [True]
 
-    def look(name: str, saved: Any) -> None:
-        broken.extend(n for n, value in tensors(name, saved) if not value.isfinite().all())
+    def look(name: str, value: Any) -> None:
+        for path, tensor in tensors(name, value):
+            names.append(path)
+            finite.append(bool(tensor.isfinite().all()))
 
     number = count()
     y, final_norm = model.network.forward(
         part.tokens, part.document_start, lambda saved: look(f"blocks.{next(number)}", saved)
     )
     look("final_norm", final_norm)
-    if not model.output.forward(y).isfinite().all():
-        broken.append("the logits")
-    return broken[0] if broken else None
+    look("the logits", model.output.forward(y))
+    if all(finite):
+        return None
+    first = finite.index(False)
+    return f"{names[first]}, right after {names[first - 1]}"
 
 
 def tensors(name: str, saved: Any) -> Iterator[tuple[str, Tensor]]:
     """The tensors in nested NamedTuples, with the path of field names that leads to each."""
-    for field, value in saved._asdict().items():
-        if isinstance(value, Tensor):
-            yield f"{name}.{field}", value
-        elif value is not None:
+    if isinstance(saved, Tensor):
+        yield name, saved
+    elif saved is not None:
+        for field, value in saved._asdict().items():
             yield from tensors(f"{name}.{field}", value)

@@ -388,6 +388,8 @@ class Trainer:
         refuse_other_tokenizer(state["tokenizer"], self.tokenizer)
         notes = _differences(state["config"], self.config.to_dict())
         chunk_rows = state.get("logits_chunk_rows")  # gradients' last bits depend on it
+        if chunk_rows is not None and (type(chunk_rows) is not int or chunk_rows < 1):
+            raise ValueError(f"logits_chunk_rows: expected a count, got {chunk_rows!r:.20}")
         require_memory(self.config, self.tokenizer.vocab_size, chunk_rows)
         self.wrapper.model.output.chunk_rows = chunk_rows
         self.wrapper.load_state_dict(state)

@@ -17,8 +17,8 @@ from mantrans.kernels import selfcheck, triton
 from mantrans.kernels.selfcheck import Draw, Shapes
 
 SHAPES = (
-    Shapes(B=2, T=130, H=2, D=64, C=128, F=320, V=1000, Vp=1024, N=67),
-    Shapes(B=1, T=70, H=1, D=100, C=100, F=72, V=5, Vp=128, N=33),
+    Shapes(B=2, T=130, H=2, H_kv=2, D=64, C=128, F=320, V=1000, Vp=1024, N=67),
+    Shapes(B=1, T=70, H=3, H_kv=1, D=100, C=100, F=72, V=5, Vp=128, N=33),
 )
 DTYPES = (torch.bfloat16, torch.float32)
 PARTS = {str(i): part for i, part in enumerate(itertools.product(SHAPES, DTYPES))}

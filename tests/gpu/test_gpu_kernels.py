@@ -30,7 +30,7 @@ FLOOR = 8 * 2.0**-24
 LOW = (torch.bfloat16, torch.float16)
 ALL = (*LOW, torch.float32)
 PROGRAMS = {program.__name__: (inputs, program) for inputs, program in selfcheck.PROGRAMS}
-STANDARD = Shapes(B=2, T=64, H=4, D=64, C=256, F=1024, V=1000, Vp=1024, N=300)
+STANDARD = Shapes(B=2, T=64, H=4, H_kv=4, D=64, C=256, F=1024, V=1000, Vp=1024, N=300)
 
 Case = tuple[str, torch.dtype, Shapes]
 
@@ -40,9 +40,12 @@ def attention_cases() -> Iterator[Case]:
     for dtype in ALL:
         for D in (16, 24, 32, 64, 80, 96, 128, 160, 256):
             for T in (1, 127, 128, 1000) if dtype in LOW else (1, 33, 200):
-                yield "attention", dtype, STANDARD._replace(T=T, H=3, D=D, C=3 * D)
+                yield "attention", dtype, STANDARD._replace(T=T, H=3, H_kv=3, D=D)
     for D in (64, 128):
-        yield "attention", torch.bfloat16, STANDARD._replace(B=1, T=4096, H=2, D=D, C=2 * D)
+        yield "attention", torch.bfloat16, STANDARD._replace(B=1, T=4096, H=2, H_kv=2, D=D)
+        for dtype in ALL:  # groups of three
+            yield "attention", dtype, STANDARD._replace(T=300, H=6, H_kv=2, D=D)
+            yield "decoding", dtype, STANDARD._replace(T=300, H=6, H_kv=2, D=D)
 
 
 def row_cases() -> Iterator[Case]:
@@ -71,7 +74,7 @@ def other_cases() -> Iterator[Case]:
             yield "steps", dtype, STANDARD._replace(C=C)
         for D in (16, 64, 80, 128, 256):
             for T in (1, 1000):
-                yield "decoding", dtype, STANDARD._replace(T=T, D=D, C=4 * D)
+                yield "decoding", dtype, STANDARD._replace(T=T, D=D)
 
 
 CASES = [*attention_cases(), *row_cases(), *vocabulary_cases(), *other_cases()]
@@ -90,9 +93,9 @@ def label(case: Case) -> str:
 # ------------------------------------------------------------------------------- PyTorch's kernels
 
 
-def sdpa_forward(qkv: Tensor, n_heads: int, document_start: Tensor | None = None) -> Any:
+def sdpa_forward(qkv: Tensor, n_heads: int, document_start: Tensor | None, n_kv_heads: int) -> Any:
     """PyTorch's attention: the flash kernel, or with documents the one that takes a mask."""
-    q, k, v = reference.split_heads(qkv, n_heads)
+    q, k, v = reference.split_heads(qkv, n_heads, n_kv_heads)
     mask = None
     if document_start is not None:
         mask = reference.visible(qkv.shape[1], document_start, qkv.device)
@@ -106,11 +109,12 @@ def sdpa_backward(
     out: Tensor,
     lse: None,
     n_heads: int,
-    document_start: Tensor | None = None,
+    document_start: Tensor | None,
+    n_kv_heads: int,
 ) -> Tensor:
     """Its backward, through autograd."""
     leaf = qkv.detach().clone().requires_grad_()
-    again, _ = sdpa_forward(leaf, n_heads, document_start)
+    again, _ = sdpa_forward(leaf, n_heads, document_start, n_kv_heads)
     return torch.autograd.grad(again, leaf, dout)[0]
 
 

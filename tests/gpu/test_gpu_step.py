@@ -158,8 +158,8 @@ def test_a_replay_that_is_not_finite_changes_nothing(
     model = wrapper.model
     forward_backward = model.forward_backward
 
-    def poisoned(*arguments: Tensor) -> Tensor:
-        loss = forward_backward(*arguments)
+    def poisoned(*arguments: Tensor, **options: bool) -> Tensor:
+        loss = forward_backward(*arguments, **options)
         model.parameters.gradients[3] += poison
         return loss
 

@@ -52,16 +52,26 @@ def documents(B: int, T: int, *beginnings: int) -> Tensor:
     return starts
 
 
-def check(B: int, T: int, H: int, D: int, dtype: torch.dtype, starts: Tensor | None = None) -> None:
+def check(
+    B: int,
+    T: int,
+    H: int,
+    D: int,
+    dtype: torch.dtype,
+    starts: Tensor | None = None,
+    H_kv: int | None = None,
+) -> None:
     """Forward, backward and lse of random inputs agree with the reference."""
     generator = torch.Generator().manual_seed(T * D + H)
-    qkv = torch.randn(B, T, 3 * H * D, generator=generator).to(dtype)
+    widths = (H * D, (H_kv or H) * D, (H_kv or H) * D)
+    qkv = torch.randn(B, T, sum(widths), generator=generator).to(dtype)
     dout = torch.randn(B, T, H * D, generator=generator).to(dtype)
-    want_out, want_lse = reference.attention_forward(qkv.double(), H, starts)
-    want = reference.attention_backward(dout.double(), qkv.double(), want_out, want_lse, H, starts)
+    heads = (H, starts, H_kv)
+    want_out, want_lse = reference.attention_forward(qkv.double(), *heads)
+    want = reference.attention_backward(dout.double(), qkv.double(), want_out, want_lse, *heads)
 
-    out, lse = attention_forward(qkv, H, starts)
-    dqkv = attention_backward(dout, qkv, out, lse, H, starts)
+    out, lse = attention_forward(qkv, *heads)
+    dqkv = attention_backward(dout, qkv, out, lse, *heads)
 
     tolerance = TOLERANCE[dtype]
     assert out.dtype == dqkv.dtype == dtype and lse.shape == (B, H, T)
@@ -69,7 +79,7 @@ def check(B: int, T: int, H: int, D: int, dtype: torch.dtype, starts: Tensor | N
     # |lse| is a few units and float32 throughout, whatever the inputs' dtype
     assert_close(lse * LN_2, want_lse, 1e-6, "lse")
     for name, got, wanted in zip(
-        ("dq", "dk", "dv"), dqkv.chunk(3, -1), want.chunk(3, -1), strict=True
+        ("dq", "dk", "dv"), dqkv.split(widths, -1), want.split(widths, -1), strict=True
     ):
         if wanted.abs().max() < 1e-12:  # softmax of a single score has no gradient
             # left is the rounding of do·v - do·o, of the size of one rounding of out
@@ -97,6 +107,29 @@ def check(B: int, T: int, H: int, D: int, dtype: torch.dtype, starts: Tensor | N
 )
 def test_parity(B: int, T: int, H: int, D: int, dtype: torch.dtype, other_ways: int) -> None:
     check(B, T, H, D, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=ids)
+@pytest.mark.parametrize(
+    ("B", "T", "H", "H_kv", "D"),
+    [
+        (2, 1, 2, 1, 16),  # one position
+        (1, 33, 6, 2, 24),  # groups of three, odd T, D between powers of two
+        (2, 150, 4, 2, 40),  # several blocks of both, several sequences
+    ],
+)
+@pytest.mark.parametrize("beginnings", [None, (1, 63, 65, 129)], ids=["plain", "documents"])
+def test_groups(
+    B: int,
+    T: int,
+    H: int,
+    H_kv: int,
+    D: int,
+    beginnings: tuple[int, ...] | None,
+    dtype: torch.dtype,
+    other_ways: int,
+) -> None:
+    check(B, T, H, D, dtype, beginnings and documents(B, T, *beginnings), H_kv)
 
 
 @pytest.mark.parametrize("D", [5, 20, 96, 192])
@@ -173,6 +206,7 @@ def test_pairs_in_groups_cover_every_pair(monkeypatch: pytest.MonkeyPatch) -> No
     T, D = 150, 16
     monkeypatch.setattr(attention_tiles, "L2_BYTES", 2 * (2 * T * D * 2))
     check(1, T, 5, D, torch.bfloat16)
+    check(1, T, 6, D, torch.bfloat16, H_kv=3)
 
 
 def test_large_scores_do_not_overflow() -> None:
@@ -196,27 +230,30 @@ def test_empty_batch() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=ids)
 @pytest.mark.parametrize(
-    ("lengths", "T", "H", "D"),
+    ("lengths", "T", "H", "H_kv", "D"),
     [
-        ([1, 2, 64], 64, 2, 64),  # one key; a block; a full cache
-        ([63, 65, 300], 300, 1, 40),  # one under and over a block; shares of unequal length
-        ([1, 1100, 513], 1100, 1, 24),  # empty shares beside full ones
-        ([7], 9, 3, 100),
-        ([17, 40], 40, 1, 256),
+        ([1, 2, 64], 64, 2, None, 64),  # one key; a block; a full cache
+        ([63, 65, 300], 300, 1, None, 40),  # one under and over a block; shares of unequal length
+        ([1, 1100, 513], 1100, 1, None, 24),  # empty shares beside full ones
+        ([7], 9, 3, None, 100),
+        ([17, 40], 40, 1, None, 256),
+        ([17, 41], 41, 6, 2, 24),  # groups of three
     ],
 )
-def test_decode(lengths: list[int], T: int, H: int, D: int, dtype: torch.dtype) -> None:
+def test_decode(
+    lengths: list[int], T: int, H: int, H_kv: int | None, D: int, dtype: torch.dtype
+) -> None:
     B = len(lengths)
     generator = torch.Generator().manual_seed(T)
     q, k, v = (
-        torch.randn(*shape, H * D, generator=generator).to(dtype)
-        for shape in ((B,), (B, T), (B, T))
+        torch.randn(*shape, heads * D, generator=generator).to(dtype)
+        for *shape, heads in ((B, H), (B, T, H_kv or H), (B, T, H_kv or H))
     )
     for b, length in enumerate(lengths):
         k[b, length:] = v[b, length:] = float("nan")  # never written by a generator
     counts = torch.tensor(lengths)
-    want = reference.decode_attention(q.double(), k.double(), v.double(), counts, H)
-    assert_close(decode_attention(q, k, v, counts, H), want, TOLERANCE[dtype])
+    want = reference.decode_attention(q.double(), k.double(), v.double(), counts, H, H_kv)
+    assert_close(decode_attention(q, k, v, counts, H, H_kv), want, TOLERANCE[dtype])
 
 
 def test_decode_reads_slices_of_a_packed_projection() -> None:
@@ -239,10 +276,15 @@ QKV = torch.zeros(2, 8, 3 * 32)
     [
         (QKV.double(), 2, None, "qkv: expected dtype .*, got float64"),
         (QKV[0], 2, None, r"qkv: expected shape .*, got \(8, 96\)"),
-        (torch.zeros(2, 8, 97), 2, None, r"qkv: expected .*3·C.*, got shape \(2, 8, 97\)"),
+        (
+            torch.zeros(2, 8, 97),
+            2,
+            None,
+            "q, k and v: expected a width of .* = 6·D together, got 97",
+        ),
         (torch.zeros(2, 96, 8).mT, 2, None, r"qkv: expected .*last stride of 1, got strides"),
-        (QKV, 5, None, "n_heads: expected a divisor of C = 32, got 5"),
-        (QKV, 0, None, "n_heads: expected a divisor of C = .*, got 0"),
+        (QKV, 5, None, "q, k and v: expected a width of .* = 15·D together, got 96"),
+        (QKV, 0, None, "n_kv_heads: expected a divisor of n_heads = 0, got 0"),
         (torch.zeros(1, 2, 3 * 512), 1, None, "head width: expected 1 to 256, got .*512"),
         (QKV, 2, torch.zeros(2, 8), "document_start: expected dtype int32, got float32"),
         (QKV, 2, torch.zeros(2, 9, dtype=torch.int32), r"document_start: .* got \(2, 9\)"),
@@ -257,6 +299,16 @@ def test_forward_refuses(
         attention_forward(qkv, n_heads, document_start)
 
 
+def test_key_heads_that_do_not_divide_the_query_heads_are_refused() -> None:
+    message = "n_kv_heads: expected a divisor of n_heads = 6, got 4"
+    for ops in (triton, triton.attention):
+        with pytest.raises(ValueError, match=f"^{message}$"):
+            ops.attention_forward(torch.zeros(2, 8, 14 * 16), 6, None, 4)
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        cache = torch.zeros(2, 8, 64)
+        decode_attention(torch.zeros(2, 96), cache, cache, torch.ones(2).long(), 6, 4)
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
@@ -267,7 +319,8 @@ def test_forward_refuses(
         ({"lse": torch.zeros(2, 8)}, r"lse: expected shape .*, got \(2, 8\)"),
         ({"lse": torch.zeros(2, 2, 8).double()}, "lse: expected dtype .*, got float64"),
         ({"lse": torch.zeros(2, 8, 2).mT}, "lse: expected strides .*, as attention_forward"),
-        ({"n_heads": 3}, "n_heads: expected a divisor of C = .*, got 3"),
+        ({"n_heads": 5}, "q, k and v: expected a width of .* = 15·D together, got 96"),
+        ({"n_kv_heads": 1}, r"dout: expected shape \(2, 8, 48\), got \(2, 8, 32\)"),
     ],
 )
 def test_backward_refuses(changed: dict[str, object], message: str) -> None:
@@ -282,12 +335,15 @@ def test_backward_refuses(changed: dict[str, object], message: str) -> None:
     [
         ({"q": torch.zeros(2, 1, 32)}, r"q: expected shape .*, got \(2, 1, 32\)"),
         ({"q": torch.zeros(32, 2).T}, "q: expected .*, got strides"),
-        ({"k_cache": torch.zeros(2, 8, 16)}, r"k_cache: expected shape .*, got \(2, 8, 16\)"),
+        ({"k_cache": torch.zeros(2, 8, 16)}, "q, k and v: expected a width of .* = 6·D .* got 64"),
+        ({"k_cache": torch.zeros(2, 8, 17)}, r"k_cache: expected .*\(2, 8, 32\), got \(2, 8, 17\)"),
+        ({"k_cache": torch.zeros(3, 8, 32)}, r"k_cache: expected .*\(2, .*\), got \(3, 8, 32\)"),
         ({"v_cache": torch.zeros(2, 9, 32)}, r"v_cache: expected shape .*, got \(2, 9, 32\)"),
         ({"v_cache": torch.zeros(2, 8, 32).half()}, "v_cache: expected dtype .*, got float16"),
         ({"lengths": torch.ones(2).int()}, "lengths: expected dtype int64, got int32"),
         ({"lengths": torch.ones(3).long()}, r"lengths: expected shape .*, got \(3,\)"),
-        ({"n_heads": 7}, "n_heads: expected a divisor of C = 32, got 7"),
+        ({"n_heads": 7}, "q, k and v: expected a width of .* = 21·D together, got 96"),
+        ({"n_kv_heads": 1}, r"k_cache: expected .*\(2, 8, 16\), got \(2, 8, 32\)"),
     ],
 )
 def test_decode_refuses(changed: dict[str, object], message: str) -> None:

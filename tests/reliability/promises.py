@@ -42,6 +42,11 @@ PROMISES = (
     ),
     Promise(
         "Exact resume",
+        "The same where memory would now allow more logits at a time: the checkpoint's stays.",
+        ("tests/test_training.py::test_a_resumed_run_computes_its_logits_as_before",),
+    ),
+    Promise(
+        "Exact resume",
         "A checkpoint of the first format is converted with every bit, and training goes on from "
         "it with the bits that the code of its time gave; configs and run folders are read.",
         (

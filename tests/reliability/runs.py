@@ -99,8 +99,8 @@ def poison(trainer: Trainer, steps: range, where: str, value: float) -> None:
     forward_backward, run = model.forward_backward, trainer.train_step.run
     weights, gradients = model.parameters.weights, model.parameters.gradients
 
-    def poisoned(*arguments: Any) -> torch.Tensor:
-        loss = forward_backward(*arguments)
+    def poisoned(*arguments: Any, **options: Any) -> torch.Tensor:
+        loss = forward_backward(*arguments, **options)
         if trainer.progress.step in steps and where == "loss":
             loss = loss * value
         if trainer.progress.step in steps and where == "gradients":

@@ -63,7 +63,7 @@ def test_a_pickle_that_runs_code_is_refused_by_every_command(
     for command, arguments in (
         (TRAIN, ["--config", "config.yaml", "--resume", "evil.pt"]),
         (EVALUATE, ["--checkpoint", "evil.pt"]),
-        ("mantrans.checkpoint.convert:main", ["evil.pt", "new.pt"]),
+        ("mantrans.cli:main convert", ["evil.pt", "new.pt"]),
     ):
         ended = nursery.run(*arguments, cwd=tmp_path, main=command)
         assert ended.is_one_line_error and "evil.pt" in ended.text, ended.text

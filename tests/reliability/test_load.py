@@ -87,6 +87,7 @@ def test_two_processes_on_one_run(tmp_path: Path, tokens: Path, nursery: Nursery
     assert first.wait().status == -signal.SIGKILL
     third = nursery.start("--config", "c.yaml", "--resume", "latest", cwd=tmp_path)
     third.wait_for("resumed from")
+    third.wait_for("/1000000")  # before its first step a signal ends it at once
     third.kill(signal.SIGTERM)
     assert third.wait().status == 0
 
