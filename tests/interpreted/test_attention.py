@@ -115,10 +115,10 @@ def test_parity(B: int, T: int, H: int, D: int, dtype: torch.dtype, other_ways: 
     [
         (2, 1, 2, 1, 16),  # one position
         (1, 33, 6, 2, 24),  # groups of three, odd T, D between powers of two
-        (2, 150, 4, 2, 40),  # several blocks of both, several sequences
+        (2, 70, 4, 2, 40),  # several blocks of both, several sequences
     ],
 )
-@pytest.mark.parametrize("beginnings", [None, (1, 63, 65, 129)], ids=["plain", "documents"])
+@pytest.mark.parametrize("beginnings", [None, (1, 30, 63, 65)], ids=["plain", "documents"])
 def test_groups(
     B: int,
     T: int,
@@ -364,8 +364,8 @@ def test_wide_float32_heads_go_by_batched_products() -> None:
     """Their dk/dv kernel would spill: `triton` ships the products of `native` instead."""
     generator = torch.Generator().manual_seed(0)
     qkv, dout = (torch.randn(2, 17, n * 200, generator=generator) for n in (3, 1))
-    assert triton._attention_of(qkv, 1) is native
-    assert triton._attention_of(qkv.bfloat16(), 1) is not native
+    assert triton._attention_of(qkv, 1, None) is native
+    assert triton._attention_of(qkv.bfloat16(), 1, None) is not native
     out, lse = triton.attention_forward(qkv, 1)
     expected, expected_lse = reference.attention_forward(qkv, 1)
     assert_close(out, expected, TOLERANCE[torch.float32], "out")
