@@ -316,16 +316,16 @@ def test_key_heads_that_do_not_divide_the_query_heads_are_refused() -> None:
         ({"dout": torch.zeros(2, 8, 32).half()}, "dout: expected dtype float32.*, got float16"),
         ({"dout": torch.zeros(2, 32, 8).mT}, "dout: expected .*, got strides"),
         ({"out": torch.zeros(2, 8, 32).double()}, "out: expected dtype .*, got float64"),
-        ({"lse": torch.zeros(2, 8)}, r"lse: expected shape .*, got \(2, 8\)"),
-        ({"lse": torch.zeros(2, 2, 8).double()}, "lse: expected dtype .*, got float64"),
-        ({"lse": torch.zeros(2, 8, 2).mT}, "lse: expected strides .*, as attention_forward"),
+        ({"lse2": torch.zeros(2, 8)}, r"lse2: expected shape .*, got \(2, 8\)"),
+        ({"lse2": torch.zeros(2, 2, 8).double()}, "lse2: expected dtype .*, got float64"),
+        ({"lse2": torch.zeros(2, 8, 2).mT}, "lse2: expected strides .*, as attention_forward"),
         ({"n_heads": 5}, "q, k and v: expected a width of .* = 15·D together, got 96"),
         ({"n_kv_heads": 1}, r"dout: expected shape \(2, 8, 48\), got \(2, 8, 32\)"),
     ],
 )
 def test_backward_refuses(changed: dict[str, object], message: str) -> None:
     out, lse = attention_forward(QKV, 2)
-    arguments = {"dout": out, "qkv": QKV, "out": out, "lse": lse, "n_heads": 2, **changed}
+    arguments = {"dout": out, "qkv": QKV, "out": out, "lse2": lse, "n_heads": 2, **changed}
     with pytest.raises(ValueError, match=message):
         attention_backward(**arguments)
 
