@@ -135,8 +135,8 @@ Program = Callable[[Any, Inputs], Outputs]
 def by_partial_sums(
     ops: Any, backward: Callable[..., object], *vectors: Tensor
 ) -> tuple[Tensor, ...]:
-    """What backward(*vectors) adds to gradients of one length, by way of partial sums as in
-    training, where the backend has them: vectors begin 64 elements apart, and start at 1."""
+    """What backward(*vectors) adds to gradients of one length, through partial sums as in training
+    if the backend uses them: vectors are 64 elements apart, and start at 1."""
     n_rows, width = ops.partial_rows(vectors[0].device), len(vectors[0])
     totals = vectors[0].new_ones(len(vectors), -(-width // 64) * 64)
     if n_rows:
@@ -275,7 +275,7 @@ def attention(ops: Any, i: Inputs) -> Outputs:
         out, lse = ops.attention_forward(i["qkv"], H, starts, H_kv)
         dqkv = ops.attention_backward(i["dout"], i["qkv"], out, lse, H, starts, H_kv)
         outputs["attention_forward", f"out{suffix}"] = out
-        # of one scale, so each head is held to the size of all: alone, dq of one token is 0
+        # all heads have one scale, so each is compared with all: alone, dq of one token is 0
         outputs["attention_backward", f"dqkv{suffix}"] = dqkv.unflatten(-1, (H + 2 * H_kv, -1))
     return outputs
 

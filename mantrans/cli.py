@@ -220,14 +220,14 @@ def report(arguments: list[str]) -> int:
 
 
 def convert(arguments: list[str]) -> int:
-    """turn a checkpoint of the first format into one of today's"""
+    """convert a checkpoint of the first format to the current one"""
     parser = Parser(
         "mantrans convert",
-        description="Turn a checkpoint of the first format, a pickle, into one of today's. For "
-        "files of your own only: one made for the purpose can take all of the machine's memory.",
+        description="Convert a checkpoint of the first format, a pickle, to the current format. "
+        "Only for your own files: a malicious one can take all of the machine's memory.",
     )
-    parser.add_argument("old", type=Path, help="a checkpoint of the first format, your own")
-    parser.add_argument("new", type=Path, help="where to write it in today's format")
+    parser.add_argument("old", type=Path, help="your own checkpoint of the first format")
+    parser.add_argument("new", type=Path, help="where to write it in the current format")
     options = parser.parse_args(arguments)
     from mantrans.checkpoint.convert import convert as convert_file
 

@@ -50,7 +50,7 @@ def newest_intact(directory: str | Path) -> tuple[Path, list[str]]:
         found = f"{len(skipped)} damaged; the first: {skipped[0]}"
         raise CheckpointError(f"{directory}: expected an intact checkpoint, got {found}")
     raise CheckpointError(
-        f"{directory}: expected a checkpoint (*.pt), got none; leave out --resume to begin"
+        f"{directory}: expected a checkpoint (*.pt), got none; without --resume a new run starts"
     )
 
 

@@ -16,8 +16,8 @@ def first_non_finite(model: CustomTransformer, batch: Iterable[MicroBatch]) -> s
     """Run a batch through the model by micro-batches, as the step does, and describe the place.
 
     Checks the weights first, then what each layer keeps, in the order of the forward, then the
-    gradients in the order of the backward. What broke lies between the value that is named and the
-    one before it, which is named too. Overwrites the model's gradients.
+    gradients in the order of the backward. Names the first value that is not finite and the one
+    before it: the cause is between them. Overwrites the model's gradients.
     """
     for name, weight in model.named_parameters():
         if not weight.isfinite().all():
