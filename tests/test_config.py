@@ -16,8 +16,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from mantrans import strict_yaml
-from mantrans.config import DATASETS, SECTIONS, Config, ModelConfig, TrainingConfig
+from mantrans.config import DATASETS, SECTIONS, Config, ModelConfig, TrainingConfig, strict_yaml
 from mantrans.config.__main__ import reference, schema
 from mantrans.data import registry
 from mantrans.errors import ConfigError

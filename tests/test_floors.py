@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FLOORS = [
     "kernels.reference kernels.native kernels.triton kernels.backend kernels.selfcheck errors",
-    "layers parameters config runtime assets strict_yaml",
+    "layers parameters config runtime assets",
     "models optim checkpoint interop wrapper records",
     "training evaluation data inference report mantrans",
     "cli __main__",
@@ -24,7 +24,7 @@ BESIDE = {
     "kernels.backend": "kernels.triton",
     "kernels.selfcheck": "kernels.reference",
     "layers": "parameters",
-    "config": "assets strict_yaml",
+    "config": "assets",
     "interop": "models checkpoint",
     "wrapper": "models optim checkpoint interop",
     "records": "checkpoint",

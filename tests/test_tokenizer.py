@@ -425,7 +425,7 @@ def test_mistakes_are_one_line(
 
 
 def test_the_module_runs_as_documented() -> None:
-    command = [sys.executable, "-W", "error::RuntimeWarning", "-m", "mantrans.data.tokenizer_tool"]
+    command = [sys.executable, "-W", "error::RuntimeWarning", "-m", "mantrans", "tokenizer"]
     result = subprocess.run(
         [*command, "encode", "--tokenizer", NAME],
         input="Once upon a time",

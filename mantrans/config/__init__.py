@@ -24,8 +24,8 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 from typing_extensions import Self
 
-from mantrans import strict_yaml
 from mantrans.assets import find_config
+from mantrans.config import strict_yaml
 from mantrans.config.messages import NO_NAMES, Names, clash, refusal
 from mantrans.errors import ConfigError, single_line
 

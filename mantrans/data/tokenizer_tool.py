@@ -255,9 +255,3 @@ def _fraction(text: str) -> float:
     if not 0.0 <= number < 1.0:
         raise argparse.ArgumentTypeError(f"expected at least 0 and less than 1, got {text}")
     return number
-
-
-if __name__ == "__main__":
-    from mantrans.cli import main
-
-    sys.exit(main(["tokenizer", *sys.argv[1:]]))

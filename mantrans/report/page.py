@@ -19,9 +19,9 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from mantrans import strict_yaml
 from mantrans.checkpoint.atomic import replacing, write_all
-from mantrans.errors import MantransError, printable
+from mantrans.config import strict_yaml
+from mantrans.errors import MantransError, printable, single_line
 from mantrans.records import read_records
 from mantrans.report.svg import Curve, Figure, Mark, Point, short
 
@@ -43,7 +43,7 @@ class Run:
     @classmethod
     def load(cls, folder: Path) -> Run:
         """MantransError for a folder without a run, or a file in it that cannot be parsed."""
-        shown = strict_yaml.single_line(str(folder))
+        shown = single_line(str(folder))
         try:
             if not (folder / "metrics.jsonl").is_file():
                 found = "one without metrics.jsonl" if folder.is_dir() else "no such folder"
@@ -131,7 +131,7 @@ def _json(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):
-        shown = strict_yaml.single_line(str(path))
+        shown = single_line(str(path))
         raise MantransError(
             f"{shown}: expected the JSON object that train.py wrote, got other JSON"
         )
@@ -204,7 +204,7 @@ def write_page(folder: Path, output: Path | None = None, compare: Sequence[Path]
     Raises MantransError (one line) for a folder without a run, or a page that cannot be written.
     """
     path = folder / PAGE if output is None else output
-    shown = strict_yaml.single_line(str(path))
+    shown = single_line(str(path))
     if len(compare) > MOST_COMPARED:
         raise MantransError(f"--compare: expected at most {MOST_COMPARED} runs, got {len(compare)}")
     runs = [Run.load(f) for f in (folder, *compare)]

@@ -17,9 +17,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mantrans import strict_yaml
 from mantrans.cli import main
-from mantrans.config import SECTIONS
+from mantrans.config import SECTIONS, strict_yaml
 from mantrans.data.dataset import prepare
 from mantrans.data.tokenizer import load_tokenizer
 from mantrans.errors import DataError
