@@ -207,6 +207,13 @@ def tile(n_columns: int, min_warps: int = 1) -> tuple[int, int, int]:
     return max(1, 32 * ELEMENTS_A_LANE * warps // block_columns), block_columns, warps
 
 
+def backward_tile(n_columns: int) -> tuple[int, int, int]:
+    """The same for the backward. With the most warps a lane has 128 registers: room for three sums
+    of one row, not of two."""
+    block_rows, block_columns, warps = tile(n_columns, MIN_BACKWARD_WARPS)
+    return (1 if warps == MAX_WARPS else block_rows), block_columns, warps
+
+
 def check_width(argument: str, x: Tensor) -> int:
     """The row length C of x; refuses more than MAX_WIDTH."""
     check_tensor(argument, x)
@@ -306,7 +313,7 @@ def layer_norm_backward(
     N = x.numel() // C
     check_backward(dy, x, weight, mean, rstd, dresidual)
     vectors = check_vectors(C, x.device, dweight, dbias, dbranch_bias)
-    block_rows, block_columns, warps = tile(C, MIN_BACKWARD_WARPS)
+    block_rows, block_columns, warps = backward_tile(C)
     resident = max(1, WARPS_A_MULTIPROCESSOR // warps) * multiprocessors(x.device)
     n_programs = min(cdiv(N, block_rows), resident, most_programs(*vectors) or resident)
     dx = torch.empty_like(x)
@@ -406,7 +413,7 @@ def _forward_case(dtype: str, C: int, add: bool) -> ResourceCase:
 
 
 def _backward_case(dtype: str, C: int, bias: bool = True) -> ResourceCase:
-    block_rows, block_columns, warps = tile(C, MIN_BACKWARD_WARPS)
+    block_rows, block_columns, warps = backward_tile(C)
     vectors = ("dbias_ptr", "dbranch_bias_ptr")
     pointers = {
         name: f"*{dtype}" for name in ("dy_ptr", "x_ptr", "weight_ptr", "dresidual_ptr", "dx_ptr")
