@@ -456,9 +456,10 @@ def dkdv_kernel(
             dv = wait_for_product(dv, WAIT)
             dk = wait_for_product(dk, WAIT)
 
-    width = C * (GROUP + 2) // GROUP
+    dk *= scale
     kv_head = key_head(head, n_heads, GROUP)
-    store_tile(dqkv, dk * scale, batch, kv_head, key, T, width, N, D, BLOCK_D)
+    width = C * (GROUP + 2) // GROUP
+    store_tile(dqkv, dk, batch, kv_head, key, T, width, N, D, BLOCK_D)
     kv_head = value_head(head, n_heads, GROUP)
     store_tile(dqkv, dv, batch, kv_head, key, T, width, N, D, BLOCK_D)
 
@@ -528,8 +529,7 @@ def dq_kernel(
             dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")  # (M,N)(N,D) -> (M,D)
             dq = wait_for_product(dq, WAIT)
 
-    width = C * (GROUP + 2) // GROUP
-    store_tile(dqkv, dq * scale, batch, head, row, T, width, M, D, BLOCK_D)
+    store_tile(dqkv, dq * scale, batch, head, row, T, C * (GROUP + 2) // GROUP, M, D, BLOCK_D)
 
 
 # ------------------------------------------------------------------------------------- launchers
