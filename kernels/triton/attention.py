@@ -560,7 +560,8 @@ def attention_forward(
     lse2 = empty_row_statistic(qkv, problem)
     if not qkv.numel():
         return out, lse2
-    tiles = problem.tiles("forward")
+    documents = document_start is not None
+    tiles = problem.tiles("forward", documents)
     grid, n_pairs, pairs_together = problem.schedule(tiles.M, n_heads)
     launch(
         forward_kernel,
@@ -578,7 +579,7 @@ def attention_forward(
         n_pairs,
         pairs_together,
         problem.scale,
-        **problem.constants("forward"),
+        **problem.constants("forward", documents),
     )
     return out, lse2
 
@@ -608,7 +609,8 @@ def attention_backward(
     delta, document_end = output_gradient_statistics(dout, out, document_start, problem)
     sizes = (problem.T, qkv.stride(0), qkv.stride(1), lse2.stride(1), n_heads)
 
-    tiles = problem.tiles("dkdv")
+    documents = document_start is not None
+    tiles = problem.tiles("dkdv", documents)
     grid, n_pairs, pairs_together = problem.schedule(tiles.N, problem.H_kv)
     launch(
         dkdv_kernel,
@@ -625,10 +627,10 @@ def attention_backward(
         n_pairs,
         pairs_together,
         problem.scale,
-        **problem.constants("dkdv"),
+        **problem.constants("dkdv", documents),
     )
 
-    tiles = problem.tiles("dq")
+    tiles = problem.tiles("dq", documents)
     grid, n_pairs, pairs_together = problem.schedule(tiles.M, n_heads)
     launch(
         dq_kernel,
@@ -644,7 +646,7 @@ def attention_backward(
         n_pairs,
         pairs_together,
         problem.scale,
-        **problem.constants("dq"),
+        **problem.constants("dq", documents),
     )
     return dqkv
 
@@ -733,7 +735,7 @@ def _case(
     name, size = TRITON_NAME[dtype], dtype.itemsize
     TMA = copy_engine_serves(arch, D, size)
     problem = Problem(1, 1, group, 1, D, padded(D), size, arch, TMA)
-    M, N, num_warps, num_stages = problem.tiles(kernel)
+    M, N, num_warps, num_stages = problem.tiles(kernel, documents)
 
     def tiles(rows: int) -> str:
         return f"tensordesc<{name}[1, 1, {rows}, {padded(D)}]>" if TMA else f"*{name}"
@@ -751,7 +753,7 @@ def _case(
         "document_end": "*i32",
         "scale": "fp32",
     }
-    constants = problem.constants(kernel)
+    constants = problem.constants(kernel, documents)
     constexprs = {k: constants[k] for k in ("D", "BLOCK_D", "M", "N", "GROUP", "TMA", "WAIT")}
     if not documents:
         constexprs |= {"document_start": None, "document_end": None}
