@@ -175,6 +175,7 @@ class Problem(NamedTuple):
             "D": self.D,
             "BLOCK_D": self.BLOCK_D,
             **self.tiles(kernel, documents)._asdict(),
+            "GROUP": self.H // self.H_kv,
             "TMA": self.TMA,
             "WAIT": waits(self.architecture, self.element_bytes),
         }
