@@ -212,11 +212,15 @@ class Partials:
             first = self.ranges.get(_block(p), slice(start, start)).start
             self.ranges[_block(p)] = slice(first, start + p.stored_elements)
         widest = max(r.stop - r.start for r in self.ranges.values())
-        buffers = self.flat.new_zeros(2, rows, widest)
-        self.rows = {block: buffers[i % 2] for i, block in enumerate(self.ranges)}
+        self.buffers = self.flat.new_zeros(2, rows, widest)
+        self.rows = {block: self.buffers[i % 2] for i, block in enumerate(self.ranges)}
         for p in vectors:
             column = parameters.offset(p.name) - self.ranges[_block(p)].start
             p.gradient = self.rows[_block(p)][:, column : column + p.shape[0]]
+
+    def clear(self) -> None:
+        """Forget what was not summed."""
+        self.buffers.zero_()
 
     def of(self, block: str) -> tuple[Tensor, Tensor]:
         """(partial sums (rows, W), gradients (W,)) of a block's vectors, for `sum_partials`."""

@@ -247,6 +247,28 @@ def test_partial_sums_add_up_to_the_gradients(
         assert_close(actual[name], gradient, 1e-13, name)
 
 
+def test_a_backward_that_ends_early_leaves_nothing_for_the_next() -> None:
+    """Out of memory in the middle, and the caller goes on with less."""
+    results = []
+    for fails in (False, True):
+        ops = InRows()
+        model = CustomTransformer(config(), ops, dtype=torch.float64, device=CPU, seed=1)
+
+        def backward(*arguments: Any) -> None:
+            raise torch.OutOfMemoryError("full")
+
+        arguments = tokens(), tokens().roll(-1, 1), torch.tensor(0.1, dtype=torch.float64)
+        if fails:
+            ops.attention_backward = backward
+            with pytest.raises(torch.OutOfMemoryError):
+                model.forward_backward(*arguments, accumulate=False)
+            ops.attention_backward = native.attention_backward
+        model.forward_backward(*arguments, accumulate=False)
+        results.append(dict(model.named_gradients()))
+    for name, expected in results[0].items():
+        assert_close(results[1][name], expected, 1e-13, name)
+
+
 # ------------------------------------------------------------------------------ logits in chunks
 
 

@@ -9,6 +9,7 @@ each is freed as soon as it is no longer needed.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType
 from typing import NamedTuple
 
@@ -105,6 +106,18 @@ class CustomTransformer:
             self._finish_vectors(f"blocks.{i}")
         self.embedding.backward(dx, tokens, accumulate, tied=self.output.tied)
 
+    @contextmanager
+    def _whole(self) -> Iterator[None]:
+        """A backward that ends early, out of memory, leaves partial sums that are not summed: they
+        must not enter the next gradient."""
+        try:
+            yield
+        except BaseException:
+            self._saved = None
+            if self.parameters.partials is not None:
+                self.parameters.partials.clear()
+            raise
+
     def _finish_vectors(self, block: str) -> None:
         """Sum the partial sums of the gradients of a block's biases and gains."""
         if self.parameters.partials is not None:
@@ -130,8 +143,9 @@ class CustomTransformer:
         """
         if self._saved is None:
             raise RuntimeError("backward: no activations; call forward first, once per backward")
-        dy = self.output.backward(dlogits, self._saved.y)
-        self._trunk_backward(dy, accumulate=True)
+        with self._whole():
+            dy = self.output.backward(dlogits, self._saved.y)
+            self._trunk_backward(dy, accumulate=True)
 
     # ------------------------------------------------------- loss and gradients, logits in chunks
 
@@ -151,9 +165,10 @@ class CustomTransformer:
         Returns scale · Σ losses, 0-d.
         """
         y = self._trunk_forward(tokens, document_start)
-        loss, dy = self.output.forward_backward(y, targets, scale, accumulate)
-        del y
-        self._trunk_backward(dy, accumulate)
+        with self._whole():
+            loss, dy = self.output.forward_backward(y, targets, scale, accumulate)
+            del y
+            self._trunk_backward(dy, accumulate)
         return loss
 
     def losses(
