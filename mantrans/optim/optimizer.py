@@ -63,8 +63,9 @@ class Optimizer:
         limit = self.max_grad_norm if max_grad_norm == "configured" else max_grad_norm
         if limit is not None:
             clip = (limit / (norm + 1e-6)).clamp_(max=1)  # as torch's clip_grad_norm_
+        count = (p.updates + 1).to(p.wide)
         for where, weight_decay in self._parts():
-            self._update(where, weight_decay, learning_rate, clip, applied)
+            self._update(where, weight_decay, count, learning_rate, clip, applied)
         p.updates += applied
         return StepOutcome(norm, applied)
 
@@ -79,10 +80,12 @@ class Optimizer:
         self,
         where: slice,
         weight_decay: float,
+        count: Tensor,
         learning_rate: Tensor,
         clip: Tensor,
         applied: Tensor,
     ) -> None:
+        """Update the elements `where` of the flat buffers. count: of this update, 1 at the first."""
         raise AssertionError("an Optimizer is an SGD or an AdamW")
 
     def _rounding(self, where: slice) -> dict[str, Tensor | int]:

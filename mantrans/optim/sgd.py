@@ -14,6 +14,7 @@ class SGD(Optimizer):
         self,
         where: slice,
         weight_decay: float,
+        count: Tensor,
         learning_rate: Tensor,
         clip: Tensor,
         applied: Tensor,

@@ -562,7 +562,8 @@ def require_memory(
     config = config.model_copy(update={"model": model})
     dtype = resolve_dtype(model.dtype, device)
     if device.type == "cuda":
-        present = int(torch.cuda.mem_get_info(device)[0] / (1 + HEADROOM))
+        ours = torch.cuda.memory_reserved(device)  # by the model, when a resumed run asks again
+        present = int((torch.cuda.mem_get_info(device)[0] + ours) / (1 + HEADROOM))
         tokens = 0
     else:
         present = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
