@@ -85,7 +85,7 @@ class Optimizer:
         clip: Tensor,
         applied: Tensor,
     ) -> None:
-        """Update the elements `where` of the flat buffers. count: of this update, 1 at the first."""
+        """Update elements `where` of the flat buffers. count: of this update, 1 at the first."""
         raise AssertionError("an Optimizer is an SGD or an AdamW")
 
     def _rounding(self, where: slice) -> dict[str, Tensor | int]:
