@@ -161,10 +161,10 @@ MUTATIONS = (
         "layer_norm",
     ),
     Mutation(
-        "a branch's bias gets the sum of what masked lanes hold, too",
+        "a branch's bias gets the sum of dy, not of dx",
         "layer_norm",
-        "tl.where(mask, rounded.to(tl.float32), 0.0)",
-        "rounded.to(tl.float32)",
+        "dbranch_bias += rounded.to(tl.float32)",
+        "dbranch_bias += dy",
         "layer_norm",
     ),
     Mutation(
