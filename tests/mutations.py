@@ -163,8 +163,8 @@ MUTATIONS = (
     Mutation(
         "a branch's bias gets the sum of dy, not of dx",
         "layer_norm",
-        "dbranch_bias += rounded.to(tl.float32)",
-        "dbranch_bias += dy",
+        "tl.where(mask, rounded.to(tl.float32), 0.0)",
+        "dy",
         "layer_norm",
     ),
     Mutation(

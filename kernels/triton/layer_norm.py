@@ -188,7 +188,7 @@ def layer_norm_backward_kernel(
         if dbias_ptr is not None:
             dbias += dy
         if dbranch_bias_ptr is not None:  # a sum of the rounded dx, the branch's gradient
-            dbranch_bias += rounded.to(tl.float32)  # 0 in rows that are masked, as rstd is
+            dbranch_bias += tl.where(mask, rounded.to(tl.float32), 0.0)
 
     store_sums(dweight_ptr, dweight, program, stride, columns, in_columns, ACCUMULATE)
     if dbias_ptr is not None:
