@@ -47,7 +47,7 @@ class OutlierGuard:
         self.count = torch.zeros((), dtype=torch.int64, device=device)
 
     def allows(self, loss: Tensor, grad_norm: Tensor) -> Tensor:
-        now = torch.stack([loss, grad_norm]).double()
+        now = torch.stack([loss.double(), grad_norm.double()])
         limit = self.values.mean(0) + self.z_score * self.values.std(0)
         calm = (now <= limit).all() | (self.count < len(self.values))
         finite = now.isfinite().all()

@@ -20,7 +20,7 @@ from mantrans.parameters import Parameters
 class StepOutcome(NamedTuple):
     """The outcome of a step, all 0-d on the device."""
 
-    grad_norm: Tensor  # before clipping
+    grad_norm: Tensor  # float64, before clipping
     applied: Tensor  # bool: whether the weights were changed
 
 
@@ -50,6 +50,9 @@ class Optimizer:
         max_grad_norm: float | Literal["configured"] | None = "configured",
     ) -> StepOutcome:
         """Update the weights from the gradients, unless the loss or their norm is not finite.
+
+        The norm and the clip factor are float64: finite gradients have a finite norm, and however
+        long they are, they are scaled down to the limit.
 
         loss, learning_rate 0-d. max_grad_norm: for this step only. If the check or one of `guards`
         refuses the update, weights and moments stay unchanged.
