@@ -28,7 +28,7 @@ from mantrans.config import Config
 from mantrans.data.dataset import prepare
 from mantrans.data.loader import BatchLoader
 from mantrans.data.tokenizer import load_tokenizer
-from mantrans.errors import CheckpointError, ConfigError, MantransError
+from mantrans.errors import CheckpointError, ConfigError, MantransError, ModelError
 from mantrans.evaluation.evaluator import as_json, as_text, evaluate, measure_stream
 from mantrans.inference.trained import refuse_other_tokenizer
 from mantrans.kernels import selfcheck
@@ -446,15 +446,7 @@ class Trainer:
 
     def _finish(self) -> dict[str, Any]:
         """Validate and sample once more; print the report and where the files are."""
-        report = evaluate(
-            self.wrapper,
-            self.tokenizer,
-            self.dataset.validation,
-            self.config,
-            max_batches=self.config.training.eval_batches,
-            coherence=self.evaluate_coherence,
-            say=self.logger.say_once,
-        )
+        report = self._evaluate()
         about = {"step": self.progress.step, **self.wrapper.get_model_info()}
         self._write_report({"run": about} | report)
         try:
@@ -468,6 +460,27 @@ class Trainer:
             f"checkpoints       {self.folder.latest}, {self.folder.best}"
         )
         return report
+
+    def _evaluate(self) -> dict[str, Any]:
+        """The final report; without samples, and a line that says why, if none can be drawn."""
+
+        def report(generate: bool) -> dict[str, Any]:
+            return evaluate(
+                self.wrapper,
+                self.tokenizer,
+                self.dataset.validation,
+                self.config,
+                max_batches=self.config.training.eval_batches,
+                generate=generate,
+                coherence=self.evaluate_coherence,
+                say=self.logger.say_once,
+            )
+
+        try:
+            return report(generate=True)
+        except ModelError as broken:
+            self.logger.message(f"warning: no samples: {broken}")
+            return report(generate=False)
 
     def _write_report(self, report: dict[str, Any]) -> None:
         path = self.directory / "report.json"
