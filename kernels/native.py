@@ -543,7 +543,7 @@ def sgd_update(
         )
         return
     w = weights if master is None else master
-    for part, gradient in _clipped(gradients, clip):
+    for part, gradient, skip in _clipped(gradients, clip, finite):
         torch._fused_sgd_(
             [w[part]],
             [gradient],
@@ -555,7 +555,7 @@ def sgd_update(
             nesterov=False,
             maximize=False,
             is_first_step=False,
-            found_inf=(~finite).float(),
+            found_inf=skip,
         )
     if master is not None:
         _round_from(master, weights, finite)
@@ -599,7 +599,7 @@ def adamw_update(
         )
         return
     w = weights if master is None else master
-    for part, gradient in _clipped(gradients, clip):
+    for part, gradient, skip in _clipped(gradients, clip, finite):
         torch._fused_adamw_(
             [w[part]],
             [gradient],
@@ -614,7 +614,7 @@ def adamw_update(
             eps=eps,
             amsgrad=False,
             maximize=False,
-            found_inf=(~finite).float(),  # where it is 1, nothing changes
+            found_inf=skip,
         )
     if master is not None:
         _round_from(master, weights, finite)
@@ -628,10 +628,17 @@ def _round_from(master: Tensor, weights: Tensor, finite: Tensor) -> None:
         weights.copy_(master)
 
 
-def _clipped(gradients: Tensor, clip: Tensor) -> Iterator[tuple[slice, Tensor]]:
+def _clipped(
+    gradients: Tensor, clip: Tensor, finite: Tensor
+) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
     """Parts of the flat buffer, each with a clipped copy of its gradients in one small memory:
-    PyTorch's fused optimizers would write the clipped ones over the gradients."""
-    size = CLIPPED_ELEMENTS if gradients.is_cuda else CACHED_ELEMENTS
+    PyTorch's fused optimizers would write the clipped ones over the gradients. The last is what
+    makes them skip the step on a GPU; on a CPU there is nothing to update then."""
+    on_gpu = gradients.is_cuda
+    if not on_gpu and not finite:
+        return
+    size = CLIPPED_ELEMENTS if on_gpu else CACHED_ELEMENTS
     memory = gradients.new_empty(min(len(gradients), size))
+    skip = (~finite).float() if on_gpu else None
     for part in row_chunks(len(gradients), size):
-        yield part, torch.mul(gradients[part], clip, out=memory[: part.stop - part.start])
+        yield part, torch.mul(gradients[part], clip, out=memory[: part.stop - part.start]), skip
