@@ -302,7 +302,8 @@ def cross_entropy_forward_backward_kernel(
     else:
         column, z_target = target_column(row_ptr, target, vocab_size)
         tl.debug_barrier()  # every thread has read z_target before one overwrites it
-        tl.store(row_ptr + column, float("-inf"), mask=column >= 0)  # not in the sum
+        # so the sum leaves it out without asking at each column
+        tl.store(row_ptr + column, float("-inf"), mask=column >= 0)
         tl.debug_barrier()
         m, s = row_sums(row_ptr, None, z_target, n_columns, vocab_size, LANES, COLUMNS)
         tl.store(losses_ptr + row, row_loss(m, s, z_target))
