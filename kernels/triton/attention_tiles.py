@@ -16,6 +16,7 @@ from mantrans.kernels.reference import head_sizes
 from mantrans.kernels.triton.launch import (
     cdiv,
     check_tensor,
+    gpu_of,
     interpreted,
     next_power_of_two,
     refuse,
@@ -130,8 +131,7 @@ FLOAT32_TILES = {
         256: Tiles(16, 16, 8, 1),
     },
 }
-ARCHITECTURES = (80, 90, 100)
-TILES |= {(kernel, arch, 4): row for kernel, row in FLOAT32_TILES.items() for arch in ARCHITECTURES}
+TILES |= {(kernel, arch, 4): row for kernel, row in FLOAT32_TILES.items() for arch in (80, 90, 100)}
 
 L2_BYTES = 16 * 2**20  # of tiles that programs under way may share: a part of the L2 cache
 
