@@ -34,7 +34,7 @@ def choose(name: str, device: torch.device) -> ModuleType:
         from mantrans.kernels.triton.launch import gpu_of
     except ImportError as missing:
         raise ValueError(f"backend: triton needs the package `triton` ({missing})") from missing
-    if gpu_of(device) is None:
+    if device.type != "cuda" and gpu_of(device) is None:
         raise ValueError(
             f"backend: expected native or reference on {device.type}, got triton, which needs cuda"
         )

@@ -141,12 +141,10 @@ def architecture(device: torch.device) -> int:
 
     The rows of 80 keep within the 99 KiB of shared memory that consumer cards have, and leave the
     registers that addresses take where tiles come by plain loads: newer GPUs use them too for head
-    widths that the copy engine does not serve. Interpreted kernels take the rows of 90.
+    widths that the copy engine does not serve.
     """
-    if device.type != "cuda":
-        return 90
-    major = torch.cuda.get_device_capability(device)[0]
-    return {9: 90, 10: 100}.get(major, 80)
+    gpu = gpu_of(device)
+    return {9: 90, 10: 100}.get(gpu.capability // 10 if gpu else 0, 80)
 
 
 class Problem(NamedTuple):
