@@ -103,6 +103,11 @@ def train(arguments: list[str]) -> int:
     add("--config", default="configs/quickstart.yaml", help="a YAML file")
     add_overrides(parser)
     add("--resume", metavar="PATH", help="a checkpoint, or 'latest': the experiment's newest")
+    add(
+        "--allow-other-data",
+        action="store_true",
+        help="resume on tokens that are not the checkpoint's",
+    )
     add("--no-coherence-eval", action="store_true", help="do not ask a Claude model for scores")
     add(
         "--debug-nan",
@@ -120,6 +125,7 @@ def train(arguments: list[str]) -> int:
         trainer = Trainer(
             Config.load(options.config, options.overrides),
             resume=options.resume,
+            allow_other_data=options.allow_other_data,
             evaluate_coherence=not options.no_coherence_eval,
             debug_nan=options.debug_nan,
             check_kernels=not options.no_selfcheck,

@@ -13,7 +13,8 @@ OPTIONS = (
     "evaluate --checkpoint", "evaluate --checkpoint c.pt --json", "summary c.yaml --set",
     "evaluate --checkpoint c.pt --set", "evaluate --checkpoint c.pt --device", "summary",
     "generate --checkpoint", "generate --prompt a --checkpoint c.pt --device", "report",
-    "report r --output", "report r --compare", "report r --compare other", "convert", "convert old.pt",
+    "report r --output", "report r --compare", "report r --compare other", "convert",
+    "convert old.pt",
     "tokenizer train --output", "tokenizer analyze --tokenizer", "tokenizer encode --tokenizer",
     "tokenizer analyze --tokenizer t --input",
 )  # fmt: skip

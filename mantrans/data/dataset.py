@@ -48,6 +48,15 @@ class TokenDataset:
     validation: TokenStream
     report: str = ""
 
+    @property
+    def identity(self) -> dict[str, dict[str, Any]]:
+        """What a checkpoint keeps of each split, to know its tokens again."""
+        splits = {"train": self.train, "validation": self.validation}
+        return {
+            name: {"tokens": len(stream), "checksum": stream.checksum}
+            for name, stream in splits.items()
+        }
+
 
 def prepare(
     data_config: DataConfig,

@@ -25,7 +25,7 @@ from mantrans.config import Config
 from mantrans.data.dataset import prepare
 from mantrans.data.loader import BatchLoader
 from mantrans.data.tokenizer import load_tokenizer
-from mantrans.errors import CheckpointError, ConfigError, MantransError
+from mantrans.errors import CheckpointError, ConfigError, MantransError, ModelError
 from mantrans.evaluation.evaluator import as_json, as_text, evaluate, measure_stream
 from mantrans.inference.trained import refuse_other_tokenizer
 from mantrans.kernels import selfcheck
@@ -80,6 +80,7 @@ class Trainer:
     """One run. `Trainer(config).run()` trains, validates, saves and reports.
 
     resume: a checkpoint's path, or "latest" for the newest intact one of this experiment.
+    allow_other_data: resume on tokens that are not the checkpoint's.
     evaluate_coherence: False overrides the config. debug_nan: stop at the first step that is not
     finite and name the layer. check_kernels: compare each Triton kernel with the reference first.
     profile: the number of steps to record (see `mantrans.training.profile`).
@@ -91,6 +92,7 @@ class Trainer:
         config: Config,
         *,
         resume: str | None = None,
+        allow_other_data: bool = False,
         evaluate_coherence: bool = True,
         debug_nan: bool = False,
         check_kernels: bool = True,
@@ -99,6 +101,7 @@ class Trainer:
     ) -> None:
         self.config, self.debug_nan = config, debug_nan
         self.evaluate_coherence = evaluate_coherence
+        self.allow_other_data = allow_other_data
         self.signals = StopSignals()
         self.progress = Progress()
         self.directory = Path(config.training.output_dir) / config.training.experiment_name
@@ -151,9 +154,15 @@ class Trainer:
             self.config.sequence_length,
             training.seed,
         )
+        self._set_length()
+
+    def _set_length(self) -> None:
+        """The steps of the run; ConfigError if warm-up and decay take more."""
+        training = self.config.training
         self.total_steps = training.max_steps or (
             (training.num_epochs or 1) * self.loader.batches_per_epoch
         )
+        training.require_room(self.total_steps)
 
     def _build(self) -> None:
         """Build the model, the optimizer, the training step and the checkpoint folder."""
@@ -321,6 +330,7 @@ class Trainer:
                 "hash": self.tokenizer.hash,
                 "vocab_size": self.tokenizer.vocab_size,
             },
+            "data": {"batches": self.loader.rule, **self.dataset.identity},
             "progress": {
                 "step": progress.step,
                 "best_loss": progress.best_loss,
@@ -399,21 +409,41 @@ class Trainer:
                     f"note: training.outlier_window was {len(window)}: the window starts empty"
                 )
         self.progress = Progress.from_saved(state["progress"])
+        return notes + self._continue_data(state)
+
+    def _continue_data(self, state: dict[str, Any]) -> list[str]:
+        """Lay out batches as the checkpoint's run did; CheckpointError if its tokens were others.
+
+        Returns what has changed since it was saved.
+        """
+        # Checkpoints had no such record while batches followed the first rule.
+        saved = state.get("data", {"batches": 1})
+        self.loader.follow(saved["batches"])
+        self._set_length()
+        notes = []
+        for split, ours in self.dataset.identity.items():
+            theirs = saved.get(split, ours)
+            if theirs == ours:
+                continue
+            other = f"{theirs['tokens']:,} {split} tokens ({theirs['checksum']:.8})"
+            found = f"{ours['tokens']:,} ({ours['checksum']:.8})"
+            if not self.allow_other_data:
+                changed = _changed(state["config"], self.config.to_dict(), "data")
+                raise CheckpointError(
+                    f"data: expected the checkpoint's {other}, got {found}: "
+                    f"{', '.join(changed) or 'the text has changed'}; "
+                    "to go on with these, add --allow-other-data"
+                )
+            notes.append(f"note: {found} {split} tokens instead of the checkpoint's {other}")
+            if split == "validation":  # the lowest loss was another text's
+                self.progress.best_loss, self.progress.best_step = math.inf, 0
         return notes
 
     # ------------------------------------------------------------------------------------- ending
 
     def _finish(self) -> dict[str, Any]:
         """Validate and sample once more; print the report and where the files are."""
-        report = evaluate(
-            self.wrapper,
-            self.tokenizer,
-            self.dataset.validation,
-            self.config,
-            max_batches=self.config.training.eval_batches,
-            coherence=self.evaluate_coherence,
-            say=self.logger.say_once,
-        )
+        report = self._evaluate()
         about = {"step": self.progress.step, **self.wrapper.get_model_info()}
         self._write_report({"run": about} | report)
         try:
@@ -427,6 +457,27 @@ class Trainer:
             f"checkpoints       {self.folder.latest}, {self.folder.best}"
         )
         return report
+
+    def _evaluate(self) -> dict[str, Any]:
+        """The final report; without samples, and a line that says why, if none can be drawn."""
+
+        def report(generate: bool) -> dict[str, Any]:
+            return evaluate(
+                self.wrapper,
+                self.tokenizer,
+                self.dataset.validation,
+                self.config,
+                max_batches=self.config.training.eval_batches,
+                generate=generate,
+                coherence=self.evaluate_coherence,
+                say=self.logger.say_once,
+            )
+
+        try:
+            return report(generate=True)
+        except ModelError as broken:
+            self.logger.message(f"warning: no samples: {broken}")
+            return report(generate=False)
 
     def _write_report(self, report: dict[str, Any]) -> None:
         path = self.directory / "report.json"
@@ -561,12 +612,20 @@ def require_memory(
 def _differences(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """A note on settings that differ from those the checkpoint was trained with."""
     changed = [
-        f"{section}.{name} {saved.get(section, {}).get(name)!r} → {value!r}"
-        for section in ("model", "data", "training")
-        for name, value in now[section].items()
-        if saved.get(section, {}).get(name) != value
-    ]
+        change for section in ("model", "data", "training")
+        for change in _changed(saved, now, section)
+    ]  # fmt: skip
     return [f"note: changed since the checkpoint: {', '.join(changed)}"] if changed else []
+
+
+def _changed(saved: dict[str, Any], now: dict[str, Any], section: str) -> list[str]:
+    """A section's settings that are not those of the checkpoint, with both values."""
+    before = saved.get(section, {})
+    return [
+        f"{section}.{name} {before.get(name)!r} → {value!r}"
+        for name, value in now[section].items()
+        if before.get(name) != value
+    ]
 
 
 def _what_is_not_finite(record: StepRecord) -> str:
