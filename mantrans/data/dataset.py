@@ -15,7 +15,6 @@ import json
 import os
 import re
 import shutil
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
@@ -24,8 +23,8 @@ from typing import TYPE_CHECKING, Any
 
 import filelock
 import numpy as np
-from tqdm import tqdm
 
+from mantrans import terminal
 from mantrans.data.known import KnownFiles, content_hash
 from mantrans.data.registry import Source, Splits, find_source
 from mantrans.data.shards import ShardWriter, TokenStream
@@ -117,7 +116,7 @@ def prepare(
     opened = _open_folder(folder, tokenizer, known, source.notes)
     known.save()
     for note in () if quiet else opened.notes:
-        print(f"note: {note}", file=sys.stderr)
+        terminal.say(f"note: {note}")
     return opened
 
 
@@ -166,13 +165,8 @@ def _write_folder(
     aside.mkdir()
     try:
         report = ReadReport()
-        with tqdm(
-            desc=f"tokenizing {source.name}",
-            total=source.n_bytes,
-            unit="B",
-            unit_scale=True,
-            disable=quiet,
-        ) as bar:
+        title = f"tokenizing {source.name}"
+        with terminal.Progress(source.n_bytes, title, "B", quiet=quiet) as bar:
             _write_splits(aside, source, tokenizer, plan, report, bar.update)
         _sync_folder(aside)
         aside.rename(folder)

@@ -10,13 +10,10 @@ from __future__ import annotations
 
 import math
 import os
-import signal
 import time
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -42,6 +39,7 @@ from mantrans.training.diagnosis import first_non_finite
 from mantrans.training.lock import run_lock
 from mantrans.training.logger import RunLogger
 from mantrans.training.profile import StepProfiler
+from mantrans.training.signals import StopSignals
 from mantrans.training.step import StepRecord, TrainStep
 from mantrans.wrapper import CustomTransformerWrapper
 
@@ -104,7 +102,7 @@ class Trainer:
         self.config, self.debug_nan = config, debug_nan
         self.evaluate_coherence = evaluate_coherence
         self.allow_other_data = allow_other_data
-        self.stop_signal: int | None = None
+        self.signals = StopSignals()
         self.progress = Progress()
         self.directory = Path(config.training.output_dir) / config.training.experiment_name
         self.locks = ExitStack()
@@ -201,19 +199,18 @@ class Trainer:
     def run(self) -> dict[str, Any] | None:
         """Train to the end. Returns the final report, or None if a signal ended the run early."""
         progress = self.progress
-        restore = self._listen_for_signals()
         self._timer = time.perf_counter(), progress.step
         try:
-            while progress.step < self.total_steps and self.stop_signal is None:
-                self._advance()
-            if progress.step == self.total_steps:
-                return self._finish()
-            self._interrupted()
-            return None
+            with self.signals.caught():
+                while progress.step < self.total_steps and self.signals.first is None:
+                    self._advance()
+                if progress.step >= self.total_steps:
+                    return self._finish()
+                self._interrupted()
+                return None
         finally:
             if self.profiler:
                 self.profiler.finish()
-            restore()
             self.logger.close()
             self.locks.close()
 
@@ -511,25 +508,6 @@ class Trainer:
         raise MantransError(
             f"step {step + 1}: {n} step{'s' * (n > 1)} in a row not finite; {where}; {saved}"
         )
-
-    def _listen_for_signals(self) -> Callable[[], None]:
-        """SIGTERM and Ctrl-C end the run after this step; a second Ctrl-C ends it at once.
-
-        Returns a function that restores the earlier handlers.
-        """
-
-        def note(number: int, frame: FrameType | None) -> None:
-            if self.stop_signal is not None and number == signal.SIGINT:
-                raise KeyboardInterrupt
-            self.stop_signal = number
-
-        before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-
-        def restore() -> None:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-        return restore
 
     # -------------------------------------------------------------------------------------- start
 
