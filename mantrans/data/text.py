@@ -137,20 +137,23 @@ def read_jsonl(
     A line is broken if it is not UTF-8, not a JSON object, has no string in that field, or is over
     128 MiB. DataError if every line is broken.
     """
-    before, first = report.rows - report.broken, ""
+    before = report.rows - report.broken
+    faults: list[str] = []
 
     def rows() -> Iterator[tuple[int, str | None, str]]:
-        nonlocal first
         for number, line in _lines(file):
             text, fault = _text_of_line(line, text_field)
-            first = first or fault
+            if fault and not faults:
+                faults.append(fault)
             del line
             yield number, text, fault
 
     for text in report.texts(rows(), str(file), refuse_broken_lines, "line"):
         yield from pieces_of(text)
-    if first and report.rows - report.broken == before:
-        raise DataError(f"{file}: none of its lines can be used; the first: {single_line(first)}")
+    if faults and report.rows - report.broken == before:
+        raise DataError(
+            f"{file}: none of its lines can be used; the first: {single_line(faults[0])}"
+        )
 
 
 def read_parquet(

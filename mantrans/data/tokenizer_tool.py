@@ -20,6 +20,7 @@ import json
 import re
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -93,17 +94,16 @@ def train(
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
         show_progress=show_progress,
     )
-    n_cuts = 0
+    counts = Counter[str]()
 
     def texts() -> Iterator[str]:
-        nonlocal n_cuts
         for piece in pieces:
             parts = _cut(piece.text)
-            n_cuts += len(parts) - 1
+            counts["cuts"] += len(parts) - 1
             yield from parts
 
     library.train_from_iterator(texts(), trainer)
-    if n_cuts:
+    if n_cuts := counts["cuts"]:
         say(f"words of over {_LONGEST_WORD} characters were cut to learn from, {n_cuts:,} times")
     if library.get_vocab_size() != vocab_size:
         raise DataError(
