@@ -326,12 +326,12 @@ def test_a_broken_file_is_refused_in_one_line(
 ) -> None:
     path = tmp_path / "c.yaml"
     path.write_bytes(content)
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(ConfigError) as caught:
         Config.load(path)
     assert expected in str(caught.value)
     assert str(path) in str(caught.value) and str(caught.value).isprintable()
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
 
 
 def test_what_is_not_a_readable_file_is_refused(tmp_path: Path) -> None:
@@ -358,12 +358,12 @@ def test_an_alias_bomb_ends_at_once_and_in_little_memory(tmp_path: Path) -> None
     path = tmp_path / "c.yaml"
     path.write_text(bomb)
     tracemalloc.start()
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(ConfigError, match="anchors and aliases"):
         Config.load(path)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert time.perf_counter() - start < 1 and peak < 4 << 20
+    assert time.process_time() - start < 1 and peak < 4 << 20
 
 
 SCALARS = st.one_of(

@@ -118,8 +118,7 @@ def _decompressed(file: Path) -> IO[bytes]:
             import pyarrow
         except ImportError:
             raise DataError(
-                f"{file}: .zst needs the package pyarrow, which datasets brings "
-                "(pip install datasets); .gz needs none"
+                f"{file}: .zst needs the package pyarrow (pip install pyarrow); .gz needs none"
             ) from None
         return io.BufferedReader(pyarrow.input_stream(str(file), compression="zstd"))
     return file.open("rb")

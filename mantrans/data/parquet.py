@@ -20,8 +20,8 @@ def column_of(file: Path, column: str) -> Iterator[tuple[int, str | None, str]]:
         from pyarrow.parquet import ParquetFile
     except ImportError:
         raise DataError(
-            f"{file}: .parquet needs the package pyarrow, which datasets brings "
-            "(pip install datasets); .txt and .jsonl need none"
+            f"{file}: .parquet needs the package pyarrow (pip install pyarrow); "
+            ".txt and .jsonl need none"
         ) from None
     number = 0
     try:

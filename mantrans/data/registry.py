@@ -1,8 +1,8 @@
 """The named data sets, and local files: each a `Source` of documents.
 
 A source is cheap to create: it has an `identity`, the key of the token cache, and reads nothing
-before it is opened. The `datasets` library is imported only for sets from the hub and for Parquet
-files; built-in stories, `.txt` and `.jsonl` need no other package.
+before it is opened. The `datasets` library is imported only for sets from the hub, `pyarrow` for
+Parquet and `.zst` files; built-in stories, `.txt` and `.jsonl` need no other package.
 """
 
 from __future__ import annotations
