@@ -72,8 +72,9 @@ class TokenDataset:
         n_bytes = self.train.n_bytes + self.validation.n_bytes
         if documents == self.documents:
             return f"all {documents:,} documents, {n_bytes:,} bytes"
-        whole = [f"{count:,}" if count else "?" for count in (self.documents, self.bytes)]
-        return f"{documents:,} of {whole[0]} documents, {n_bytes:,} of {whole[1]} bytes"
+        of_all = "more" if self.documents is None else f"{self.documents:,}"
+        of_bytes = "" if self.bytes is None else f" of {self.bytes:,}"
+        return f"{documents:,} of {of_all} documents, {n_bytes:,}{of_bytes} bytes"
 
 
 def prepare(
