@@ -20,7 +20,8 @@ import pytest
 
 from mantrans.config import DataConfig
 from mantrans.data import dataset, registry, shards, stories
-from mantrans.data.dataset import TokenDataset, held_out, prepare
+from mantrans.data.dataset import TokenDataset, prepare
+from mantrans.data.holdout import held_out
 from mantrans.data.known import KnownFiles
 from mantrans.data.registry import find_source
 from mantrans.data.shards import ShardWriter, TokenStream

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from mantrans.cli import main
 from mantrans.data import tokenizer_tool
+from mantrans.data.holdout import part_of
 from mantrans.data.text import Piece, pieces_of, read_txt
 from mantrans.data.tokenizer import (
     END_OF_TEXT,
@@ -84,7 +85,7 @@ def test_unseen_tinystories_take_at_least_3_6_bytes_a_token(shipped: Tokenizer) 
     manifest = json.loads((SHIPPED / NAME / "manifest.json").read_text())
     fraction = manifest["held_out_of_each_input"]
     assert fraction == 0.1
-    held = tokenizer_tool.part_of(lambda: read_txt(SAMPLE), fraction, held=True)
+    held = part_of(lambda: read_txt(SAMPLE), fraction, held=True)
     result = tokenizer_tool.analyze(shipped, held)
     assert 60 < result.documents < 120
     assert result.bytes_per_token >= 3.6
@@ -391,9 +392,7 @@ def test_training_twice_gives_the_same_bytes(tmp_path: Path) -> None:
 def test_held_out_documents_are_left_out_of_training(tmp_path: Path) -> None:
     file = tmp_path / "a.txt"
     file.write_text(END_OF_TEXT.join(f"document {i}" for i in range(200)))
-    kept, held = (
-        [*tokenizer_tool.part_of(lambda: read_txt(file), 0.1, held)] for held in (False, True)
-    )
+    kept, held = ([*part_of(lambda: read_txt(file), 0.1, held)] for held in (False, True))
     assert len(kept) + len(held) == 200
     assert 8 < len(held) < 35
     assert not {piece.text for piece in kept} & {piece.text for piece in held}
@@ -430,11 +429,11 @@ def test_the_parts_of_a_text_are_all_of_it_and_share_nothing() -> None:
         return [Piece(text[:10], False), Piece(text[10:905], False), Piece(text[905:], True)]
 
     for fraction in (0.001, 0.1, 0.5, 0.99):
-        kept, held = ([*tokenizer_tool.part_of(read, fraction, side)] for side in (False, True))
+        kept, held = ([*part_of(read, fraction, side)] for side in (False, True))
         parts = ["".join(piece.text for piece in part) for part in (kept, held)]
         assert "".join(parts) == text and len(parts[1]) == round(1000 * fraction)
-    assert [*tokenizer_tool.part_of(read, 0.0, False)] == read()
-    assert [*tokenizer_tool.part_of(lambda: [], 0.1, True)] == []
+    assert [*part_of(read, 0.0, False)] == read()
+    assert [*part_of(lambda: [], 0.1, True)] == []
 
 
 @pytest.mark.parametrize("word", ["ACGT", "漢字かな", "x", "  ", "=-", "\u3000"])

@@ -25,6 +25,7 @@ import filelock
 import numpy as np
 
 from mantrans import terminal
+from mantrans.data.holdout import held_out
 from mantrans.data.known import KnownFiles, content_hash
 from mantrans.data.registry import Source, Splits, find_source
 from mantrans.data.shards import ShardWriter, TokenStream
@@ -119,15 +120,6 @@ def prepare(
     for note in () if quiet else opened.notes:
         terminal.say(f"note: {note}")
     return opened
-
-
-def held_out(index: int, fraction: float) -> bool:
-    """Whether document number `index` is held out for validation, in a set without that split.
-
-    The answer is a hash of the number: it depends on neither the seed nor the set's size.
-    """
-    digest = hashlib.blake2b(index.to_bytes(8, "little"), digest_size=8).digest()
-    return int.from_bytes(digest, "little") < fraction * 2**64
 
 
 @dataclass(frozen=True)

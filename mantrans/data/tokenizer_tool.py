@@ -8,9 +8,7 @@
 
 `--hold-out` leaves out the same documents that `data.validation_fraction` of the same size holds
 out of training, so that neither tokenizer nor model has seen them; `analyze --held-out` counts only
-these. Where one side would have no document, as with a text that is one, all three hold out the
-last part of the text: training by tokens, which the tokenizer must exist for, this tool by
-characters, and it says so.
+these (`holdout`, also for a text of one document).
 """
 
 from __future__ import annotations
@@ -32,8 +30,8 @@ import numpy as np
 import tokenizers
 
 from mantrans.config import DATASETS
-from mantrans.data.dataset import held_out
 from mantrans.data.files import ACCEPTED
+from mantrans.data.holdout import part_of
 from mantrans.data.registry import Source, find_source
 from mantrans.data.text import Piece, ReadReport
 from mantrans.data.tokenizer import (
@@ -151,53 +149,6 @@ def _cut(text: str) -> list[str]:
     """The text, cut inside words, and runs of white space, that are too long."""
     cuts = [0, *(found.end() for found in _TOO_LONG.finditer(text)), len(text)]
     return [text[start:stop] for start, stop in pairwise(cuts)]
-
-
-def part_of(
-    read: Callable[[], Iterable[Piece]],
-    fraction: float,
-    held: bool,
-    say: Callable[[str], None] = lambda note: None,
-) -> Iterator[Piece]:
-    """The documents that `fraction` holds out, or the others.
-
-    If these would be none, the last or first part of the text, by characters; `say` is called with
-    a note on that. read: starts reading; called twice if fraction is not 0.
-    """
-    length = _length_of_one_side(read(), fraction) if fraction else None
-    if length is not None:
-        say(
-            f"one side would have no document: the last {fraction:.3g} of the text is held out, "
-            "by characters"
-        )
-        yield from _part_of_text(read(), length - round(length * fraction), held)
-        return
-    index = 0
-    for piece in read():
-        if held_out(index, fraction) == held:
-            yield piece
-        index += piece.ends
-
-
-def _length_of_one_side(pieces: Iterable[Piece], fraction: float) -> int | None:
-    """The text's characters if all its documents are held out, or none is; else None."""
-    index, length, sides = 0, 0, set()
-    for piece in pieces:
-        sides.add(held_out(index, fraction))
-        if len(sides) > 1:
-            return None
-        length += len(piece.text)
-        index += piece.ends
-    return length
-
-
-def _part_of_text(pieces: Iterable[Piece], cut: int, held: bool) -> Iterator[Piece]:
-    """What comes after the first `cut` characters, or before."""
-    for text, ends in pieces:
-        part = text[max(cut, 0) :] if held else text[: max(cut, 0)]
-        if part:
-            yield Piece(part, ends and (held or len(text) <= cut))
-        cut -= len(text)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
