@@ -8,6 +8,7 @@ evaluate.py and config_summary.py run the first three commands.
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import signal
 import sys
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from mantrans.errors import MantransError
+from mantrans.options import integer
 
 MISTAKE, INTERRUPTED, PIPE_CLOSED = 2, 128 + signal.SIGINT, 128 + signal.SIGPIPE
 
@@ -28,9 +30,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     of the system or full memory; 130 after Ctrl-C; 141, without a message, if the reader of
     standard output has gone.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # print what the encoding lacks as \u2192
+            stream.reconfigure(errors="backslashreplace")
     try:
         status = run(list(sys.argv[1:] if arguments is None else arguments))
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
         return status
     except KeyboardInterrupt:
         return INTERRUPTED
@@ -84,7 +90,13 @@ def train(arguments: list[str]) -> int:
         action="store_true",
         help="stop at the first step that is not finite, and name the layer",
     )
-    add("--profile", type=int, default=0, metavar="N", help="profile N steps, see runs/NAME")
+    add(
+        "--profile",
+        type=integer(0, 1000),
+        default=0,
+        metavar="N",
+        help="profile N steps, see runs/NAME",
+    )
     add("--no-selfcheck", action="store_true", help="on a GPU: do not check the kernels first")
     options = parser.parse_args(arguments)
     from mantrans.config import Config
@@ -123,7 +135,7 @@ def evaluate(arguments: list[str]) -> int:
     add("--checkpoint", type=Path, required=True, help="the model to measure")
     add("--config", type=Path, help="YAML file (default: the checkpoint's config)")
     add("--generate", action="store_true", help="write samples, and measure their diversity")
-    add("--max-batches", type=positive, metavar="N", help="stop after N batches of validation data")
+    add("--max-batches", type=integer(1), metavar="N", help="stop after N batches of validation")
     add("--json", type=Path, metavar="FILE", help="also write the report there")
     add("--device", help="auto, cpu, cuda or cuda:N; without it training.device")
     add("--no-coherence-eval", action="store_true", help="do not ask a Claude model for scores")
@@ -144,7 +156,7 @@ def summary(arguments: list[str]) -> int:
     parser.add_argument("config", help="a YAML file, such as configs/quickstart.yaml")
     add_overrides(parser)
     parser.add_argument(
-        "--tokens", type=int, help="tokens in the training set, for the steps of an epoch"
+        "--tokens", type=integer(1), help="tokens in the training set, for the steps of an epoch"
     )
     options = parser.parse_args(arguments)
     from mantrans.config import Config
@@ -164,10 +176,10 @@ def generate(arguments: list[str]) -> int:
     add = parser.add_argument
     add("--checkpoint", type=Path, required=True, help="a model that train.py saved")
     add("--prompt", required=True, help="the text to continue")
-    add("--max-length", type=positive, metavar="N", help="tokens in all, prompt included")
+    add("--max-length", type=integer(1, 2**20), metavar="N", help="tokens, prompt included")
     add("--temperature", type=float, help="below 1 safer, above 1 wilder, 0 always the most likely")
-    add("--top-k", type=positive, metavar="K", help="sample from the K most likely tokens")
-    add("--seed", type=int, help="of the sampling; another seed gives another text")
+    add("--top-k", type=integer(1, 2**24), metavar="K", help="sample from the K most likely")
+    add("--seed", type=integer(0, 2**63 - 1), help="of the sampling; another gives another text")
     add("--device", help="auto, cpu, cuda or cuda:N; without it training.device")
     options = parser.parse_args(arguments)
     from mantrans.evaluation.evaluator import printable
@@ -247,10 +259,3 @@ def add_overrides(parser: argparse.ArgumentParser) -> None:
         "--set", action="append", default=[], dest="overrides", metavar="SECTION.FIELD=VALUE",
         help="change one field of the config, e.g. training.learning_rate=3e-4; may be repeated",
     )  # fmt: skip
-
-
-def positive(text: str) -> int:
-    """argparse's type for a count of at least 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected an integer of at least 1, got {text!r}")
-    return int(text)

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from mantrans.config.arguments import SAMPLING, checked
+from mantrans.kernels.reference import widen
 from mantrans.models.transformer import CustomTransformer
 
 
@@ -21,6 +23,7 @@ def window_start(length: int, max_seq_len: int) -> int:
     return max(0, -(-(length - max_seq_len) // stride)) * stride
 
 
+@checked(**{name: SAMPLING[name] for name in ("temperature", "top_k", "top_p")})
 def sample(
     logits: Tensor,
     generator: torch.Generator,
@@ -33,10 +36,11 @@ def sample(
     temperature divides the logits, 0 takes the most likely token; top_k keeps the k most likely;
     top_p the smallest set of likely tokens whose probabilities sum to p (Holtzman et al. 2020).
     """
-    logits = logits.float()
+    logits = widen(logits)
     if temperature == 0:
         return logits.argmax(-1)
-    logits = logits / temperature
+    # From the largest, so that no quotient is infinite but those of probability 0.
+    logits = (logits - logits.max(-1, keepdim=True).values) / temperature
     if top_k is not None and top_k < logits.shape[-1]:
         threshold = logits.topk(top_k).values[:, -1:]
         logits = logits.masked_fill(logits < threshold, -torch.inf)
@@ -54,7 +58,7 @@ class Decoder:
 
     sequences: one list of tokens per row, which the caller extends by one token between calls.
     max_length: the final length of the shortest; the cache has room for it.
-    use_cache: False recomputes everything at each call and gives the same tokens.
+    use_cache: False recomputes everything at each call.
     """
 
     def __init__(
@@ -93,6 +97,7 @@ class Decoder:
         return torch.tensor(values, device=self.model.parameters.weights.device)
 
 
+@checked(**SAMPLING)
 def stream(
     model: CustomTransformer,
     prompts: list[list[int]],
