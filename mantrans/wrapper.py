@@ -148,7 +148,7 @@ class CustomTransformerWrapper:
         self.config = config.model_copy(update={"dtype": _name(self.dtype)})
         options = _checked_options(optimizer, optimizer_options)
         try:
-            ops = backends.choose(backend, self.device)
+            ops = backends.choose(backend, self.device, self.dtype)
         except ValueError as wrong:
             raise ConfigError(str(wrong)) from None
         self.model = CustomTransformer(
@@ -273,6 +273,7 @@ class CustomTransformerWrapper:
             of bfloat16's few values, and two tokens close to each other change places.
         Returns (B, L) int64 for a tensor, where rows that ended early are padded with eos_token_id;
         for a list, a list of 1-D tensors.
+        Raises ValueError for wrong arguments, ModelError if the model's logits are not finite.
         """
         as_tensor = isinstance(input_ids, Tensor)
         rows = self._checked_prompts(input_ids)
@@ -313,7 +314,8 @@ class CustomTransformerWrapper:
         """The new tokens of `generate`, with the same arguments, as soon as they are drawn.
 
         Yields at each step a list with one token per prompt, None for a row that has ended. Wrong
-        arguments raise ValueError at once, not at the first token.
+        arguments raise ValueError at once, not at the first token; ModelError comes when a token is
+        due and the model's logits are not finite.
         """
         prompts = self._checked_prompts(input_ids)
         if eos_token_id is not None and eos_token_id >= self.model.vocab_size:
