@@ -35,12 +35,14 @@ class JsonLines:
         self.trouble: str | None = None
         self._waiting: list[bytes] = []
         try:
+            if path.exists() and not path.is_file():
+                raise OSError(0, "it is not a regular file")
             if resume_step is None:
                 if path.exists() and path.stat().st_size:
                     os.replace(path, path.with_name(path.name + ".previous"))
             else:
                 _keep_until(path, resume_step)
-            self._file: FileIO = open(path, "ab", buffering=0)  # noqa: SIM115 (closed by close)
+            self._file: FileIO = open(path, "ab", buffering=0, opener=_opened)  # noqa: SIM115
             self._end = self._file.seek(0, os.SEEK_END)
         except OSError as error:
             raise MantransError(f"{path}: cannot be written ({error.strerror})") from None
@@ -80,6 +82,11 @@ def read_records(path: Path) -> list[dict[str, Any]]:
         if isinstance(record, dict):
             records.append(record)
     return records
+
+
+def _opened(path: str, flags: int) -> int:
+    """Not through a link, and not waiting for the other end of a FIFO."""
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
 
 
 def _keep_until(path: Path, step: int) -> None:
