@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from mantrans.checkpoint import state_file
 from mantrans.checkpoint.folder import newest_intact
@@ -51,6 +51,39 @@ def find_checkpoint(resume: str, training: TrainingConfig) -> tuple[Path, list[s
         f"resume: expected {LATEST}, a checkpoint (*.pt), or the folder or name of a run in "
         f"{checkpoints} or {records}, got {single_line(resume)}"
     )
+
+
+class Checkpoint(NamedTuple):
+    """A checkpoint that a run goes on from."""
+
+    path: Path
+    state: dict[str, Any]
+
+    @classmethod
+    def load(cls, path: Path) -> Checkpoint:
+        """Raises CheckpointError: damaged, or not of a training run."""
+        state = state_file.load(path)
+        if "progress" not in state:
+            raise CheckpointError(f"{path}: expected a run's checkpoint, got a model's alone")
+        return cls(path, state)
+
+    @property
+    def origin(self) -> tuple[Path, str]:
+        """Where it lies, and the name of the run that saved it."""
+        with state_file.understood(self.path):
+            return self.path, str(self.state["config"]["training"]["experiment_name"])
+
+    def logits_chunk_rows(self) -> int | None:
+        """Rows of logits at a time, which gradients' last bits depend on. ValueError if odd."""
+        rows = self.state.get("logits_chunk_rows")
+        if rows is not None and (type(rows) is not int or rows < 1):
+            raise ValueError(f"logits_chunk_rows: expected a count, got {rows!r:.20}")
+        return rows
+
+
+def was_restarted() -> bool:
+    """Whether torchrun has started this process again after a failure."""
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0").strip() not in ("", "0")
 
 
 def own_config(resume: str, defaults: str, overrides: Sequence[str]) -> Config:
@@ -101,3 +134,22 @@ def _short(folder: Path) -> str:
     """A path as one would type it here."""
     here = Path.cwd()
     return str(folder.relative_to(here)) if folder.is_relative_to(here) else str(folder)
+
+
+def differences(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """A note on settings that differ from those the checkpoint was trained with."""
+    changed = [
+        change for section in ("model", "data", "training")
+        for change in changed_settings(saved, now, section)
+    ]  # fmt: skip
+    return [f"note: changed since the checkpoint: {', '.join(changed)}"] if changed else []
+
+
+def changed_settings(saved: dict[str, Any], now: dict[str, Any], section: str) -> list[str]:
+    """A section's settings that are not those of the checkpoint, with both values."""
+    before = saved.get(section, {})
+    return [
+        f"{section}.{name} {before.get(name)!r} → {value!r}"
+        for name, value in now[section].items()
+        if before.get(name) != value
+    ]
