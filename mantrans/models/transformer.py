@@ -77,6 +77,8 @@ class CustomTransformer:
         self, tokens: Tensor, document_start: Tensor | None, keep: bool = True
     ) -> Tensor:
         """tokens (B, T) -> y (B, T, C), the input of the output projection."""
+        tokens = tokens.contiguous()  # kernels take no other
+        document_start = None if document_start is None else document_start.contiguous()
         if not keep:
             return self.network.forward(tokens, document_start)[0]
         blocks: list = []

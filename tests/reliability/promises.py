@@ -297,6 +297,17 @@ PROMISES = (
             HERE + "test_numerics.py::test_another_outlier_window_begins_empty_and_says_so",
             "tests/test_step.py::"
             "test_outlier_guard_refuses_what_is_far_above_and_learns_a_new_level",
+            "tests/test_step.py::test_outlier_guard_does_not_take_a_rounding_for_an_outlier",
+        ),
+    ),
+    Promise(
+        "Numerical trouble",
+        "A model whose logits are not finite draws nothing: generation and both commands end in "
+        "one line, at temperature 0 too; a run finishes without samples, and says so.",
+        (
+            "tests/test_edges_generation.py::test_a_broken_model_speaks_up_when_it_generates",
+            "tests/test_edges_generation.py::test_commands_end_in_one_line_for_a_broken_checkpoint",
+            "tests/test_edges_generation.py::test_a_run_whose_model_gives_no_samples_ends_well",
         ),
     ),
     Promise(
