@@ -14,7 +14,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
-from mantrans.checkpoint.atomic import replacing, write_all
+from mantrans.checkpoint.atomic import open_regular, replacing, write_all
 from mantrans.errors import MantransError
 
 _MAX_WAITING = 100_000
@@ -74,7 +74,9 @@ class JsonLines:
 def read_records(path: Path) -> list[dict[str, Any]]:
     """Return the complete records of a file, without a last line cut short by a kill."""
     records = []
-    for line in path.read_bytes().splitlines():
+    with open_regular(path) as file:
+        lines = file.read().splitlines()
+    for line in lines:
         try:
             record = json.loads(line)
         except ValueError:

@@ -47,7 +47,7 @@ class RunFolders:
         ]
         self._locks = ExitStack()
         try:
-            for folder in {path.resolve(): path for path in self._both()}.values():
+            for folder in dict.fromkeys(os.path.realpath(path) for path in self._both()):
                 self._locks.enter_context(run_lock(folder))
         except BaseException:
             self.close()
@@ -73,12 +73,14 @@ class RunFolders:
 
     def is_inside(self, checkpoint: Path) -> bool:
         """Whether a checkpoint file, links followed, is one of this run's."""
-        return checkpoint.resolve().parent == self.checkpoints.resolve()
+        return os.path.dirname(os.path.realpath(checkpoint)) == os.path.realpath(self.checkpoints)
 
     def is_of_this_run(self, checkpoint: Path, saved_name: str) -> bool:
         """Whether a checkpoint with this experiment's name in it goes on here: one of this run's,
         or a copy that lies elsewhere, but not one of an earlier run that was moved to NAME.1."""
-        moved = re.fullmatch(rf"{re.escape(self.name)}\.[0-9]+", checkpoint.resolve().parent.name)
+        moved = re.fullmatch(
+            rf"{re.escape(self.name)}\.[0-9]+", Path(os.path.realpath(checkpoint)).parent.name
+        )
         return self.is_inside(checkpoint) or (saved_name == self.name and not moved)
 
     def check(self, *, replaced: bool) -> None:
