@@ -41,11 +41,11 @@ def replacing(path: Path) -> Iterator[FileIO]:
 
 def open_regular(path: Path) -> BufferedReader:
     """Open a file to read bytes. OSError for a FIFO, a device or the like, which could hang."""
-    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        file.close()
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
         raise OSError(errno.EINVAL, "it is not a regular file", str(path))
-    return file
+    return os.fdopen(descriptor, "rb")
 
 
 def temporary_name(path: Path) -> Path:

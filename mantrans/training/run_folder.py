@@ -40,11 +40,11 @@ class RunFolders:
         self.records = Path(training.output_dir) / self.name
         self.checkpoints = Path(training.checkpoint_dir) / self.name
         self._absent = [
-            folder
-            for end in self._both()
-            for folder in (end, *end.parents)
-            if not os.path.lexists(folder)
+            folder for end in self._both() for folder in (end, *end.parents) if not folder.exists()
         ]
+        for folder in self._absent:
+            if folder.is_symlink():
+                raise MantransError(f"{folder}: expected a folder, or none, got a broken link")
         self._locks = ExitStack()
         try:
             for folder in dict.fromkeys(os.path.realpath(path) for path in self._both()):
@@ -78,9 +78,8 @@ class RunFolders:
     def is_of_this_run(self, checkpoint: Path, saved_name: str) -> bool:
         """Whether a checkpoint with this experiment's name in it goes on here: one of this run's,
         or a copy that lies elsewhere, but not one of an earlier run that was moved to NAME.1."""
-        moved = re.fullmatch(
-            rf"{re.escape(self.name)}\.[0-9]+", Path(os.path.realpath(checkpoint)).parent.name
-        )
+        folder = os.path.basename(os.path.dirname(os.path.realpath(checkpoint)))
+        moved = re.fullmatch(rf"{re.escape(self.name)}\.[0-9]+", folder)
         return self.is_inside(checkpoint) or (saved_name == self.name and not moved)
 
     def check(self, *, replaced: bool) -> None:
