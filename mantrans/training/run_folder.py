@@ -47,8 +47,8 @@ class RunFolders:
                 raise MantransError(f"{folder}: expected a folder, or none, got a broken link")
         self._locks = ExitStack()
         try:
-            for folder in dict.fromkeys(os.path.realpath(path) for path in self._both()):
-                self._locks.enter_context(run_lock(folder))
+            for place in dict.fromkeys(os.path.realpath(path) for path in self._both()):
+                self._locks.enter_context(run_lock(place))
         except BaseException:
             self.close()
             raise
