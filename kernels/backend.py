@@ -34,10 +34,10 @@ def choose(name: str, device: torch.device, dtype: torch.dtype = torch.float32) 
         raise ValueError("backend: expected native or reference for float64, got triton")
     try:
         module = importlib.import_module(f"mantrans.kernels.{name}")
-        from mantrans.kernels.triton.launch import interpreted
+        from mantrans.kernels.triton.launch import gpu_of
     except ImportError as missing:
         raise ValueError(f"backend: triton needs the package `triton` ({missing})") from missing
-    if device.type != "cuda" and not interpreted():
+    if device.type != "cuda" and gpu_of(device) is None:
         raise ValueError(
             f"backend: expected native or reference on {device.type}, got triton, which needs cuda"
         )

@@ -14,10 +14,13 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from mantrans.errors import MantransError
+from mantrans import terminal
+from mantrans.errors import MantransError, show
+from mantrans.options import integer
 
+QUICKSTART = "configs/quickstart.yaml"
 MISTAKE, INTERRUPTED, PIPE_CLOSED = 2, 128 + signal.SIGINT, 128 + signal.SIGPIPE
 
 
@@ -25,17 +28,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command of `mantrans`; without arguments, those of the process.
 
     Returns the exit status: 0; 2 after one line on standard error, for a user's mistake, an error
-    of the system or full memory; 130 after Ctrl-C; 141, without a message, if the reader of
-    standard output has gone.
+    of the system or full memory; 130 after Ctrl-C, 128 + its number after another signal that
+    ended the command at once; 141, without a message, if the reader of standard output has gone.
     """
+    terminal.reserve_standard_streams()
+    terminal.escape_what_encodings_lack()
     try:
-        status = run(list(sys.argv[1:] if arguments is None else arguments))
-        sys.stdout.flush()
+        with terminal.lossy("stderr"):
+            return _status(list(sys.argv[1:] if arguments is None else arguments))
+    finally:
+        terminal.discard_unwritten()
+
+
+def _status(arguments: list[str]) -> int:
+    """Run the command; its exit status."""
+    try:
+        status = run(arguments)
+        if sys.stdout is not None:
+            sys.stdout.flush()
         return status
-    except KeyboardInterrupt:
-        return INTERRUPTED
+    except KeyboardInterrupt as stop:
+        return 128 + (stop.args[0] if stop.args else signal.SIGINT)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
         return PIPE_CLOSED
     except MantransError as error:
         reason = str(error)
@@ -48,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not runtime.is_out_of_memory(error):
             raise
         reason = runtime.OUT_OF_MEMORY
-    print(f"error: {reason}", file=sys.stderr)
+    terminal.say(f"error: {reason}")
     return MISTAKE
 
 
@@ -62,7 +76,22 @@ def run(arguments: list[str]) -> int:
 
 
 class Parser(argparse.ArgumentParser):
-    """Reports a wrong command line like any other mistake."""
+    """Reports a wrong command line like any other mistake.
+
+    A blank argument is one: it is what a shell makes of a variable that is not set. An argument
+    that may be empty has the type `str`.
+    """
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.register("type", None, not_blank)
+        self.register("type", Path, lambda text: Path(at_home(text)))
+
+    def add_subparsers(self, **options: Any) -> Any:
+        """Commands of this command, each of which checks its own arguments."""
+        commands = super().add_subparsers(**options)
+        commands.type = str
+        return commands
 
     def error(self, message: str) -> NoReturn:
         raise MantransError(f"{message}; see --help")
@@ -75,9 +104,18 @@ def train(arguments: list[str]) -> int:
     """train a model"""
     parser = Parser("mantrans train", description="Train a model.")
     add = parser.add_argument
-    add("--config", default="configs/quickstart.yaml", help="a YAML file")
+    add(
+        "--config",
+        type=at_home,
+        help=f"a YAML file (default: {QUICKSTART}, or the resumed run's own)",
+    )
     add_overrides(parser)
-    add("--resume", metavar="PATH", help="a checkpoint, or 'latest': the experiment's newest")
+    add(
+        "--resume",
+        type=at_home,
+        metavar="RUN",
+        help="go on with a run: its name, its folder, a checkpoint, or 'latest', the experiment's",
+    )
     add(
         "--allow-other-data",
         action="store_true",
@@ -89,31 +127,43 @@ def train(arguments: list[str]) -> int:
         action="store_true",
         help="stop at the first step that is not finite, and name the layer",
     )
-    add("--profile", type=int, default=0, metavar="N", help="profile N steps, see runs/NAME")
+    add(
+        "--profile",
+        type=integer(0, 1000),
+        default=0,
+        metavar="N",
+        help="profile N steps, see runs/NAME",
+    )
     add("--no-selfcheck", action="store_true", help="on a GPU: do not check the kernels first")
     options = parser.parse_args(arguments)
     from mantrans.config import Config
+    from mantrans.training import resume
     from mantrans.training.trainer import Trainer
 
     threading.excepthook = background_failure
-    trainer = Trainer(
-        Config.load(options.config, options.overrides),
-        resume=options.resume,
-        allow_other_data=options.allow_other_data,
-        evaluate_coherence=not options.no_coherence_eval,
-        debug_nan=options.debug_nan,
-        check_kernels=not options.no_selfcheck,
-        profile=options.profile,
-    )
-    trainer.run()
-    return INTERRUPTED if trainer.stop_signal == signal.SIGINT else 0
+    with terminal.lossy("stdout"):
+        if options.config is None and options.resume is not None:
+            config = resume.own_config(options.resume, QUICKSTART, options.overrides)
+        else:
+            config = Config.load(options.config or QUICKSTART, options.overrides)
+        trainer = Trainer(
+            config,
+            resume=options.resume,
+            allow_other_data=options.allow_other_data,
+            evaluate_coherence=not options.no_coherence_eval,
+            debug_nan=options.debug_nan,
+            check_kernels=not options.no_selfcheck,
+            profile=options.profile,
+        )
+        trainer.run()
+    return INTERRUPTED if trainer.signals.first == signal.SIGINT else 0
 
 
 def background_failure(failure: threading.ExceptHookArgs) -> None:
     """Report a disk error of TensorBoard's writer thread as a warning."""
     if isinstance(failure.exc_value, OSError):
         reason = failure.exc_value.strerror
-        print(f"warning: TensorBoard's files are no longer written ({reason})", file=sys.stderr)
+        terminal.say(f"warning: TensorBoard's files are no longer written ({reason})")
     else:
         threading.__excepthook__(failure)
 
@@ -129,7 +179,7 @@ def evaluate(arguments: list[str]) -> int:
     add("--checkpoint", type=Path, required=True, help="the model to measure")
     add("--config", type=Path, help="YAML file (default: the checkpoint's config)")
     add("--generate", action="store_true", help="write samples, and measure their diversity")
-    add("--max-batches", type=positive, metavar="N", help="stop after N batches of validation data")
+    add("--max-batches", type=integer(1), metavar="N", help="stop after N batches of validation")
     add("--json", type=Path, metavar="FILE", help="also write the report there")
     add("--device", help="auto, cpu, cuda or cuda:N; without it training.device")
     add("--no-coherence-eval", action="store_true", help="do not ask a Claude model for scores")
@@ -147,16 +197,16 @@ def summary(arguments: list[str]) -> int:
         "mantrans summary",
         description="Show the size, work and memory of a configuration before it is run.",
     )
-    parser.add_argument("config", help="a YAML file, such as configs/quickstart.yaml")
+    parser.add_argument("config", type=at_home, help="a YAML file, such as configs/quickstart.yaml")
     add_overrides(parser)
     parser.add_argument(
-        "--tokens", type=int, help="tokens in the training set, for the steps of an epoch"
+        "--tokens", type=integer(1), help="tokens in the training set, for the steps of an epoch"
     )
     options = parser.parse_args(arguments)
     from mantrans.config import Config
     from mantrans.training import summary as text
 
-    print(text.summary(Config.load(options.config, options.overrides), options.tokens))
+    terminal.show(text.summary(Config.load(options.config, options.overrides), options.tokens))
     return 0
 
 
@@ -169,11 +219,11 @@ def generate(arguments: list[str]) -> int:
     )
     add = parser.add_argument
     add("--checkpoint", type=Path, required=True, help="a model that train.py saved")
-    add("--prompt", required=True, help="the text to continue")
-    add("--max-length", type=positive, metavar="N", help="tokens in all, prompt included")
+    add("--prompt", type=str, required=True, help="the text to continue; may be empty")
+    add("--max-length", type=integer(1, 2**20), metavar="N", help="tokens, prompt included")
     add("--temperature", type=float, help="below 1 safer, above 1 wilder, 0 always the most likely")
-    add("--top-k", type=positive, metavar="K", help="sample from the K most likely tokens")
-    add("--seed", type=int, help="of the sampling; another seed gives another text")
+    add("--top-k", type=integer(1, 2**24), metavar="K", help="sample from the K most likely")
+    add("--seed", type=integer(0, 2**63 - 1), help="of the sampling; another gives another text")
     add("--device", help="auto, cpu, cuda or cuda:N; without it training.device")
     options = parser.parse_args(arguments)
     from mantrans.evaluation.evaluator import printable
@@ -193,10 +243,10 @@ def generate(arguments: list[str]) -> int:
     )
     model, tokenizer = trained.load_model(options.checkpoint, state, config, options.device)
     pieces = text.continue_text(model, tokenizer, config, options.prompt)
-    print(printable(options.prompt), end="", flush=True)
+    terminal.show(printable(options.prompt), end="")
     for piece in pieces:
-        print(printable(piece), end="", flush=True)
-    print()
+        terminal.show(printable(piece), end="")
+    terminal.show("")
     return 0
 
 
@@ -221,7 +271,7 @@ def report(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     from mantrans.report.page import write_page
 
-    print(write_page(options.run, options.output, options.compare))
+    terminal.show(str(write_page(options.run, options.output, options.compare)))
     return 0
 
 
@@ -255,8 +305,16 @@ def add_overrides(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
-def positive(text: str) -> int:
-    """argparse's type for a count of at least 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected an integer of at least 1, got {text!r}")
-    return int(text)
+def at_home(text: str) -> str:
+    """argparse's type for the text of a path: a leading ~ is the user's home folder."""
+    path = os.path.expanduser(not_blank(text))
+    if path.startswith("~"):
+        raise argparse.ArgumentTypeError(f"expected a known user after ~, got {show(text)}")
+    return path
+
+
+def not_blank(text: str) -> str:
+    """argparse's type for every text."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError(f"expected a value, got {show(text)}: an unset variable?")
+    return text

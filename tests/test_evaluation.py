@@ -249,7 +249,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Run:
     trainer = Trainer(config, quiet=True)
     state_file.save(folder / "best.pt", trainer.state())
     trainer.logger.close()
-    trainer.locks.close()
+    trainer.folders.close()
     config.save(folder / "config.yaml")
     longer = Config.from_dict({**values, "model": {**values["model"], "max_seq_len": 64}})
     longer.save(folder / "long.yaml")
@@ -448,7 +448,7 @@ def test_missing_key_is_said_once_and_the_rest_goes_on(
 WRONG = {
     "tokenizer": (["--set", "data.tokenizer={}/other"], ["'other' (320", "'small' (300"]),
     "field": (["--set", "evaluation.temprature=1"], ["evaluation.temperature"]),
-    "count": (["--max-batches", "0"], ["--max-batches", "at least 1"]),
+    "count": (["--max-batches", "0"], ["--max-batches", "from 1 to"]),
     "option": (["--generat0r"], ["--generat0r"]),
     "config": (["--config", "{}/none.yaml"], ["none.yaml"]),
     "json": (["--json", "{}/none/report.json", "--max-batches", "1"], ["--json", "none"]),

@@ -19,7 +19,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from mantrans.checkpoint.atomic import replacing, write_all
+from mantrans.checkpoint.atomic import open_regular, replacing, write_all
 from mantrans.config import strict_yaml
 from mantrans.errors import MantransError, printable, single_line
 from mantrans.records import read_records
@@ -109,10 +109,10 @@ class Run:
 
 
 def number(value: Any) -> float | None:
-    """`value` as a finite float; None for anything else."""
+    """`value` as a float whose axis can be drawn: nearly 0 is 0. None for anything else."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e100:
         return None
-    return float(value)
+    return float(value) if abs(value) > 1e-100 else 0.0
 
 
 def _records(path: Path) -> list[dict[str, Any]]:
@@ -127,7 +127,8 @@ def _json(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        value = json.loads(path.read_bytes())
+        with open_regular(path) as file:
+            value = json.load(file)
     except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):

@@ -8,6 +8,7 @@ runs and gives the same bits.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -30,6 +31,15 @@ class StepRecord(NamedTuple):
     loss: float
     grad_norm: float
     applied: bool
+
+    @property
+    def trouble(self) -> str | None:
+        """What is not finite, if anything."""
+        if not math.isfinite(self.loss):
+            return f"nan_detected (loss {self.loss})"
+        if not math.isfinite(self.grad_norm):
+            return f"nan_gradient (gradient norm {self.grad_norm})"
+        return None
 
 
 class MicroBatch(NamedTuple):
@@ -106,7 +116,9 @@ class TrainStep:
         loss = self.history.new_zeros(())
         for i, part in enumerate(self.batch()):
             loss = loss + self.model.forward_backward(*part, accumulate=i > 0)
-        outcome = self.optimizer.step(loss, self.learning_rate, self.guards)
+        outcome = self.optimizer.step(
+            loss, self.learning_rate, self.guards, has_targets=part.scale > 0
+        )
         record = torch.stack([loss, outcome.grad_norm, outcome.applied.to(loss.dtype)])
         self.history.index_copy_(0, self.place, record[None])
         self.place += 1
