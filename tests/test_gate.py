@@ -239,17 +239,15 @@ launch.GRID_LIMITS = (2**31 - 1,) * 3
 now = attention.launch
 def as_it_was(kernel, grid, *arguments, **constants):
     if kernel is attention.delta_kernel:
-        now(kernel, grid[::-1] if TURNED else grid, *arguments, **constants)
+        now(kernel, grid[::-1], *arguments, **constants)
 attention.launch = as_it_was
 programs = [p for p in at_the_edge() if p.name.startswith("attention ")]
 print(*gather(90, programs).broken, sep="\\n")
 """
 
 
-@pytest.mark.parametrize("turned", [True, False])
-def test_the_fault_that_a_gpu_showed_is_found_without_one(turned: bool) -> None:
-    result = run("-c", AS_IT_WAS.replace("TURNED", str(turned)))
+def test_the_fault_that_a_gpu_showed_is_found_without_one() -> None:
+    result = run("-c", AS_IT_WAS)
     assert result.returncode == 0, result.stderr
     found = "grid: expected 1 to (2147483647, 65535, 65535) programs, got (2, 65600, 1)"
-    assert (found in result.stdout) == turned
-    assert bool(result.stdout.strip()) == turned
+    assert result.stdout.count(found) == 2  # with documents and without

@@ -69,7 +69,8 @@ def keep(entries: Sequence[dict[str, Any]], path: Path = RECORD) -> dict[str, An
         record = old
     new = {(entry["triton"], entry["capability"]): entry for entry in [*record["runs"], *entries]}
     record["runs"] = [new[key] for key in sorted(new)]
-    path.write_text(json.dumps(record, indent=1) + "\n")
+    runs = ",\n".join(json.dumps(run) for run in record["runs"])  # a line each
+    path.write_text(f'{{"digest": "{record["digest"]}", "runs": [\n{runs}\n]}}\n')
     return record
 
 
