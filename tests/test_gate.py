@@ -106,6 +106,15 @@ def test_violations_follow_the_shared_memory_of_each_card(capability: int) -> No
     assert "shared memory" in complaints(larger, capability)[0]
 
 
+def test_violations_allow_few_spills_where_kernels_were_not_measured() -> None:
+    code = CODE._replace(hgmma=0, hmma=8, stack=64, local=9)
+    elsewhere = LAUNCH._replace(kernel=KERNEL._replace(shared=0, code=code))
+    odd_lengths = KERNEL._replace(multiples={}, code=CODE._replace(stack=64, local=9))
+    assert complaints(elsewhere, 120) == complaints(LAUNCH._replace(kernel=odd_lengths)) == []
+    more = KERNEL._replace(shared=0, code=code._replace(stack=65))
+    assert "at most 64 bytes, got a stack of 65" in complaints(LAUNCH._replace(kernel=more), 120)[0]
+
+
 def test_violations_allow_narrow_heads_single_warps() -> None:
     narrow = KERNEL._replace(constants={"D": 32}, code=CODE._replace(hgmma=0, hmma=8))
     assert complaints(LAUNCH._replace(kernel=narrow)) == []
