@@ -22,6 +22,7 @@ from mantrans.checkpoint import state_file
 from mantrans.checkpoint.atomic import replacing, write_all
 from mantrans.checkpoint.folder import CheckpointFolder, newest_intact
 from mantrans.config import Config
+from mantrans.config.arguments import Steps, checked
 from mantrans.data.dataset import prepare
 from mantrans.data.loader import BatchLoader
 from mantrans.data.tokenizer import load_tokenizer
@@ -87,6 +88,14 @@ class Trainer:
     Raises MantransError (one line) for anything that a user can correct.
     """
 
+    @checked(
+        profile=Steps,
+        allow_other_data=bool,
+        evaluate_coherence=bool,
+        debug_nan=bool,
+        check_kernels=bool,
+        quiet=bool,
+    )
     def __init__(
         self,
         config: Config,
