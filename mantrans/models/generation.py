@@ -37,16 +37,15 @@ def sample(
     if temperature == 0:
         return logits.argmax(-1)
     logits = logits / temperature
-    if top_k is not None and top_k < logits.shape[-1]:
-        threshold = logits.topk(top_k).values[:, -1:]
-        logits = logits.masked_fill(logits < threshold, -torch.inf)
-    if top_p is not None and top_p < 1:
-        ordered, order = logits.sort(descending=True)
-        p = ordered.softmax(-1)
-        beyond = p.cumsum(-1) - p >= top_p  # the more likely tokens already sum to top_p
-        ordered = ordered.masked_fill(beyond, -torch.inf)
-        logits = torch.full_like(logits, -torch.inf).scatter(1, order, ordered)
-    return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+    tokens, V = None, logits.shape[-1]
+    top_p = None if top_p == 1 else top_p
+    if top_k is not None or top_p is not None:  # from here on only the likely ones, in order
+        logits, tokens = logits.topk(V if top_k is None else min(top_k, V))
+    p = logits.softmax(-1)
+    if top_p is not None:
+        p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0)  # the likelier ones already sum to top_p
+    drawn = torch.multinomial(p, 1, generator=generator)
+    return (drawn if tokens is None else tokens.gather(1, drawn))[:, 0]
 
 
 class Decoder:
