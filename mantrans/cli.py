@@ -8,15 +8,16 @@ evaluate.py and config_summary.py run the first three commands.
 from __future__ import annotations
 
 import argparse
-import os
 import signal
 import sys
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from mantrans.errors import MantransError
+from mantrans import terminal
+from mantrans.errors import MantransError, show
+from mantrans.options import integer
 
 MISTAKE, INTERRUPTED, PIPE_CLOSED = 2, 128 + signal.SIGINT, 128 + signal.SIGPIPE
 
@@ -25,17 +26,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command of `mantrans`; without arguments, those of the process.
 
     Returns the exit status: 0; 2 after one line on standard error, for a user's mistake, an error
-    of the system or full memory; 130 after Ctrl-C; 141, without a message, if the reader of
-    standard output has gone.
+    of the system or full memory; 130 after Ctrl-C, 128 + its number after another signal that
+    ended the command at once; 141, without a message, if the reader of standard output has gone.
     """
+    terminal.reserve_standard_streams()
+    terminal.escape_what_encodings_lack()
     try:
-        status = run(list(sys.argv[1:] if arguments is None else arguments))
-        sys.stdout.flush()
+        with terminal.lossy("stderr"):
+            return _status(list(sys.argv[1:] if arguments is None else arguments))
+    finally:
+        terminal.discard_unwritten()
+
+
+def _status(arguments: list[str]) -> int:
+    """Run the command; its exit status."""
+    try:
+        status = run(arguments)
+        if sys.stdout is not None:
+            sys.stdout.flush()
         return status
-    except KeyboardInterrupt:
-        return INTERRUPTED
+    except KeyboardInterrupt as stop:
+        return 128 + (stop.args[0] if stop.args else signal.SIGINT)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
         return PIPE_CLOSED
     except MantransError as error:
         reason = str(error)
@@ -48,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not runtime.is_out_of_memory(error):
             raise
         reason = runtime.OUT_OF_MEMORY
-    print(f"error: {reason}", file=sys.stderr)
+    terminal.say(f"error: {reason}")
     return MISTAKE
 
 
@@ -62,7 +74,22 @@ def run(arguments: list[str]) -> int:
 
 
 class Parser(argparse.ArgumentParser):
-    """Reports a wrong command line like any other mistake."""
+    """Reports a wrong command line like any other mistake.
+
+    A blank argument is one: it is what a shell makes of a variable that is not set. An argument
+    that may be empty has the type `str`.
+    """
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.register("type", None, not_blank)
+        self.register("type", Path, lambda text: Path(not_blank(text)))
+
+    def add_subparsers(self, **options: Any) -> Any:
+        """Commands of this command, each of which checks its own arguments."""
+        commands = super().add_subparsers(**options)
+        commands.type = str
+        return commands
 
     def error(self, message: str) -> NoReturn:
         raise MantransError(f"{message}; see --help")
@@ -78,36 +105,49 @@ def train(arguments: list[str]) -> int:
     add("--config", default="configs/quickstart.yaml", help="a YAML file")
     add_overrides(parser)
     add("--resume", metavar="PATH", help="a checkpoint, or 'latest': the experiment's newest")
+    add(
+        "--allow-other-data",
+        action="store_true",
+        help="resume on tokens that are not the checkpoint's",
+    )
     add("--no-coherence-eval", action="store_true", help="do not ask a Claude model for scores")
     add(
         "--debug-nan",
         action="store_true",
         help="stop at the first step that is not finite, and name the layer",
     )
-    add("--profile", type=int, default=0, metavar="N", help="profile N steps, see runs/NAME")
+    add(
+        "--profile",
+        type=integer(0, 1000),
+        default=0,
+        metavar="N",
+        help="profile N steps, see runs/NAME",
+    )
     add("--no-selfcheck", action="store_true", help="on a GPU: do not check the kernels first")
     options = parser.parse_args(arguments)
     from mantrans.config import Config
     from mantrans.training.trainer import Trainer
 
     threading.excepthook = background_failure
-    trainer = Trainer(
-        Config.load(options.config, options.overrides),
-        resume=options.resume,
-        evaluate_coherence=not options.no_coherence_eval,
-        debug_nan=options.debug_nan,
-        check_kernels=not options.no_selfcheck,
-        profile=options.profile,
-    )
-    trainer.run()
-    return INTERRUPTED if trainer.stop_signal == signal.SIGINT else 0
+    with terminal.lossy("stdout"):
+        trainer = Trainer(
+            Config.load(options.config, options.overrides),
+            resume=options.resume,
+            allow_other_data=options.allow_other_data,
+            evaluate_coherence=not options.no_coherence_eval,
+            debug_nan=options.debug_nan,
+            check_kernels=not options.no_selfcheck,
+            profile=options.profile,
+        )
+        trainer.run()
+    return INTERRUPTED if trainer.signals.first == signal.SIGINT else 0
 
 
 def background_failure(failure: threading.ExceptHookArgs) -> None:
     """Report a disk error of TensorBoard's writer thread as a warning."""
     if isinstance(failure.exc_value, OSError):
         reason = failure.exc_value.strerror
-        print(f"warning: TensorBoard's files are no longer written ({reason})", file=sys.stderr)
+        terminal.say(f"warning: TensorBoard's files are no longer written ({reason})")
     else:
         threading.__excepthook__(failure)
 
@@ -123,7 +163,7 @@ def evaluate(arguments: list[str]) -> int:
     add("--checkpoint", type=Path, required=True, help="the model to measure")
     add("--config", type=Path, help="YAML file (default: the checkpoint's config)")
     add("--generate", action="store_true", help="write samples, and measure their diversity")
-    add("--max-batches", type=positive, metavar="N", help="stop after N batches of validation data")
+    add("--max-batches", type=integer(1), metavar="N", help="stop after N batches of validation")
     add("--json", type=Path, metavar="FILE", help="also write the report there")
     add("--device", help="auto, cpu, cuda or cuda:N; without it training.device")
     add("--no-coherence-eval", action="store_true", help="do not ask a Claude model for scores")
@@ -144,13 +184,13 @@ def summary(arguments: list[str]) -> int:
     parser.add_argument("config", help="a YAML file, such as configs/quickstart.yaml")
     add_overrides(parser)
     parser.add_argument(
-        "--tokens", type=int, help="tokens in the training set, for the steps of an epoch"
+        "--tokens", type=integer(1), help="tokens in the training set, for the steps of an epoch"
     )
     options = parser.parse_args(arguments)
     from mantrans.config import Config
     from mantrans.training import summary as text
 
-    print(text.summary(Config.load(options.config, options.overrides), options.tokens))
+    terminal.show(text.summary(Config.load(options.config, options.overrides), options.tokens))
     return 0
 
 
@@ -163,11 +203,11 @@ def generate(arguments: list[str]) -> int:
     )
     add = parser.add_argument
     add("--checkpoint", type=Path, required=True, help="a model that train.py saved")
-    add("--prompt", required=True, help="the text to continue")
-    add("--max-length", type=positive, metavar="N", help="tokens in all, prompt included")
+    add("--prompt", type=str, required=True, help="the text to continue; may be empty")
+    add("--max-length", type=integer(1, 2**20), metavar="N", help="tokens, prompt included")
     add("--temperature", type=float, help="below 1 safer, above 1 wilder, 0 always the most likely")
-    add("--top-k", type=positive, metavar="K", help="sample from the K most likely tokens")
-    add("--seed", type=int, help="of the sampling; another seed gives another text")
+    add("--top-k", type=integer(1, 2**24), metavar="K", help="sample from the K most likely")
+    add("--seed", type=integer(0, 2**63 - 1), help="of the sampling; another gives another text")
     add("--device", help="auto, cpu, cuda or cuda:N; without it training.device")
     options = parser.parse_args(arguments)
     from mantrans.evaluation.evaluator import printable
@@ -187,10 +227,10 @@ def generate(arguments: list[str]) -> int:
     )
     model, tokenizer = trained.load_model(options.checkpoint, state, config, options.device)
     pieces = text.continue_text(model, tokenizer, config, options.prompt)
-    print(printable(options.prompt), end="", flush=True)
+    terminal.show(printable(options.prompt), end="")
     for piece in pieces:
-        print(printable(piece), end="", flush=True)
-    print()
+        terminal.show(printable(piece), end="")
+    terminal.show("")
     return 0
 
 
@@ -215,7 +255,7 @@ def report(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     from mantrans.report.page import write_page
 
-    print(write_page(options.run, options.output, options.compare))
+    terminal.show(str(write_page(options.run, options.output, options.compare)))
     return 0
 
 
@@ -249,8 +289,8 @@ def add_overrides(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
-def positive(text: str) -> int:
-    """argparse's type for a count of at least 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected an integer of at least 1, got {text!r}")
-    return int(text)
+def not_blank(text: str) -> str:
+    """argparse's type for every text, and for the text of a path."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError(f"expected a value, got {show(text)}: an unset variable?")
+    return text

@@ -107,8 +107,6 @@ def test_unknown_names_are_answered_with_the_nearest() -> None:
         ("training__experiment_name", "a/b", "a letter or digit, then"),
         ("training__experiment_name", "latest.pt", "not ending in .pt"),
         ("training__experiment_name", "a\n", "a letter or digit, then"),
-        ("data__tokenizer", "../secret", "without '..'"),
-        ("data__tokenizer", "a/../../b", "without '..'"),
         ("data__cache_dir", "a\0b", "one line of text"),
         ("training__device", "tpu", "auto, cpu, cuda or cuda:N"),
         ("evaluation__generation_prompts", "Once", "a list of texts"),
@@ -125,7 +123,7 @@ def test_unknown_names_are_answered_with_the_nearest() -> None:
         ("training__num_epochs", 3, "expected null, since training.max_steps is given, got 3"),
         ("training__max_steps", None, "steps, since training.num_epochs is null, got null"),
         ("training__warmup_ratio", 0.1, "expected null, since training.warmup_steps is given"),
-        ("training__warmup_steps", 11, "at most training.max_steps (10)"),
+        ("training__warmup_steps", 11, "at most 10, the steps of the run"),
         ("training__min_learning_rate", 1.0, "at most training.learning_rate"),
     ],
 )

@@ -47,19 +47,14 @@ import triton.language as tl
 from torch import Tensor
 
 from mantrans.kernels.triton.attention_tiles import (
-    ARCHITECTURES,
     Problem,
     check_documents,
-    copy_engine_serves,
     empty_row_statistic,
-    padded,
     problem_of,
     row_statistics,
     tiles_of,
 )
 from mantrans.kernels.triton.launch import (
-    TRITON_NAME,
-    ResourceCase,
     cdiv,
     check_tensor,
     launch,
@@ -535,7 +530,7 @@ def dq_kernel(
 # ------------------------------------------------------------------------------------- launchers
 
 KERNELS = {"forward": forward_kernel, "dkdv": dkdv_kernel, "dq": dq_kernel}
-DELTA_ROWS = 64  # rows a program of delta_kernel
+DELTA_ELEMENTS = 8192  # of a tile of delta_kernel, in at most 64 rows
 
 
 def attention_forward(
@@ -679,10 +674,11 @@ def output_gradient_statistics(
 ) -> tuple[Tensor, Tensor | None]:
     """delta (B, H, T) = do · o, and where each document ends (B, T), see `delta_kernel`."""
     delta = empty_row_statistic(out, problem)
+    rows = min(64, DELTA_ELEMENTS // problem.BLOCK_D)
     document_end = None if document_start is None else torch.empty_like(document_start)
     launch(
         delta_kernel,
-        (problem.B * problem.H, cdiv(problem.T, DELTA_ROWS)),
+        (problem.B * problem.H, cdiv(problem.T, rows)),
         delta,
         document_end,
         out,
@@ -693,98 +689,7 @@ def output_gradient_statistics(
         problem.H,
         D=problem.D,
         BLOCK_D=problem.BLOCK_D,
-        M=DELTA_ROWS,
+        M=rows,
         num_warps=4,
     )
     return delta, document_end
-
-
-# ------------------------------------------------------------------------ shipped configurations
-
-# BLOCK_D of 16 to 256, once each with a narrower head; 20 and 100 have rows that the copy engine
-# does not serve.
-RESOURCE_HEAD_WIDTHS = (16, 32, 64, 96, 128, 256, 20, 100)
-
-
-def resource_cases() -> list[ResourceCase]:
-    """Every row of TILES, with documents (three loops) and, on Hopper, without (two).
-
-    Left out because they do spill, and are not shipped: dk and dv of float32 heads wider than 128,
-    which the backend leaves to batched products.
-    """
-    cases = []
-    for kernel in KERNELS:
-        for arch in ARCHITECTURES:
-            for D in RESOURCE_HEAD_WIDTHS:
-                cases.append(_case(kernel, arch, D, torch.bfloat16, documents=True))
-                if D == 64 or (arch == 90 and D in (128, 256)):
-                    cases.append(_case(kernel, arch, D, torch.bfloat16, documents=True, group=4))
-                if arch == 90 and D in (64, 128, 256):
-                    cases.append(_case(kernel, arch, D, torch.bfloat16, documents=False))
-                    cases.append(_case(kernel, arch, D, torch.bfloat16, documents=False, group=4))
-                    cases.append(_case(kernel, arch, D, torch.float16, documents=True))
-                if D in (16, 32, 64, 128, 256) and (arch == 90 or D == 64):
-                    cases.append(_case(kernel, arch, D, torch.float32, documents=True))
-    cases += [_delta_case(D) for D in (16, 64, 256)]
-    return [c for c in cases if c.name != "attention dkdv fp32 D=256 documents sm_90"]
-
-
-def _case(
-    kernel: str, arch: int, D: int, dtype: torch.dtype, documents: bool, group: int = 1
-) -> ResourceCase:
-    name, size = TRITON_NAME[dtype], dtype.itemsize
-    TMA = copy_engine_serves(arch, D, size)
-    problem = Problem(1, 1, group, 1, D, padded(D), size, arch, TMA)
-    M, N, num_warps, num_stages = problem.tiles(kernel, documents)
-
-    def tiles(rows: int) -> str:
-        return f"tensordesc<{name}[1, 1, {rows}, {padded(D)}]>" if TMA else f"*{name}"
-
-    statistic = f"tensordesc<fp32[1, {M}]>" if TMA and kernel == "dkdv" else "*fp32"
-    types = {
-        "out": f"*{name}",
-        "dqkv": f"*{name}",
-        "lse2": statistic,
-        "delta": statistic,
-        "q_tiles": tiles(M),
-        "kv_tiles": tiles(N),
-        "do_tiles": tiles(M),
-        "document_start": "*i32",
-        "document_end": "*i32",
-        "scale": "fp32",
-    }
-    constants = problem.constants(kernel, documents)
-    constexprs = {k: constants[k] for k in ("D", "BLOCK_D", "M", "N", "GROUP", "TMA", "WAIT")}
-    if not documents:
-        constexprs |= {"document_start": None, "document_end": None}
-    arguments = KERNELS[kernel].arg_names
-    variant = [f"group={group}"] * (group > 1) + ["documents"] * documents
-    aligned = ("stride_b", "stride_t", "stride_lse2")  # as for any C that 16 divides
-    return ResourceCase(
-        name=" ".join([f"attention {kernel} {name} D={D}", *variant, f"sm_{arch}"]),
-        fn=KERNELS[kernel],
-        signature={a: types.get(a, "i32") for a in arguments if a not in constexprs},
-        constexprs={a: value for a, value in constexprs.items() if a in arguments},
-        divisible_by_16=tuple(
-            a
-            for a in arguments
-            if a not in constexprs and (types.get(a, "")[:1] == "*" or a in aligned)
-        ),
-        num_warps=num_warps,
-        num_stages=num_stages,
-        architectures=(arch,),
-    )
-
-
-def _delta_case(D: int) -> ResourceCase:
-    pointers = {"delta": "*fp32", "document_end": "*i32", "document_start": "*i32"}
-    pointers |= {"out": "*bf16", "dout": "*bf16"}
-    return ResourceCase(
-        name=f"attention delta bf16 D={D} documents",
-        fn=delta_kernel,
-        signature={**pointers, **dict.fromkeys(("T", "stride_delta", "n_heads"), "i32")},
-        constexprs={"D": D, "BLOCK_D": padded(D), "M": DELTA_ROWS},
-        divisible_by_16=(*pointers, "stride_delta"),
-        num_warps=4,
-        num_stages=3,
-    )

@@ -24,8 +24,6 @@ from torch import Tensor
 
 from mantrans.kernels.triton.bias_gradient import column_blocks, row_programs
 from mantrans.kernels.triton.launch import (
-    TRITON_NAME,
-    ResourceCase,
     cdiv,
     check_tensor,
     launch,
@@ -45,6 +43,16 @@ def gate(u):
     """σ(2z) = 1 / (1 + exp(-2z)): the factor of u in GELU."""
     z = (u + u * u * u * CUBIC) * SCALE
     return 1.0 / (1.0 + tl.exp2(z * MINUS_2_LOG2_E))
+
+
+@triton.jit
+def gate_and_motion(u):
+    """s = σ(2z) and s (1 - s), with a = exp(-2|z|) <= 1: as the difference of s from 1, the second
+    would keep few digits where the gate is open, and there u and z' are large."""
+    z = (u + u * u * u * CUBIC) * SCALE
+    a = tl.exp2(tl.abs(z) * MINUS_2_LOG2_E)
+    r = 1.0 / (1.0 + a)
+    return tl.where(z < 0, a * r, r), a * r * r
 
 
 @triton.jit
@@ -119,9 +127,9 @@ def bias_gelu_backward_kernel(
         mask = (rows < n_rows)[:, None] & in_columns[None, :]
         u = tl.load(h_ptr + offsets, mask=mask, other=0.0).to(tl.float32) + bias
         dy = tl.load(dy_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-        s = gate(u)
+        s, motion = gate_and_motion(u)
         dz = (1.0 + u * u * (3.0 * CUBIC)) * SCALE
-        dh = dy * (s + 2.0 * u * s * (1.0 - s) * dz)  # masked elements: times dy = 0
+        dh = dy * (s + 2.0 * u * motion * dz)  # masked elements: times dy = 0
         tl.store(dh_ptr + offsets, dh.to(dh_ptr.dtype.element_ty), mask=mask)
         if dbias_ptr is not None:
             dbias += tl.sum(dh, 0)
@@ -210,58 +218,3 @@ def bias_gelu_backward(
             num_warps=1,
         )
     return dh
-
-
-# ------------------------------------------------------------------------ shipped configurations
-
-
-def resource_cases() -> list[ResourceCase]:
-    """Forward and backward for each dtype, with and without the bias."""
-    return [
-        make(dtype, with_bias)
-        for dtype in TRITON_NAME
-        for with_bias in (True, False)
-        for make in (_forward_case, _backward_case)
-    ]
-
-
-def _forward_case(dtype: torch.dtype, with_bias: bool) -> ResourceCase:
-    names = ("h_ptr", "bias_ptr", "y_ptr") if with_bias else ("h_ptr", "y_ptr")
-    return ResourceCase(
-        name=f"{'bias_' if with_bias else ''}gelu_forward {TRITON_NAME[dtype]}",
-        fn=bias_gelu_forward_kernel,
-        signature={
-            **{name: f"*{TRITON_NAME[dtype]}" for name in names},
-            "n_rows": "i32",
-            "n_columns": "i32",
-        },
-        constexprs={
-            **({} if with_bias else {"bias_ptr": None}),
-            "BLOCK_ROWS": FORWARD_ROWS,
-            "BLOCK_COLUMNS": column_blocks(3072)[0],
-        },
-        divisible_by_16=(*names, "n_columns"),
-        num_warps=FORWARD_WARPS,
-        num_stages=3,
-    )
-
-
-def _backward_case(dtype: torch.dtype, with_bias: bool) -> ResourceCase:
-    pointers = {name: f"*{TRITON_NAME[dtype]}" for name in ("dy_ptr", "h_ptr", "dh_ptr")}
-    if with_bias:
-        pointers |= {"bias_ptr": f"*{TRITON_NAME[dtype]}", "dbias_ptr": "*fp32"}
-    lengths = {name: "i32" for name in ("n_rows", "n_columns", "n_programs", "stride")}
-    return ResourceCase(
-        name=f"{'bias_' if with_bias else ''}gelu_backward {TRITON_NAME[dtype]}",
-        fn=bias_gelu_backward_kernel,
-        signature={**pointers, **lengths},
-        constexprs={
-            **({} if with_bias else {"bias_ptr": None, "dbias_ptr": None}),
-            "ACCUMULATE": True,
-            "BLOCK_ROWS": backward_rows(dtype),
-            "BLOCK_COLUMNS": column_blocks(3072)[0],
-        },
-        divisible_by_16=(*pointers, "n_columns", "stride"),
-        num_warps=1,
-        num_stages=3,
-    )

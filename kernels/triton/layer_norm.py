@@ -20,7 +20,6 @@ the same bits in every run, and the number of rows changes nothing but the grid.
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 import torch
 import triton
@@ -28,8 +27,6 @@ import triton.language as tl
 from torch import Tensor
 
 from mantrans.kernels.triton.launch import (
-    TRITON_NAME,
-    ResourceCase,
     cdiv,
     check_tensor,
     launch,
@@ -372,63 +369,3 @@ def check_vectors(
         if vector.dim() != dweight.dim() or vector.stride(0) != dweight.stride(0):
             refuse(name, f"strides {vector.stride()}", f"{dweight.stride()}, those of dweight")
     return dweight, dbias, dbranch_bias
-
-
-# ------------------------------------------------------------------------ shipped configurations
-
-# One width per tile shape: small models, GPT-2 and its largest, the ends of the range.
-RESOURCE_WIDTHS = (64, 256, 512, 768, 1600, 4096, 8192)
-
-
-def resource_cases() -> list[ResourceCase]:
-    """Forward, forward with addition, and backward, for each dtype and tile shape."""
-    return [
-        case
-        for dtype in TRITON_NAME.values()
-        for C in RESOURCE_WIDTHS
-        for case in (
-            _forward_case(dtype, C, add=False),
-            _forward_case(dtype, C, add=True),
-            _backward_case(dtype, C),
-            _backward_case(dtype, C, bias=False),
-        )
-    ]
-
-
-def _forward_case(dtype: str, C: int, add: bool) -> ResourceCase:
-    block_rows, block_columns, warps = tile(C)
-    activations = ["x_ptr", "y_ptr", *(["branch_ptr", "residual_ptr"] if add else [])]
-    pointers = {name: f"*{dtype}" for name in (*activations, "weight_ptr", "bias_ptr")}
-    pointers |= {"mean_ptr": "*fp32", "rstd_ptr": "*fp32"}
-    absent = {} if add else {"branch_ptr": None, "residual_ptr": None}
-    return ResourceCase(
-        name=f"{'add_' if add else ''}layer_norm_forward {dtype} C={C}",
-        fn=layer_norm_forward_kernel,
-        signature={**pointers, "n_rows": "i32", "n_columns": "i32", "eps": "fp32"},
-        constexprs={**absent, "BLOCK_ROWS": block_rows, "BLOCK_COLUMNS": block_columns},
-        divisible_by_16=(*pointers, "n_columns"),
-        num_warps=warps,
-        num_stages=3,
-    )
-
-
-def _backward_case(dtype: str, C: int, bias: bool = True) -> ResourceCase:
-    block_rows, block_columns, warps = backward_tile(C)
-    vectors = ("dbias_ptr", "dbranch_bias_ptr")
-    pointers = {
-        name: f"*{dtype}" for name in ("dy_ptr", "x_ptr", "weight_ptr", "dresidual_ptr", "dx_ptr")
-    }
-    pointers |= {name: "*fp32" for name in ("mean_ptr", "rstd_ptr", "dweight_ptr")}
-    pointers |= {name: "*fp32" for name in vectors if bias}
-    lengths = {name: "i32" for name in ("n_rows", "n_columns", "n_programs", "stride")}
-    absent: dict[str, Any] = {} if bias else dict.fromkeys(vectors)
-    absent["ACCUMULATE"] = True
-    return ResourceCase(
-        name=f"layer_norm_backward {dtype} C={C}{'' if bias else ' no bias'}",
-        fn=layer_norm_backward_kernel,
-        signature={**pointers, **lengths},
-        constexprs={**absent, "BLOCK_ROWS": block_rows, "BLOCK_COLUMNS": block_columns},
-        divisible_by_16=(*pointers, "n_columns", "stride"),
-        num_warps=warps,
-        num_stages=3,
-    )

@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic.json_schema import GenerateJsonSchema
 
+from mantrans import terminal
 from mantrans.config import SECTIONS, Config
 from mantrans.config.messages import accepted
 
@@ -17,7 +18,8 @@ Written by `python -m mantrans.config --reference` from the fields in `mantrans/
 
 A run is described by a YAML file of four sections. Every field may be left out. Any field can be
 changed for one run: `python train.py --config configs/quickstart.yaml --set training.seed=2`. A
-value that is not accepted, or an unknown name, ends the command with one line.
+value that is not accepted, or an unknown name, ends the command with one line. Numbers are used in
+float32: what it rounds to 0 (below 1.2e-38), or to a limit that is not accepted, is refused too.
 
 Editors check and complete a configuration with [`configs/schema.json`](../configs/schema.json), for
 example VS Code's YAML extension, if the first line is
@@ -63,7 +65,7 @@ def main() -> None:
     wanted = parser.add_mutually_exclusive_group(required=True)
     wanted.add_argument("--schema", action="store_true", help="for editors: configs/schema.json")
     wanted.add_argument("--reference", action="store_true", help="docs/configuration.md")
-    print(schema() if parser.parse_args().schema else reference(), end="")
+    terminal.show(schema() if parser.parse_args().schema else reference(), end="")
 
 
 if __name__ == "__main__":

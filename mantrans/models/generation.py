@@ -12,6 +12,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from mantrans.config.arguments import SAMPLING, checked
+from mantrans.errors import ModelError
+from mantrans.kernels.reference import wide_dtype
 from mantrans.models.transformer import CustomTransformer
 
 
@@ -21,6 +24,11 @@ def window_start(length: int, max_seq_len: int) -> int:
     return max(0, -(-(length - max_seq_len) // stride)) * stride
 
 
+# The share of the probability by which a sum may miss top_p: that of rounding, and no token's.
+ROUNDING = 1e-9
+
+
+@checked(**{name: SAMPLING[name] for name in ("temperature", "top_k", "top_p")})
 def sample(
     logits: Tensor,
     generator: torch.Generator,
@@ -32,20 +40,47 @@ def sample(
 
     temperature divides the logits, 0 takes the most likely token; top_k keeps the k most likely;
     top_p the smallest set of likely tokens whose probabilities sum to p (Holtzman et al. 2020).
+    Of equally likely tokens the lowest ids are kept or taken. A logit of -inf is never drawn.
+    Raises ModelError where a logit is NaN or +inf, or all of a row are -inf.
     """
-    logits = logits.float()
+    _refuse_broken(logits)
     if temperature == 0:
-        return logits.argmax(-1)
-    logits = logits / temperature
-    tokens, V = None, logits.shape[-1]
-    top_p = None if top_p == 1 else top_p
-    if top_k is not None or top_p is not None:  # from here on only the likely ones, in order
-        logits, tokens = logits.topk(V if top_k is None else min(top_k, V))
-    p = logits.softmax(-1)
-    if top_p is not None:
-        p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0)  # the likelier ones already sum to top_p
+        return logits.argmax(-1)  # of several the first
+    tokens = None
+    if top_k is not None and top_k < logits.shape[-1]:  # drawing among few takes less time
+        tokens = _most_likely(logits, top_k)
+        logits = logits.gather(1, tokens)
+    z = logits.double()
+    z = (z - z.amax(-1, keepdim=True)) / temperature  # at most 0: no temperature overflows
+    if top_p is not None and top_p < 1:
+        ordered, order = z.sort(descending=True, stable=True)
+        p = ordered.softmax(-1)
+        likelier = p.cumsum(-1).roll(1, -1)  # the sum of the tokens before each
+        likelier[:, 0] = -1  # the first is always kept
+        ordered = ordered.masked_fill(likelier >= top_p - ROUNDING, -torch.inf)
+        z = z.scatter(1, order, ordered)
+    p = z.softmax(-1).to(wide_dtype(logits.dtype))
     drawn = torch.multinomial(p, 1, generator=generator)
     return (drawn if tokens is None else tokens.gather(1, drawn))[:, 0]
+
+
+def _most_likely(logits: Tensor, k: int) -> Tensor:
+    """The k largest of each row of logits (B, V), exactly k: their ids (B, k), in order."""
+    smallest = logits.topk(k).values[:, -1:]
+    above, equal = logits > smallest, logits == smallest
+    kept = above | (equal & (equal.cumsum(-1) <= k - above.sum(-1, keepdim=True)))
+    return kept.nonzero()[:, 1].view(-1, k)
+
+
+def _refuse_broken(logits: Tensor) -> None:
+    """Without this, a broken model would be sampled from as if nothing had happened."""
+    largest = logits.amax(-1)  # NaN if any is
+    if not largest.isfinite().all():
+        row = int((~largest.isfinite()).int().argmax())
+        raise ModelError(
+            f"logits: expected finite numbers, got {largest[row].item()} in row {row}: the weights "
+            "are broken, or their results exceed the model's dtype; use an earlier checkpoint"
+        )
 
 
 class Decoder:
@@ -53,7 +88,7 @@ class Decoder:
 
     sequences: one list of tokens per row, which the caller extends by one token between calls.
     max_length: the final length of the shortest; the cache has room for it.
-    use_cache: False recomputes everything at each call and gives the same tokens.
+    use_cache: False recomputes everything at each call.
     """
 
     def __init__(
@@ -92,6 +127,7 @@ class Decoder:
         return torch.tensor(values, device=self.model.parameters.weights.device)
 
 
+@checked(**SAMPLING)
 def stream(
     model: CustomTransformer,
     prompts: list[list[int]],
@@ -107,6 +143,7 @@ def stream(
     """Continue each prompt; yields per step each row's new token, or None if the row has ended.
 
     A row ends at `max_length` tokens, prompt included, or after its end-of-text token.
+    Raises ModelError, at the step where it happens, for logits that are not finite: see `sample`.
     """
     sequences = [list(prompt) for prompt in prompts]
     decoder = Decoder(model, sequences, max_length, use_cache)
