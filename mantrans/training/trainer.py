@@ -520,7 +520,8 @@ class Trainer:
         return (
             f"model    {info['parameters']:,} parameters, {dtype}, {info['backend']} kernels on "
             f"{info['device']}\n"
-            f"data     {self.config.data.dataset}: {len(self.dataset.train):,} tokens to train on, "
+            f"data     {self.config.data.dataset}: {self.dataset.usage()}; "
+            f"{len(self.dataset.train):,} tokens to train on, "
             f"{len(self.dataset.validation):,} to validate\n"
             f"run      {self.total_steps:,} steps of {self.config.tokens_per_step:,} tokens, "
             f"{self.total_steps / self.loader.batches_per_epoch:.2f} epochs"

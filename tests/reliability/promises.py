@@ -318,6 +318,73 @@ PROMISES = (
         ),
     ),
     Promise(
+        "Broken input",
+        "What is no UTF-8 text is refused by its kind: UTF-16 and UTF-32 with or without a mark, "
+        "archives, PDF, binary data, with the command that converts it where there is one; pipes "
+        "and devices too. Text in .gz and .zst is read.",
+        (
+            "tests/test_data_files.py::"
+            "test_utf16_and_utf32_are_named_and_the_command_converts_them",
+            "tests/test_data_files.py::test_what_is_no_text_is_named_with_what_to_do",
+            "tests/test_data_files.py::test_what_is_no_file_is_refused_as_what_it_is",
+            "tests/test_data_files.py::test_compressed_text_is_read_as_it_is",
+            "tests/test_data_files.py::test_damaged_compressed_text_is_refused_in_one_line",
+        ),
+    ),
+    Promise(
+        "Broken input",
+        "Of Parquet only the column of text is read, whatever the others are; another type is "
+        "refused by its name, empty parts pass. A blank line is Unicode's, whatever ends it.",
+        (
+            "tests/test_data_parquet.py::test_other_columns_do_not_matter",
+            "tests/test_data_parquet.py::test_a_column_of_another_type_is_refused_by_its_name",
+            "tests/test_data_parquet.py::test_empty_parts_and_parts_without_text_pass",
+            "tests/test_data_text.py::test_a_blank_line_is_unicodes",
+        ),
+    ),
+    Promise(
+        "Broken input",
+        "A warm-up or decay that does not fit into the run is refused, whether its length is given "
+        "in steps or in epochs.",
+        ("tests/test_data_resume.py::test_a_schedule_longer_than_the_epochs_is_refused",),
+    ),
+    Promise(
+        "All of the text",
+        "Every token but the first is a target in any two successive epochs, for any length of "
+        "text and sequence; a run begun by an earlier rule goes on with its own batches.",
+        (
+            "tests/test_data_loader.py::test_any_two_successive_epochs_have_every_target",
+            "tests/test_data_loader.py::test_every_epoch_has_every_window_once",
+            "tests/test_data_loader.py::test_a_run_of_the_first_rule_keeps_its_batches",
+            "tests/test_data_resume.py::"
+            "test_a_run_begun_before_there_was_a_record_goes_on_with_its_batches",
+        ),
+    ),
+    Promise(
+        "All of the text",
+        "Each start says how many documents and bytes are used, of how many, and what was skipped: "
+        "rows without text, files of other kinds. One's own text is used whole under any shipped "
+        "configuration; linked folders are read, each once.",
+        (
+            "tests/test_data_dataset.py::test_what_is_used_of_how_much_is_known_at_each_start",
+            "tests/test_data_parquet.py::test_what_was_skipped_is_said_at_each_start",
+            "tests/test_data_parquet.py::test_rows_without_text_are_counted_or_refused_as_set",
+            "tests/test_config.py::"
+            "test_ones_own_text_is_used_whole_under_any_shipped_configuration",
+            "tests/test_data_files.py::test_linked_folders_are_followed_once_and_said",
+        ),
+    ),
+    Promise(
+        "All of the text",
+        "A run goes on with other tokens than its checkpoint's only where that is asked for; a "
+        "text to validate on is never trained on.",
+        (
+            "tests/test_data_resume.py::test_other_tokens_than_the_checkpoints_are_refused",
+            "tests/test_data_resume.py::test_the_same_tokens_under_another_name_are_the_same",
+            "tests/test_data_dataset.py::test_files_to_validate_on_are_never_trained_on",
+        ),
+    ),
+    Promise(
         "Numerical trouble",
         "NaN or infinity in weights, gradients or loss: the step is skipped, weights and moments "
         "keep their bits, it is counted and reported.",
