@@ -259,19 +259,20 @@ def decode_attention(
     longest, width = int(lengths.max()), k_cache.shape[2]
     H_kv, _ = head_sizes(q.shape[1] + 2 * width, n_heads, n_kv_heads)
     rows = len(q) if dtype == q.dtype else max(1, CACHED_ELEMENTS // (longest * width))
-    parts = zip(*(x.split(rows) for x in (q, k_cache, v_cache, lengths)), strict=True)
-    outs = [_decode_rows(*part, H_kv, dtype) for part in parts]
+    parts = (x.split(rows) for x in (q, k_cache, v_cache, lengths))
+    outs = [_decode_rows(part, H_kv, dtype) for part in zip(*parts, strict=True)]
     return outs[0] if len(outs) == 1 else torch.cat(outs)
 
 
-def _decode_rows(
-    q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, H_kv: int, dtype: torch.dtype
-) -> Tensor:
-    """`decode_attention`, computed in `dtype`. PyTorch's kernel multiplies by 0 what lies beyond a
-    shorter row, which was never written and may be NaN: that is set to 0 first, in the caches
-    themselves if they need no copy."""
+def _decode_rows(part: tuple[Tensor, ...], H_kv: int, dtype: torch.dtype) -> Tensor:
+    """`decode_attention` of (q, k_cache, v_cache, lengths), computed in `dtype`.
+
+    PyTorch's kernel multiplies by 0 what lies beyond a shorter row, which was never written and may
+    be NaN: that is set to 0 first, in the caches themselves if they need no copy.
+    """
+    q, k_cache, v_cache, lengths = part
     shortest, longest = (int(n) for n in lengths.aminmax())
-    k, v = (x[:, :longest].to(dtype) for x in (k, v))
+    k, v = (x[:, :longest].to(dtype) for x in (k_cache, v_cache))
     mask = None
     if shortest < longest:
         row, beyond = (torch.arange(longest) >= lengths[:, None]).nonzero(as_tuple=True)
