@@ -20,6 +20,7 @@ from mantrans import terminal
 from mantrans.errors import MantransError, show
 from mantrans.options import integer
 
+QUICKSTART = "configs/quickstart.yaml"
 MISTAKE, INTERRUPTED, PIPE_CLOSED = 2, 128 + signal.SIGINT, 128 + signal.SIGPIPE
 
 
@@ -103,13 +104,17 @@ def train(arguments: list[str]) -> int:
     """train a model"""
     parser = Parser("mantrans train", description="Train a model.")
     add = parser.add_argument
-    add("--config", type=at_home, default="configs/quickstart.yaml", help="a YAML file")
+    add(
+        "--config",
+        type=at_home,
+        help=f"a YAML file (default: {QUICKSTART}, or the resumed run's own)",
+    )
     add_overrides(parser)
     add(
         "--resume",
         type=at_home,
-        metavar="PATH",
-        help="a checkpoint, or 'latest': the experiment's newest",
+        metavar="RUN",
+        help="go on with a run: its name, its folder, a checkpoint, or 'latest', the experiment's",
     )
     add(
         "--allow-other-data",
@@ -132,12 +137,17 @@ def train(arguments: list[str]) -> int:
     add("--no-selfcheck", action="store_true", help="on a GPU: do not check the kernels first")
     options = parser.parse_args(arguments)
     from mantrans.config import Config
+    from mantrans.training import resume
     from mantrans.training.trainer import Trainer
 
     threading.excepthook = background_failure
     with terminal.lossy("stdout"):
+        if options.config is None and options.resume is not None:
+            config = resume.own_config(options.resume, QUICKSTART, options.overrides)
+        else:
+            config = Config.load(options.config or QUICKSTART, options.overrides)
         trainer = Trainer(
-            Config.load(options.config, options.overrides),
+            config,
             resume=options.resume,
             allow_other_data=options.allow_other_data,
             evaluate_coherence=not options.no_coherence_eval,

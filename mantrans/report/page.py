@@ -26,10 +26,6 @@ from mantrans.report.svg import Curve, Figure, short
 
 PAGE = "report.html"
 MOST_COMPARED = 4  # the number of distinct colors
-
-
-# -------------------------------------------------------------------------------------- the page
-
 TEMPLATES = jinja2.Environment(
     loader=jinja2.FileSystemLoader(Path(__file__).parent),
     autoescape=True,

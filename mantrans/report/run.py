@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mantrans.checkpoint.atomic import open_regular
 from mantrans.config import strict_yaml
 from mantrans.errors import MantransError, single_line
 from mantrans.records import read_records
@@ -148,7 +149,8 @@ def _json(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        value = json.loads(path.read_bytes())
+        with open_regular(path) as file:
+            value = json.load(file)
     except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):

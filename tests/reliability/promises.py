@@ -134,6 +134,22 @@ PROMISES = (
     ),
     Promise(
         "Corruption",
+        "Which checkpoint is newest, and which rotation removes, is decided by a counter inside "
+        "the files: copies, moves and wrong clocks change nothing. Resuming from an older one sets "
+        "the later ones aside, and says so; nothing newer is overwritten by something older.",
+        (
+            "tests/test_runs_order.py::test_times_do_not_decide",
+            "tests/test_runs_order.py::test_rotation_removes_what_was_saved_first",
+            "tests/test_runs_order.py::test_resuming_from_an_older_one_sets_the_later_ones_aside",
+            "tests/test_runs_order.py::test_any_history_loses_nothing_newer",
+            "tests/test_runs_order.py::"
+            "test_files_from_before_the_counter_are_ordered_by_their_steps",
+            "tests/test_runs_names.py::"
+            "test_from_an_older_checkpoint_the_records_and_the_rest_are_right",
+        ),
+    ),
+    Promise(
+        "Corruption",
         "The same damage to token files and tokenizer files is found, and the advice works.",
         (
             HERE + "test_corruption.py::test_damage_to_token_files_is_found",
@@ -221,6 +237,15 @@ PROMISES = (
             "tests/test_tokenizer.py::test_a_path_of_ones_own_may_climb",
             "tests/test_doors_files.py::test_an_index_names_only_readable_files_of_its_folder",
             "tests/test_tokenizer.py::test_a_link_out_of_the_shipped_folder_is_refused",
+        ),
+    ),
+    Promise(
+        "Hostile files",
+        "A FIFO, socket, device, folder or broken link where a run keeps a file is refused in a "
+        "line before the first step, or replaced; nothing hangs.",
+        (
+            HERE + "test_planted.py::"
+            "test_what_is_in_the_way_is_refused_before_the_first_step_or_replaced",
         ),
     ),
     Promise(
@@ -463,6 +488,38 @@ PROMISES = (
             HERE + "test_load.py::test_runs_of_other_names_share_folders",
             "tests/test_checkpoint.py::"
             "test_a_second_process_is_refused_and_a_dead_one_leaves_no_lock",
+        ),
+    ),
+    Promise(
+        "Names",
+        "A second run of a name keeps the first one whole, as NAME.1 (NAME.2, …), and says so; "
+        "another run's checkpoint does not go on over it; restarted by torchrun a run goes on.",
+        (
+            "tests/test_runs_names.py::test_a_second_run_keeps_the_first_whole",
+            "tests/test_runs_names.py::test_the_number_is_free_in_both_places",
+            "tests/test_runs_names.py::test_another_runs_checkpoint_does_not_go_on_over_this_run",
+            "tests/test_runs_names.py::test_restarted_by_torchrun_it_goes_on",
+        ),
+    ),
+    Promise(
+        "Names",
+        "A start that is refused leaves no file behind and moves none; a resume is refused before "
+        "anything is tokenized. A blank argument, an unset variable's, is refused.",
+        (
+            "tests/test_runs_names.py::test_a_refused_start_leaves_everything_as_it_was",
+            "tests/test_runs_names.py::test_a_resume_is_refused_before_anything_is_tokenized",
+            "tests/test_runs_arguments.py::test_a_blank_argument_is_refused",
+        ),
+    ),
+    Promise(
+        "Names",
+        "--resume takes a run's name, its folders or a checkpoint, and then its own settings; a "
+        "learning rate that jumps is announced.",
+        (
+            "tests/test_runs_names.py::"
+            "test_a_run_is_resumed_by_any_of_its_names_with_its_own_settings",
+            "tests/test_runs_names.py::test_a_moved_run_goes_on_where_it_is_now",
+            "tests/test_runs_names.py::test_a_jump_of_the_learning_rate_is_announced",
         ),
     ),
     Promise(
