@@ -396,7 +396,7 @@ class CrossEntropy(Operation):
         return {"dlogits": dlogits}
 
     def plain(self, i: Inputs) -> Results:
-        logits = i["logits"][:, : i["V"]].float()
+        logits = reference.widen(i["logits"][:, : i["V"]])
         return {"loss": F.cross_entropy(logits, i["targets"], reduction="sum")}
 
     def cost(self, s: Shapes, size: int) -> dict[str, Cost]:
@@ -441,7 +441,7 @@ class LinearCrossEntropy(Operation):
         return {"loss": loss, "dx": dx, "dweight": i["dweight"]}
 
     def plain(self, i: Inputs) -> Results:
-        logits = F.linear(i["x"], i["weight"])[:, : i["V"]].float()
+        logits = reference.widen(F.linear(i["x"], i["weight"])[:, : i["V"]])
         return {"loss": F.cross_entropy(logits, i["targets"], reduction="sum")}
 
     def cost(self, s: Shapes, size: int) -> dict[str, Cost]:
