@@ -119,6 +119,8 @@ class Trainer:
         if checkpoint:
             notes += self._load_state(checkpoint)
         self._load_data(quiet)
+        windows = -(-len(self.dataset.validation) // self.config.sequence_length)
+        memory.require_evaluation_memory(self.config, self.tokenizer.vocab_size, windows)
         if checkpoint:
             notes += self._continue_data(checkpoint)
         self._make_step()
