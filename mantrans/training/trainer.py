@@ -27,7 +27,6 @@ from mantrans.inference.trained import refuse_other_tokenizer
 from mantrans.kernels import selfcheck
 from mantrans.optim.guards import OutlierGuard
 from mantrans.optim.schedule import scheduled_learning_rate
-from mantrans.report.page import write_page
 from mantrans.runtime import disable_malloc_trim
 from mantrans.training import flops, memory
 from mantrans.training.batches import token_source
@@ -462,6 +461,8 @@ class Trainer:
         report = self._evaluate()
         about = {"step": self.progress.step, **self.wrapper.get_model_info()}
         self._write_report({"run": about} | report)
+        from mantrans.report.page import write_page  # its templates are needed only here
+
         try:
             write_page(self.directory)
         except MantransError as failure:
