@@ -481,8 +481,8 @@ PROMISES = (
     ),
     Promise(
         "Load",
-        "A run whose step, validation or samples do not fit into the memory that is free is refused "
-        "with both numbers; a container's limit counts.",
+        "A run whose step, validation or samples do not fit into the free memory is refused with "
+        "both numbers; a container's limit counts.",
         (
             "tests/test_runs_memory.py::test_each_size_is_refused_where_it_no_longer_fits",
             "tests/test_runs_memory.py::test_batches_of_evaluation_are_refused_too",
