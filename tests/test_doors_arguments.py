@@ -350,10 +350,10 @@ def test_the_dtype_is_bfloat16_unless_another_is_given(folder) -> None:
 
 
 @pytest.mark.parametrize("backend", ["native", "reference"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32], ids=str)
 def test_greedy_tokens_with_and_without_cache_are_equal(backend: str, dtype: torch.dtype) -> None:
     """In bfloat16 they need not be: `generate` says why."""
-    for seed in range(6):
+    for seed in range(4):
         model = build(backend=backend, dtype=dtype, seed=seed, initializer_range=0.3)
         prompts = [IDS[0, :4], IDS[1, :7], IDS[1, :1]]
         options = {"max_length": 40, "temperature": 0}
