@@ -114,10 +114,13 @@ def bias_gradient(dy: Tensor, dbias: Tensor) -> None:
 def layer_norm_forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See `reference.layer_norm_forward`."""
-    weight, bias = _norm_weights(x, weight, bias)
-    y, mean, rstd = aten.native_layer_norm(x, [x.shape[-1]], weight, bias, eps)
-    return y, mean.view(-1), rstd.view(-1)
+    """See `reference.layer_norm_forward`, which also computes what PyTorch's kernel does not."""
+    wide_weight, wide_bias = _norm_weights(x, weight, bias)
+    y, mean, rstd = aten.native_layer_norm(x, [x.shape[-1]], wide_weight, wide_bias, eps)
+    mean, rstd = mean.view(-1), rstd.view(-1)
+    if _rows_far_from_zero(mean, rstd):
+        return reference.layer_norm_forward(x, weight, bias, eps)
+    return y, mean, rstd
 
 
 def add_layer_norm_forward(
@@ -140,7 +143,11 @@ def layer_norm_backward(
     dresidual: Tensor | None = None,
     dbranch_bias: Tensor | None = None,
 ) -> Tensor:
-    """See `reference.layer_norm_backward`."""
+    """See `reference.layer_norm_backward`, which also computes what PyTorch's kernel does not."""
+    if _rows_far_from_zero(mean, rstd):
+        return reference.layer_norm_backward(
+            dy, x, weight, mean, rstd, dweight, dbias, dresidual, dbranch_bias
+        )
     weight, bias = _norm_weights(x, weight, weight if dbias is not None else None)
     dtype = x.dtype
     if weight.dtype != dtype:
@@ -165,6 +172,21 @@ def layer_norm_backward(
     if dbranch_bias is not None:
         bias_gradient(dx, dbranch_bias)
     return dx
+
+
+# |μ| / σ up to which PyTorch's kernel, which loses as many bits as it has, is right to 1e-6; and 1/σ
+# down to which its sum of squares stays finite in float32.
+LARGEST_OFFSET = 16.0
+SMALLEST_RSTD = 1e-16
+
+
+def _rows_far_from_zero(mean: Tensor, rstd: Tensor) -> bool:
+    """Whether some row is too far from zero, or too large, for PyTorch's layer norm. Only asked on
+    a CPU: a GPU would have to wait for the answer."""
+    if mean.is_cuda or not mean.numel():
+        return False
+    offset = torch.linalg.vector_norm(mean * rstd, torch.inf)  # NaN if one is
+    return not (offset <= LARGEST_OFFSET and rstd.amin() >= SMALLEST_RSTD)
 
 
 def _norm_weights(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:

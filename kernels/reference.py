@@ -10,7 +10,8 @@ The contract of every backward:
     that tied weights and micro-batches need no further code. These buffers are float32 (float64
     for a float64 model), whatever the dtype of the weights.
 
-Everything is computed in float32, or in float64 for float64 inputs, and rounded once at the end.
+Everything is computed in float32, or in float64 for float64 inputs, and rounded once at the end;
+norms in float64 whatever the inputs, so that no row is too far from zero for them.
 
 Alphabet: B batch, T sequence, C model width, H heads (H_kv of keys and of values), D head width,
 F feed-forward width, V vocabulary (Vp: padded with rows that no token uses), N = B*T rows.
@@ -126,22 +127,37 @@ def sum_partials(partials: Tensor, gradients: Tensor) -> None:
 # --------------------------------------------------------------------------------- layer norm
 
 
+def centered_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x - μ and μ of every row of x (..., C), in float64: (N, C) and (N, 1).
+
+    The mean of large numbers is rounded to one of their neighbors, so that the deviations from it
+    have a mean of their own. Subtracting that too leaves exactly 0 of a constant row.
+    """
+    rows = x.double().reshape(-1, x.shape[-1])
+    mean = rows.mean(-1, keepdim=True)
+    rest = (rows - mean).mean(-1, keepdim=True)
+    return rows - mean - rest, mean + rest
+
+
 def layer_norm_forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y = γ x̂ + β with x̂ = (x - μ) / √(σ² + ε), over the last axis (Ba, Kiros & Hinton 2016).
 
-    x (..., C); weight γ (C,); bias β (C,) or None.
+    x (..., C); weight γ (C,); bias β (C,) or None. Right for every finite row in float64; a float32
+    kernel is right up to deviations of 1e18, and gives NaN where their squares are not finite.
     Returns y (..., C), and for the backward mean μ (N,) and rstd 1/√(σ² + ε) (N,).
     """
-    C = x.shape[-1]
-    rows = widen(x).reshape(-1, C)
-    mean = rows.mean(-1)
-    rstd = torch.rsqrt(rows.var(-1, correction=0) + eps)
-    y = (rows - mean[:, None]) * rstd[:, None] * widen(weight)
+    wide = wide_dtype(x.dtype)
+    centered, mean = centered_rows(x)
+    # in units of the largest deviation no square overflows
+    unit = centered.abs().amax(-1, keepdim=True).clamp(min=1)
+    variance = (centered / unit).square().mean(-1, keepdim=True)
+    rstd = torch.rsqrt(variance + eps / unit / unit) / unit
+    y = centered * rstd * weight.double()
     if bias is not None:
-        y = y + widen(bias)
-    return y.reshape(x.shape).to(x.dtype), mean, rstd
+        y = y + bias.double()
+    return y.reshape(x.shape).to(x.dtype), mean[:, 0].to(wide), rstd[:, 0].to(wide)
 
 
 def add_layer_norm_forward(
@@ -171,22 +187,22 @@ def layer_norm_backward(
     """With g = γ dy:  dx = rstd (g - mean(g) - x̂ mean(g x̂));  dγ += Σ dy x̂;  dβ += Σ dy.
 
     The two means are subtracted because μ and σ depend on every element of the row.
-    dy, x (..., C); mean, rstd (N,). Adds to dweight (C,), dbias (C,).
+    dy, x (..., C); mean, rstd (N,): the mean is rounded, so every backend subtracts what is left of
+    it in x - mean before it forms x̂; here x is centered anew. Adds to dweight (C,), dbias (C,).
     Returns dx (..., C), plus `dresidual` (..., C), the gradient around the norm, if given.
     dbranch_bias (C,): if x = residual + branch and the branch ends in a bias, Σ dx is added to it,
     because dx is also the gradient of the branch.
     """
-    C = x.shape[-1]
-    dy_rows = widen(dy).reshape(-1, C)
-    x_hat = (widen(x).reshape(-1, C) - mean[:, None]) * rstd[:, None]
-    g = dy_rows * widen(weight)
+    dy_rows = dy.double().reshape(-1, x.shape[-1])
+    x_hat = centered_rows(x)[0] * rstd[:, None]
+    g = dy_rows * weight.double()
     dx = rstd[:, None] * (g - g.mean(-1, keepdim=True) - x_hat * (g * x_hat).mean(-1, keepdim=True))
     dweight += (dy_rows * x_hat).sum(0)
     if dbias is not None:
         dbias += dy_rows.sum(0)
     dx = dx.reshape(x.shape)
     if dresidual is not None:
-        dx = dx + widen(dresidual)
+        dx = dx + dresidual
     dx = dx.to(x.dtype)
     if dbranch_bias is not None:
         bias_gradient(dx, dbranch_bias)

@@ -101,16 +101,22 @@ def layer_norm_forward_kernel(
         tl.store(x_ptr + offsets, rounded, mask=mask)
         x = rounded.to(tl.float32)  # normalize the rounded x, which the backward reads
 
-    mean = tl.sum(x, 1) / n_columns
-    centred = tl.where(mask, x - mean[:, None], 0.0)
-    variance = tl.sum(centred * centred, 1) / n_columns
+    share = 1.0 / n_columns
+    mean = tl.sum(x * share, 1)
+    centered = tl.where(mask, x - mean[:, None], 0.0)
+    # What the rounding of the mean left. Of a constant row it is a few units of the last place, so
+    # that sum and (exactly rounded) quotient are exact, and the difference is 0.
+    rest = tl.div_rn(tl.sum(centered, 1), n_columns * 1.0)
+    centered = tl.where(mask, centered - rest[:, None], 0.0)
+    variance = tl.sum(centered * (centered * share), 1)
     rstd = 1.0 / tl.sqrt(variance + eps)
-    y = centred * rstd[:, None] * load_row_vector(weight_ptr, columns, in_columns)
+    rstd = tl.where(variance < float("inf"), rstd, float("nan"))  # 1 / inf would make y 0
+    y = centered * rstd[:, None] * load_row_vector(weight_ptr, columns, in_columns)
     if bias_ptr is not None:
         y += load_row_vector(bias_ptr, columns, in_columns)
 
     tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=mask)
-    tl.store(mean_ptr + rows, mean, mask=in_rows)
+    tl.store(mean_ptr + rows, mean + rest, mask=in_rows)
     tl.store(rstd_ptr + rows, rstd, mask=in_rows)
 
 
@@ -174,7 +180,9 @@ def layer_norm_backward_kernel(
         mean = tl.load(mean_ptr + rows, mask=in_rows, other=0.0)[:, None]
         rstd = tl.load(rstd_ptr + rows, mask=in_rows, other=0.0)[:, None]
 
-        x_hat = (x - mean) * rstd  # masked elements are multiplied by dy = 0 below
+        x_hat = tl.where(mask, (x - mean) * rstd, 0.0)
+        # the mean of x_hat, 0 but for the rounding of the mean
+        x_hat -= (tl.sum(x_hat, 1) / n_columns)[:, None]  # masked ones meet dy = 0 below
         g = dy * weight
         mean_g = tl.sum(g, 1) / n_columns
         mean_gx = tl.sum(g * x_hat, 1) / n_columns
