@@ -16,6 +16,7 @@ from mantrans.kernels import reference
 from mantrans.kernels.reference import (
     CHUNK_ROWS,
     IGNORE_INDEX,
+    attention_scale,
     document_starts,
     head_sizes,
     join_heads,
@@ -159,7 +160,7 @@ def layer_norm_backward(
         dy.contiguous(),
         x,
         [x.shape[-1]],
-        mean.view(statistics_shape),
+        mean.to(rstd.dtype).view(statistics_shape),
         rstd.view(statistics_shape),
         weight,
         bias,
@@ -174,8 +175,8 @@ def layer_norm_backward(
     return dx
 
 
-# |μ| / σ up to which PyTorch's kernel, which loses as many bits as it has, is right to 1e-6; and 1/σ
-# down to which its sum of squares stays finite in float32.
+# |μ| / σ up to which PyTorch's kernel is right to 1e-6 (it loses as many bits as there are in this
+# quotient), and 1 / σ down to which its sum of squares stays finite in float32.
 LARGEST_OFFSET = 16.0
 SMALLEST_RSTD = 1e-16
 
@@ -209,7 +210,8 @@ def attention_forward(
     document_start: Tensor | None = None,
     n_kv_heads: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """See `reference.attention_forward`; lse is empty where the backward cannot need it."""
+    """See `reference.attention_forward`. Its statistics: lse (B, H, T) = log Σ_j exp(score_ij) of
+    PyTorch's kernel, or nothing (0,) after batched products, which the backward repeats."""
     heads = split_heads(qkv, n_heads, n_kv_heads)
     if _flash_forward(qkv):
         mask = _additive_mask(qkv, document_start)
@@ -229,24 +231,37 @@ def attention_backward(
     dout: Tensor,
     qkv: Tensor,
     out: Tensor,
-    lse: Tensor,
+    statistics: Tensor,
     n_heads: int,
     document_start: Tensor | None = None,
     n_kv_heads: int | None = None,
 ) -> Tensor:
     """See `reference.attention_backward`."""
+    if statistics.numel() and not _lse_is_exact(statistics):
+        # the forward's scores were float32, whatever the dtype of qkv
+        wide = wide_dtype(qkv.dtype)
+        dqkv = _batched_backward(dout.to(wide), qkv.to(wide), n_heads, document_start, n_kv_heads)
+        return dqkv.to(qkv.dtype)
+    if not _flash_backward(qkv, statistics):
+        return _batched_backward(dout, qkv, n_heads, document_start, n_kv_heads)
     B, T, _ = out.shape
     heads = split_heads(qkv, n_heads, n_kv_heads)
     do, o = (x.view(B, T, n_heads, -1).transpose(1, 2) for x in (dout, out))
-    if _flash_backward(qkv, lse):
-        mask = _additive_mask(qkv, document_start)
-        gradients = aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            do, *heads, o, lse, 0.0, mask is None, attn_mask=mask
-        )
-        return join_heads(gradients, n_kv_heads)
-    q, k, v = _stack_heads(*heads)
-    (do,) = _stack_heads(do)
-    scale = q.shape[-1] ** -0.5
+    mask = _additive_mask(qkv, document_start)
+    gradients = aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        do, *heads, o, statistics, 0.0, mask is None, attn_mask=mask
+    )
+    return join_heads(gradients, n_kv_heads)
+
+
+def _batched_backward(
+    dout: Tensor, qkv: Tensor, n_heads: int, document_start: Tensor | None, n_kv_heads: int | None
+) -> Tensor:
+    """The gradient by batched products over blocks of queries, with the forward's softmax again."""
+    B, T, _ = dout.shape
+    q, k, v = _stack_heads(*split_heads(qkv, n_heads, n_kv_heads))
+    (do,) = _stack_heads(dout.view(B, T, n_heads, -1).transpose(1, 2))
+    scale = attention_scale(q)
     dq, dk, dv = dqkv = q.new_empty(3, *q.shape)
     for rows, keys in reversed(list(_query_blocks(T))):
         beta = 0 if rows.stop == T else 1  # the last rows see all keys, and write; the others add
@@ -295,6 +310,15 @@ def _flash_backward(qkv: Tensor, lse: Tensor) -> bool:
     return bool(lse.numel()) and not short
 
 
+# |lse| up to which exp(score - lse) is right to 1e-5: the rounding of lse is all of its error.
+LARGEST_LSE = 128.0
+
+
+def _lse_is_exact(lse: Tensor) -> bool:
+    """Whether PyTorch's backward gets the forward's probabilities back. (On a CPU, as that is.)"""
+    return bool(torch.linalg.vector_norm(lse, torch.inf) <= LARGEST_LSE)
+
+
 def _additive_mask(qkv: Tensor, document_start: Tensor | None) -> Tensor | None:
     """0 where a key may be seen and -inf elsewhere, (B, 1, T, T); None for plain causal."""
     if document_start is None:
@@ -334,7 +358,7 @@ def _probabilities(
         seen = seen & (position >= document_start[:, rows, None])
         seen = seen.repeat_interleave(n_heads, 0)
     mask = torch.zeros_like(seen, dtype=q.dtype).masked_fill_(~seen, -torch.inf)
-    scores = torch.baddbmm(mask, q[:, rows], k[:, keys].mT, alpha=q.shape[-1] ** -0.5)
+    scores = torch.baddbmm(mask, q[:, rows], k[:, keys].mT, alpha=attention_scale(q))
     return aten._softmax.out(scores, -1, False, out=scores)
 
 

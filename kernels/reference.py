@@ -146,9 +146,8 @@ def layer_norm_forward(
 
     x (..., C); weight γ (C,); bias β (C,) or None. Right for every finite row in float64; a float32
     kernel is right up to deviations of 1e18, and gives NaN where their squares are not finite.
-    Returns y (..., C), and for the backward mean μ (N,) and rstd 1/√(σ² + ε) (N,).
+    Returns y (..., C), and for the backward mean μ (N,), in float64, and rstd 1/√(σ² + ε) (N,).
     """
-    wide = wide_dtype(x.dtype)
     centered, mean = centered_rows(x)
     # in units of the largest deviation no square overflows
     unit = centered.abs().amax(-1, keepdim=True).clamp(min=1)
@@ -157,7 +156,7 @@ def layer_norm_forward(
     y = centered * rstd * weight.double()
     if bias is not None:
         y = y + bias.double()
-    return y.reshape(x.shape).to(x.dtype), mean[:, 0].to(wide), rstd[:, 0].to(wide)
+    return y.reshape(x.shape).to(x.dtype), mean[:, 0], rstd[:, 0].to(wide_dtype(x.dtype))
 
 
 def add_layer_norm_forward(
@@ -187,8 +186,8 @@ def layer_norm_backward(
     """With g = γ dy:  dx = rstd (g - mean(g) - x̂ mean(g x̂));  dγ += Σ dy x̂;  dβ += Σ dy.
 
     The two means are subtracted because μ and σ depend on every element of the row.
-    dy, x (..., C); mean, rstd (N,): the mean is rounded, so every backend subtracts what is left of
-    it in x - mean before it forms x̂; here x is centered anew. Adds to dweight (C,), dbias (C,).
+    dy, x (..., C); mean, rstd (N,) as this backend's forward returned them. (Here x is centered
+    anew: in float64, too, a mean is rounded.) Adds to dweight (C,), dbias (C,).
     Returns dx (..., C), plus `dresidual` (..., C), the gradient around the norm, if given.
     dbranch_bias (C,): if x = residual + branch and the branch ends in a bias, Σ dx is added to it,
     because dx is also the gradient of the branch.
@@ -257,7 +256,7 @@ def merge_heads(x: Tensor) -> Tensor:
 
 
 def visible(T: int, document_start: Tensor | None, device: torch.device) -> Tensor:
-    """Which key j each query i may see: j <= i, and j in i's document.
+    """Which key j each query i may see: document_start[i] <= j <= i.
 
     document_start (B, T): where the document of each position begins, or None for one document.
     Returns a boolean mask, (T, T) or (B, 1, T, T).
@@ -267,6 +266,13 @@ def visible(T: int, document_start: Tensor | None, device: torch.device) -> Tens
     if document_start is None:
         return causal
     return causal & (position >= document_start[:, None, :, None])
+
+
+def masked_scores(q: Tensor, k: Tensor, document_start: Tensor | None) -> Tensor:
+    """q kᵀ, -inf where a key is not seen: (B, H, T, T). q is divided by √D already: that overflows
+    for no score that fits, and both passes have the same scores to the last bit."""
+    seen = visible(q.shape[-2], document_start, q.device)
+    return (q @ k.mT).masked_fill(~seen, -math.inf)
 
 
 def document_starts(tokens: Tensor, end_of_text: int) -> Tensor:
@@ -290,46 +296,60 @@ def attention_forward(
     """o = softmax(q kᵀ / √D + mask) v per head (Vaswani et al. 2017), causal.
 
     qkv (B, T, (H + 2 H_kv)·D): H heads of queries, H_kv of keys and H_kv of values side by side.
-    document_start (B, T) int32 or None: see `visible`. n_kv_heads: H_kv, which divides H; None: H.
-    Returns out (B, T, H·D), and for the backward lse (B, H, T) = log Σ_j exp(score_ij).
+    n_kv_heads: H_kv, which divides H; None: H.
+    document_start (B, T) int32, or None for one document: query i sees the keys document_start[i] <=
+    j <= i. It must not fall as i grows, and must be at most i, so that each query sees itself. The
+    beginnings of documents are one case; a window of the last W keys, i - W + 1, is another, and so
+    is the larger of both. Below 0 means 0.
+    Returns out (B, T, H·D), and `statistics` of each row's softmax for `attention_backward`. Their
+    form is the backend's own, and nobody else reads them. Here: (2, B, H, T), the largest score and
+    log Σ_j exp(score_ij - largest); beside a large score their sum would lose the second's digits.
     """
     q, k, v = (widen(x) for x in split_heads(qkv, n_heads, n_kv_heads))
-    T, D = q.shape[-2:]
-    scores = q @ k.mT / math.sqrt(D)  # (B,H,T,T)
-    scores = scores.masked_fill(~visible(T, document_start, qkv.device), -math.inf)
-    lse = torch.logsumexp(scores, -1)
-    p = torch.exp(scores - lse[..., None])
-    return merge_heads(p @ v).to(qkv.dtype), lse
+    if not qkv.numel():
+        return merge_heads(q).to(qkv.dtype), q.new_empty(2, *q.shape[:3])
+    scores = masked_scores(q * attention_scale(q), k, document_start)
+    largest = scores.amax(-1, keepdim=True)
+    log_sum = torch.exp(scores - largest).sum(-1, keepdim=True).log()
+    p = torch.exp(scores - largest - log_sum)
+    return merge_heads(p @ v).to(qkv.dtype), torch.stack((largest, log_sum))[..., 0]
+
+
+def attention_scale(q: Tensor) -> float:
+    """1/√D for heads (..., D): what scores are multiplied by in both directions."""
+    return q.shape[-1] ** -0.5
 
 
 def attention_backward(
     dout: Tensor,
     qkv: Tensor,
     out: Tensor,
-    lse: Tensor,
+    statistics: Tensor,
     n_heads: int,
     document_start: Tensor | None = None,
     n_kv_heads: int | None = None,
 ) -> Tensor:
-    """The probabilities come back from q, k and lse; only those rows need be remembered (Dao 2022).
+    """The probabilities come back from q, k and the statistics of each row (Dao 2022).
 
     dv = pᵀ do;  dp = do vᵀ;  ds = p (dp - δ) with δ_i = Σ_j p_ij dp_ij = do_i · o_i;
     dq = ds k / √D;  dk = dsᵀ q / √D.
 
-    dout, out (B, T, H·D); lse (B, H, T); the others as in the forward. Returns dqkv, as qkv.
+    dout, out (B, T, H·D); out, statistics from the forward, the others as there. Returns dqkv, as
+    qkv.
     """
     B, T, _ = out.shape
     q, k, v = (widen(x) for x in split_heads(qkv, n_heads, n_kv_heads))
-    do, o = (widen(x).view(B, T, n_heads, -1).transpose(1, 2) for x in (dout, out))
-    scale = 1 / math.sqrt(q.shape[-1])
-    scores = (q @ k.mT * scale).masked_fill(~visible(T, document_start, qkv.device), -math.inf)
-    p = torch.exp(scores - lse[..., None])  # (B,H,T,T)
+    do, o = (widen(x).reshape(B, T, n_heads, -1).transpose(1, 2) for x in (dout, out))
+    scale = attention_scale(q)
+    q = q * scale
+    largest, log_sum = statistics[..., None]
+    p = torch.exp(masked_scores(q, k, document_start) - largest - log_sum)  # (B,H,T,T)
     dv = p.mT @ do
     dp = do @ v.mT
     delta = (do * o).sum(-1, keepdim=True)  # (B,H,T,1)
     ds = p * (dp - delta)
     dq = ds @ k * scale
-    dk = ds.mT @ q * scale
+    dk = ds.mT @ q
     return join_heads((dq, dk, dv), n_kv_heads).to(qkv.dtype)
 
 
@@ -349,7 +369,8 @@ def decode_attention(
     B, T, width = k_cache.shape
     H_kv, D = head_sizes(q.shape[1] + 2 * width, n_heads, n_kv_heads)
     k, v = (widen(x).reshape(B, T, H_kv, D).transpose(1, 2) for x in (k_cache, v_cache))
-    scores = widen(q).reshape(B, H_kv, -1, D) @ k.mT / math.sqrt(D)  # (B,H_kv,H/H_kv,T)
+    q_groups = widen(q).reshape(B, H_kv, -1, D)
+    scores = q_groups * attention_scale(q_groups) @ k.mT  # (B,H_kv,H/H_kv,T)
     past = torch.arange(T, device=q.device) < lengths[:, None, None, None]
     p = torch.softmax(scores.masked_fill(~past, -math.inf), -1)
     # what lies beyond `lengths` was never written: 0 * NaN must not reach the sum

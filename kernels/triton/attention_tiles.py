@@ -246,17 +246,18 @@ def tiles_of(x: Tensor, problem: Problem, rows: int) -> Tensor | TensorDescripto
 
 
 def row_statistics(x: Tensor, problem: Problem, rows: int) -> Tensor | TensorDescriptor:
-    """x (B, H, T) float32 as `load_row_statistic` reads it, `rows` at a time."""
+    """x (n, B, H, T) float32 as `load_row_statistic` reads it, `rows` at a time."""
     if not problem.TMA:
         return x
-    return TensorDescriptor(x, [problem.B * problem.H, problem.T], [x.stride(1), 1], [1, rows])
+    return TensorDescriptor(x, [x[..., 0].numel(), problem.T], [x.stride(2), 1], [1, rows])
 
 
-def empty_row_statistic(like: Tensor, problem: Problem) -> Tensor:
-    """(B, H, T) float32, unwritten; rows start on 64 bytes: the copy engine wants 16, and a stride
-    of a multiple of 16 elements whatever T is makes Triton compile once for all T."""
+def empty_row_statistics(n: int, like: Tensor, problem: Problem) -> Tensor:
+    """(n, B, H, T) float32, unwritten. Rows start on 64 bytes: the copy engine wants 16, and a
+    stride that is a multiple of 16 elements whatever T is makes Triton compile once for all T."""
     B, T, H = problem.B, problem.T, problem.H
-    return torch.empty((B, H, cdiv(T, 16) * 16), dtype=torch.float32, device=like.device)[..., :T]
+    shape = (n, B, H, cdiv(T, 16) * 16)
+    return torch.empty(shape, dtype=torch.float32, device=like.device)[..., :T]
 
 
 def check_documents(document_start: Tensor | None, problem: Problem, device: torch.device) -> None:
