@@ -5,11 +5,11 @@
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
-# Triton's version on current Hopper machines: kernels are compiled ahead of time with it too.
+# Triton's version on current Hopper machines: the gate compiles kernels with it too.
 TRITON_PINNED := 3.6.0
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: train test test-slow test-versions check bench soak clean
+.PHONY: train test test-slow test-versions check gate bench soak clean
 
 # PASSIVE: threads that wait for each other sleep. On a machine that is busy with other work too,
 # spinning ones were measured to be five times slower.
@@ -41,6 +41,12 @@ check: $(VENV)/.installed-test
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+# Every kernel compiled for six GPUs, and held to their limits; writes docs/kernels.md and the record that
+# `make test` compares the kernels with. What is unchanged is not compiled again.
+gate: $(VENV)/.installed-test
+	PYTHONPATH=$(VENV)/triton-$(TRITON_PINNED) $(PY) -W ignore -m tools.gate --write
+	$(PY) -W ignore -m tools.gate --arch 90 --write
 
 # The benchmarks of this machine, and the tables and figures of docs/benchmarks.md.
 bench: $(VENV)/.installed-test

@@ -516,8 +516,9 @@ def sgd_update(
     rounding_seed: Tensor | None = None,
     offset: int = 0,
 ) -> None:
-    """See `reference.sgd_update`. Scales `gradients` in place."""
-    if rounding_seed is not None:
+    """See `reference.sgd_update`, which serves float64: PyTorch's takes the clip factor in float32.
+    Scales `gradients` in place."""
+    if rounding_seed is not None or gradients.dtype == torch.float64:
         reference.sgd_update(
             weights,
             master,
@@ -565,8 +566,9 @@ def adamw_update(
     rounding_seed: Tensor | None = None,
     offset: int = 0,
 ) -> None:
-    """See `reference.adamw_update`. Scales `gradients` in place."""
-    if rounding_seed is not None:
+    """See `reference.adamw_update`, which serves float64 as in `sgd_update`. Scales `gradients` in
+    place."""
+    if rounding_seed is not None or gradients.dtype == torch.float64:
         reference.adamw_update(
             weights,
             master,

@@ -297,10 +297,10 @@ def attention_forward(
 
     qkv (B, T, (H + 2 H_kv)·D): H heads of queries, H_kv of keys and H_kv of values side by side.
     n_kv_heads: H_kv, which divides H; None: H.
-    document_start (B, T) int32, or None for one document: query i sees the keys document_start[i] <=
-    j <= i. It must not fall as i grows, and must be at most i, so that each query sees itself. The
-    beginnings of documents are one case; a window of the last W keys, i - W + 1, is another, and so
-    is the larger of both. Below 0 means 0.
+    document_start (B, T) int32, or None for one document: query i sees the keys
+    document_start[i] <= j <= i. It must not fall as i grows, and must be at most i, so that each
+    query sees itself. The beginnings of documents are one case; a window of the last W keys,
+    i - W + 1, is another, and so is the larger of both. Below 0 means 0.
     Returns out (B, T, H·D), and `statistics` of each row's softmax for `attention_backward`. Their
     form is the backend's own, and nobody else reads them. Here: (2, B, H, T), the largest score and
     log Σ_j exp(score_ij - largest); beside a large score their sum would lose the second's digits.

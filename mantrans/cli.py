@@ -8,15 +8,15 @@ evaluate.py and config_summary.py run the first three commands.
 from __future__ import annotations
 
 import argparse
-import os
 import signal
 import sys
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from mantrans.errors import MantransError
+from mantrans import terminal
+from mantrans.errors import MantransError, show
 
 MISTAKE, INTERRUPTED, PIPE_CLOSED = 2, 128 + signal.SIGINT, 128 + signal.SIGPIPE
 
@@ -25,17 +25,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command of `mantrans`; without arguments, those of the process.
 
     Returns the exit status: 0; 2 after one line on standard error, for a user's mistake, an error
-    of the system or full memory; 130 after Ctrl-C; 141, without a message, if the reader of
-    standard output has gone.
+    of the system or full memory; 130 after Ctrl-C, 128 + its number after another signal that
+    ended the command at once; 141, without a message, if the reader of standard output has gone.
     """
+    terminal.reserve_standard_streams()
     try:
-        status = run(list(sys.argv[1:] if arguments is None else arguments))
-        sys.stdout.flush()
+        with terminal.lossy("stderr"):
+            return _status(list(sys.argv[1:] if arguments is None else arguments))
+    finally:
+        terminal.discard_unwritten()
+
+
+def _status(arguments: list[str]) -> int:
+    """Run the command; its exit status."""
+    try:
+        status = run(arguments)
+        if sys.stdout is not None:
+            sys.stdout.flush()
         return status
-    except KeyboardInterrupt:
-        return INTERRUPTED
+    except KeyboardInterrupt as stop:
+        return 128 + (stop.args[0] if stop.args else signal.SIGINT)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
         return PIPE_CLOSED
     except MantransError as error:
         reason = str(error)
@@ -48,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not runtime.is_out_of_memory(error):
             raise
         reason = runtime.OUT_OF_MEMORY
-    print(f"error: {reason}", file=sys.stderr)
+    terminal.say(f"error: {reason}")
     return MISTAKE
 
 
@@ -62,7 +72,22 @@ def run(arguments: list[str]) -> int:
 
 
 class Parser(argparse.ArgumentParser):
-    """Reports a wrong command line like any other mistake."""
+    """Reports a wrong command line like any other mistake.
+
+    A blank argument is one: it is what a shell makes of a variable that is not set. An argument
+    that may be empty has the type `str`.
+    """
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.register("type", None, not_blank)
+        self.register("type", Path, lambda text: Path(not_blank(text)))
+
+    def add_subparsers(self, **options: Any) -> Any:
+        """Commands of this command, each of which checks its own arguments."""
+        commands = super().add_subparsers(**options)
+        commands.type = str
+        return commands
 
     def error(self, message: str) -> NoReturn:
         raise MantransError(f"{message}; see --help")
@@ -78,6 +103,11 @@ def train(arguments: list[str]) -> int:
     add("--config", default="configs/quickstart.yaml", help="a YAML file")
     add_overrides(parser)
     add("--resume", metavar="PATH", help="a checkpoint, or 'latest': the experiment's newest")
+    add(
+        "--allow-other-data",
+        action="store_true",
+        help="resume on tokens that are not the checkpoint's",
+    )
     add("--no-coherence-eval", action="store_true", help="do not ask a Claude model for scores")
     add(
         "--debug-nan",
@@ -91,23 +121,25 @@ def train(arguments: list[str]) -> int:
     from mantrans.training.trainer import Trainer
 
     threading.excepthook = background_failure
-    trainer = Trainer(
-        Config.load(options.config, options.overrides),
-        resume=options.resume,
-        evaluate_coherence=not options.no_coherence_eval,
-        debug_nan=options.debug_nan,
-        check_kernels=not options.no_selfcheck,
-        profile=options.profile,
-    )
-    trainer.run()
-    return INTERRUPTED if trainer.stop_signal == signal.SIGINT else 0
+    with terminal.lossy("stdout"):
+        trainer = Trainer(
+            Config.load(options.config, options.overrides),
+            resume=options.resume,
+            allow_other_data=options.allow_other_data,
+            evaluate_coherence=not options.no_coherence_eval,
+            debug_nan=options.debug_nan,
+            check_kernels=not options.no_selfcheck,
+            profile=options.profile,
+        )
+        trainer.run()
+    return INTERRUPTED if trainer.signals.first == signal.SIGINT else 0
 
 
 def background_failure(failure: threading.ExceptHookArgs) -> None:
     """Report a disk error of TensorBoard's writer thread as a warning."""
     if isinstance(failure.exc_value, OSError):
         reason = failure.exc_value.strerror
-        print(f"warning: TensorBoard's files are no longer written ({reason})", file=sys.stderr)
+        terminal.say(f"warning: TensorBoard's files are no longer written ({reason})")
     else:
         threading.__excepthook__(failure)
 
@@ -150,7 +182,7 @@ def summary(arguments: list[str]) -> int:
     from mantrans.config import Config
     from mantrans.training import summary as text
 
-    print(text.summary(Config.load(options.config, options.overrides), options.tokens))
+    terminal.show(text.summary(Config.load(options.config, options.overrides), options.tokens))
     return 0
 
 
@@ -163,7 +195,7 @@ def generate(arguments: list[str]) -> int:
     )
     add = parser.add_argument
     add("--checkpoint", type=Path, required=True, help="a model that train.py saved")
-    add("--prompt", required=True, help="the text to continue")
+    add("--prompt", type=str, required=True, help="the text to continue; may be empty")
     add("--max-length", type=positive, metavar="N", help="tokens in all, prompt included")
     add("--temperature", type=float, help="below 1 safer, above 1 wilder, 0 always the most likely")
     add("--top-k", type=positive, metavar="K", help="sample from the K most likely tokens")
@@ -187,10 +219,10 @@ def generate(arguments: list[str]) -> int:
     )
     model, tokenizer = trained.load_model(options.checkpoint, state, config, options.device)
     pieces = text.continue_text(model, tokenizer, config, options.prompt)
-    print(printable(options.prompt), end="", flush=True)
+    terminal.show(printable(options.prompt), end="")
     for piece in pieces:
-        print(printable(piece), end="", flush=True)
-    print()
+        terminal.show(printable(piece), end="")
+    terminal.show("")
     return 0
 
 
@@ -215,7 +247,7 @@ def report(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     from mantrans.report.page import write_page
 
-    print(write_page(options.run, options.output, options.compare))
+    terminal.show(str(write_page(options.run, options.output, options.compare)))
     return 0
 
 
@@ -247,6 +279,13 @@ def add_overrides(parser: argparse.ArgumentParser) -> None:
         "--set", action="append", default=[], dest="overrides", metavar="SECTION.FIELD=VALUE",
         help="change one field of the config, e.g. training.learning_rate=3e-4; may be repeated",
     )  # fmt: skip
+
+
+def not_blank(text: str) -> str:
+    """argparse's type for every text, and for the text of a path."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError(f"expected a value, got {show(text)}: an unset variable?")
+    return text
 
 
 def positive(text: str) -> int:

@@ -21,6 +21,10 @@ class CheckpointError(MantransError):
     """A checkpoint is missing, damaged, or of another model."""
 
 
+class ModelError(MantransError):
+    """What a model computes is NaN or infinite, so that nothing can be drawn from it."""
+
+
 def single_line(text: str) -> str:
     """Return `text` for one line of a terminal: unprintable characters escaped, length cut."""
     shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

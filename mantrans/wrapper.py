@@ -8,6 +8,7 @@ tokens = model.generate(input_ids, max_length=100)
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -124,7 +125,7 @@ class CustomTransformerWrapper:
         if optimizer not in OPTIMIZERS:
             raise ConfigError(f"optimizer: expected {' or '.join(OPTIMIZERS)}, got {optimizer!r}")
         try:
-            ops = backends.choose(backend, self.device)
+            ops = backends.choose(backend, self.device, self.dtype)
         except ValueError as wrong:
             raise ConfigError(str(wrong)) from None
         self.model = CustomTransformer(
@@ -232,6 +233,7 @@ class CustomTransformerWrapper:
         max_length includes the prompt. A row ends after eos_token_id.
         Returns (B, L) int64 for a tensor, where rows that ended early are padded with eos_token_id;
         for a list, a list of 1-D tensors.
+        Raises ValueError for wrong arguments, ModelError if the model's logits are not finite.
         """
         as_tensor = isinstance(input_ids, Tensor)
         rows = self._checked_prompts(input_ids)
@@ -271,7 +273,8 @@ class CustomTransformerWrapper:
         """The new tokens of `generate`, with the same arguments, as soon as they are drawn.
 
         Yields at each step a list with one token per prompt, None for a row that has ended. Wrong
-        arguments raise ValueError at once, not at the first token.
+        arguments raise ValueError at once, not at the first token; ModelError comes when a token is
+        due and the model's logits are not finite.
         """
         prompts = self._checked_prompts(input_ids)
         _check_sampling(max_length, temperature, top_k, top_p)
@@ -497,8 +500,8 @@ def _check_sampling(
 ) -> None:
     if max_length < 1:
         raise ValueError(f"max_length: expected at least 1, got {max_length}")
-    if not temperature >= 0:
-        raise ValueError(f"temperature: expected 0 or more, got {temperature}")
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature: expected a number of at least 0, got {temperature}")
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k: expected at least 1 or None, got {top_k}")
     if top_p is not None and not 0 < top_p <= 1:

@@ -125,7 +125,7 @@ def test_unknown_names_are_answered_with_the_nearest() -> None:
         ("training__num_epochs", 3, "expected null, since training.max_steps is given, got 3"),
         ("training__max_steps", None, "steps, since training.num_epochs is null, got null"),
         ("training__warmup_ratio", 0.1, "expected null, since training.warmup_steps is given"),
-        ("training__warmup_steps", 11, "at most training.max_steps (10)"),
+        ("training__warmup_steps", 11, "at most 10, the steps of the run"),
         ("training__min_learning_rate", 1.0, "at most training.learning_rate"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -76,11 +77,42 @@ def test_every_epoch_has_every_window_once(
     steps = -(-3 * n_windows // (batch_size * world_size))
     rows = [loader.window_starts(step) for step in range(steps) for loader in loaders]
     starts = np.concatenate(rows)[: 3 * n_windows].reshape(3, n_windows)
-    for epoch in np.sort(starts, axis=1):
-        assert (np.diff(epoch) == length).all()  # all different, side by side
-        assert epoch[0] >= 0
-        assert epoch[-1] + length + 1 <= len(stream)
-    assert n_windows >= len(stream) // length - 2  # at most two windows' worth is left out
+    targets = starts[:, :, None] + 1 + np.arange(length)
+    assert targets.min() >= 1 and targets.max() < len(stream)
+    for epoch in targets.reshape(3, -1):
+        assert len(set(epoch.tolist())) == epoch.size  # no target twice
+    for two in (targets[:2], targets[1:]):
+        assert set(two.ravel().tolist()) == set(range(1, len(stream)))
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 7, 64, 1024])
+def test_any_two_successive_epochs_have_every_target(folder: Path, length: int) -> None:
+    """At every remainder of the stream's length, with many windows and with one."""
+    sizes = {length + 1, length + 2, 2 * length, 4 * length - 1, 4 * length, 4 * length + 1}
+    sizes |= {2999} if length > 7 else {5 * length + rest for rest in range(length)}
+    for size in sorted(size for size in sizes if size > length):
+        loader = BatchLoader(counting(folder, size), 1, length, seed=9)
+        loader = BatchLoader(loader.stream, loader.n_windows, length, seed=9)  # a step is an epoch
+        starts = [loader.window_starts(epoch)[:, None] for epoch in range(5)]
+        seen = [set((first + 1 + np.arange(length)).ravel().tolist()) for first in starts]
+        for one, other in pairwise(seen):
+            assert one | other == set(range(1, size))
+
+
+def test_a_run_of_the_first_rule_keeps_its_batches(folder: Path) -> None:
+    """As they were when checkpoints did not say how windows are laid out."""
+    loader = BatchLoader(counting(folder, 2999), 2, 128, seed=7)
+    loader.follow(1)
+    assert loader.n_windows == 22
+    starts = [loader.window_starts(step).tolist() for step in (0, 10, 11, 15, 22)]
+    assert starts == [[1719, 2359], [2487, 2103], [531, 915], [2067, 1427], [26, 538]]
+    short = BatchLoader(counting(folder, 2999), 2, 1024, seed=7)
+    assert short.n_windows == 2
+    short.follow(1)
+    assert short.n_windows == 1
+    for rule in (0, 3, "2", None, True, 1.0):
+        with pytest.raises(ValueError, match="expected a rule from 1 to 2"):
+            loader.follow(rule)
 
 
 def test_epochs_differ_in_order_and_offset(folder: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FLOORS = [
     "kernels.reference kernels.native kernels.triton kernels.backend kernels.selfcheck errors",
-    "layers parameters config runtime assets",
+    "layers parameters config runtime assets terminal",
     "models optim checkpoint interop wrapper records",
     "training evaluation data inference report mantrans",
     "cli __main__",

@@ -7,6 +7,7 @@ import io
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -228,7 +229,19 @@ def test_without_a_terminal_there_are_plain_lines() -> None:
     console.show(10, {"loss": 2.0})
     console.message("saved")
     console.close()
-    assert stream.getvalue() == "step 10/100  loss 2.0000\nsaved\n"
+    clock = r"\d:\d\d:\d\d"
+    expected = rf"step 10/100  loss 2\.0000, {clock} elapsed, {clock} left\nsaved\n"
+    assert re.fullmatch(expected, stream.getvalue())
+
+
+def test_the_time_left_is_that_of_the_steps_left(monkeypatch: Any) -> None:
+    now = 1000.0
+    monkeypatch.setattr("mantrans.training.console.time.monotonic", lambda: now)
+    console = Console(100, first_step=40, quiet=True)
+    now += 3600 + 90
+    assert console.time(50) == "1:01:30 elapsed, 5:07:30 left"
+    assert console.time(40) == "1:01:30 elapsed" and console.time(100).endswith("0:00:00 left")
+    assert Console(None).time(7) == "0:00:00 elapsed"
 
 
 def test_in_a_terminal_there_is_one_live_bar() -> None:

@@ -281,6 +281,27 @@ def test_outlier_guard_refuses_what_is_far_above_and_learns_a_new_level() -> Non
     assert not answers[0] and answers[-1]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("z_score", [1e-6, 1.0, 4.0])
+@pytest.mark.parametrize("level", [0.0, 1e-30, 1e-3, 1.0, 2.7182818, 1e6, 1e30])
+def test_outlier_guard_does_not_take_a_rounding_for_an_outlier(
+    dtype: torch.dtype, z_score: float, level: float
+) -> None:
+    """After equal losses and norms their standard deviation is 0, or that of a rounding."""
+    equal, above = torch.tensor([level, math.inf], dtype=dtype)
+    ulp = torch.nextafter(equal, above)
+
+    def guard() -> OutlierGuard:
+        guard = OutlierGuard(z_score, 8, CPU)
+        assert all(guard.allows(equal, equal) for _ in range(9))
+        return guard
+
+    assert guard().allows(ulp, equal) and guard().allows(equal, ulp)
+    assert guard().allows(equal * (1 + 1e-5), equal * (1 + 1e-5))
+    for outlier in (equal * 1.01 + 1e-30, equal * 2 + 1):
+        assert not guard().allows(outlier, equal) and not guard().allows(equal, outlier)
+
+
 def test_unread_results_are_never_overwritten() -> None:
     _, step = build()
     train(step, 2)

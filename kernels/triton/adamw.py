@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mantrans.kernels.triton.launch import ResourceCase, launch, refuse
+from mantrans.kernels.triton.launch import launch, refuse
 from mantrans.kernels.triton.weights import (
     BLOCK,
     WARPS,
@@ -28,7 +28,6 @@ from mantrans.kernels.triton.weights import (
     check_switches,
     grid,
     load_master,
-    precisions,
     store_weights,
 )
 
@@ -162,28 +161,3 @@ def adamw_update(
         **constants(beta1, beta2, eps, weight_decay),
         num_warps=WARPS,
     )
-
-
-def resource_cases() -> list[ResourceCase]:
-    """Each precision of the weights."""
-    buffers = {name: "*fp32" for name in ("gradients_ptr", "exp_avg_ptr", "exp_avg_sq_ptr")}
-    numbers = {name: "*fp32" for name in ("step_ptr", "learning_rate_ptr", "clip_ptr")}
-    return [
-        ResourceCase(
-            name=f"adamw {way.name}",
-            fn=adamw_kernel,
-            signature={
-                **way.pointers,
-                **buffers,
-                **numbers,
-                "finite_ptr": "*i1",
-                "n": "i32",
-                "offset": "i32",
-            },
-            constexprs={**way.absent, **constants(0.9, 0.95, 1e-8, 0.1)},
-            divisible_by_16=(*way.pointers, *buffers, "n", "offset"),
-            num_warps=WARPS,
-            num_stages=3,
-        )
-        for way in precisions()
-    ]

@@ -16,8 +16,8 @@ Their sum would be one number instead of two, but beside a large m the digits of
 
 All exponentials are to base 2, because that is the GPU's instruction: m is the largest product
 q · k, differences from it are multiplied by log2(e) / √D in float32, and what is kept is log2 l.
-The difference comes first, so that it is 0 for the largest score whatever its size: s·c - m·c is one
-instruction, which rounds m·c but not s·c, and what lies between the two grows with m.
+The difference comes first, so that it is 0 for the largest score whatever its size: s·c - m·c is
+one instruction, which rounds m·c but not s·c, and what lies between the two grows with m.
 
 The backward is three kernels in a fixed order of summation, so its bits repeat: δ; then dk and dv,
 one program per block of keys; then dq, one program per block of queries. The scores are computed
@@ -50,19 +50,14 @@ import triton.language as tl
 from torch import Tensor
 
 from mantrans.kernels.triton.attention_tiles import (
-    ARCHITECTURES,
     Problem,
     check_documents,
-    copy_engine_serves,
     empty_row_statistics,
-    padded,
     problem_of,
     row_statistics,
     tiles_of,
 )
 from mantrans.kernels.triton.launch import (
-    TRITON_NAME,
-    ResourceCase,
     cdiv,
     check_tensor,
     launch,
@@ -736,94 +731,3 @@ def output_gradient_statistics(
         num_warps=4,
     )
     return delta, seen_until
-
-
-# ------------------------------------------------------------------------ shipped configurations
-
-# BLOCK_D of 16 to 256, once each with a narrower head; 20 and 100 have rows that the copy engine
-# does not serve.
-RESOURCE_HEAD_WIDTHS = (16, 32, 64, 96, 128, 256, 20, 100)
-
-
-def resource_cases() -> list[ResourceCase]:
-    """Every row of TILES, with documents (three loops) and, on Hopper, without (two).
-
-    Left out because they do spill, and are not shipped: dk and dv of float32 heads wider than 128,
-    which the backend leaves to batched products.
-    """
-    cases = []
-    for kernel in KERNELS:
-        for arch in ARCHITECTURES:
-            for D in RESOURCE_HEAD_WIDTHS:
-                cases.append(_case(kernel, arch, D, torch.bfloat16, documents=True))
-                if D == 64 or (arch == 90 and D in (128, 256)):
-                    cases.append(_case(kernel, arch, D, torch.bfloat16, documents=True, group=4))
-                if arch == 90 and D in (64, 128, 256):
-                    cases.append(_case(kernel, arch, D, torch.bfloat16, documents=False))
-                    cases.append(_case(kernel, arch, D, torch.bfloat16, documents=False, group=4))
-                    cases.append(_case(kernel, arch, D, torch.float16, documents=True))
-                if D in (16, 32, 64, 128, 256) and (arch == 90 or D == 64):
-                    cases.append(_case(kernel, arch, D, torch.float32, documents=True))
-    cases += [_delta_case(D) for D in (16, 64, 256)]
-    return [c for c in cases if c.name != "attention dkdv fp32 D=256 documents sm_90"]
-
-
-def _case(
-    kernel: str, arch: int, D: int, dtype: torch.dtype, documents: bool, group: int = 1
-) -> ResourceCase:
-    name, size = TRITON_NAME[dtype], dtype.itemsize
-    TMA = copy_engine_serves(arch, D, size)
-    problem = Problem(1, 1, group, 1, D, padded(D), size, arch, TMA)
-    M, N, num_warps, num_stages = problem.tiles(kernel, documents)
-
-    def tiles(rows: int) -> str:
-        return f"tensordesc<{name}[1, 1, {rows}, {padded(D)}]>" if TMA else f"*{name}"
-
-    statistic = f"tensordesc<fp32[1, {M}]>" if TMA and kernel == "dkdv" else "*fp32"
-    types = {
-        "out": f"*{name}",
-        "dqkv": f"*{name}",
-        "statistics": statistic,
-        "delta": statistic,
-        "q_tiles": tiles(M),
-        "kv_tiles": tiles(N),
-        "do_tiles": tiles(M),
-        "document_start": "*i32",
-        "seen_until": "*i32",
-        "scale": "fp32",
-    }
-    constants = problem.constants(kernel, documents)
-    constexprs = {k: constants[k] for k in ("D", "BLOCK_D", "M", "N", "GROUP", "TMA", "WAIT")}
-    if not documents:
-        constexprs |= {"document_start": None, "seen_until": None}
-    arguments = KERNELS[kernel].arg_names
-    variant = [f"group={group}"] * (group > 1) + ["documents"] * documents
-    aligned = ("stride_b", "stride_t", "stride_statistics")  # as for any C that 16 divides
-    return ResourceCase(
-        name=" ".join([f"attention {kernel} {name} D={D}", *variant, f"sm_{arch}"]),
-        fn=KERNELS[kernel],
-        signature={a: types.get(a, "i32") for a in arguments if a not in constexprs},
-        constexprs={a: value for a, value in constexprs.items() if a in arguments},
-        divisible_by_16=tuple(
-            a
-            for a in arguments
-            if a not in constexprs and (types.get(a, "")[:1] == "*" or a in aligned)
-        ),
-        num_warps=num_warps,
-        num_stages=num_stages,
-        architectures=(arch,),
-    )
-
-
-def _delta_case(D: int) -> ResourceCase:
-    pointers = {"delta": "*fp32", "seen_until": "*i32", "document_start": "*i32"}
-    pointers |= {"out": "*bf16", "dout": "*bf16"}
-    return ResourceCase(
-        name=f"attention delta bf16 D={D} documents",
-        fn=delta_kernel,
-        signature={**pointers, **dict.fromkeys(("T", "stride_delta", "n_heads"), "i32")},
-        constexprs={"D": D, "BLOCK_D": padded(D), "M": DELTA_ROWS},
-        divisible_by_16=(*pointers, "stride_delta"),
-        num_warps=4,
-        num_stages=3,
-    )

@@ -16,6 +16,7 @@ from mantrans.kernels.reference import head_sizes
 from mantrans.kernels.triton.launch import (
     cdiv,
     check_tensor,
+    gpu_of,
     interpreted,
     next_power_of_two,
     refuse,
@@ -130,8 +131,7 @@ FLOAT32_TILES = {
         256: Tiles(16, 16, 8, 1),
     },
 }
-ARCHITECTURES = (80, 90, 100)
-TILES |= {(kernel, arch, 4): row for kernel, row in FLOAT32_TILES.items() for arch in ARCHITECTURES}
+TILES |= {(kernel, arch, 4): row for kernel, row in FLOAT32_TILES.items() for arch in (80, 90, 100)}
 
 L2_BYTES = 16 * 2**20  # of tiles that programs under way may share: a part of the L2 cache
 
@@ -141,12 +141,10 @@ def architecture(device: torch.device) -> int:
 
     The rows of 80 keep within the 99 KiB of shared memory that consumer cards have, and leave the
     registers that addresses take where tiles come by plain loads: newer GPUs use them too for head
-    widths that the copy engine does not serve. Interpreted kernels take the rows of 90.
+    widths that the copy engine does not serve.
     """
-    if device.type != "cuda":
-        return 90
-    major = torch.cuda.get_device_capability(device)[0]
-    return {9: 90, 10: 100}.get(major, 80)
+    gpu = gpu_of(device)
+    return {9: 90, 10: 100}.get(gpu.capability // 10 if gpu else 0, 80)
 
 
 class Problem(NamedTuple):

@@ -14,8 +14,6 @@ import triton.language as tl
 from torch import Tensor
 
 from mantrans.kernels.triton.launch import (
-    TRITON_NAME,
-    ResourceCase,
     cdiv,
     check_tensor,
     launch,
@@ -107,22 +105,3 @@ def bias_gradient(dy: Tensor, dbias: Tensor) -> None:
     check_tensor("dy", dy)
     check_vector_gradient("dbias", dbias, dy.shape[-1], dy.device)
     add_column_sums(dy.view(-1, dy.shape[-1]), dbias)
-
-
-def resource_cases() -> list[ResourceCase]:
-    """The shipped configurations, one per dtype."""
-    return [_sums_case(dtype) for dtype in TRITON_NAME.values()]
-
-
-def _sums_case(dtype: str) -> ResourceCase:
-    pointers = {"dy_ptr": f"*{dtype}", "sums_ptr": "*fp32"}
-    lengths = {"n_rows": "i32", "n_columns": "i32", "n_programs": "i32", "stride": "i32"}
-    return ResourceCase(
-        name=f"column_sums {dtype}",
-        fn=column_sums_kernel,
-        signature={**pointers, **lengths},
-        constexprs={"ACCUMULATE": True, "BLOCK_ROWS": BLOCK_ROWS, "BLOCK_COLUMNS": BLOCK_COLUMNS},
-        divisible_by_16=(*pointers, "n_columns", "stride"),
-        num_warps=1,
-        num_stages=3,
-    )

@@ -34,9 +34,6 @@ from torch import Tensor
 from mantrans.kernels.native import row_chunks, weight_gradient
 from mantrans.kernels.reference import IGNORE_INDEX
 from mantrans.kernels.triton.launch import (
-    FLOAT_DTYPES,
-    TRITON_NAME,
-    ResourceCase,
     cdiv,
     check_tensor,
     launch,
@@ -485,46 +482,3 @@ def linear_cross_entropy_forward_backward(
         weight_gradient(dlogits, x[rows], dweight, accumulate)
         accumulate = True
     return losses.sum() * scale, dx
-
-
-# ------------------------------------------------------------------------ shipped configurations
-
-# GPT-2's padded vocabulary, the 4,096 entries of the shipped tokenizer, and a byte-level one.
-RESOURCE_COLUMNS = (256, 4096, 50304)
-
-
-def resource_cases() -> list[ResourceCase]:
-    """The three kernels for each dtype and row length."""
-    return [
-        _case(kernel, dtype, n_columns)
-        for kernel in (
-            cross_entropy_forward_kernel,
-            cross_entropy_backward_kernel,
-            cross_entropy_forward_backward_kernel,
-        )
-        for dtype in FLOAT_DTYPES
-        for n_columns in RESOURCE_COLUMNS
-    ]
-
-
-def _case(kernel: triton.JITFunction, dtype: torch.dtype, n_columns: int) -> ResourceCase:
-    pointers = {
-        "logits_ptr": f"*{TRITON_NAME[dtype]}",
-        "targets_ptr": "*i64",
-        "losses_ptr": "*fp32",
-        "lse_ptr": "*fp32",
-        "scale_ptr": "*fp32",
-    }
-    pointers = {name: kind for name, kind in pointers.items() if name in kernel.arg_names}
-    lengths = {"n_columns": "i32", "vocab_size": "i32", "ignore_index": "i32"}
-    shape = blocks(n_columns)
-    warps = shape.pop("num_warps")
-    return ResourceCase(
-        name=f"{kernel.__name__.removesuffix('_kernel')} {TRITON_NAME[dtype]} V={n_columns}",
-        fn=kernel,
-        signature={**pointers, **lengths},
-        constexprs=shape,
-        divisible_by_16=(*pointers, "n_columns"),
-        num_warps=warps,
-        num_stages=3,
-    )

@@ -31,8 +31,6 @@ from torch import Tensor
 
 from mantrans.kernels.triton.attention_tiles import accepted_head_sizes, padded
 from mantrans.kernels.triton.launch import (
-    TRITON_NAME,
-    ResourceCase,
     cdiv,
     check_tensor,
     launch,
@@ -261,47 +259,3 @@ def check_arguments(
         refuse("k_cache", f"shape {tuple(k_cache.shape)}", "at least one position")
     check_tensor("lengths", lengths, shape=cache[:1], dtype=torch.int64, device=q.device)
     return H_kv, D
-
-
-# ------------------------------------------------------------------------ shipped configurations
-
-RESOURCE_HEAD_WIDTHS = (16, 64, 96, 256)
-
-
-def resource_cases() -> list[ResourceCase]:
-    """Both kernels for each padded head width, and the former for each dtype; one with groups."""
-    cases = [_share_case("bf16", 64, group=4)]
-    for D in RESOURCE_HEAD_WIDTHS:
-        cases += [_share_case(dtype, D) for dtype in TRITON_NAME.values()]
-        cases.append(_merge_case(D))
-    return cases
-
-
-def _share_case(dtype: str, D: int, group: int = 1) -> ResourceCase:
-    BLOCK_D = padded(D)
-    pointers = {name: f"*{dtype}" for name in ("q", "k_cache", "v_cache")}
-    pointers |= {"partial": "*fp32", "partial_lse": "*fp32", "lengths": "*i64"}
-    strides = ("stride_q", "stride_kb", "stride_kt", "stride_vb", "stride_vt")
-    integers = dict.fromkeys(("T", *strides, "n_heads", "shares"), "i32")
-    return ResourceCase(
-        name=f"decode_attention share {dtype} D={D}{f' group={group}' if group > 1 else ''}",
-        fn=share_kernel,
-        signature={**pointers, **integers, "scale": "fp32"},
-        constexprs={"D": D, "BLOCK_D": BLOCK_D, "N": BLOCK_ELEMENTS // BLOCK_D, "GROUP": group},
-        divisible_by_16=(*pointers, *strides),
-        num_warps=NUM_WARPS,
-        num_stages=3,
-    )
-
-
-def _merge_case(D: int) -> ResourceCase:
-    pointers = {"out": "*bf16", "partial": "*fp32", "partial_lse": "*fp32"}
-    return ResourceCase(
-        name=f"decode_attention merge D={D}",
-        fn=merge_kernel,
-        signature={**pointers, "shares": "i32"},
-        constexprs={"D": D, "BLOCK_D": padded(D), "BLOCK_S": LARGEST_SPLIT},
-        divisible_by_16=tuple(pointers),
-        num_warps=NUM_WARPS,
-        num_stages=3,
-    )

@@ -35,8 +35,6 @@ from torch import Tensor
 
 from mantrans.kernels.triton.bias_gradient import add_column_sums
 from mantrans.kernels.triton.launch import (
-    TRITON_NAME,
-    ResourceCase,
     cdiv,
     check_tensor,
     launch,
@@ -307,80 +305,4 @@ def add_token_gradients(dx: Tensor, tokens: Tensor, dtable: Tensor) -> None:
         CHUNK=CHUNK,
         ROWS=ROWS_AT_ONCE,
         **shape,
-    )
-
-
-# ------------------------------------------------------------------------ shipped configurations
-
-RESOURCE_WIDTHS = (64, 256, 768, 1600)
-
-
-def resource_cases() -> list[ResourceCase]:
-    """Forward and backward for each dtype and block of columns; joining is float32 only."""
-    cases = []
-    for C in RESOURCE_WIDTHS:
-        for dtype in TRITON_NAME.values():
-            cases += [_forward_case(dtype, C), _pieces_case(dtype, C)]
-        cases.append(_join_case(C))
-    return cases
-
-
-def _case(
-    name: str,
-    kernel: triton.JITFunction,
-    pointers: dict[str, str],
-    lengths: tuple[str, ...],
-    constexprs: dict[str, int],
-    C: int,
-) -> ResourceCase:
-    shape = columns_and_warps(C)
-    warps = shape.pop("num_warps")
-    return ResourceCase(
-        name=f"{name} C={C}",
-        fn=kernel,
-        signature={**pointers, **{length: "i32" for length in lengths}},
-        constexprs={**constexprs, **shape},
-        divisible_by_16=(*pointers, "n_columns"),
-        num_warps=warps,
-        num_stages=3,
-    )
-
-
-def _forward_case(dtype: str, C: int) -> ResourceCase:
-    tables = {name: f"*{dtype}" for name in ("token_table_ptr", "position_table_ptr", "x_ptr")}
-    return _case(
-        f"embedding_forward {dtype}",
-        embedding_forward_kernel,
-        {"tokens_ptr": "*i64", **tables},
-        ("n_rows", "sequence_length", "n_tokens", "n_columns"),
-        {"BLOCK_ROWS": FORWARD_ROWS},
-        C,
-    )
-
-
-def _pieces_case(dtype: str, C: int) -> ResourceCase:
-    return _case(
-        f"embedding_backward sum pieces {dtype}",
-        sum_pieces_kernel,
-        {
-            "dx_ptr": f"*{dtype}",
-            "sorted_ptr": "*i32",
-            "order_ptr": "*i64",
-            "dtable_ptr": "*fp32",
-            "partials_ptr": "*fp32",
-        },
-        ("n", "n_tokens", "n_columns"),
-        {"CHUNK": CHUNK, "ROWS": ROWS_AT_ONCE},
-        C,
-    )
-
-
-def _join_case(C: int) -> ResourceCase:
-    return _case(
-        "embedding_backward join pieces",
-        join_pieces_kernel,
-        {"sorted_ptr": "*i32", "dtable_ptr": "*fp32", "partials_ptr": "*fp32"},
-        ("n", "n_tokens", "n_columns"),
-        {"CHUNK": CHUNK, "ROWS": ROWS_AT_ONCE},
-        C,
     )

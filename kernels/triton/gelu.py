@@ -24,8 +24,6 @@ from torch import Tensor
 
 from mantrans.kernels.triton.bias_gradient import column_blocks, row_programs
 from mantrans.kernels.triton.launch import (
-    TRITON_NAME,
-    ResourceCase,
     cdiv,
     check_tensor,
     launch,
@@ -210,58 +208,3 @@ def bias_gelu_backward(
             num_warps=1,
         )
     return dh
-
-
-# ------------------------------------------------------------------------ shipped configurations
-
-
-def resource_cases() -> list[ResourceCase]:
-    """Forward and backward for each dtype, with and without the bias."""
-    return [
-        make(dtype, with_bias)
-        for dtype in TRITON_NAME
-        for with_bias in (True, False)
-        for make in (_forward_case, _backward_case)
-    ]
-
-
-def _forward_case(dtype: torch.dtype, with_bias: bool) -> ResourceCase:
-    names = ("h_ptr", "bias_ptr", "y_ptr") if with_bias else ("h_ptr", "y_ptr")
-    return ResourceCase(
-        name=f"{'bias_' if with_bias else ''}gelu_forward {TRITON_NAME[dtype]}",
-        fn=bias_gelu_forward_kernel,
-        signature={
-            **{name: f"*{TRITON_NAME[dtype]}" for name in names},
-            "n_rows": "i32",
-            "n_columns": "i32",
-        },
-        constexprs={
-            **({} if with_bias else {"bias_ptr": None}),
-            "BLOCK_ROWS": FORWARD_ROWS,
-            "BLOCK_COLUMNS": column_blocks(3072)[0],
-        },
-        divisible_by_16=(*names, "n_columns"),
-        num_warps=FORWARD_WARPS,
-        num_stages=3,
-    )
-
-
-def _backward_case(dtype: torch.dtype, with_bias: bool) -> ResourceCase:
-    pointers = {name: f"*{TRITON_NAME[dtype]}" for name in ("dy_ptr", "h_ptr", "dh_ptr")}
-    if with_bias:
-        pointers |= {"bias_ptr": f"*{TRITON_NAME[dtype]}", "dbias_ptr": "*fp32"}
-    lengths = {name: "i32" for name in ("n_rows", "n_columns", "n_programs", "stride")}
-    return ResourceCase(
-        name=f"{'bias_' if with_bias else ''}gelu_backward {TRITON_NAME[dtype]}",
-        fn=bias_gelu_backward_kernel,
-        signature={**pointers, **lengths},
-        constexprs={
-            **({} if with_bias else {"bias_ptr": None, "dbias_ptr": None}),
-            "ACCUMULATE": True,
-            "BLOCK_ROWS": backward_rows(dtype),
-            "BLOCK_COLUMNS": column_blocks(3072)[0],
-        },
-        divisible_by_16=(*pointers, "n_columns", "stride"),
-        num_warps=1,
-        num_stages=3,
-    )

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mantrans.kernels.triton.launch import ResourceCase, check_tensor, launch
+from mantrans.kernels.triton.launch import check_tensor, launch
 
 PROGRAMS = 1024  # with 8 warps each: a single wave on 132 multiprocessors with 64 warps
 BLOCK = 4096  # four 16-byte loads of float32 in flight per lane
@@ -68,27 +68,3 @@ def gradient_norm(gradients: Tensor) -> Tensor:
     )
     launch(root_of_sum_kernel, (1,), partials, norm, PROGRAMS=PROGRAMS, num_warps=4)
     return norm
-
-
-def resource_cases() -> list[ResourceCase]:
-    """Both kernels, as shipped."""
-    return [
-        ResourceCase(
-            name="gradient_norm partial squares",
-            fn=partial_squares_kernel,
-            signature={"gradients_ptr": "*fp32", "partials_ptr": "*fp32", "n": "i32"},
-            constexprs={"BLOCK": BLOCK},
-            divisible_by_16=("gradients_ptr", "partials_ptr", "n"),
-            num_warps=WARPS,
-            num_stages=3,
-        ),
-        ResourceCase(
-            name="gradient_norm root of sum",
-            fn=root_of_sum_kernel,
-            signature={"partials_ptr": "*fp32", "norm_ptr": "*fp32"},
-            constexprs={"PROGRAMS": PROGRAMS},
-            divisible_by_16=("partials_ptr", "norm_ptr"),
-            num_warps=4,
-            num_stages=3,
-        ),
-    ]

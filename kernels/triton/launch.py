@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 import triton
@@ -18,32 +18,24 @@ from torch import Tensor
 # The dtypes that kernels support; float64 needs the reference or native backend.
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
-# Their names in a signature for ahead-of-time compilation.
-TRITON_NAME = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
-
 # Most programs on each axis of a grid (CUDA C++ Programming Guide, compute capabilities).
 GRID_LIMITS = (2**31 - 1, 65_535, 65_535)
 
-# The interpreter runs one program after the other; with two "multiprocessors" persistent loops run
-# more than once.
-INTERPRETED_MULTIPROCESSORS = 2
+
+class GPU(NamedTuple):
+    """What launchers ask of the GPU that kernels run on."""
+
+    capability: int  # 90 for compute capability 9.0
+    multiprocessors: int  # the unit of a persistent grid
 
 
-class ResourceCase(NamedTuple):
-    """One shipped configuration of a kernel, as the ahead-of-time compiler needs it.
+# The interpreter takes Hopper's way through the kernels. It runs one program after the other; with
+# two "multiprocessors" persistent loops run more than once.
+INTERPRETER = GPU(90, 2)
 
-    signature has the Triton type of each run-time argument, constexprs the value of every other
-    one, None for a pointer that this configuration leaves out.
-    """
-
-    name: str  # unique, e.g. "layer_norm_backward bf16 C=1024"
-    fn: Any  # the @triton.jit function
-    signature: Mapping[str, str]  # argument -> "*bf16", "i32", "fp32", ...
-    constexprs: Mapping[str, Any]  # argument -> value
-    divisible_by_16: tuple[str, ...]  # arguments that are multiples of 16 in this configuration
-    num_warps: int
-    num_stages: int
-    architectures: tuple[int, ...] = (80, 90, 100)  # compute capabilities it is shipped for
+# The GPU for which kernels are compiled where none is: `tools.gate` sets it. CPU tensors then stand
+# for that GPU's.
+absent_gpu: GPU | None = None
 
 
 def interpreted() -> bool:
@@ -62,11 +54,24 @@ def next_power_of_two(n: int) -> int:
 
 
 @functools.cache
+def present_gpu(device: torch.device) -> GPU:
+    """The GPU that a CUDA device is."""
+    properties = torch.cuda.get_device_properties(device)
+    capability = 10 * properties.major + properties.minor
+    return GPU(capability, properties.multi_processor_count)
+
+
+def gpu_of(device: torch.device) -> GPU | None:
+    """The GPU that kernels on tensors of `device` are for; None where they cannot run."""
+    if device.type == "cuda":
+        return present_gpu(device)
+    return INTERPRETER if interpreted() else absent_gpu
+
+
 def multiprocessors(device: torch.device) -> int:
-    """The number of multiprocessors of `device`: the unit of a persistent grid."""
-    if device.type != "cuda":
-        return INTERPRETED_MULTIPROCESSORS
-    return torch.cuda.get_device_properties(device).multi_processor_count
+    """The number of multiprocessors of `device`."""
+    gpu = gpu_of(device)
+    return gpu.multiprocessors if gpu else refuse("device", device, "one that can run kernels")
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
@@ -84,7 +89,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
         kernel[grid](*arguments, **constants)
 
 
-def refuse(argument: str, got: object, expected: object) -> None:
+def refuse(argument: str, got: object, expected: object) -> NoReturn:
     """Raise the one-line ValueError of a failed check."""
     raise ValueError(f"{argument}: expected {expected}, got {got}")
 
@@ -108,7 +113,7 @@ def check_tensor(
         refuse(argument, type(tensor).__name__, "a torch.Tensor")
     if device is not None and tensor.device != device:
         refuse(argument, tensor.device, f"device {device}, as the other arguments")
-    if tensor.device.type != "cuda" and not interpreted():
+    if gpu_of(tensor.device) is None:
         refuse(argument, tensor.device, "a CUDA device (TRITON_INTERPRET is not set)")
     dtypes = (dtype,) if isinstance(dtype, torch.dtype) else dtype
     if dtypes is not None and tensor.dtype not in dtypes:

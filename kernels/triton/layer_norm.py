@@ -11,17 +11,16 @@
 db is the gradient of the branch's last bias: x = residual + branch, so dx is the branch's gradient.
 
 Both directions read whole rows once into registers, in tiles of several rows so that many loads are
-in flight at a time. Sums are float32. The mean is kept in float64: a large one, rounded to float32,
-would shift all deviations from it. The backward runs a fixed number of programs, each with many rows:
-its share of dγ, dβ and db stays in registers, one sum per element of the tile, until its last row,
-then is added to one row of partial sums (see `partials`). So the gradient has the same bits in every
-run, and the number of rows changes nothing but the grid.
+in flight at a time. Sums are float32. The mean is kept in float64: a large one, rounded to
+float32, would shift all deviations from it. The backward runs a fixed number of programs, each with
+many rows: its share of dγ, dβ and db stays in registers, one sum per element of the tile, until its
+last row, then is added to one row of partial sums (see `partials`). So the gradient has the same
+bits in every run, and the number of rows changes nothing but the grid.
 """
 
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 import torch
 import triton
@@ -29,8 +28,6 @@ import triton.language as tl
 from torch import Tensor
 
 from mantrans.kernels.triton.launch import (
-    TRITON_NAME,
-    ResourceCase,
     cdiv,
     check_tensor,
     launch,
@@ -277,8 +274,8 @@ def layer_norm_forward(
 
     x (..., C), weight (C,), bias (C,) or None: float32, float16 or bfloat16, C up to 8192.
     Returns y (..., C), mean (N,) float64, rstd (N,) float32. A row that is far from zero, or of
-    equal elements, is as exact as any other. Deviations may be as large as 1e18; where their squares
-    are not finite y is NaN.
+    equal elements, is as exact as any other. Deviations may be as large as 1e18; where their
+    squares are not finite y is NaN.
     Raises ValueError for another dtype, shape, stride or device.
     """
     check_width("x", x)
@@ -384,63 +381,3 @@ def check_vectors(
         if vector.dim() != dweight.dim() or vector.stride(0) != dweight.stride(0):
             refuse(name, f"strides {vector.stride()}", f"{dweight.stride()}, those of dweight")
     return dweight, dbias, dbranch_bias
-
-
-# ------------------------------------------------------------------------ shipped configurations
-
-# One width per tile shape: small models, GPT-2 and its largest, the ends of the range.
-RESOURCE_WIDTHS = (64, 256, 512, 768, 1600, 4096, 8192)
-
-
-def resource_cases() -> list[ResourceCase]:
-    """Forward, forward with addition, and backward, for each dtype and tile shape."""
-    return [
-        case
-        for dtype in TRITON_NAME.values()
-        for C in RESOURCE_WIDTHS
-        for case in (
-            _forward_case(dtype, C, add=False),
-            _forward_case(dtype, C, add=True),
-            _backward_case(dtype, C),
-            _backward_case(dtype, C, bias=False),
-        )
-    ]
-
-
-def _forward_case(dtype: str, C: int, add: bool) -> ResourceCase:
-    block_rows, block_columns, warps = tile(C)
-    activations = ["x_ptr", "y_ptr", *(["branch_ptr", "residual_ptr"] if add else [])]
-    pointers = {name: f"*{dtype}" for name in (*activations, "weight_ptr", "bias_ptr")}
-    pointers |= {"mean_ptr": "*fp32", "rstd_ptr": "*fp32"}
-    absent = {} if add else {"branch_ptr": None, "residual_ptr": None}
-    return ResourceCase(
-        name=f"{'add_' if add else ''}layer_norm_forward {dtype} C={C}",
-        fn=layer_norm_forward_kernel,
-        signature={**pointers, "n_rows": "i32", "n_columns": "i32", "eps": "fp32"},
-        constexprs={**absent, "BLOCK_ROWS": block_rows, "BLOCK_COLUMNS": block_columns},
-        divisible_by_16=(*pointers, "n_columns"),
-        num_warps=warps,
-        num_stages=3,
-    )
-
-
-def _backward_case(dtype: str, C: int, bias: bool = True) -> ResourceCase:
-    block_rows, block_columns, warps = backward_tile(C)
-    vectors = ("dbias_ptr", "dbranch_bias_ptr")
-    pointers = {
-        name: f"*{dtype}" for name in ("dy_ptr", "x_ptr", "weight_ptr", "dresidual_ptr", "dx_ptr")
-    }
-    pointers |= {name: "*fp32" for name in ("mean_ptr", "rstd_ptr", "dweight_ptr")}
-    pointers |= {name: "*fp32" for name in vectors if bias}
-    lengths = {name: "i32" for name in ("n_rows", "n_columns", "n_programs", "stride")}
-    absent: dict[str, Any] = {} if bias else dict.fromkeys(vectors)
-    absent["ACCUMULATE"] = True
-    return ResourceCase(
-        name=f"layer_norm_backward {dtype} C={C}{'' if bias else ' no bias'}",
-        fn=layer_norm_backward_kernel,
-        signature={**pointers, **lengths},
-        constexprs={**absent, "BLOCK_ROWS": block_rows, "BLOCK_COLUMNS": block_columns},
-        divisible_by_16=(*pointers, "n_columns", "stride"),
-        num_warps=warps,
-        num_stages=3,
-    )

@@ -21,7 +21,6 @@ import triton.language as tl
 from torch import Tensor
 
 from mantrans.kernels.triton.launch import (
-    ResourceCase,
     cdiv,
     check_tensor,
     launch,
@@ -142,24 +141,3 @@ def check_partials(argument: str, partials: Tensor, C: int, device: torch.device
     )
     if partials.stride(1) != 1:
         refuse(argument, f"strides {partials.stride()}", "a last stride of 1")
-
-
-def resource_cases() -> list[ResourceCase]:
-    """The one shipped configuration."""
-    return [
-        ResourceCase(
-            name="sum_partials",
-            fn=sum_partials_kernel,
-            signature={
-                "partials_ptr": "*fp32",
-                "gradients_ptr": "*fp32",
-                "n_rows": "i32",
-                "n_columns": "i32",
-                "stride": "i32",
-            },
-            constexprs={"BLOCK_ROWS": BLOCK_ROWS, "BLOCK_COLUMNS": BLOCK_COLUMNS},
-            divisible_by_16=("partials_ptr", "gradients_ptr", "n_columns", "stride"),
-            num_warps=4,
-            num_stages=3,
-        )
-    ]

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mantrans.kernels.triton.launch import ResourceCase, launch
+from mantrans.kernels.triton.launch import launch
 from mantrans.kernels.triton.weights import (
     BLOCK,
     WARPS,
@@ -22,7 +22,6 @@ from mantrans.kernels.triton.weights import (
     check_switches,
     grid,
     load_master,
-    precisions,
     store_weights,
 )
 
@@ -100,25 +99,3 @@ def sgd_update(
         BLOCK=BLOCK,
         num_warps=WARPS,
     )
-
-
-def resource_cases() -> list[ResourceCase]:
-    """Each precision of the weights."""
-    numbers = {
-        "gradients_ptr": "*fp32",
-        "learning_rate_ptr": "*fp32",
-        "clip_ptr": "*fp32",
-        "finite_ptr": "*i1",
-    }
-    return [
-        ResourceCase(
-            name=f"sgd {way.name}",
-            fn=sgd_kernel,
-            signature={**way.pointers, **numbers, "n": "i32", "offset": "i32"},
-            constexprs={**way.absent, "WEIGHT_DECAY": 0.1, "BLOCK": BLOCK},
-            divisible_by_16=(*way.pointers, "gradients_ptr", "n", "offset"),
-            num_warps=WARPS,
-            num_stages=3,
-        )
-        for way in precisions()
-    ]

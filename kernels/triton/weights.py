@@ -14,14 +14,12 @@ rounded to the weights that the model computes with:
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from mantrans.kernels.triton.launch import TRITON_NAME, cdiv, check_tensor, refuse
+from mantrans.kernels.triton.launch import cdiv, check_tensor, refuse
 
 BLOCK = 1024  # eight elements a lane
 WARPS = 4
@@ -102,22 +100,3 @@ def check_switches(weights: Tensor, finite: Tensor, rounding_seed: Tensor | None
         check_tensor("rounding_seed", rounding_seed, shape=(), dtype=torch.int64, device=device)
         if weights.dtype != torch.bfloat16:
             refuse("rounding_seed", f"a seed for {weights.dtype}", "None unless bfloat16 weights")
-
-
-class Precision(NamedTuple):
-    """A precision of the weights: their dtype, with or without a master, and their rounding."""
-
-    name: str
-    pointers: dict[str, str]
-    absent: dict[str, None]
-
-
-def precisions() -> list[Precision]:
-    """The shipped precisions, as the pointers that a kernel gets and those that are None."""
-    ways = [Precision("fp32", {"weights_ptr": "*fp32"}, {"master_ptr": None, "seed_ptr": None})]
-    for dtype in (torch.float16, torch.bfloat16):
-        kind = TRITON_NAME[dtype]
-        pointers = {"weights_ptr": f"*{kind}", "master_ptr": "*fp32"}
-        ways.append(Precision(f"{kind} with master", pointers, {"seed_ptr": None}))
-    stochastic = {"weights_ptr": "*bf16", "seed_ptr": "*i64"}
-    return [*ways, Precision("bf16 stochastic", stochastic, {"master_ptr": None})]

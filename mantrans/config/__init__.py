@@ -27,7 +27,7 @@ from typing_extensions import Self
 from mantrans.assets import find_config
 from mantrans.config import strict_yaml
 from mantrans.config.messages import NO_NAMES, Names, clash, refusal
-from mantrans.errors import ConfigError, single_line
+from mantrans.errors import ConfigError, show, single_line
 
 Dataset = Literal[
     "builtin-stories",
@@ -274,6 +274,24 @@ class TrainingConfig(Section):
             return self.warmup_steps
         return round((self.warmup_ratio or 0.0) * total_steps)
 
+    def require_room(self, total_steps: int) -> None:
+        """ConfigError unless warm-up and decay fit into a run of `total_steps`."""
+        if misfit := self._misfit(total_steps):
+            field, expected = misfit
+            got = show(getattr(self, field))
+            raise ConfigError(f"training.{field}: expected {expected}, got {got}")
+
+    def _misfit(self, total_steps: int | None) -> tuple[str, str] | None:
+        """(field, what would fit) of a warm-up or decay that is too long; None steps: unknown."""
+        rising = self.warmup_ratio or 0.0
+        if total_steps is not None:
+            rising = self.warmup(total_steps) / total_steps
+        if rising > 1.0:
+            return "warmup_steps", f"at most {total_steps}, the steps of the run"
+        if self.lr_decay == "wsd" and rising + self.decay_fraction > 1.0:
+            return "decay_fraction", f"at most {1.0 - rising:g}, the rest of the run after warm-up"
+        return None
+
     @model_validator(mode="after")
     def _agree(self) -> Self:
         if self.max_steps is not None and self.num_epochs is not None:
@@ -282,14 +300,8 @@ class TrainingConfig(Section):
             raise clash(self, "warmup_ratio", "null, since {} is given", "warmup_steps")
         if self.min_learning_rate > self.learning_rate:
             raise clash(self, "min_learning_rate", "at most {} ({})", "learning_rate")
-        rising = self.warmup_ratio or 0.0
-        if self.max_steps is not None:
-            rising = self.warmup(self.max_steps) / self.max_steps
-        if rising > 1.0:
-            raise clash(self, "warmup_steps", "at most {} ({})", "max_steps")
-        if self.lr_decay == "wsd" and rising + self.decay_fraction > 1.0:
-            left = f"at most {1.0 - rising:g}, the rest of the run after warm-up"
-            raise clash(self, "decay_fraction", left)
+        if misfit := self._misfit(self.max_steps):
+            raise clash(self, *misfit)
         return self
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic.json_schema import GenerateJsonSchema
 
+from mantrans import terminal
 from mantrans.config import SECTIONS, Config
 from mantrans.config.messages import accepted
 
@@ -63,7 +64,7 @@ def main() -> None:
     wanted = parser.add_mutually_exclusive_group(required=True)
     wanted.add_argument("--schema", action="store_true", help="for editors: configs/schema.json")
     wanted.add_argument("--reference", action="store_true", help="docs/configuration.md")
-    print(schema() if parser.parse_args().schema else reference(), end="")
+    terminal.show(schema() if parser.parse_args().schema else reference(), end="")
 
 
 if __name__ == "__main__":

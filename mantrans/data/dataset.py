@@ -14,7 +14,6 @@ import json
 import os
 import re
 import shutil
-import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +21,8 @@ from typing import TYPE_CHECKING, Any
 
 import filelock
 import numpy as np
-from tqdm import tqdm
 
+from mantrans import terminal
 from mantrans.data.known import KnownFiles, content_hash
 from mantrans.data.registry import Source, find_source
 from mantrans.data.shards import ShardWriter, TokenStream
@@ -48,6 +47,15 @@ class TokenDataset:
     train: TokenStream
     validation: TokenStream
     report: str = ""
+
+    @property
+    def identity(self) -> dict[str, dict[str, Any]]:
+        """What a checkpoint keeps of each split, to know its tokens again."""
+        splits = {"train": self.train, "validation": self.validation}
+        return {
+            name: {"tokens": len(stream), "checksum": stream.checksum}
+            for name, stream in splits.items()
+        }
 
 
 def prepare(
@@ -137,16 +145,11 @@ def _write_folder(
     aside.mkdir()
     try:
         report = ReadReport()
-        with tqdm(
-            desc=f"tokenizing {source.name}",
-            total=source.n_bytes,
-            unit="B",
-            unit_scale=True,
-            disable=quiet,
-        ) as bar:
+        title = f"tokenizing {source.name}"
+        with terminal.Progress(source.n_bytes, title, "B", quiet=quiet) as bar:
             _write_splits(aside, source, tokenizer, plan, report, bar.update)
         if report.broken_lines and not quiet:
-            print(f"note: {report}", file=sys.stderr)
+            terminal.say(f"note: {report}")
         _sync_folder(aside)
         aside.rename(folder)
         _sync_folder(folder.parent)

@@ -1,10 +1,25 @@
 """Cuts a token stream into batches; a batch is a pure function of (seed, step, rank).
 
-Window w of an epoch starts at `offset + w * length` and has `length + 1` tokens: the first `length`
-are inputs, the last `length` are targets, so neighboring windows share one token and no target
-occurs twice in an epoch. Each epoch draws a new offset below `length` and a new order of the
-windows. Epochs follow each other without a gap: a batch may hold the last windows of one and the
-first of the next, so nothing is dropped and no batch is short.
+A window has `length + 1` tokens: the first `length` are inputs, the last `length` are targets, so
+neighboring windows share one token. An epoch has `n_windows` of them, in a new order, and no target
+occurs twice in it. Epochs follow each other without a gap: a batch may hold the last windows of one
+and the first of the next, so no batch is short.
+
+An epoch's targets are fewer than the stream's, so it leaves out `slack` of the tokens 1 .. N-1 that
+can be one (token 0 has none before it). Which ones depends on whether its number is even or odd, so
+that **every token but the first is a target in any two successive epochs**:
+
+    even    the windows lie side by side from a random offset: left out are the first tokens, up to
+            the offset, and the last ones
+    odd     the windows lie side by side from both ends: left out is the gap between two of them
+
+Proof, with L = length, n = n_windows, s = slack = N - 1 - nL. The targets of windows that lie side
+by side from a are a+1 .. a + nL. For N >= 4L, n = N // L - 1 >= 3, so s = L - 1 + N % L <= 2L - 2.
+An even epoch's offset is below L, so its targets include L .. nL. An odd epoch's gap is the s
+tokens after target cL, where 1 <= c <= n - 2, so these are within L+1 .. (n - 2)L + 2L - 2: all are
+targets of every even epoch. For N < 4L, n = (N - 1) // L >= 1 and s < L: an even epoch begins at 0
+and leaves out the last s tokens, an odd one the first s (its gap comes before all windows); these
+are different ones, because nL >= s.
 
 There is no state: a resumed run simply asks for the next step.
 """
@@ -17,6 +32,9 @@ import torch
 from mantrans.data.shards import TokenStream
 from mantrans.errors import DataError
 
+RULE = 2
+"""How windows are laid out. Rule 1, of earlier checkpoints: every epoch like an even one, and for
+N < 4L too n = N // L - 1, at least 1; up to L - 1 tokens could be targets in no epoch at all."""
 _ROUNDS = 6  # of the Feistel network; 4 are enough in theory, for a perfect round function
 
 
@@ -24,7 +42,7 @@ class BatchLoader:
     """Batches of one rank.
 
     `batch_size`: windows per rank and step. `n_windows`: windows per epoch. `batches_per_epoch`:
-    steps in which all ranks together see every window once (rounded up).
+    steps in which all ranks together see every window once (rounded up). `rule`: see RULE.
     Raises DataError if the stream is shorter than `length + 1` tokens.
     """
 
@@ -49,9 +67,24 @@ class BatchLoader:
         self.stream = stream
         self.batch_size, self.length, self.seed = batch_size, length, seed
         self.rank, self.world_size = rank, world_size
+        self.follow(RULE)
+
+    def follow(self, rule: int) -> None:
+        """Lay windows out by `rule`, RULE or an earlier one, as a resumed run began with it.
+
+        Raises ValueError for an unknown rule.
+        """
+        if type(rule) is not int or not 1 <= rule <= RULE:
+            raise ValueError(f"batches: expected a rule from 1 to {RULE}, got {rule!r:.20}")
+        n_tokens, length = len(self.stream), self.length
         # One window less than fits, to leave room for the offset.
-        self.n_windows = max(1, (len(stream) - length) // length)
-        self.batches_per_epoch = -(-self.n_windows // (batch_size * world_size))
+        self.n_windows = max(1, n_tokens // length - 1)
+        self._is_short = rule > 1 and n_tokens < 4 * length
+        if self._is_short:
+            self.n_windows = (n_tokens - 1) // length
+        self.slack = n_tokens - 1 - self.n_windows * length
+        self.rule = rule
+        self.batches_per_epoch = -(-self.n_windows // (self.batch_size * self.world_size))
 
     def epoch(self, step: int) -> int:
         """The epoch that the first window of the step belongs to, over all ranks."""
@@ -68,7 +101,8 @@ class BatchLoader:
         for epoch in np.unique(epochs):
             here = epochs == epoch
             order = shuffled(windows[here], self.n_windows, self.seed, int(epoch))
-            starts[here] = self._offset(int(epoch)) + order * self.length
+            offset, first_after_gap = self._layout(int(epoch))
+            starts[here] = offset + order * self.length + self.slack * (order >= first_after_gap)
         return starts
 
     def batch(self, step: int) -> torch.Tensor:
@@ -78,9 +112,14 @@ class BatchLoader:
             row[:] = self.stream.tokens[start : start + self.length + 1]
         return torch.from_numpy(rows)
 
-    def _offset(self, epoch: int) -> int:
-        room = len(self.stream) - self.n_windows * self.length  # at least 1
-        return int(_hash(np.uint64(epoch), _key(self.seed, epoch, 1)) % min(room, self.length))
+    def _layout(self, epoch: int) -> tuple[int, int]:
+        """(the first window's start, the number of the first window that a gap of `slack` tokens
+        moves on): n_windows for an epoch without a gap."""
+        drawn = int(_hash(np.uint64(epoch), _key(self.seed, epoch, 1)))
+        if self.rule == 1 or epoch % 2 == 0:
+            offset = 0 if self._is_short else drawn % min(self.slack + 1, self.length)
+            return offset, self.n_windows
+        return 0, 0 if self._is_short else 1 + drawn % (self.n_windows - 2)
 
 
 def shuffled(places: np.ndarray, count: int, seed: int, epoch: int) -> np.ndarray:

@@ -38,6 +38,7 @@ from mantrans.data.tokenizer import (
     write_manifest,
 )
 from mantrans.errors import DataError
+from mantrans.terminal import say, show
 
 SMALLEST_VOCABULARY = 257  # the bytes and the end of text
 _BATCH = 1000  # pieces tokenized in one call
@@ -152,7 +153,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     encode_command = commands.add_parser("encode", help="show the tokens of a text")
     encode_command.add_argument("--tokenizer", required=True)
-    encode_command.add_argument("text", nargs="?", help="default: standard input")
+    encode_command.add_argument("text", nargs="?", type=str, help="default: standard input")
     encode_command.set_defaults(run=_run_encode)
 
 
@@ -174,29 +175,29 @@ def _run_train(options: argparse.Namespace) -> None:
         aside.rename(output)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-    print(f"wrote {output}: {tokenizer.vocab_size} tokens, hash {tokenizer.hash}")
+    show(f"wrote {output}: {tokenizer.vocab_size} tokens, hash {tokenizer.hash}")
 
 
 def _run_analyze(options: argparse.Namespace) -> None:
     tokenizer = load_tokenizer(options.tokenizer)
     result = analyze(tokenizer, _pieces(options, options.held_out, held=options.held_out > 0))
     if options.json:
-        print(json.dumps(asdict(result), ensure_ascii=False))
+        show(json.dumps(asdict(result), ensure_ascii=False))
         return
-    print(f"tokenizer        {result.tokenizer}, {result.vocab_size:,} tokens")
-    print(f"text             {result.documents:,} documents, {result.bytes:,} bytes")
-    print(f"tokens           {result.tokens:,}")
-    print(f"bytes per token  {result.bytes_per_token:.3f}")
-    print(f"coverage         {result.coverage:.1%} of the tokens occur ({result.tokens_used:,})")
-    print(f"unused           {len(result.unused):,}: {_some(result.unused)}")
+    show(f"tokenizer        {result.tokenizer}, {result.vocab_size:,} tokens")
+    show(f"text             {result.documents:,} documents, {result.bytes:,} bytes")
+    show(f"tokens           {result.tokens:,}")
+    show(f"bytes per token  {result.bytes_per_token:.3f}")
+    show(f"coverage         {result.coverage:.1%} of the tokens occur ({result.tokens_used:,})")
+    show(f"unused           {len(result.unused):,}: {_some(result.unused)}")
 
 
 def _run_encode(options: argparse.Namespace) -> None:
     tokenizer = load_tokenizer(options.tokenizer)
     text = sys.stdin.read() if options.text is None else options.text
     ids = tokenizer.encode(text)
-    print(" ".join(map(str, ids)))
-    print(" ".join(repr(tokenizer.decode([i])) for i in ids))
+    show(" ".join(map(str, ids)))
+    show(" ".join(repr(tokenizer.decode([i])) for i in ids))
 
 
 def _pieces(options: argparse.Namespace, fraction: float, held: bool) -> Iterator[Piece]:
@@ -216,7 +217,7 @@ def _pieces(options: argparse.Namespace, fraction: float, held: bool) -> Iterato
         source = find_source(name)
         yield from _first(source.open(report).train, options.limit)
     if report.broken_lines:
-        print(f"note: {report}", file=sys.stderr)
+        say(f"note: {report}")
 
 
 def _first(pieces: Iterable[Piece], documents: int | None) -> Iterator[Piece]:

@@ -10,6 +10,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from mantrans import terminal
 from mantrans.config import Config
 from mantrans.data.dataset import prepare
 from mantrans.errors import ConfigError, MantransError
@@ -34,7 +35,7 @@ def run(arguments: argparse.Namespace) -> None:
         show_progress=True,
     )
     try:
-        print(as_text(report))
+        terminal.show(as_text(report))
     finally:  # even if standard output is closed
         if arguments.json:
             about = {"checkpoint": str(arguments.checkpoint), "dataset": config.data.dataset}

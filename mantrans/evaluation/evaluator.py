@@ -46,6 +46,7 @@ def evaluate(
 
     Returns {"loss", "perplexity", "bits_per_byte", "tokens", "bytes"} and, with `generate`,
     {"samples", "diversity" (of the continuations), "coherence" (None without scores)}.
+    Raises ModelError if the model is broken, so that no sample can be drawn from it.
     """
     measured = measure_stream(
         wrapper, tokenizer, validation, config, max_batches=max_batches, show_progress=show_progress

@@ -14,13 +14,14 @@ predicted too; they have no bytes.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from mantrans import terminal
 from mantrans.errors import DataError
 from mantrans.kernels.reference import IGNORE_INDEX, document_starts
 
@@ -80,7 +81,7 @@ def measure(
     token_bytes (V,): the number of bytes of each token id, 0 for end-of-text.
     length: T of a window, at most the model's max_seq_len. batch_size: windows in a batch.
     attend_across_documents: as in training; if False a token sees only its document.
-    show_progress: a bar on stderr, if that is a terminal.
+    show_progress: on standard error.
 
     Raises DataError without tokens, or for a token outside the model's vocabulary.
     """
@@ -88,13 +89,10 @@ def measure(
         raise DataError("validation data: expected at least 1 token, got 0")
     if max_batches is not None:
         tokens = tokens[: max_batches * batch_size * length]
-    windows: Iterable[tuple[np.ndarray, np.ndarray]]
     windows = batches(tokens, length, batch_size, end_of_text)
     if show_progress:
-        from tqdm import tqdm
-
         total = -(-len(tokens) // (batch_size * length))
-        windows = tqdm(windows, "evaluating", total, leave=False, unit="batch", disable=None)
+        windows = terminal.watched(windows, total, "evaluating", "batch")
     nats = torch.zeros((), dtype=torch.float64, device=device)
     counted = n_bytes = 0
     for inputs, targets in windows:

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from mantrans.errors import ModelError
+from mantrans.kernels.reference import wide_dtype
 from mantrans.models.transformer import CustomTransformer
 
 
@@ -19,6 +21,10 @@ def window_start(length: int, max_seq_len: int) -> int:
     """Index of the first token that the model sees in a sequence of `length` tokens."""
     stride = max(1, max_seq_len // 2)
     return max(0, -(-(length - max_seq_len) // stride)) * stride
+
+
+# The share of the probability by which a sum may miss top_p: that of rounding, and no token's.
+ROUNDING = 1e-9
 
 
 def sample(
@@ -32,21 +38,43 @@ def sample(
 
     temperature divides the logits, 0 takes the most likely token; top_k keeps the k most likely;
     top_p the smallest set of likely tokens whose probabilities sum to p (Holtzman et al. 2020).
+    Of equally likely tokens the lowest ids are kept or taken. A logit of -inf is never drawn.
+    Raises ModelError where a logit is NaN or +inf, or all of a row are -inf.
     """
-    logits = logits.float()
+    _refuse_broken(logits)
     if temperature == 0:
-        return logits.argmax(-1)
-    logits = logits / temperature
-    if top_k is not None and top_k < logits.shape[-1]:
-        threshold = logits.topk(top_k).values[:, -1:]
-        logits = logits.masked_fill(logits < threshold, -torch.inf)
+        return logits.argmax(-1)  # of several the first
+    z = logits.double()
+    z = (z - z.amax(-1, keepdim=True)) / temperature  # at most 0: no temperature overflows
+    if top_k is not None and top_k < z.shape[-1]:
+        z = z.masked_fill(~_most_likely(z, top_k), -torch.inf)
     if top_p is not None and top_p < 1:
-        ordered, order = logits.sort(descending=True)
+        ordered, order = z.sort(descending=True, stable=True)
         p = ordered.softmax(-1)
-        beyond = p.cumsum(-1) - p >= top_p  # the more likely tokens already sum to top_p
-        ordered = ordered.masked_fill(beyond, -torch.inf)
-        logits = torch.full_like(logits, -torch.inf).scatter(1, order, ordered)
-    return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+        likelier = p.cumsum(-1).roll(1, -1)  # the sum of the tokens before each
+        likelier[:, 0] = -1  # the first is always kept
+        ordered = ordered.masked_fill(likelier >= top_p - ROUNDING, -torch.inf)
+        z = z.scatter(1, order, ordered)
+    p = z.softmax(-1).to(wide_dtype(logits.dtype))
+    return torch.multinomial(p, 1, generator=generator)[:, 0]
+
+
+def _most_likely(z: Tensor, k: int) -> Tensor:
+    """The k largest of each row of z (B, V), exactly k: a boolean mask."""
+    smallest = z.topk(k).values[:, -1:]
+    above, equal = z > smallest, z == smallest
+    return above | (equal & (equal.cumsum(-1) <= k - above.sum(-1, keepdim=True)))
+
+
+def _refuse_broken(logits: Tensor) -> None:
+    """Without this, a broken model would be sampled from as if nothing had happened."""
+    largest = logits.amax(-1)  # NaN if any is
+    if not largest.isfinite().all():
+        row = int((~largest.isfinite()).int().argmax())
+        raise ModelError(
+            f"logits: expected finite numbers, got {largest[row].item()} in row {row}: the weights "
+            "are broken, or their results exceed the model's dtype; use an earlier checkpoint"
+        )
 
 
 class Decoder:
@@ -108,6 +136,7 @@ def stream(
     """Continue each prompt; yields per step each row's new token, or None if the row has ended.
 
     A row ends at `max_length` tokens, prompt included, or after its end-of-text token.
+    Raises ModelError, at the step where it happens, for logits that are not finite: see `sample`.
     """
     sequences = [list(prompt) for prompt in prompts]
     decoder = Decoder(model, sequences, max_length, use_cache)

@@ -33,10 +33,16 @@ class Switch:
         return {}
 
 
+# A rise by less than this share of the mean is no outlier, however alike the steps before were. It
+# is of the size of roundings: 6e-8 of a float32 loss, some 1e-5 of a mean over bfloat16 tokens.
+SMALLEST_RISE = 1e-4
+
+
 class OutlierGuard:
     """Refuses a step whose loss or gradient norm is far above that of the last steps.
 
-    z_score: the limit, in standard deviations above the mean of the last `window` finite steps.
+    z_score: the limit, in standard deviations above the mean of the last `window` finite steps,
+    but at least SMALLEST_RISE of the mean above it.
     Nothing is refused before the window is full. Refused steps enter the window too, so that a
     lasting change of level is accepted after a while.
     """
@@ -48,7 +54,9 @@ class OutlierGuard:
 
     def allows(self, loss: Tensor, grad_norm: Tensor) -> Tensor:
         now = torch.stack([loss, grad_norm]).double()
-        limit = self.values.mean(0) + self.z_score * self.values.std(0)
+        mean, std = self.values.mean(0), self.values.std(0)
+        rise = (self.z_score * std).maximum(SMALLEST_RISE * mean)
+        limit = mean + rise + torch.finfo(torch.float32).tiny  # a rounding above 0 is none either
         calm = (now <= limit).all() | (self.count < len(self.values))
         finite = now.isfinite().all()
         place = (self.count % len(self.values)).view(1)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import sys
+import time
 from typing import Any, TextIO
 
-from tqdm import tqdm
+from mantrans.terminal import Progress, duration
 
 _WORDS = {
     "loss": "loss {:.4f}",
@@ -28,51 +28,41 @@ class Console:
         quiet: bool = False,
         stream: TextIO | None = None,
     ) -> None:
-        self.total_steps = total_steps
-        self.step = first_step
-        self.quiet = quiet
-        self.stream = sys.stderr if stream is None else stream
-        self._bar: tqdm | None = None
-        if not quiet and self.stream.isatty():
-            self._bar = tqdm(
-                total=total_steps,
-                initial=first_step,
-                file=self.stream,
-                unit="step",
-                dynamic_ncols=True,
-                leave=True,
-            )
+        self.first_step, self.begun = first_step, time.monotonic()
+        self.progress = Progress(
+            total_steps, unit="step", first=first_step, quiet=quiet, stream=stream
+        )
 
     def update(self, step: int) -> None:
         """Move the bar to `step`, if there is one."""
-        if self._bar is not None:
-            self._bar.update(step - self.step)
-        self.step = step
+        self.progress.update(step - self.progress.done)
 
     def show(self, step: int, scalars: dict[str, Any]) -> None:
-        """Show the known values of one logged step."""
+        """Show the known values of one logged step; without a bar also the time, which it shows."""
         self.update(step)
         text = describe(scalars)
-        if self._bar is not None:
-            self._bar.set_postfix_str(text)
+        if self.progress.bar is not None:
+            self.progress.bar.set_postfix_str(text)
         else:
-            of = f"/{self.total_steps}" if self.total_steps is not None else ""
-            self.message(f"step {step}{of}  {text}")
+            total = self.progress.total
+            of = f"/{total}" if total is not None else ""
+            self.message(f"step {step}{of}  {text}, {self.time(step)}")
+
+    def time(self, step: int) -> str:
+        """The time since the run began or was resumed, and at the same pace until its end."""
+        elapsed = time.monotonic() - self.begun
+        text, done = f"{duration(elapsed)} elapsed", step - self.first_step
+        if self.progress.total is not None and done > 0:
+            text += f", {duration(elapsed / done * (self.progress.total - step))} left"
+        return text
 
     def message(self, text: str) -> None:
         """Print a separate line, above the bar if there is one."""
-        if self.quiet:
-            return
-        if self._bar is not None:
-            self._bar.write(text, file=self.stream)
-        else:
-            print(text, file=self.stream, flush=True)
+        self.progress.message(text)
 
     def close(self) -> None:
         """Stop the bar where it is; plain lines follow."""
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
+        self.progress.close()
 
 
 def describe(scalars: dict[str, Any]) -> str:

@@ -10,13 +10,10 @@ from __future__ import annotations
 
 import math
 import os
-import signal
 import time
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -28,7 +25,7 @@ from mantrans.config import Config
 from mantrans.data.dataset import prepare
 from mantrans.data.loader import BatchLoader
 from mantrans.data.tokenizer import load_tokenizer
-from mantrans.errors import CheckpointError, ConfigError, MantransError
+from mantrans.errors import CheckpointError, ConfigError, MantransError, ModelError
 from mantrans.evaluation.evaluator import as_json, as_text, evaluate, measure_stream
 from mantrans.inference.trained import refuse_other_tokenizer
 from mantrans.kernels import selfcheck
@@ -42,6 +39,7 @@ from mantrans.training.diagnosis import first_non_finite
 from mantrans.training.lock import run_lock
 from mantrans.training.logger import RunLogger
 from mantrans.training.profile import StepProfiler
+from mantrans.training.signals import StopSignals
 from mantrans.training.step import StepRecord, TrainStep
 from mantrans.wrapper import CustomTransformerWrapper
 
@@ -82,6 +80,7 @@ class Trainer:
     """One run. `Trainer(config).run()` trains, validates, saves and reports.
 
     resume: a checkpoint's path, or "latest" for the newest intact one of this experiment.
+    allow_other_data: resume on tokens that are not the checkpoint's.
     evaluate_coherence: False overrides the config. debug_nan: stop at the first step that is not
     finite and name the layer. check_kernels: compare each Triton kernel with the reference first.
     profile: the number of steps to record (see `mantrans.training.profile`).
@@ -93,6 +92,7 @@ class Trainer:
         config: Config,
         *,
         resume: str | None = None,
+        allow_other_data: bool = False,
         evaluate_coherence: bool = True,
         debug_nan: bool = False,
         check_kernels: bool = True,
@@ -101,7 +101,8 @@ class Trainer:
     ) -> None:
         self.config, self.debug_nan = config, debug_nan
         self.evaluate_coherence = evaluate_coherence
-        self.stop_signal: int | None = None
+        self.allow_other_data = allow_other_data
+        self.signals = StopSignals()
         self.progress = Progress()
         self.directory = Path(config.training.output_dir) / config.training.experiment_name
         self.locks = ExitStack()
@@ -153,9 +154,15 @@ class Trainer:
             self.config.sequence_length,
             training.seed,
         )
+        self._set_length()
+
+    def _set_length(self) -> None:
+        """The steps of the run; ConfigError if warm-up and decay take more."""
+        training = self.config.training
         self.total_steps = training.max_steps or (
             (training.num_epochs or 1) * self.loader.batches_per_epoch
         )
+        training.require_room(self.total_steps)
 
     def _build(self) -> None:
         """Build the model, the optimizer, the training step and the checkpoint folder."""
@@ -192,19 +199,18 @@ class Trainer:
     def run(self) -> dict[str, Any] | None:
         """Train to the end. Returns the final report, or None if a signal ended the run early."""
         progress = self.progress
-        restore = self._listen_for_signals()
         self._timer = time.perf_counter(), progress.step
         try:
-            while progress.step < self.total_steps and self.stop_signal is None:
-                self._advance()
-            if progress.step == self.total_steps:
-                return self._finish()
-            self._interrupted()
-            return None
+            with self.signals.caught():
+                while progress.step < self.total_steps and self.signals.first is None:
+                    self._advance()
+                if progress.step >= self.total_steps:
+                    return self._finish()
+                self._interrupted()
+                return None
         finally:
             if self.profiler:
                 self.profiler.finish()
-            restore()
             self.logger.close()
             self.locks.close()
 
@@ -324,6 +330,7 @@ class Trainer:
                 "hash": self.tokenizer.hash,
                 "vocab_size": self.tokenizer.vocab_size,
             },
+            "data": {"batches": self.loader.rule, **self.dataset.identity},
             "progress": {
                 "step": progress.step,
                 "best_loss": progress.best_loss,
@@ -402,21 +409,41 @@ class Trainer:
                     f"note: training.outlier_window was {len(window)}: the window starts empty"
                 )
         self.progress = Progress.from_saved(state["progress"])
+        return notes + self._continue_data(state)
+
+    def _continue_data(self, state: dict[str, Any]) -> list[str]:
+        """Lay out batches as the checkpoint's run did; CheckpointError if its tokens were others.
+
+        Returns what has changed since it was saved.
+        """
+        # Checkpoints had no such record while batches followed the first rule.
+        saved = state.get("data", {"batches": 1})
+        self.loader.follow(saved["batches"])
+        self._set_length()
+        notes = []
+        for split, ours in self.dataset.identity.items():
+            theirs = saved.get(split, ours)
+            if theirs == ours:
+                continue
+            other = f"{theirs['tokens']:,} {split} tokens ({theirs['checksum']:.8})"
+            found = f"{ours['tokens']:,} ({ours['checksum']:.8})"
+            if not self.allow_other_data:
+                changed = _changed(state["config"], self.config.to_dict(), "data")
+                raise CheckpointError(
+                    f"data: expected the checkpoint's {other}, got {found}: "
+                    f"{', '.join(changed) or 'the text has changed'}; "
+                    "to go on with these, add --allow-other-data"
+                )
+            notes.append(f"note: {found} {split} tokens instead of the checkpoint's {other}")
+            if split == "validation":  # the lowest loss was another text's
+                self.progress.best_loss, self.progress.best_step = math.inf, 0
         return notes
 
     # ------------------------------------------------------------------------------------- ending
 
     def _finish(self) -> dict[str, Any]:
         """Validate and sample once more; print the report and where the files are."""
-        report = evaluate(
-            self.wrapper,
-            self.tokenizer,
-            self.dataset.validation,
-            self.config,
-            max_batches=self.config.training.eval_batches,
-            coherence=self.evaluate_coherence,
-            say=self.logger.say_once,
-        )
+        report = self._evaluate()
         about = {"step": self.progress.step, **self.wrapper.get_model_info()}
         self._write_report({"run": about} | report)
         try:
@@ -430,6 +457,27 @@ class Trainer:
             f"checkpoints       {self.folder.latest}, {self.folder.best}"
         )
         return report
+
+    def _evaluate(self) -> dict[str, Any]:
+        """The final report; without samples, and a line that says why, if none can be drawn."""
+
+        def report(generate: bool) -> dict[str, Any]:
+            return evaluate(
+                self.wrapper,
+                self.tokenizer,
+                self.dataset.validation,
+                self.config,
+                max_batches=self.config.training.eval_batches,
+                generate=generate,
+                coherence=self.evaluate_coherence,
+                say=self.logger.say_once,
+            )
+
+        try:
+            return report(generate=True)
+        except ModelError as broken:
+            self.logger.message(f"warning: no samples: {broken}")
+            return report(generate=False)
 
     def _write_report(self, report: dict[str, Any]) -> None:
         path = self.directory / "report.json"
@@ -460,25 +508,6 @@ class Trainer:
         raise MantransError(
             f"step {step + 1}: {n} step{'s' * (n > 1)} in a row not finite; {where}; {saved}"
         )
-
-    def _listen_for_signals(self) -> Callable[[], None]:
-        """SIGTERM and Ctrl-C end the run after this step; a second Ctrl-C ends it at once.
-
-        Returns a function that restores the earlier handlers.
-        """
-
-        def note(number: int, frame: FrameType | None) -> None:
-            if self.stop_signal is not None and number == signal.SIGINT:
-                raise KeyboardInterrupt
-            self.stop_signal = number
-
-        before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-
-        def restore() -> None:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-        return restore
 
     # -------------------------------------------------------------------------------------- start
 
@@ -583,12 +612,20 @@ def require_memory(
 def _differences(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """A note on settings that differ from those the checkpoint was trained with."""
     changed = [
-        f"{section}.{name} {saved.get(section, {}).get(name)!r} → {value!r}"
-        for section in ("model", "data", "training")
-        for name, value in now[section].items()
-        if saved.get(section, {}).get(name) != value
-    ]
+        change for section in ("model", "data", "training")
+        for change in _changed(saved, now, section)
+    ]  # fmt: skip
     return [f"note: changed since the checkpoint: {', '.join(changed)}"] if changed else []
+
+
+def _changed(saved: dict[str, Any], now: dict[str, Any], section: str) -> list[str]:
+    """A section's settings that are not those of the checkpoint, with both values."""
+    before = saved.get(section, {})
+    return [
+        f"{section}.{name} {before.get(name)!r} → {value!r}"
+        for name, value in now[section].items()
+        if before.get(name) != value
+    ]
 
 
 def _what_is_not_finite(record: StepRecord) -> str:

@@ -75,7 +75,7 @@ def test_loss_and_every_gradient(
     )
     for _, gradient in ours.model.named_gradients():
         gradient.fill_(7.0)  # what an earlier step left
-    loss = ours.accumulate_gradients(ids, shift(labels), micro_batches=3, anew=True)
+    loss = ours.accumulate_gradients(ids, shift(labels), micro_batches=3, overwrite=True)
 
     allowed = FACTOR * relative_error(rival_loss, exact_loss) + FLOOR[dtype]
     assert relative_error(loss, exact_loss) <= allowed

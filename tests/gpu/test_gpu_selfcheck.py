@@ -17,10 +17,11 @@ pytestmark = pytest.mark.gpu
 GPT2 = {"d_model": 768, "n_heads": 12, "d_ffn": 3072, "vocab_size": 50_257}
 MEDIUM = {"d_model": 2048, "n_heads": 16, "d_ffn": 8192, "vocab_size": 50_257}
 TINY = {"d_model": 256, "n_heads": 4, "d_ffn": 512, "vocab_size": 4096}
+RUNS = [(GPT2, 1024), (MEDIUM, 2048), (TINY, 256)]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize(("run", "T"), [(GPT2, 1024), (MEDIUM, 2048), (TINY, 256)])
+@pytest.mark.parametrize(("run", "T"), RUNS)
 def test_shipped_shapes_pass_in_under_five_seconds(
     run: dict[str, int],
     T: int,

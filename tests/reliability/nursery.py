@@ -108,8 +108,13 @@ class Nursery:
         environment: dict[str, str] | None = None,
         limits: dict[str, int] | None = None,
         as_nobody: bool = False,
+        streams: dict[int, str] | None = None,
     ) -> Child:
-        """Start `main`, module:function and its first arguments; limits: of `resource`, by name."""
+        """Start `main`, module:function and its first arguments; limits: of `resource`, by name.
+
+        streams: where standard output (1) or error (2) goes instead of the child's output: a path,
+        "gone" (a pipe that nobody reads) or "closed".
+        """
         self.started += 1
         output = self.folder / f"output_{self.started}.txt"
         answer = self.ask(
@@ -120,6 +125,7 @@ class Nursery:
                 "limits": limits or {},
                 "as_nobody": as_nobody,
                 "output": str(output),
+                "streams": streams or {},
             }
         )
         return Child(self, answer["pid"], output)
@@ -164,6 +170,8 @@ def _be_born(question: dict[str, Any]) -> None:
     os.dup2(null, 0)
     os.dup2(output, 1)
     os.dup2(output, 2)
+    for number, what in question["streams"].items():
+        _redirect(int(number), what)
     os.chdir(question["cwd"])
     os.environ.update(question["environment"])
     for name, value in question["limits"].items():
@@ -176,6 +184,20 @@ def _be_born(question: dict[str, Any]) -> None:
     os._exit(_status(sys.argv[0]))
 
 
+def _redirect(number: int, what: str) -> None:
+    """Another standard output or error: see `Nursery.start`."""
+    if what == "closed":  # and Python, started so, has no stream
+        os.close(number)
+        setattr(sys, ("stdin", "stdout", "stderr")[number], None)
+    elif what == "gone":
+        reading, writing = os.pipe()
+        os.dup2(writing, number)
+        os.close(reading)
+        os.close(writing)
+    else:
+        os.dup2(os.open(what, os.O_WRONLY | os.O_NOCTTY), number)
+
+
 def _status(main: str) -> int:
     """Run the function as the interpreter would run a program; its exit status."""
     module, _, function = main.partition(":")
@@ -186,8 +208,12 @@ def _status(main: str) -> int:
     except BaseException:
         traceback.print_exc()
         status = 1
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is not None:
+                stream.flush()
+        except OSError:
+            status = 120  # the interpreter's, for output that it could not write at its exit
     return status if isinstance(status, int) else 0
 
 

@@ -81,11 +81,14 @@ PROMISES = (
     ),
     Promise(
         "Crashes",
-        "SIGTERM and Ctrl-C: the step is finished, the state saved, the way on is said; exit "
-        "status 0 and 130. A second Ctrl-C ends the process at once; the last checkpoint stays.",
+        "SIGTERM, SIGHUP, SIGUSR1 and Ctrl-C: the step is finished, the state saved, the way on is "
+        "said; exit status 0, of Ctrl-C 130. A second one ends the process at once; the last "
+        "checkpoint stays. A closed terminal's two hang-ups are one; ignored ones stay ignored.",
         (
             HERE + "test_crashes.py::test_a_signal_ends_the_step_saves_and_says_how_to_go_on",
-            HERE + "test_crashes.py::test_a_second_ctrl_c_ends_even_a_save",
+            HERE + "test_crashes.py::test_a_second_signal_ends_even_a_save",
+            "tests/test_runs_signals.py::test_a_closed_terminal_hangs_up_once",
+            "tests/test_runs_signals.py::test_a_signal_that_is_ignored_stays_ignored",
             "tests/test_training.py::test_sigterm_saves_and_says_how_to_go_on",
         ),
     ),
@@ -142,6 +145,18 @@ PROMISES = (
             "tests/test_checkpoint.py::test_a_full_disk_leaves_the_old_file_and_no_other",
             "tests/test_checkpoint.py::test_a_really_full_disk",
             "tests/test_logger.py::test_a_full_disk_makes_no_gap_and_is_said_once",
+        ),
+    ),
+    Promise(
+        "Disks",
+        "Output that cannot be written (a full disk under the log, `| head`, a closed stream or "
+        "terminal) is lost, and nothing else: a run trains, saves and reports as ever.",
+        (
+            HERE + "test_output.py::test_lost_output_costs_the_run_nothing",
+            HERE + "test_output.py::test_a_mistake_has_its_status_without_output",
+            HERE + "test_output.py::test_a_terminal_that_is_closed_costs_the_run_nothing",
+            "tests/test_runs_output.py::test_a_command_whose_reader_has_gone_ends_quietly",
+            "tests/test_runs_output.py::test_closed_streams_are_not_taken_by_files",
         ),
     ),
     Promise(

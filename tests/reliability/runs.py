@@ -84,7 +84,7 @@ def stop_after(trainer: Trainer, step: int) -> None:
     def and_stop() -> None:
         advance()
         if trainer.progress.step == step:
-            trainer.stop_signal = signal.SIGTERM
+            trainer.signals.first = signal.SIGTERM
 
     trainer._advance = and_stop  # type: ignore[method-assign]
 

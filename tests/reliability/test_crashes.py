@@ -138,7 +138,9 @@ def test_killed_between_the_names_of_a_checkpoint(
 
 
 @pytest.mark.parametrize(
-    ("number", "status"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)], ids=["SIGTERM", "Ctrl-C"]
+    ("number", "status"),
+    [(signal.SIGTERM, 0), (signal.SIGINT, 130), (signal.SIGHUP, 0), (signal.SIGUSR1, 0)],
+    ids=["SIGTERM", "Ctrl-C", "SIGHUP", "SIGUSR1"],
 )
 def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(
     tmp_path: Path, tokens: Path, nursery: Nursery, number: int, status: int
@@ -160,18 +162,31 @@ def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(
     assert_same(outcome(folder), outcome(tmp_path / "unbroken"))
 
 
-def test_a_second_ctrl_c_ends_even_a_save(tmp_path: Path, tokens: Path, nursery: Nursery) -> None:
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (signal.SIGINT, signal.SIGINT),
+        (signal.SIGTERM, signal.SIGTERM),
+        (signal.SIGHUP, signal.SIGHUP),
+        (signal.SIGUSR1, signal.SIGUSR1),
+        (signal.SIGTERM, signal.SIGINT),
+    ],
+    ids=lambda number: signal.Signals(number).name,
+)
+def test_a_second_signal_ends_even_a_save(
+    tmp_path: Path, tokens: Path, nursery: Nursery, first: int, second: int
+) -> None:
     """The save it breaks off leaves no trace; the checkpoint before it is whole."""
     config_for(tmp_path, tokens, save_every=4, eval_every=24)
     child = start(nursery, tmp_path, environment={SLOW_WRITE_VARIABLE: "0.02"})
     folder = checkpoints(tmp_path)
     wait_until(lambda: (folder / "latest.pt").exists())
     wait_until(lambda: any(folder.glob(".step_00000008*")))
-    child.kill(signal.SIGINT)
+    child.kill(first)
     time.sleep(0.05)
-    child.kill(signal.SIGINT)
+    child.kill(second)
     ended = child.wait()
-    assert ended.status == 130 and "Traceback" not in ended.text
+    assert ended.status == 128 + second and "Traceback" not in ended.text
     assert not any(folder.glob(".step_*"))
     assert state_file.load(folder / "latest.pt")["progress"]["step"] == 4
     assert start(nursery, tmp_path).wait().status == 0

@@ -1,0 +1,255 @@
+"""The gate (tools/gate): its rules can fail, a small step passes them, its record is up to date."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tools.gate.cards import CARDS, resident_programs
+from tools.gate.digest import ROOT, digest, stale
+from tools.gate.driver import Kernel, Launch, TensorMap
+from tools.gate.machine_code import MachineCode, count_instructions, read_usage
+from tools.gate.memory import ShapesOnly
+from tools.gate.rules import violations
+
+# ------------------------------------------------------------------------------------ the rules
+
+CODE = MachineCode(registers=152, hgmma=32, accesses=8, wide_accesses=8, bulk_copies=26)
+KERNEL = Kernel(
+    name="dkdv_kernel", capability=90, constants={"D": 128}, types={"dqkv": "*bf16", "T": "i32"},
+    multiples={"dqkv": 16, "stride": 16}, warps=8, stages=2, shared=200_000, scratch=0,
+    multiplies=True, code=CODE, seconds=1.0,
+)  # fmt: skip
+MAP = TensorMap(
+    address=1 << 20, element_bytes=2, shape=(4, 36, 1000, 64), strides=(2304000, 64, 2304, 1),
+    box=(1, 1, 64, 64), swizzle=3,
+)  # fmt: skip
+LAUNCH = Launch(KERNEL, (768, 1, 1), {"dqkv": 1 << 20, "T": 1000, "stride": 2304}, {"q": MAP})
+
+
+def complaints(launch: Launch = LAUNCH, capability: int = 90) -> list[str]:
+    return list(violations(launch, CARDS[capability]))
+
+
+def test_violations_of_a_good_launch() -> None:
+    assert complaints() == []
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"grid": (2**31, 1, 1)}, r"grid: .* got \(2147483648, 1, 1\)"),
+        ({"grid": (1, 65_600, 1)}, r"grid: .* got \(1, 65600, 1\)"),
+        ({"grid": (1, 1, 65_536)}, "grid: "),
+        ({"grid": (0, 1, 1)}, "grid: "),
+        ({"numbers": {"dqkv": (1 << 20) + 8, "stride": 16}}, "dqkv: expected a multiple of 16"),
+        ({"numbers": {"dqkv": 16, "stride": 24}}, "stride: expected a multiple of 16, got 24"),
+    ],
+)
+def test_violations_of_a_launch(change: dict[str, Any], complaint: str) -> None:
+    [line] = complaints(LAUNCH._replace(**change))
+    assert re.match(complaint, line)
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"address": (1 << 20) + 8}, "an address of a multiple of 16"),
+        ({"box": (1, 1, 512, 64)}, "a box of 1 to 256"),
+        ({"box": (1, 1, 64, 4)}, "rows of multiples of 16 bytes in a box, got 8"),
+        ({"box": (1, 1, 64, 128)}, "rows of at most 128 bytes in a box, got 256"),
+        ({"strides": (2304000, 64, 2300, 1)}, "strides of multiples of 16 bytes"),
+        ({"strides": (2**39, 64, 2304, 1)}, "strides of multiples of 16 bytes"),
+        ({"strides": (2304000, 64, 2304, 2)}, "the last 1"),
+        ({"shape": (4, 36, 0, 64)}, "axes of 1 to "),
+        ({"shape": (1,) * 6, "strides": (16,) * 5 + (1,), "box": (8,) * 6}, "at most 5 axes"),
+    ],
+)
+def test_violations_of_a_tensor_map(change: dict[str, Any], complaint: str) -> None:
+    [line] = complaints(LAUNCH._replace(maps={"q": MAP._replace(**change)}))
+    assert line.startswith("tensor map of q: expected ") and complaint in line
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"shared": 232_449}, "expected at most 232,448 bytes, got 232,449"),
+        ({"scratch": 128}, "global scratch: expected 0 bytes"),
+        ({"warps": 64}, "threads: expected at most 1024, got 2048"),
+        ({"warps": 16}, "registers: expected at most 65,536 a program, got 77,824"),
+        ({"code": CODE._replace(stack=896)}, "a stack of 896 bytes"),
+        ({"code": CODE._replace(local=3)}, "3 instructions on local memory"),
+        ({"code": CODE._replace(hmma=4)}, "none of single warps, got 4 HMMA"),
+        ({"code": CODE._replace(hgmma=0, utchmma=1)}, "warp groups, got no HGMMA"),
+        ({"code": CODE._replace(wide_accesses=0, bulk_copies=0)}, "16-byte accesses: "),
+    ],
+)
+def test_violations_of_a_kernel(change: dict[str, Any], complaint: str) -> None:
+    lines = complaints(LAUNCH._replace(kernel=KERNEL._replace(**change)))
+    assert any(complaint in line for line in lines)
+
+
+@pytest.mark.parametrize("capability", CARDS)
+def test_violations_follow_the_shared_memory_of_each_card(capability: int) -> None:
+    limit = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
+    fits = LAUNCH._replace(kernel=KERNEL._replace(shared=limit[capability]))
+    assert complaints(fits, capability) == []
+    larger = LAUNCH._replace(kernel=KERNEL._replace(shared=limit[capability] + 1))
+    assert "shared memory" in complaints(larger, capability)[0]
+
+
+def test_violations_allow_narrow_heads_single_warps() -> None:
+    narrow = KERNEL._replace(constants={"D": 32}, code=CODE._replace(hgmma=0, hmma=8))
+    assert complaints(LAUNCH._replace(kernel=narrow)) == []
+
+
+def test_resident_programs_by_what_runs_out() -> None:
+    card = CARDS[90]
+    assert resident_programs(card, registers=128, warps=8, shared=0) == 2
+    assert resident_programs(card, registers=32, warps=32, shared=0) == 2
+    assert resident_programs(card, registers=32, warps=1, shared=0) == 32
+    assert resident_programs(card, registers=32, warps=4, shared=100_000) == 2
+
+
+# ------------------------------------------------------------------------- what it reads and makes
+
+
+def test_read_usage() -> None:
+    line = " Function f:\n  REG:168 STACK:16 SHARED:0 LOCAL:0 CONSTANT[0]:620 TEXTURE:0\n"
+    assert read_usage(line) == {"registers": 168, "stack": 16}
+    with pytest.raises(RuntimeError, match="no register count"):
+        read_usage("")
+
+
+def test_count_instructions() -> None:
+    assembly = """
+        /*0010*/                   LDG.E.128.CONSTANT R4, desc[UR4][R2.64] ;
+        /*0020*/              @!P0 STG.E [R2], R4 ;
+        /*0030*/                   HGMMA.64x64x16.F32.BF16 R24, gdesc[UR8], R24 ;
+        /*0040*/                   STL.64 [R1], R4 ;
+        /*0050*/             @UP0  UTMALDG.4D [UR8], [UR4] ;
+    """
+    counts = count_instructions(assembly)
+    assert counts["accesses"] == 2 and counts["wide_accesses"] == 1
+    assert counts["hgmma"] == 1 and counts["hmma"] == 0
+    assert counts["local"] == 1 and counts["bulk_copies"] == 1
+
+
+def test_shapes_only_makes_memory_and_views_but_no_values() -> None:
+    weight = torch.ones(4, 6)
+    with ShapesOnly():
+        huge = torch.randn(1 << 20, 4096)  # 16 GiB, were it written
+        product = huge @ torch.empty(4096, 8, dtype=torch.float32)
+        view = weight[1:].view(-1)
+        total = weight.add_(1)
+        weight[::2] = 7
+        values, order = torch.sort(torch.empty(5, dtype=torch.int32), stable=True)
+    assert product.shape == (1 << 20, 8) and product.device.type == "cpu"
+    assert view.data_ptr() == weight.data_ptr() + 24 and total is weight
+    assert (weight == 1).all()
+    assert (values.dtype, order.dtype) == (torch.int32, torch.int64)
+
+
+# ----------------------------------------------------------------------------------- the digest
+
+
+@pytest.fixture
+def sources(tmp_path: Path) -> Path:
+    for folder in ("kernels/triton", "configs"):
+        shutil.copytree(ROOT / folder, tmp_path / folder)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "same"),
+    [
+        ("kernels/triton/gelu.py", "\nimport torch\n", "\n\nimport torch  # a comment\n", True),
+        ("kernels/triton/gelu.py", '    """y = gelu(h + bias).', '    """Other words.', True),
+        ("kernels/triton/gelu.py", "num_warps=1,", "num_warps=2,", False),
+        ("kernels/triton/attention_tiles.py", "128: Tiles(64, 64", "128: Tiles(64, 32", False),
+        ("configs/gpt2-124m.yaml", "learning_rate: 6.0e-4", "learning_rate: 3.0e-4", True),
+        ("configs/gpt2-124m.yaml", "n_heads: 12", "n_heads: 6", False),
+    ],
+)
+def test_digest_is_of_what_reaches_the_gpu(
+    sources: Path, file: str, old: str, new: str, same: bool
+) -> None:
+    path = sources / file
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+    assert (digest(sources) == digest()) == same
+
+
+def test_stale_says_what_to_do(sources: Path) -> None:
+    record = sources / "record.json"
+    record.write_text(f'{{"digest": "{digest(sources)}"}}')
+    assert stale(record, sources) is None
+    (sources / "kernels/triton/sgd.py").write_text("x = 1\n")
+    assert "make gate" in str(stale(record, sources))
+    record.unlink()
+    assert "make gate" in str(stale(record, sources))
+
+
+def test_the_gate_has_passed_these_kernels() -> None:
+    """A kernel has changed? `make gate` compiles it for all GPUs and writes a new record."""
+    complaint = stale()
+    assert complaint is None, complaint
+
+
+# -------------------------------------------------------------------------- in a process of its own
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    return subprocess.run(
+        [sys.executable, "-W", "ignore", *arguments],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_a_small_step_passes() -> None:
+    """20 s of CPU where Triton's cache is cold, 5 where it is warm."""
+    result = run("-m", "tools.gate", "--small")
+    assert result.returncode == 0, result.stderr
+    found = re.match(r"sm_90: (\d+) kernels, (\d+) launches .* 0 violations", result.stdout)
+    assert found and int(found[1]) >= 20 and int(found[2]) >= 40
+
+
+# The fault that the first run on a GPU met: δ's grid had the pairs of sequence and head on its
+# second axis ("Triton Error [CUDA]: invalid argument"). The launcher's own check came after it.
+AS_IT_WAS = """
+from mantrans.kernels.triton import attention, launch
+from tools.gate.programs import at_the_edge
+from tools.gate.run import gather
+
+launch.GRID_LIMITS = (2**31 - 1,) * 3
+now = attention.launch
+def as_it_was(kernel, grid, *arguments, **constants):
+    if kernel is attention.delta_kernel:
+        now(kernel, grid[::-1] if TURNED else grid, *arguments, **constants)
+attention.launch = as_it_was
+programs = [p for p in at_the_edge() if p.name.startswith("attention ")]
+print(*gather(90, programs).broken, sep="\\n")
+"""
+
+
+@pytest.mark.parametrize("turned", [True, False])
+def test_the_fault_that_a_gpu_showed_is_found_without_one(turned: bool) -> None:
+    result = run("-c", AS_IT_WAS.replace("TURNED", str(turned)))
+    assert result.returncode == 0, result.stderr
+    found = "grid: expected 1 to (2147483647, 65535, 65535) programs, got (2, 65600, 1)"
+    assert (found in result.stdout) == turned
+    assert bool(result.stdout.strip()) == turned

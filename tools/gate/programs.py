@@ -1,0 +1,208 @@
+"""What is launched: the project's own code, at the sizes that it ships with and is tested at."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mantrans.config import Config
+from mantrans.data.tokenizer import load_tokenizer
+from mantrans.kernels import selfcheck
+from mantrans.kernels import triton as ops
+from mantrans.kernels.selfcheck import Draw, Shapes
+from mantrans.optim.guards import OutlierGuard
+from mantrans.training.step import TrainStep
+from mantrans.training.trainer import build_wrapper
+from tests.gpu import small_runs, small_shapes, test_gpu_kernels, test_gpu_selfcheck
+
+CPU = torch.device("cpu")
+CONFIGS = Path(__file__).parents[2] / "configs"
+GPT2_VOCABULARY = 50_257  # of a tokenizer that is on the hub alone
+
+
+class Program(NamedTuple):
+    """Something to run whose launches are of interest."""
+
+    group: str  # of programs that are reported together
+    name: str
+    run: Callable[[], object]
+
+
+class Tokens:
+    """A source of tokens without any; see `mantrans.training.batches.TokenSource`."""
+
+    def __init__(self, sequences: int, length: int) -> None:
+        self.tokens = torch.empty(sequences, length + 1, dtype=torch.int64)
+
+    def load(self, step: int) -> None:
+        pass
+
+    def rows(self) -> Tensor:
+        return self.tokens
+
+
+def programs(capability: int) -> Iterator[Program]:
+    """All of them; what a run meets first, first."""
+    for path in sorted(CONFIGS.glob("*.yaml")):
+        yield from of_config(path)
+    yield from of_gpu_tests(test_gpu_kernels.ALL if capability == 90 else SELECTABLE)
+    yield from at_the_edge()
+
+
+# ------------------------------------------------------------------------------- shipped configs
+
+
+def of_config(path: Path) -> Iterator[Program]:
+    """What a run of a shipped config launches: until its first step has run, and after."""
+    config = Config.load(
+        path, ["model.dtype=bfloat16", "training.device=cpu", "training.backend=triton"]
+    )
+    name = config.data.tokenizer
+    vocabulary = GPT2_VOCABULARY if name == "gpt2" else load_tokenizer(name).vocab_size
+    group = f"config {path.stem}"
+    model = config.model
+    shapes = Shapes.of_run(
+        model.d_model, model.n_heads, model.feed_forward_width, vocabulary, config.sequence_length
+    )
+    yield from selfcheck_programs(group, shapes, torch.bfloat16)
+    yield Program(group, "step", lambda: step_of(config, vocabulary))
+    yield Program(f"{group}, later", "evaluation", lambda: evaluation_of(config, vocabulary))
+
+
+def step_of(config: Config, vocabulary: int) -> None:
+    """A training step. Micro-batches after the second would only repeat the second's launches."""
+    training = config.training
+    wrapper = build_wrapper(config, vocabulary)
+    micro_batches = min(2, training.gradient_accumulation_steps)
+    tokens = Tokens(micro_batches * training.batch_size, config.sequence_length)
+    guards = []
+    if training.outlier_z_score is not None:
+        guards = [OutlierGuard(training.outlier_z_score, training.outlier_window, CPU)]
+    step = TrainStep(
+        wrapper.model,
+        wrapper.trainable(),
+        tokens,
+        micro_batches=micro_batches,
+        end_of_text=None if config.data.attend_across_documents else 0,
+        guards=guards,
+    )
+    step.run(0, training.learning_rate)
+
+
+def evaluation_of(config: Config, vocabulary: int) -> None:
+    """A batch of validation, and two tokens of each sample."""
+    model = build_wrapper(config, vocabulary).model
+    tokens = torch.empty(config.training.batch_size, config.sequence_length, dtype=torch.int64)
+    model.losses(tokens, tokens)
+    prompts = torch.empty(len(config.evaluation.generation_prompts), 7, dtype=torch.int64)
+    lengths = torch.empty(len(prompts), dtype=torch.int64)
+    cache = model.new_cache(len(prompts), config.evaluation.max_generation_length)
+    model.prefill(prompts, lengths, cache)
+    model.decode(lengths, lengths, cache)
+
+
+def selfcheck_programs(group: str, shapes: Shapes, dtype: torch.dtype) -> Iterator[Program]:
+    """The self-check's programs."""
+    for draw, program in selfcheck.PROGRAMS:
+        name = f"{program.__name__} {str(dtype).removeprefix('torch.')} {shapes}"
+        yield Program(group, name, bound(program, draw, shapes, dtype))
+
+
+def bound(
+    program: selfcheck.Program, draw: Callable[..., Any], shapes: Shapes, dtype: torch.dtype
+) -> Callable[[], object]:
+    return lambda: program(ops, draw(shapes, Draw(dtype, CPU)))
+
+
+# ------------------------------------------------------------------------------------- GPU tests
+
+
+# The dtypes that a config can choose. float16 is the kernels' alone, and costs a third of the time:
+# its cases are for Hopper only.
+SELECTABLE = (torch.bfloat16, torch.float32)
+
+
+def of_gpu_tests(dtypes: Sequence[torch.dtype]) -> Iterator[Program]:
+    """What tests/gpu launch, by the cases, sizes and models that stand there."""
+    group = "GPU tests"
+    by_name = {program.__name__: (draw, program) for draw, program in selfcheck.PROGRAMS}
+    for case in test_gpu_kernels.CASES:
+        name, dtype, shapes = case
+        if dtype not in dtypes:
+            continue
+        draw, program = by_name[name]
+        yield Program(group, test_gpu_kernels.label(case), bound(program, draw, shapes, dtype))
+    for run, T in test_gpu_selfcheck.RUNS:
+        for dtype in (torch.bfloat16, torch.float32):
+            shapes = Shapes.of_run(**run, sequence_length=T)
+            yield from selfcheck_programs(group, shapes, dtype)
+    for shapes, dtype in small_shapes.PARTS.values():
+        yield from selfcheck_programs(group, shapes, dtype)
+    yield Program(group, "more than 2³¹ logits", lambda: many_logits(2**31 // 50_304 + 300, 50_304))
+    yield Program(group, "more than 2³¹ of qkv", lambda: long_attention(90, 16_384, 8, 64))
+    for name, options in small_models():
+        yield Program(group, f"a small model's step, {name}", bound_step(**options))
+
+
+def small_models() -> Iterator[tuple[str, dict[str, Any]]]:
+    """The models and options of the tests of a whole step and of a model."""
+    for dtype in (torch.bfloat16, torch.float32):
+        for end in (None, small_runs.END_OF_TEXT):
+            yield f"{dtype}, end of text {end}", {"dtype": dtype, "end_of_text": end}
+        for n_heads in (2, 8):
+            yield f"{dtype}, {n_heads} heads", {"dtype": dtype, "model": {"n_heads": n_heads}}
+    for change in (
+        {"recompute": "gelu"}, {"recompute": "block"}, {"stochastic_rounding": True},
+        {"optimizer": "sgd"}, {"bias": False, "tie_embeddings": False},
+    ):  # fmt: skip
+        yield str(change), {"model": change}
+
+
+def bound_step(**options: Any) -> Callable[[], object]:
+    def run() -> None:
+        source = lambda _, device: Tokens(small_runs.B, small_runs.T)  # noqa: E731
+        _, step = small_runs.build(CPU, source=source, micro_batches=2, **options)
+        step.run(0, 1e-3)
+
+    return run
+
+
+def many_logits(N: int, V: int) -> None:
+    logits = torch.empty(N, V, dtype=torch.bfloat16)
+    targets, scale = torch.empty(N, dtype=torch.int64), torch.empty(())
+    ops.cross_entropy_forward_backward(logits, targets, scale, V)
+
+
+def long_attention(B: int, T: int, H: int, D: int) -> None:
+    qkv = torch.empty(B, T, 3 * H * D, dtype=torch.bfloat16)
+    out, lse = ops.attention_forward(qkv, H)
+    ops.attention_backward(out, qkv, out, lse, H)
+
+
+# -------------------------------------------------------------------------------- the grids' ends
+
+# More of everything than a grid's second axis holds (65,535): pairs of sequence and head, rows,
+# blocks of columns. A GPU would run them; the tests there are smaller.
+LARGE = Shapes(
+    B=8_200, T=70, H=8, H_kv=8, D=64, C=512, F=1024, V=1000, Vp=1024, N=1_100_003
+)  # fmt: skip
+
+
+def at_the_edge() -> Iterator[Program]:
+    """Sizes that a grid could be too small for."""
+    for draw, program in selfcheck.PROGRAMS:
+        run = bound(program, draw, LARGE, torch.bfloat16)
+        yield Program("large grids", f"{program.__name__} {LARGE}", run)
+
+
+# ------------------------------------------------------------------------------ one for the tests
+
+
+def small() -> Iterator[Program]:
+    """One step of a small model, with documents, for `make test`: some 25 kernels."""
+    options = {"end_of_text": small_runs.END_OF_TEXT, "model": {"n_blocks": 1}}
+    yield Program("small", "step", bound_step(**options))
