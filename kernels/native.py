@@ -213,6 +213,8 @@ def attention_forward(
     """See `reference.attention_forward`. Its statistics: lse (B, H, T) = log Σ_j exp(score_ij) of
     PyTorch's kernel, or nothing (0,) after batched products, which the backward repeats."""
     heads = split_heads(qkv, n_heads, n_kv_heads)
+    if not qkv.numel():
+        return merge_heads(heads[0]), qkv.new_empty(0)
     if _flash_forward(qkv):
         mask = _additive_mask(qkv, document_start)
         out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
@@ -237,6 +239,8 @@ def attention_backward(
     n_kv_heads: int | None = None,
 ) -> Tensor:
     """See `reference.attention_backward`."""
+    if not qkv.numel():
+        return torch.empty_like(qkv)
     if statistics.numel() and not _lse_is_exact(statistics):
         # the forward's scores were float32, whatever the dtype of qkv
         wide = wide_dtype(qkv.dtype)
@@ -284,7 +288,7 @@ def decode_attention(
 ) -> Tensor:
     """See `reference.decode_attention`. On a CPU PyTorch's kernel serves rows of one length, the
     usual case; it would look beyond a shorter one, at what was never written."""
-    longest = int(lengths[0]) if _flash_forward(q) else 0
+    longest = int(lengths[0]) if q.numel() and _flash_forward(q) else 0
     if not longest or (lengths != longest).any():
         return reference.decode_attention(q, k_cache, v_cache, lengths, n_heads, n_kv_heads)
     H_kv, D = head_sizes(q.shape[1] + 2 * k_cache.shape[2], n_heads, n_kv_heads)

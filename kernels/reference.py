@@ -13,6 +13,9 @@ The contract of every backward:
 Everything is computed in float32, or in float64 for float64 inputs, and rounded once at the end;
 norms in float64 whatever the inputs, so that no row is too far from zero for them.
 
+Without rows (B = 0 or T = 0) every operation, in every backend, returns tensors without rows and adds
+nothing to gradients; the loss of no row is 0. A user's door, `CustomTransformerWrapper`, refuses it.
+
 Alphabet: B batch, T sequence, C model width, H heads (H_kv of keys and of values), D head width,
 F feed-forward width, V vocabulary (Vp: padded with rows that no token uses), N = B*T rows.
 """
@@ -334,19 +337,19 @@ def attention_backward(
     dv = pᵀ do;  dp = do vᵀ;  ds = p (dp - δ) with δ_i = Σ_j p_ij dp_ij = do_i · o_i;
     dq = ds k / √D;  dk = dsᵀ q / √D.
 
-    dout, out (B, T, H·D); out, statistics from the forward, the others as there. Returns dqkv, as
-    qkv.
+    dout, out (B, T, H·D); out and statistics from the forward, the others as there. Returns dqkv,
+    as qkv.
     """
-    B, T, _ = out.shape
+    B, T, C = dout.shape
     q, k, v = (widen(x) for x in split_heads(qkv, n_heads, n_kv_heads))
-    do, o = (widen(x).reshape(B, T, n_heads, -1).transpose(1, 2) for x in (dout, out))
+    do = widen(dout).reshape(B, T, n_heads, C // n_heads).transpose(1, 2)
     scale = attention_scale(q)
     q = q * scale
     largest, log_sum = statistics[..., None]
     p = torch.exp(masked_scores(q, k, document_start) - largest - log_sum)  # (B,H,T,T)
     dv = p.mT @ do
     dp = do @ v.mT
-    delta = (do * o).sum(-1, keepdim=True)  # (B,H,T,1)
+    delta = (p * dp).sum(-1, keepdim=True)  # (B,H,T,1); do · o would see the rounding of out
     ds = p * (dp - delta)
     dq = ds @ k * scale
     dk = ds.mT @ q
@@ -369,7 +372,7 @@ def decode_attention(
     B, T, width = k_cache.shape
     H_kv, D = head_sizes(q.shape[1] + 2 * width, n_heads, n_kv_heads)
     k, v = (widen(x).reshape(B, T, H_kv, D).transpose(1, 2) for x in (k_cache, v_cache))
-    q_groups = widen(q).reshape(B, H_kv, -1, D)
+    q_groups = widen(q).reshape(B, H_kv, n_heads // H_kv, D)
     scores = q_groups * attention_scale(q_groups) @ k.mT  # (B,H_kv,H/H_kv,T)
     past = torch.arange(T, device=q.device) < lengths[:, None, None, None]
     p = torch.softmax(scores.masked_fill(~past, -math.inf), -1)

@@ -442,6 +442,8 @@ class CustomTransformerWrapper:
     def _checked_prompts(self, input_ids: Tensor | Sequence) -> list[list[int]]:
         """The tokens of each prompt, at least one."""
         rows = [input_ids] if isinstance(input_ids, Tensor) and input_ids.dim() == 1 else input_ids
+        if not len(rows):
+            raise ValueError("input_ids: expected at least one prompt, got none")
         return [
             self._checked_ids(torch.as_tensor(row)[None], "input_ids", any_length=True)[0].tolist()
             for row in rows

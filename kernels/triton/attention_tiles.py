@@ -25,6 +25,11 @@ from mantrans.kernels.triton.launch import (
 MAX_HEAD_WIDTH = 256
 
 
+# Positions, rows of statistics and columns are int32 in the kernels (products with strides are
+# not), and a tile may reach beyond the last.
+LARGEST_INDEX = 2**31 - 2**12
+
+
 class Tiles(NamedTuple):
     """How a kernel is cut: M queries and N keys a block, warps a program, depth of the pipeline."""
 
@@ -206,6 +211,13 @@ def problem_of(qkv: Tensor, n_heads: int, n_kv_heads: int | None) -> Problem:
     if qkv.stride(2) != 1:
         refuse("qkv", f"strides {qkv.stride()}", "a last stride of 1")
     H_kv, D = accepted_head_sizes(width, n_heads, n_kv_heads)
+    for what, n in (
+        ("T · n_heads / n_kv_heads", T * n_heads // H_kv),
+        ("2 · B · n_heads", 2 * B * n_heads),
+        ("width", width),
+    ):
+        if n > LARGEST_INDEX:
+            refuse("qkv", f"shape {tuple(qkv.shape)}", f"{what} of at most {LARGEST_INDEX:,}")
     arch = architecture(qkv.device)
     size = qkv.element_size()
     aligned = qkv.data_ptr() % 16 == 0 and all(s * size % 16 == 0 for s in qkv.stride()[:2])

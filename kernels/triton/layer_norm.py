@@ -168,8 +168,8 @@ def layer_norm_backward_kernel(
     dbias = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
     dbranch_bias = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
 
-    for first in range(program.to(tl.int64) * BLOCK_ROWS, n_rows, n_programs * BLOCK_ROWS):
-        rows = first + tl.arange(0, BLOCK_ROWS)
+    for tile in range(program, tl.cdiv(n_rows, BLOCK_ROWS), n_programs):
+        rows = tl.cast(tile, tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
         in_rows = rows < n_rows
         offsets = rows[:, None] * n_columns + columns[None, :]
         mask = in_rows[:, None] & in_columns[None, :]
@@ -179,12 +179,13 @@ def layer_norm_backward_kernel(
         rstd = tl.load(rstd_ptr + rows, mask=in_rows, other=0.0)[:, None]
 
         rounded_mean = mean.to(tl.float32)
-        rest = (mean - rounded_mean).to(tl.float32)
-        x_hat = (x - rounded_mean - rest) * rstd  # masked elements are multiplied by dy = 0 below
+        centered = x - rounded_mean - (mean - rounded_mean).to(tl.float32)
+        x_hat = centered * rstd
         g = dy * weight
         mean_g = tl.sum(g, 1) / n_columns
-        mean_gx = tl.sum(g * x_hat, 1) / n_columns
-        dx = rstd * (g - mean_g[:, None] - x_hat * mean_gx[:, None])
+        # of g x_hat; beyond the columns g = 0, where x_hat may be infinite
+        mean_gx = (tl.sum(g * centered, 1) / n_columns)[:, None] * rstd
+        dx = rstd * (g - mean_g[:, None] - x_hat * mean_gx)
         if dresidual_ptr is not None:
             dx += tl.load(dresidual_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         rounded = dx.to(dx_ptr.dtype.element_ty)
