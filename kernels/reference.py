@@ -13,8 +13,8 @@ The contract of every backward:
 Everything is computed in float32, or in float64 for float64 inputs, and rounded once at the end;
 norms in float64 whatever the inputs, so that no row is too far from zero for them.
 
-Without rows (B = 0 or T = 0) every operation, in every backend, returns tensors without rows and adds
-nothing to gradients; the loss of no row is 0. A user's door, `CustomTransformerWrapper`, refuses it.
+Without rows (B = 0 or T = 0) every operation, in every backend, returns tensors without rows and
+adds nothing to gradients; the loss of no row is 0. `CustomTransformerWrapper` refuses such a batch.
 
 Alphabet: B batch, T sequence, C model width, H heads (H_kv of keys and of values), D head width,
 F feed-forward width, V vocabulary (Vp: padded with rows that no token uses), N = B*T rows.
