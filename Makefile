@@ -51,7 +51,7 @@ gate: $(VENV)/.installed-test
 # The benchmarks of this machine, and the tables and figures of docs/benchmarks.md.
 bench: $(VENV)/.installed-test
 	$(PY) -m pytest benchmarks/test_bench.py --benchmark-autosave --record benchmarks/results
-	$(PY) -m benchmarks.report
+	$(PY) -m benchmarks report
 
 # Every promise of docs/reliability.md in its long form; writes that page anew.
 soak: $(VENV)/.installed-test

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.records import Recorder
+from benchmarks.harness import Recorder
 from mantrans.runtime import disable_malloc_trim
 
 
@@ -17,6 +17,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.fixture(scope="session")
 def recorder(pytestconfig: pytest.Config) -> Recorder | None:
     """Where rows go, or None without --record."""
-    disable_malloc_trim()  # as in all benchmarks, see `commandline.arguments`
+    disable_malloc_trim()  # as in all benchmarks
     folder = pytestconfig.getoption("--record")
     return Recorder(folder, "bench") if folder else None

@@ -21,10 +21,15 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def on_gpu() -> bool:
+    """Whether the benchmarks run on a GPU."""
+    return device().type == "cuda"
+
+
 @cache
 def device_name() -> str:
     """The device as its driver names it; a CPU with the number of threads that PyTorch uses."""
-    if device().type == "cuda":
+    if on_gpu():
         return torch.cuda.get_device_name()
     return f"{_cpu_model()}, {torch.get_num_threads()} threads"
 
@@ -80,7 +85,7 @@ def _git(root: Path, *arguments: str) -> str:
 @cache
 def cache_bytes() -> int:
     """The last level of cache: inputs larger than it must come from memory."""
-    if device().type == "cuda":
+    if on_gpu():
         return torch.cuda.get_device_properties(device()).L2_cache_size
     try:
         size = Path("/sys/devices/system/cpu/cpu0/cache/index3/size").read_text(encoding="ascii")
@@ -92,7 +97,7 @@ def cache_bytes() -> int:
 @cache
 def has_native_bfloat16() -> bool:
     """Whether the device multiplies bfloat16 itself: without that nobody would train in it."""
-    if device().type == "cuda":
+    if on_gpu():
         return torch.cuda.get_device_capability() >= (8, 0)
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
@@ -105,7 +110,7 @@ def _package(name: str) -> str | None:
 
 
 def _ptxas() -> str | None:
-    if device().type != "cuda":
+    if not on_gpu():
         return None
     try:
         import triton
@@ -118,7 +123,7 @@ def _ptxas() -> str | None:
 
 def _driver() -> str | None:
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    return _first_match(r"[\d.]+", query) if device().type == "cuda" else None
+    return _first_match(r"[\d.]+", query) if on_gpu() else None
 
 
 def _first_match(pattern: str, command: list[str]) -> str | None:

@@ -1,352 +1,377 @@
-"""What is timed: each operation with its inputs, its least cost, our way and PyTorch's.
+"""Speed and memory of every operation: ours beside PyTorch's, its attention backends and Liger.
 
-An `Operation` says how to make its tensors, how `kernels` computes it forward and backward, and the
-same as a plain function for autograd. Whatever is equal for all operations (who competes, how the
-gradient is asked for) is in `providers.py`.
+    ours            the backends triton (on a GPU), native and reference
+    PyTorch eager   the plain function under autograd
+    torch.compile   the same, compiled
+    SDPA ...        PyTorch's attention backends, each on contiguous q, k, v: what suits them best
+    Liger           liger-kernel's Triton kernels, where that package is installed
 
-Costs are the mathematics' own: every input read once, every result written once, no operation
-twice. Letters: B batch, T sequence, C width, H heads, F feed-forward, V vocabulary, N rows.
+Operations are those of `mantrans.kernels.operations`. Under autograd the backward of a forward that
+was run once is asked for again and again; its results come in the dtype of the inputs, ours are
+summed in float32. Before anything is timed, each implementation's results are compared with those
+of `mantrans.kernels.native`: one that computes something else is not timed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from types import ModuleType
-from typing import Any, NamedTuple
+import gc
+import importlib
+import importlib.util
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._functorch import config as functorch_config
 from torch.nn import functional as F
-from torch.optim.adamw import adamw as functional_adamw
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks import machine
+from benchmarks import harness, machine, peaks
+from benchmarks.harness import Candidate, PeakMemory, Quantiles, Recorder
+from mantrans.kernels import operations as described
+from mantrans.kernels.operations import EPS, Cost, Draw, Inputs, Operation, Results, Shapes
 
-EPSILON = 1e-5
-Tensors = dict[str, Any]
+Call = Callable[[], Results]
+Plain = Callable[[Inputs], Results]
+OURS = ("triton", "native", "reference")
+SDPA = {
+    "SDPA flash": SDPBackend.FLASH_ATTENTION,
+    "SDPA cuDNN": SDPBackend.CUDNN_ATTENTION,
+    "SDPA efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "SDPA math": SDPBackend.MATH,
+}
+# Relative RMS difference between two right answers: bfloat16 keeps 8 bits, and a baseline rounds
+# its weight gradients to it (2^-9 each, several roundings deep); float32 sums differ in order.
+TOLERANCE = {"bfloat16": 2e-2, "float32": 1e-4}
+# PyTorch's layer norm sums bfloat16 weight gradients on a CPU with fewer digits than float32 has:
+# 6.7e-2 away from ours, seen on 4,096 rows. It is what users get, so it is timed.
+VECTOR_TOLERANCE = {"bfloat16": 1.5e-1, "float32": 1e-4}
+MAX_SECONDS = 2.0
+# Beyond this the whole matrix of scores, which some make, is not worth waiting for.
+MAX_SCORES = 2**28
 
 
-class Cost(NamedTuple):
-    """Least arithmetic and least memory traffic of one call."""
+class Case(NamedTuple):
+    """An operation at one size, in one direction."""
 
-    flops: float
-    n_bytes: float
+    operation: Operation
+    direction: str
+    shapes: Shapes
+    dtype: str
+
+    @property
+    def where(self) -> tuple[str, str, dict[str, int], str]:
+        """What `Recorder.add` calls a case."""
+        shape = {name: getattr(self.shapes, name) for name in self.operation.dims}
+        return self.operation.name, self.direction, shape, self.dtype
+
+    @property
+    def title(self) -> str:
+        """What --only looks in."""
+        name, direction, shape, dtype = self.where
+        return f"{name} {direction} {' '.join(f'{k}={v}' for k, v in shape.items())} {dtype}"
+
+    @property
+    def cost(self) -> Cost:
+        size = getattr(torch, self.dtype).itemsize
+        return self.operation.cost(self.shapes, size)[self.direction]
+
+    @property
+    def scores(self) -> int:
+        """Elements of attention's matrix of scores; 0 for what has none."""
+        s = self.shapes
+        return s.B * s.H * s.T**2 if self.operation.name == "attention" else 0
+
+    def tensors(self, seed: int) -> Inputs:
+        draw = Draw(getattr(torch, self.dtype), machine.device(), seed)
+        return self.operation.inputs(self.shapes, draw)
 
 
-class Operation(NamedTuple):
-    """See the module's text.
+def directions(operation: Operation, shapes: Shapes, dtype: str) -> list[Case]:
+    """The operation's cases at a size."""
+    return [Case(operation, direction, shapes, dtype) for direction in operation.cost(shapes, 4)]
 
-    make        generator -> tensors by name: inputs, upstream gradients, gradient buffers
-    forward     (ops, tensors) -> results, the first ones comparable with `plain`'s
-    backward    (ops, tensors, results of forward) -> gradients, in the order of `leaves`
-    plain       PyTorch's way, of the tensors -> results
-    leaves      names of the tensors that autograd differentiates by
-    upstream    names of the gradients of `plain`'s results
-    cost        direction -> Cost
-    joint       forward and backward are one call (direction "forward+backward")
+
+# ------------------------------------------------------------------------------ what is measured
+
+
+def cases(quick: bool) -> Iterator[Case]:
+    """The operations at the sizes that are measured on this device, most telling first."""
+    if quick:
+        yield from model_cases(B=2, T=64, C=64, H=2, F=128, V=256, dtype="float32")
+    elif machine.on_gpu():
+        yield from gpu_cases()
+    else:
+        seed_sized = {"B": 16, "T": 256, "C": 256, "H": 4, "F": 512, "V": 4096}
+        if machine.has_native_bfloat16():
+            yield from model_cases(**seed_sized, dtype="bfloat16")
+            yield from model_cases(B=1, T=1024, C=768, H=12, F=3072, V=50304, dtype="bfloat16")
+        yield from model_cases(**seed_sized, dtype="float32")
+
+
+def model_cases(B: int, T: int, C: int, H: int, F: int, V: int, dtype: str) -> Iterator[Case]:
+    """Each operation once, at the size that a model of this shape gives it."""
+    P = 4 * (4 * C * C + 2 * C * F) + V * C
+    s = Shapes(B=B, T=T, H=H, H_kv=H, D=C // H, C=C, F=F, V=V, Vp=V, N=B * T, P=P)
+    sizes: list[tuple[Operation, Shapes]] = [
+        (described.Attention(), s),
+        (described.AddLayerNorm(), s),
+        (described.FusedCrossEntropy(), s._replace(N=min(s.N, 1024))),
+        (described.LinearCrossEntropy(), s),
+        (described.BiasGelu(), s),
+        (described.Linear(), s._replace(F=3 * C)),
+        (described.Embedding(), s),
+        (described.AdamW(), s),
+        (described.DecodeAttention(), s),
+        (described.GradientNorm(), s),
+    ]
+    for operation, shapes in sizes:
+        yield from directions(operation, shapes, dtype)
+
+
+def gpu_cases() -> Iterator[Case]:
+    """The sizes of the targets: attention to 16k, norms of GPT-2's widths, two vocabularies."""
+    gpt2 = Shapes(B=16, T=1024, H=12, H_kv=12, D=64, C=768, F=3072, V=50304, Vp=50304)
+    gpt2 = gpt2._replace(N=16384, P=124_475_904)
+    sizes: list[tuple[Operation, Shapes]] = [
+        (described.AddLayerNorm(), Shapes(N=32768, C=C)) for C in (768, 256, 1600)
+    ]
+    sizes += [
+        (described.FusedCrossEntropy(), Shapes(N=N, V=V, Vp=V))
+        for N, V in ((8192, 50304), (32768, 4096))
+    ]
+    sizes += [
+        (described.Attention(), Shapes(B=16384 // T, T=T, H=H, H_kv=H, D=D))
+        for T in (1024, 4096, 16384, 2048, 8192)
+        for H, D in ((32, 64), (16, 128))
+    ]
+    sizes += [
+        (described.LinearCrossEntropy(), gpt2),
+        (described.BiasGelu(), gpt2._replace(N=32768)),
+        (described.AdamW(), gpt2),
+        (described.Embedding(), gpt2),
+        (described.Linear(), gpt2),
+        (described.DecodeAttention(), gpt2._replace(B=64)),
+        (described.GradientNorm(), gpt2),
+    ]
+    for operation, shapes in sizes:
+        yield from directions(operation, shapes, "bfloat16")
+
+
+# ------------------------------------------------------------------------------- who is measured
+
+
+class Implementation(NamedTuple):
+    """prepare(tensors) gives a call without arguments that does the work.
+
+    direct: launches go out one by one, for a graph cannot hold autograd's backward of an earlier
+    forward.
     """
 
     name: str
-    shape: dict[str, int]
-    dtype: str
-    make: Callable[[torch.Generator], Tensors]
-    forward: Callable[[ModuleType, Tensors], tuple]
-    backward: Callable[[ModuleType, Tensors, tuple], tuple] | None
-    plain: Callable[[Tensors], tuple]
-    leaves: tuple[str, ...]
-    upstream: tuple[str, ...]
-    cost: dict[str, Cost]
-    joint: bool = False
+    prepare: Callable[[Inputs], Call]
+    direct: bool = False
 
 
-def normal(generator: torch.Generator, *shape: int, dtype: str, scale: float = 1.0) -> Tensor:
-    """Random numbers, never zeros: on zeros hardware can be faster than it is."""
-    x = torch.randn(shape, generator=generator, device=machine.device()) * scale
-    return x.to(getattr(torch, dtype))
+def implementations(case: Case) -> list[Implementation]:
+    """All that can run this case here. The first is ours."""
+    ours = [name for name in OURS if machine.on_gpu() or name != "triton"]
+    found = [_ours(name, case) for name in ours if name != "reference" or case.scores <= MAX_SCORES]
+    plain = case.operation.plain
+    baselines: dict[str, Plain] = {"PyTorch eager": plain}
+    if case.operation.name == "adamw":
+        baselines = {"PyTorch fused": plain}
+    elif "attention" not in case.operation.name:  # there the compiler calls the same library kernel
+        functorch_config.donated_buffer = False  # a backward is asked for more than once
+        baselines["torch.compile"] = torch.compile(plain, dynamic=False)
+    baselines |= liger(case)
+    found += [_autograd(name, plain, case) for name, plain in baselines.items()]
+    if case.operation.name == "attention":
+        found += [_sdpa(name, case) for name in _sdpa_backends(case)]
+    return found
 
 
-def buffer(*shape: int) -> Tensor:
-    """A float32 gradient buffer, to be added to."""
-    return torch.zeros(shape, device=machine.device())
+def _ours(name: str, case: Case) -> Implementation:
+    ops = importlib.import_module(f"mantrans.kernels.{name}")
+
+    def prepare(i: Inputs) -> Call:
+        if case.direction != "backward":
+            return lambda: case.operation.forward(ops, i)
+        saved = case.operation.forward(ops, i)
+        return lambda: case.operation.backward(ops, i, saved)
+
+    return Implementation(name, prepare)
 
 
-def integers(generator: torch.Generator, high: int, *shape: int) -> Tensor:
-    return torch.randint(high, shape, generator=generator, device=machine.device())
+def _autograd(name: str, plain: Plain, case: Case) -> Implementation:
+    operation = case.operation
+    upstream = dict(operation.upstream)
+
+    def prepare(i: Inputs) -> Call:
+        leaves = {key: i[key].detach().requires_grad_() for key in operation.leaves}
+        i = {**i, **leaves}
+
+        def gradients(results: Results, retain: bool) -> Results:
+            found = torch.autograd.grad(
+                [results[key] for key in upstream], list(leaves.values()),
+                [i[key] for key in upstream.values()], retain_graph=retain,
+            )  # fmt: skip
+            return {f"d{key}": gradient for key, gradient in zip(leaves, found, strict=True)}
+
+        if case.direction == "forward+backward":
+            return lambda: gradients(plain(i), retain=False)
+        if case.direction != "backward":
+            return lambda: plain(i)
+        results = plain(i)
+        return lambda: gradients(results, retain=True)
+
+    return Implementation(name, prepare, direct="backward" in case.direction)
 
 
-def item_size(dtype: str) -> int:
-    return getattr(torch, dtype).itemsize
+def _sdpa_backends(case: Case) -> list[str]:
+    names = list(SDPA) if machine.on_gpu() else ["SDPA flash", "SDPA math"]
+    return [name for name in names if name != "SDPA math" or case.scores <= MAX_SCORES]
 
 
-def add_layer_norm(N: int, C: int, dtype: str) -> Operation:
-    """x = residual + branch, y = layer norm of x; backward with the residual's gradient added."""
-    s = item_size(dtype)
+def _sdpa(name: str, case: Case) -> Implementation:
+    """Separate contiguous q, k, v and their gradients; (B, H, T, D) -> (B, T, C) is a view."""
 
-    def make(g: torch.Generator) -> Tensors:
-        names = ("branch", "residual", "dy", "dresidual")
-        t: Tensors = {name: normal(g, N, C, dtype=dtype) for name in names}
-        t |= {name: normal(g, C, dtype=dtype) for name in ("weight", "bias")}
-        return t | {"dweight": buffer(C), "dbias": buffer(C)}
+    def prepare(i: Inputs) -> Call:
+        leaves = [
+            x.contiguous().detach().requires_grad_()
+            for x in described.split_heads(i["qkv"], *i["heads"])
+        ]
+        q = leaves[0]
+        dout = i["dout"].unflatten(-1, (q.shape[1], -1)).transpose(1, 2)
 
-    def forward(ops: ModuleType, t: Tensors) -> tuple:
-        return ops.add_layer_norm_forward(
-            t["branch"], t["residual"], t["weight"], t["bias"], EPSILON
-        )
+        def forward() -> Results:
+            with sdpa_kernel(SDPA[name]):
+                out = F.scaled_dot_product_attention(*leaves, is_causal=True)
+            return {"out": out.transpose(1, 2).flatten(2)}
 
-    def backward(ops: ModuleType, t: Tensors, saved: tuple) -> tuple:
-        _, x, mean, rstd = saved
-        dx = ops.layer_norm_backward(
-            t["dy"], x, t["weight"], mean, rstd, t["dweight"], t["dbias"], t["dresidual"]
-        )
-        return dx, t["dweight"], t["dbias"]
+        if case.direction == "forward":
+            return forward
+        with sdpa_kernel(SDPA[name]):
+            out = F.scaled_dot_product_attention(*leaves, is_causal=True)
 
-    def plain(t: Tensors) -> tuple:
-        x = t["residual"] + t["branch"]
-        return F.layer_norm(x, (C,), t["weight"], t["bias"], EPSILON), x
+        def backward() -> Results:
+            found = torch.autograd.grad(out, leaves, dout, retain_graph=True)
+            return dict(zip(("dq", "dk", "dv"), found, strict=True))
 
-    cost = {"forward": Cost(9 * N * C, 4 * N * C * s), "backward": Cost(15 * N * C, 4 * N * C * s)}
-    return Operation(
-        "add_layer_norm", {"N": N, "C": C}, dtype, make, forward, backward, plain,
-        ("branch", "weight", "bias"), ("dy", "dresidual"), cost,
-    )  # fmt: skip
+        return backward
+
+    return Implementation(name, prepare, direct=case.direction == "backward")
 
 
-def attention(B: int, T: int, H: int, D: int, dtype: str) -> Operation:
-    """Causal attention on a packed projection, as the model calls it."""
-    C, s = H * D, item_size(dtype)
+def liger(case: Case) -> dict[str, Plain]:
+    """liger-kernel's ways, where it is installed and there is a GPU."""
+    if not machine.on_gpu() or importlib.util.find_spec("liger_kernel") is None:
+        return {}
+    from liger_kernel.transformers import LigerCrossEntropyLoss, LigerFusedLinearCrossEntropyLoss
+    from liger_kernel.transformers.functional import liger_layer_norm
 
-    def make(g: torch.Generator) -> Tensors:
-        qkv = normal(g, B, T, 3 * C, dtype=dtype)
-        return {"qkv": qkv, "dout": normal(g, B, T, C, dtype=dtype)}
+    loss = LigerCrossEntropyLoss(reduction="sum")
+    fused_loss = LigerFusedLinearCrossEntropyLoss(reduction="sum")
 
-    def forward(ops: ModuleType, t: Tensors) -> tuple:
-        return ops.attention_forward(t["qkv"], H, None)
+    def layer_norm(i: Inputs) -> Results:
+        x = i["residual"] + i["branch"]
+        return {"y": liger_layer_norm(x, i["weight"], i["bias"], EPS), "x": x}
 
-    def backward(ops: ModuleType, t: Tensors, saved: tuple) -> tuple:
-        return (ops.attention_backward(t["dout"], t["qkv"], *saved, H, None),)
-
-    def plain(t: Tensors) -> tuple:
-        q, k, v = t["qkv"].view(B, T, 3, H, D).permute(2, 0, 3, 1, 4)
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return (out.transpose(1, 2).reshape(B, T, C),)
-
-    product = 2 * B * H * D * T * (T + 1) / 2  # one of QKᵀ, PV, ..., the visible half of it
-    tensor = B * T * C * s
-    cost = {
-        "forward": Cost(2 * product, 4 * tensor),
-        "backward": Cost(5 * product, 8 * tensor),
+    ways: dict[str, Plain] = {
+        "add_layer_norm": layer_norm,
+        "cross_entropy": lambda i: {"loss": loss(i["logits"], i["targets"])},
+        "linear_cross_entropy": lambda i: {"loss": fused_loss(i["weight"], i["x"], i["targets"])},
     }
-    return Operation(
-        "attention", {"B": B, "T": T, "H": H, "D": D}, dtype, make, forward, backward, plain,
-        ("qkv",), ("dout",), cost,
-    )  # fmt: skip
+    return {"Liger": ways[case.operation.name]} if case.operation.name in ways else {}
 
 
-def bias_gelu(N: int, width: int, dtype: str) -> Operation:
-    """gelu(h + b), tanh form; backward with the bias gradient."""
-    s = item_size(dtype)
-
-    def make(g: torch.Generator) -> Tensors:
-        t: Tensors = {name: normal(g, N, width, dtype=dtype) for name in ("h", "dy")}
-        return t | {"bias": normal(g, width, dtype=dtype), "dbias": buffer(width)}
-
-    def forward(ops: ModuleType, t: Tensors) -> tuple:
-        return (ops.bias_gelu_forward(t["h"], t["bias"]),)
-
-    def backward(ops: ModuleType, t: Tensors, saved: tuple) -> tuple:
-        return ops.bias_gelu_backward(t["dy"], t["h"], t["bias"], t["dbias"]), t["dbias"]
-
-    def plain(t: Tensors) -> tuple:
-        return (F.gelu(t["h"] + t["bias"], approximate="tanh"),)
-
-    n = N * width
-    cost = {"forward": Cost(12 * n, 2 * n * s), "backward": Cost(22 * n, 3 * n * s)}
-    return Operation(
-        "bias_gelu", {"N": N, "F": width}, dtype, make, forward, backward, plain,
-        ("h", "bias"), ("dy",), cost,
-    )  # fmt: skip
+# --------------------------------------------------------------------------------- the measuring
 
 
-def linear(N: int, K: int, M: int, dtype: str) -> Operation:
-    """y = x Wᵀ + b; our backward adds the weight gradient into a float32 buffer."""
-    s = item_size(dtype)
-
-    def make(g: torch.Generator) -> Tensors:
-        t: Tensors = {"x": normal(g, N, K, dtype=dtype), "dy": normal(g, N, M, dtype=dtype)}
-        t["weight"] = normal(g, M, K, dtype=dtype, scale=K**-0.5)
-        return t | {"bias": normal(g, M, dtype=dtype), "dweight": buffer(M, K), "dbias": buffer(M)}
-
-    def forward(ops: ModuleType, t: Tensors) -> tuple:
-        return (ops.linear_forward(t["x"], t["weight"], t["bias"]),)
-
-    def backward(ops: ModuleType, t: Tensors, saved: tuple) -> tuple:
-        dx = ops.linear_backward(t["dy"], t["x"], t["weight"], t["dweight"], t["dbias"])
-        return dx, t["dweight"], t["dbias"]
-
-    def plain(t: Tensors) -> tuple:
-        return (F.linear(t["x"], t["weight"], t["bias"]),)
-
-    flops, x, w, y = 2 * N * M * K, N * K * s, M * K * s, N * M * s
-    cost = {
-        "forward": Cost(flops, x + w + y),
-        "backward": Cost(2 * flops, 2 * x + w + y + M * K * 4),
-    }
-    return Operation(
-        "linear", {"N": N, "K": K, "M": M}, dtype, make, forward, backward, plain,
-        ("x", "weight", "bias"), ("dy",), cost,
-    )  # fmt: skip
+def main(arguments: Namespace) -> int:
+    """`python -m benchmarks ops`. Returns 1 if one of ours failed."""
+    todo = [case for case in cases(arguments.quick) if arguments.only in case.title]
+    machine_peaks = peaks.known(arguments.output, arguments.quick)
+    recorder = Recorder(arguments.output, "operations", arguments.quick)
+    budget = harness.Budget(arguments.seconds, len(todo))
+    failed = False
+    for case in todo:
+        share = budget.next_share()
+        if not share:
+            print(f"{case.title}: not measured, the time is over")
+            continue
+        seconds = min(share, MAX_SECONDS)
+        failed |= measure(case, seconds, machine_peaks, recorder, arguments.against)
+    return int(failed)
 
 
-def embedding(B: int, T: int, C: int, V: int, dtype: str) -> Operation:
-    """Token plus position; the gradient of both tables."""
-    s = item_size(dtype)
-
-    def make(g: torch.Generator) -> Tensors:
-        t: Tensors = {"tokens": integers(g, V, B, T), "dx": normal(g, B, T, C, dtype=dtype)}
-        t |= {"table": normal(g, V, C, dtype=dtype), "places": normal(g, T, C, dtype=dtype)}
-        return t | {"dtable": buffer(V, C), "dplaces": buffer(T, C)}
-
-    def forward(ops: ModuleType, t: Tensors) -> tuple:
-        return (ops.embedding_forward(t["tokens"], t["table"], t["places"]),)
-
-    def backward(ops: ModuleType, t: Tensors, saved: tuple) -> tuple:
-        ops.embedding_backward(t["dx"], t["tokens"], t["dtable"], t["dplaces"])
-        return t["dtable"], t["dplaces"]
-
-    def plain(t: Tensors) -> tuple:
-        return (F.embedding(t["tokens"], t["table"]) + t["places"],)
-
-    n, rows = B * T * C, min(B * T, V) * C
-    cost = {
-        "forward": Cost(n, 2 * n * s + T * C * s + 8 * B * T),
-        # the rows of the table that occur are read and written, in float32
-        "backward": Cost(2 * n, n * s + 8 * rows + 8 * T * C + 8 * B * T),
-    }
-    return Operation(
-        "embedding", {"B": B, "T": T, "C": C, "V": V}, dtype, make, forward, backward, plain,
-        ("table", "places"), ("dx",), cost,
-    )  # fmt: skip
-
-
-def cross_entropy(N: int, V: int, dtype: str) -> Operation:
-    """Softmax cross-entropy from the logits to their gradient, which ours writes over them."""
-    s = item_size(dtype)
-
-    def make(g: torch.Generator) -> Tensors:
-        one = torch.ones((), device=machine.device())
-        return {"logits": normal(g, N, V, dtype=dtype), "targets": integers(g, V, N), "scale": one}
-
-    def both(ops: ModuleType, t: Tensors) -> tuple:
-        ops.cross_entropy_forward_backward(t["logits"], t["targets"], t["scale"], V)
-        return (t["logits"],)
-
-    def plain(t: Tensors) -> tuple:
-        return (F.cross_entropy(t["logits"].float(), t["targets"], reduction="sum"),)
-
-    # read for the sum, read again for the gradient, written: the row does not fit on chip
-    cost = {"forward+backward": Cost(8 * N * V, 3 * N * V * s)}
-    return Operation(
-        "cross_entropy", {"N": N, "V": V}, dtype, make, both, None, plain,
-        ("logits",), ("scale",), cost, joint=True,
-    )  # fmt: skip
+def measure(
+    case: Case,
+    seconds: float,
+    limits: peaks.Peaks,
+    recorder: Recorder,
+    against: Sequence[str] = (),
+) -> bool:
+    """Check, time and record the implementations of one case: ours and those named in `against`,
+    all where none is named. True if one of ours failed."""
+    torch._dynamo.reset()
+    ready, our_failure = [], False
+    for implementation in implementations(case):
+        if against and implementation.name not in (*OURS[:2], *against):
+            continue
+        try:
+            ready.append(_prepare(implementation, case))
+        except Exception as failure:
+            recorder.add_failure(case.where, implementation.name, harness.reason(failure))
+            our_failure |= implementation.name in OURS
+    times = harness.compete([candidate for candidate, _ in ready], seconds)
+    cost = case.cost
+    for candidate, peak in ready:
+        t = times[candidate.name]
+        direct = machine.on_gpu() and candidate.replay is None
+        recorder.add(
+            case.where, candidate.name, "time", "ms", t.milliseconds(),
+            tflops=cost.flops / t.p50 / 1e12, gbytes_per_s=cost.n_bytes / t.p50 / 1e9,
+            fraction=limits.least_seconds(*cost, case.dtype) / t.p50,
+            note="launched one by one" if direct else None,
+        )  # fmt: skip
+        recorder.add(case.where, candidate.name, "memory", "MiB", Quantiles.of([peak / 2**20]))
+    by_time = sorted(times.items(), key=lambda item: item[1].p50)
+    print(
+        f"{case.title} [ms]:", ", ".join(f"{k} {v.p50 * 1e3:.3g}" for k, v in by_time), flush=True
+    )
+    del ready
+    gc.collect()
+    return our_failure
 
 
-def linear_cross_entropy(N: int, C: int, V: int, dtype: str) -> Operation:
-    """Output projection and loss, with the gradients of x and of the weight."""
-    s = item_size(dtype)
-
-    def make(g: torch.Generator) -> Tensors:
-        t: Tensors = {"x": normal(g, N, C, dtype=dtype), "targets": integers(g, V, N)}
-        t["weight"] = normal(g, V, C, dtype=dtype, scale=0.02)
-        scale = torch.full((), 1 / N, device=machine.device())
-        return t | {"dweight": buffer(V, C), "scale": scale}
-
-    def both(ops: ModuleType, t: Tensors) -> tuple:
-        _, dx = ops.linear_cross_entropy_forward_backward(
-            t["x"], t["weight"], t["targets"], t["scale"], t["dweight"], V
-        )
-        return dx, t["dweight"]
-
-    def plain(t: Tensors) -> tuple:
-        logits = F.linear(t["x"], t["weight"])
-        return (F.cross_entropy(logits.float(), t["targets"], reduction="sum"),)
-
-    n_bytes = 2 * N * C * s + V * C * (s + 8)
-    cost = {"forward+backward": Cost(6 * N * V * C, n_bytes)}
-    return Operation(
-        "linear_cross_entropy", {"N": N, "C": C, "V": V}, dtype, make, both, None, plain,
-        ("x", "weight"), ("scale",), cost, joint=True,
-    )  # fmt: skip
+def _prepare(implementation: Implementation, case: Case) -> tuple[Candidate, int]:
+    """Check an implementation and warm it up; with the bytes that one call of it allocates."""
+    check(implementation, case)
+    one = harness.bytes_of(x for x in case.tensors(0).values() if isinstance(x, Tensor))
+    calls = harness.input_sets(lambda seed: implementation.prepare(case.tensors(seed)), one)
+    candidate = Candidate(implementation.name, calls, capture=not implementation.direct)
+    candidate.warm_up()
+    return candidate, PeakMemory().after(calls[0])
 
 
-def decode_attention(B: int, T: int, H: int, D: int, dtype: str) -> Operation:
-    """One new position per row against T cached keys, all of them in use."""
-    C, s = H * D, item_size(dtype)
+def check(implementation: Implementation, case: Case) -> None:
+    """Raises ValueError where a result is not that of `mantrans.kernels.native`.
 
-    def make(g: torch.Generator) -> Tensors:
-        t: Tensors = {name: normal(g, B, T, C, dtype=dtype) for name in "kv"}
-        full = torch.full((B,), T, device=machine.device())
-        return t | {"q": normal(g, B, C, dtype=dtype), "lengths": full}
-
-    def forward(ops: ModuleType, t: Tensors) -> tuple:
-        return (ops.decode_attention(t["q"], t["k"], t["v"], t["lengths"], H),)
-
-    def plain(t: Tensors) -> tuple:
-        q, k, v = (t[name].reshape(B, -1, H, D).transpose(1, 2) for name in "qkv")
-        return (F.scaled_dot_product_attention(q, k, v).reshape(B, C),)
-
-    cost = {"forward": Cost(4 * B * T * C, 2 * B * T * C * s)}
-    return Operation(
-        "decode_attention", {"B": B, "T": T, "H": H, "D": D}, dtype, make, forward, None, plain,
-        (), (), cost,
-    )  # fmt: skip
-
-
-def gradient_norm(P: int) -> Operation:
-    """The L2 norm over one flat buffer."""
-
-    def make(g: torch.Generator) -> Tensors:
-        return {"gradients": normal(g, P, dtype="float32")}
-
-    def forward(ops: ModuleType, t: Tensors) -> tuple:
-        return (ops.gradient_norm(t["gradients"]),)
-
-    def plain(t: Tensors) -> tuple:
-        return (torch.nn.utils.get_total_norm([t["gradients"]]),)
-
-    cost = {"forward": Cost(2 * P, 4 * P)}
-    return Operation("gradient_norm", {"P": P}, "float32", make, forward, None, plain, (), (), cost)
-
-
-def adamw(P: int, dtype: str) -> Operation:
-    """One update of P weights; for bfloat16 weights with their float32 masters.
-
-    PyTorch's fused AdamW updates float32 weights and leaves the bfloat16 copy to autocast.
+    Compared are results of one name: the three gradients of attention have no counterpart in ours,
+    which is packed. Our gradients are added to buffers, autograd's are not.
     """
-    low = dtype != "float32"
-
-    def make(g: torch.Generator) -> Tensors:
-        names = ("master", "gradients", "exp_avg")
-        t: Tensors = {name: normal(g, P, dtype="float32") for name in names}
-        t |= {"exp_avg_sq": t["exp_avg"].square(), "weights": t["master"].to(getattr(torch, dtype))}
-        scalars = {"step": 10.0, "steps_done": 9.0, "learning_rate": 1e-3, "clip": 1.0}
-        t |= {name: torch.tensor(x, device=machine.device()) for name, x in scalars.items()}
-        return t | {"finite": torch.tensor(True, device=machine.device())}
-
-    def forward(ops: ModuleType, t: Tensors) -> tuple:
-        master = t["master"] if low else None
-        ops.adamw_update(
-            t["weights"], master, t["gradients"], t["exp_avg"], t["exp_avg_sq"], t["step"],
-            t["learning_rate"], t["clip"], t["finite"], 0.9, 0.95, 1e-8, 0.1,
-        )  # fmt: skip
-        return (t["master"] if low else t["weights"],)
-
-    def plain(t: Tensors) -> tuple:
-        functional_adamw(
-            [t["master"]], [t["gradients"]], [t["exp_avg"]], [t["exp_avg_sq"]], [],
-            [t["steps_done"]], fused=True, amsgrad=False, beta1=0.9, beta2=0.95, lr=1e-3,
-            weight_decay=0.1, eps=1e-8, maximize=False,
-        )  # fmt: skip
-        return (t["master"],)
-
-    cost = {"update": Cost(16 * P, (30 if low else 28) * P)}
-    return Operation("adamw", {"P": P}, dtype, make, forward, None, plain, (), (), cost)
+    buffers = case.tensors(99)
+    expected = _ours("native", case).prepare(case.tensors(99))()
+    found = implementation.prepare(case.tensors(99))()
+    for name in found.keys() & expected.keys():
+        if not isinstance(found[name], Tensor):
+            continue
+        start = buffers[name].double() if name.startswith("d") and name in buffers else 0.0
+        right = expected[name].double() - start
+        result = found[name].detach().double() - (start if implementation.name in OURS else 0.0)
+        error = ((result - right).norm() / right.norm()).item()
+        tolerance = VECTOR_TOLERANCE if right.dim() == 1 and name.startswith("d") else TOLERANCE
+        if not error <= tolerance[case.dtype]:
+            raise ValueError(f"{name} differs from native's by {error:.1e} of its norm")

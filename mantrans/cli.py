@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 
 from mantrans import terminal
 from mantrans.errors import MantransError, show
+from mantrans.options import integer
 
 MISTAKE, INTERRUPTED, PIPE_CLOSED = 2, 128 + signal.SIGINT, 128 + signal.SIGPIPE
 
@@ -29,6 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ended the command at once; 141, without a message, if the reader of standard output has gone.
     """
     terminal.reserve_standard_streams()
+    terminal.escape_what_encodings_lack()
     try:
         with terminal.lossy("stderr"):
             return _status(list(sys.argv[1:] if arguments is None else arguments))
@@ -114,7 +116,13 @@ def train(arguments: list[str]) -> int:
         action="store_true",
         help="stop at the first step that is not finite, and name the layer",
     )
-    add("--profile", type=int, default=0, metavar="N", help="profile N steps, see runs/NAME")
+    add(
+        "--profile",
+        type=integer(0, 1000),
+        default=0,
+        metavar="N",
+        help="profile N steps, see runs/NAME",
+    )
     add("--no-selfcheck", action="store_true", help="on a GPU: do not check the kernels first")
     options = parser.parse_args(arguments)
     from mantrans.config import Config
@@ -155,7 +163,7 @@ def evaluate(arguments: list[str]) -> int:
     add("--checkpoint", type=Path, required=True, help="the model to measure")
     add("--config", type=Path, help="YAML file (default: the checkpoint's config)")
     add("--generate", action="store_true", help="write samples, and measure their diversity")
-    add("--max-batches", type=positive, metavar="N", help="stop after N batches of validation data")
+    add("--max-batches", type=integer(1), metavar="N", help="stop after N batches of validation")
     add("--json", type=Path, metavar="FILE", help="also write the report there")
     add("--device", help="auto, cpu, cuda or cuda:N; without it training.device")
     add("--no-coherence-eval", action="store_true", help="do not ask a Claude model for scores")
@@ -176,7 +184,7 @@ def summary(arguments: list[str]) -> int:
     parser.add_argument("config", help="a YAML file, such as configs/quickstart.yaml")
     add_overrides(parser)
     parser.add_argument(
-        "--tokens", type=int, help="tokens in the training set, for the steps of an epoch"
+        "--tokens", type=integer(1), help="tokens in the training set, for the steps of an epoch"
     )
     options = parser.parse_args(arguments)
     from mantrans.config import Config
@@ -196,10 +204,10 @@ def generate(arguments: list[str]) -> int:
     add = parser.add_argument
     add("--checkpoint", type=Path, required=True, help="a model that train.py saved")
     add("--prompt", type=str, required=True, help="the text to continue; may be empty")
-    add("--max-length", type=positive, metavar="N", help="tokens in all, prompt included")
+    add("--max-length", type=integer(1, 2**20), metavar="N", help="tokens, prompt included")
     add("--temperature", type=float, help="below 1 safer, above 1 wilder, 0 always the most likely")
-    add("--top-k", type=positive, metavar="K", help="sample from the K most likely tokens")
-    add("--seed", type=int, help="of the sampling; another seed gives another text")
+    add("--top-k", type=integer(1, 2**24), metavar="K", help="sample from the K most likely")
+    add("--seed", type=integer(0, 2**63 - 1), help="of the sampling; another gives another text")
     add("--device", help="auto, cpu, cuda or cuda:N; without it training.device")
     options = parser.parse_args(arguments)
     from mantrans.evaluation.evaluator import printable
@@ -286,10 +294,3 @@ def not_blank(text: str) -> str:
     if not text.strip():
         raise argparse.ArgumentTypeError(f"expected a value, got {show(text)}: an unset variable?")
     return text
-
-
-def positive(text: str) -> int:
-    """argparse's type for a count of at least 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected an integer of at least 1, got {text!r}")
-    return int(text)

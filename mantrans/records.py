@@ -71,15 +71,17 @@ class JsonLines:
 
 def read_records(path: Path) -> list[dict[str, Any]]:
     """Return the complete records of a file, without a last line cut short by a kill."""
-    records = []
-    for line in path.read_bytes().splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(record, dict):
-            records.append(record)
-    return records
+    parsed = (_parsed(line) for line in path.read_bytes().splitlines())
+    return [record for record in parsed if record is not None]
+
+
+def _parsed(line: bytes) -> dict[str, Any] | None:
+    """The record in a line; None for anything else."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):  # cut short; or a hundred thousand brackets
+        return None
+    return record if isinstance(record, dict) else None
 
 
 def _keep_until(path: Path, step: int) -> None:
@@ -88,11 +90,7 @@ def _keep_until(path: Path, step: int) -> None:
         return
     kept = []
     for line in path.read_bytes().splitlines(keepends=True):
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        at = record.get("step") if isinstance(record, dict) else None
+        at = (_parsed(line) or {}).get("step")
         if isinstance(at, int) and at <= step and line.endswith(b"\n"):
             kept.append(line)
     with replacing(path) as file:

@@ -12,6 +12,7 @@ standard output it ends a command whose purpose is that output, and is ignored d
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import sys
 import time
@@ -76,6 +77,13 @@ def reserve_standard_streams() -> None:
             os.fstat(number)
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # the lowest free number: this one
+
+
+def escape_what_encodings_lack() -> None:
+    """Print a character that a stream's encoding lacks as \\u2192, instead of failing."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def discard_unwritten() -> None:

@@ -14,18 +14,27 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import ceilings, kernels, machine, operations, report, scaling, steps, tables
-from benchmarks import models as benchmark_models
-from benchmarks.comparison import comparisons
-from benchmarks.providers import Provider, providers
-from benchmarks.records import Quantiles, Recorder, Row, load, newest
-from benchmarks.timing import Contender, compete, peak_on_cpu
+from benchmarks import baselines, machine, operations, peaks, report, steps
+from benchmarks.harness import (
+    Candidate,
+    Measurement,
+    Quantiles,
+    Recorder,
+    compete,
+    load,
+    newest,
+    peak_on_cpu,
+)
+from benchmarks.operations import Implementation, implementations
 
 NO_COMPILER = ("native", "PyTorch eager", "transformers")
 CASE = steps.Case("tiny", 2, 16, 2, "float32", NO_COMPILER)
+TINY = list(operations.model_cases(B=2, T=24, C=16, H=2, F=32, V=256, dtype="float32"))
+ATTENTION = [case for case in TINY if case.operation.name == "attention"]
+SLOW_PEAKS = peaks.Peaks(1e9, {"float32": 1e9})
 
 pytestmark = pytest.mark.skipif(
-    machine.device().type != "cpu", reason="written for a CPU; a GPU has benchmarks/gpu_suite.sh"
+    machine.device().type != "cpu", reason="written for a CPU; a GPU has `python -m benchmarks gpu`"
 )
 
 
@@ -33,26 +42,32 @@ pytestmark = pytest.mark.skipif(
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with real, if tiny, measurements of every stage but the compiler's."""
     folder = tmp_path_factory.mktemp("results")
-    limits = ceilings.measure(Recorder(folder, "ceilings", quick=True), 0)
+    limits = peaks.measure(Recorder(folder, "peaks", quick=True), 0)
     assert not steps.measure(CASE, 0, limits, Recorder(folder, "steps", quick=True))
-    recorder = Recorder(folder, "kernels", quick=True)
-    attention = operations.attention(1, 16, 2, 8, "float32")
-    for direction in attention.cost:
-        assert not kernels.measure(attention, direction, 0, limits, recorder)
+    recorder = Recorder(folder, "operations", quick=True)
+    for case in ATTENTION:
+        assert not operations.measure(case, 0, limits, recorder)
     recorder = Recorder(folder, "scaling", quick=True)
     for T in (16, 32):
         shape = {"B": 1, "T": T, "C": 64, "blocks": 1, "V": 4096}
-        scaling.measure("T", shape, "float32", ["native"], 0, recorder)
+        steps.measure_size("T", shape, "float32", ["native"], 0, recorder)
     return folder
 
 
 def losses_of(name: str, case: steps.Case = CASE) -> list[float]:
-    config = benchmark_models.model_config(case.model, case.T)
-    batches = benchmark_models.Batches(case.B * case.micro_batches, case.T)
+    config = baselines.model_config(case.model, case.T)
+    batches = baselines.Batches(case.B * case.micro_batches, case.T)
     return steps.run_in_common(name, case, config, batches)[1]
 
 
-def test_losses_of_ours_and_the_rivals_agree_over_ten_steps() -> None:
+def only_case(folder: Path, stage: str):
+    """The one case that a folder's rows hold: a line a candidate."""
+    data = report.frame(load(folder), stage)
+    assert len(data.drop_duplicates(report.CASE[:2])) == 1
+    return data.set_index("provider")
+
+
+def test_losses_of_ours_and_the_baselines_agree_over_ten_steps() -> None:
     expected = losses_of(steps.JUDGE)
     assert expected[0] - expected[-1] > 0.02
     for name in NO_COMPILER:
@@ -82,77 +97,71 @@ def test_who_disagrees_is_recorded_and_not_timed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(steps, "TOLERANCE", {"float32": 0.0})
-    case = dataclasses.replace(CASE, providers=("native", steps.JUDGE))
-    limits = ceilings.Ceilings(1e9, {"float32": 1e9})
-    ours_failed = steps.measure(case, 0, limits, Recorder(tmp_path, "steps"))
-    (found,) = comparisons(load(tmp_path), "steps")
-    assert ours_failed and list(found.time) == [steps.JUDGE]
-    assert "losses differ" in (found.failures["native"].note or "")
+    case = CASE._replace(candidates=("native", steps.JUDGE))
+    ours_failed = steps.measure(case, 0, SLOW_PEAKS, Recorder(tmp_path, "steps"))
+    found = only_case(tmp_path, "steps")
+    assert ours_failed and found.p50.notna().to_dict() == {steps.JUDGE: True, "native": False}
+    assert "losses differ" in found.note["native"]
 
 
 def test_nobody_is_built_who_would_not_be_ready_in_time(tmp_path: Path) -> None:
-    case = dataclasses.replace(CASE, providers=("native", "torch.compile", steps.JUDGE))
-    limits = ceilings.Ceilings(1e9, {"float32": 1e9})
+    case = CASE._replace(candidates=("native", "torch.compile", steps.JUDGE))
     end = time.monotonic() + steps.BUILD_SECONDS["torch.compile"] - 1
-    assert not steps.measure(case, 0, limits, Recorder(tmp_path, "steps"), end)
-    (found,) = comparisons(load(tmp_path), "steps")
-    assert set(found.time) == {"native", steps.JUDGE}
-    assert "not built" in (found.failures["torch.compile"].note or "")
+    assert not steps.measure(case, 0, SLOW_PEAKS, Recorder(tmp_path, "steps"), end)
+    found = only_case(tmp_path, "steps")
+    assert set(found.index[found.p50.notna()]) == {"native", steps.JUDGE}
+    assert "not built" in found.note["torch.compile"]
 
 
-def test_only_the_providers_that_are_wanted(tmp_path: Path) -> None:
-    names = ("native", "PyTorch eager", "transformers")
-    assert steps._wanted(names, ()) == names
-    assert steps._wanted(names, ("native",)) == ("native", steps.JUDGE)
-    attention = operations.attention(1, 16, 2, 8, "float32")
-    limits = ceilings.Ceilings(1e9, {"float32": 1e9})
-    wanted = ("native", "SDPA math")
-    kernels.measure(attention, "forward", 0, limits, Recorder(tmp_path, "kernels"), wanted)
-    (found,) = comparisons(load(tmp_path), "kernels")
-    assert set(found.time) == set(wanted)
+def test_ours_is_measured_beside_those_that_are_named(tmp_path: Path) -> None:
+    names = ("native", "PyTorch eager", "torch.compile", "transformers")
+    assert steps.wanted(names, ()) == names
+    assert steps.wanted(names, ("transformers",)) == ("native", steps.JUDGE, "transformers")
+    recorder = Recorder(tmp_path, "operations")
+    operations.measure(ATTENTION[0], 0, SLOW_PEAKS, recorder, ("SDPA math",))
+    assert set(only_case(tmp_path, "operations").index) == {"native", "SDPA math"}
 
 
-def test_where_nobody_competes_nothing_is_timed() -> None:
+def test_compete_without_candidates_times_nothing() -> None:
     assert compete([], 1) == {}
 
 
-@pytest.mark.parametrize(
-    ("operation", "direction"),
-    [
-        pytest.param(case, direction, id=f"{case.name}-{direction}")
-        for case in kernels.model_shapes(B=2, T=24, C=16, H=2, F=32, V=256, dtype="float32")
-        for direction in case.cost
-    ],
-)
-def test_every_operation_is_the_same_for_everybody(
-    operation: operations.Operation, direction: str
-) -> None:
-    names = []
-    for provider in providers(operation, direction):
-        if provider.name != "torch.compile":  # the same function as eager's
-            kernels._check(provider, operation, direction)
-            names.append(provider.name)
-    assert {"native", "reference"} < set(names)
+@pytest.mark.parametrize("case", TINY, ids=lambda case: case.title)
+def test_every_operation_is_the_same_for_everybody(case: operations.Case) -> None:
+    names = set()
+    for implementation in implementations(case):
+        if implementation.name != "torch.compile":  # the same function as eager's
+            operations.check(implementation, case)
+            names.add(implementation.name)
+    assert {"native", "reference"} < names
 
 
-def test_a_wrong_provider_is_refused(tmp_path: Path) -> None:
-    operation = operations.bias_gelu(8, 16, "float32")
-    wrong = Provider("wrong", lambda t: lambda: (torch.relu(t["h"] + t["bias"]),))
+@pytest.mark.parametrize("case", TINY, ids=lambda case: case.title)
+def test_a_wrong_implementation_is_refused(case: operations.Case) -> None:
+    right = next(i for i in implementations(case) if i.name == "native")
+
+    def prepare(tensors):
+        def wrong():
+            results = right.prepare(tensors)()
+            return {k: x * 1.01 if torch.is_tensor(x) else x for k, x in results.items()}
+
+        return wrong
+
     with pytest.raises(ValueError, match="differs from native"):
-        kernels._check(wrong, operation, "forward")
+        operations.check(Implementation("wrong", prepare), case)
 
 
 def test_rows_hold_all_that_is_needed_to_doubt_them(results: Path) -> None:
     rows = load(results)
-    assert {row.stage for row in rows} == {"ceilings", "kernels", "steps", "scaling"}
+    assert {row.stage for row in rows} == {"peaks", "operations", "steps", "scaling"}
     for path in results.glob("*/*.jsonl"):
         for line in path.read_text(encoding="utf-8").splitlines():
-            assert json.loads(line).keys() == {f.name for f in dataclasses.fields(Row)}
+            assert json.loads(line).keys() == {f.name for f in dataclasses.fields(Measurement)}
     for row in rows:
         assert row.device and row.date and row.run and row.versions["torch"] == torch.__version__
         if row.p50 is not None:
             assert row.p20 <= row.p50 <= row.p80 and row.p20 >= 0 and row.rounds >= 1
-        if row.metric == "time" and row.stage in ("kernels", "steps"):
+        if row.metric == "time" and row.stage in ("operations", "steps"):
             assert row.fraction and row.tflops
 
 
@@ -174,10 +183,11 @@ def test_the_report_says_what_the_rows_say(results: Path, tmp_path: Path) -> Non
     report.write(rows, page)
     text = page.read_text(encoding="utf-8")
     for row in rows:
-        if row.stage in ("steps", "kernels") and row.metric == "time":
-            assert tables.spread(row) in text, row
+        shown = row.stage == "steps" or (row.stage == "operations" and row.provider == "native")
+        if shown and row.metric == "time":
+            assert report.spread(row) in text, row
     pictures = {path.stem.split("-")[0] for path in (tmp_path / "figures").glob("*.svg")}
-    assert pictures == {"roofline", "steps", "scaling"}
+    assert pictures == {"operations", "steps"}
     for path in (tmp_path / "figures").glob("*.svg"):
         assert f"(figures/{path.name})" in text
     report.write(rows, page)
@@ -194,20 +204,20 @@ def test_prose_outside_the_marks_is_kept(tmp_path: Path) -> None:
 
 
 def test_where_we_are_slower_the_table_says_so() -> None:
-    assert tables.factor(0.8) == "**0.80×**"
-    assert tables.factor(1.25) == "1.25×"
+    assert report.factor(0.8) == "**0.80×**"
+    assert report.factor(1.25) == "1.25×"
 
 
 def test_rows_that_were_not_replayed_and_all_versions_are_named(results: Path) -> None:
-    row = next(r for r in load(results) if r.stage == "kernels" and r.metric == "time")
+    row = next(r for r in load(results) if r.stage == "operations" and r.metric == "time")
     direct = dataclasses.replace(row, note="launched one by one", versions={"torch": "0.1"})
-    assert tables.spread(direct) == tables.spread(row) + " †"
-    assert f"torch 0.1 and {row.versions['torch']}" in tables.provenance([row, direct])
+    assert report.spread(direct) == report.spread(row) + " †"
+    assert f"torch 0.1 and {row.versions['torch']}" in report.provenance([row, direct])
 
 
 def test_exponents() -> None:
     sizes = [1.0, 2.0, 4.0, 8.0]
-    assert scaling.exponent(sizes, [3 * n**1.5 for n in sizes]) == pytest.approx(1.5)
+    assert steps.exponent(sizes, [3 * n**1.5 for n in sizes]) == pytest.approx(1.5)
 
 
 def test_quantiles_are_samples() -> None:
@@ -215,11 +225,11 @@ def test_quantiles_are_samples() -> None:
     assert Quantiles.of([7.0]) == Quantiles(7.0, 7.0, 7.0, 1)
 
 
-def test_contenders_take_turns() -> None:
+def test_candidates_take_turns() -> None:
     """Each is sampled once a round, and no round begins with the one before's first."""
     order: list[str] = []
-    contenders = [Contender(n, [lambda n=n: order.append(n)], repeats=1) for n in "abc"]
-    compete(contenders, 0)
+    candidates = [Candidate(n, [lambda n=n: order.append(n)], repeats=1) for n in "abc"]
+    compete(candidates, 0)
     rounds = ["".join(order[i : i + 3]) for i in range(0, len(order), 3)]
     assert rounds == ["abc", "bca", "cab", "abc", "bca"]
 

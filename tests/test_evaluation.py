@@ -448,7 +448,7 @@ def test_missing_key_is_said_once_and_the_rest_goes_on(
 WRONG = {
     "tokenizer": (["--set", "data.tokenizer={}/other"], ["'other' (320", "'small' (300"]),
     "field": (["--set", "evaluation.temprature=1"], ["evaluation.temperature"]),
-    "count": (["--max-batches", "0"], ["--max-batches", "at least 1"]),
+    "count": (["--max-batches", "0"], ["--max-batches", "from 1 to"]),
     "option": (["--generat0r"], ["--generat0r"]),
     "config": (["--config", "{}/none.yaml"], ["none.yaml"]),
     "json": (["--json", "{}/none/report.json", "--max-batches", "1"], ["--json", "none"]),

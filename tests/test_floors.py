@@ -11,8 +11,9 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FLOORS = [
-    "kernels.reference kernels.native kernels.triton kernels.backend kernels.selfcheck errors",
-    "layers parameters config runtime assets terminal",
+    "kernels.reference kernels.native kernels.triton kernels.backend "
+    "kernels.operations kernels.selfcheck errors",
+    "layers parameters config runtime assets terminal options",
     "models optim checkpoint interop wrapper records",
     "training evaluation data inference report mantrans",
     "cli __main__",
@@ -22,7 +23,8 @@ BESIDE = {
     "kernels.native": "kernels.reference",
     "kernels.triton": "kernels.reference kernels.native",
     "kernels.backend": "kernels.triton",
-    "kernels.selfcheck": "kernels.reference",
+    "kernels.operations": "kernels.reference",
+    "kernels.selfcheck": "kernels.reference kernels.operations",
     "layers": "parameters",
     "config": "assets",
     "interop": "models checkpoint",

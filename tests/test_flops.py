@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.timing import peak_on_cpu
+from benchmarks.harness import peak_on_cpu
 from mantrans.cli import main
 from mantrans.config import Config, ModelConfig
 from mantrans.errors import ConfigError

@@ -1,15 +1,9 @@
-"""The GPU suite's script as far as it goes without a GPU, and its sequence with a stand-in python.
-
-The stand-in says that there is a GPU and answers for each program the suite starts; what is tested
-is the script itself: order, deadlines, outcomes, files.
-"""
+"""`python -m benchmarks gpu` as far as it goes without a GPU: its sequence, with made-up stages."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import re
 import subprocess
 import sys
 import time
@@ -18,74 +12,51 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu_table, machine, providers, steps, trainers
-from benchmarks.records import Row
+from benchmarks import baselines, gpu, machine, operations, steps
+from benchmarks.gpu import FAILED, OUT_OF_TIME, PASSED, STAGES, Bench, Stage, Trouble
+from benchmarks.harness import Measurement
 
 ROOT = Path(__file__).parents[1]
-SUITE = ROOT / "benchmarks" / "gpu_suite.sh"
-STAGES = ["machine", "parity", "step", "sanitizer", "speed", "training"]
 
 
-def suite(*arguments: object, python: object = sys.executable, **environment: str):
+def command(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [str(SUITE), *map(str, arguments)], cwd=ROOT.parent, capture_output=True, text=True,
-        timeout=120, env={**os.environ, "PYTHON": str(python), **environment},
+        [sys.executable, "-m", "benchmarks", "gpu", *map(str, arguments)], cwd=ROOT,
+        capture_output=True, text=True, check=False,
     )  # fmt: skip
 
 
-def test_stages_are_listed_without_a_gpu() -> None:
-    done = suite("--list")
-    assert done.returncode == 0
-    assert [line.split()[0] for line in done.stdout.splitlines()] == STAGES
-
-
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-@pytest.mark.parametrize("stages", [[], ["machine"]])
-def test_without_a_gpu_it_says_so_and_touches_nothing(tmp_path: Path, stages: list[str]) -> None:
-    done = suite(tmp_path / "out", *stages)
+def test_without_a_gpu_it_says_so_and_touches_nothing(tmp_path: Path) -> None:
+    done = command("machine", "--output", tmp_path / "out")
     assert done.returncode == 3
     assert "no GPU" in done.stderr and "nothing was run" in done.stderr
     assert not list(tmp_path.iterdir())
 
 
-def test_a_python_without_torch_is_no_gpu_either(tmp_path: Path) -> None:
-    bare = tmp_path / "python"
-    bare.write_text(f'#!/bin/sh\nexec {sys.executable} -S -I "$@"\n')
-    bare.chmod(0o755)
-    done = suite(tmp_path / "out", python=bare)
-    assert done.returncode == 3 and "torch" in done.stderr
+def test_wrong_stage_is_refused(tmp_path: Path) -> None:
+    done = command("sped", "--output", tmp_path / "out")
+    assert done.returncode == 2
+    assert "stage: expected machine | parity | step" in done.stderr and "got sped" in done.stderr
 
 
-@pytest.mark.parametrize(
-    ("arguments", "complaint"),
-    [
-        (["out", "sped"], "stage: found 'sped'; accepted: machine parity step"),
-        ([], "gpu_suite.sh OUT"),
-        (["--lst"], "gpu_suite.sh OUT"),
-    ],
-)
-def test_wrong_arguments(arguments: list[str], complaint: str) -> None:
-    done = suite(*arguments)
-    assert done.returncode == 2 and complaint in done.stderr
+def say(text: str):
+    """A stage that prints, as a program of its own."""
+
+    def run(bench: Bench) -> str:
+        bench.python("-c", f"print({text!r})")
+        return text
+
+    return run
 
 
-STAND_IN = """#!/usr/bin/env bash
-echo "$@" >>"{calls}"
-case "$*" in
-    -) cat >/dev/null ;;
-    *gpu_table*) exec "{python}" "$@" ;;
-    {special}
-    *pytest*) echo "2 passed, 1 skipped in 0.01s" ;;
-    *) echo done ;;
-esac
-"""
+def hang(bench: Bench) -> str:
+    bench.python("-c", "import time; time.sleep(60)")
+    return ""
 
 
-def stand_in(folder: Path, special: str = "*nothing*) ;;") -> Path:
-    path = folder / "python"
-    path.write_text(STAND_IN.format(calls=folder / "calls", python=sys.executable, special=special))
-    path.chmod(0o755)
-    return path
+def fail(bench: Bench) -> str:
+    raise Trouble(FAILED, "1 failed, 3 passed")
 
 
 def outcomes(folder: Path) -> dict[str, str]:
@@ -93,79 +64,78 @@ def outcomes(folder: Path) -> dict[str, str]:
     return {stage["stage"]: stage["outcome"] for stage in stages}
 
 
-def test_all_stages_run_in_order_and_leave_few_files(tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    done = suite(out, python=stand_in(tmp_path), GPU_SUITE_SECONDS="60")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert outcomes(out) == dict.fromkeys(STAGES, "passed")
-    assert sorted(p.name for p in out.iterdir()) == ["suite.json", "suite.log", "table.txt"]
-    calls = (tmp_path / "calls").read_text()
-    programs = ["benchmarks.ceilings", "test_gpu_kernels", "test_gpu_step", "benchmarks.kernels"]
-    programs += ["benchmarks.steps", "benchmarks.gpu_table"]
-    places = [calls.index(name) for name in programs]
-    assert places == sorted(places)
-    assert "not measured" in (out / "table.txt").read_text()
-    shares = calls.count("tests/gpu/test_gpu_kernels.py")
-    note = json.loads((out / "suite.json").read_text())[1]["note"]
-    assert f"{2 * shares} passed" in note and f"{shares} skipped" in note
+def test_stages_run_in_order_and_leave_few_files(tmp_path: Path) -> None:
+    stages = [Stage(name, 5, "says", say(f"{name} here")) for name in ("one", "two")]
+    assert gpu.run(stages, tmp_path, 30) == 0
+    assert list(outcomes(tmp_path).items()) == [("one", PASSED), ("two", PASSED)]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["suite.json", "suite.log", "table.txt"]
+    log = (tmp_path / "suite.log").read_text()
+    assert log.index("one here") < log.index("=== two") < log.index("two here")
+    assert "not measured" in (tmp_path / "table.txt").read_text()
 
 
-def test_chosen_stages_keep_the_lists_order(tmp_path: Path) -> None:
-    done = suite(tmp_path / "out", "training", "machine", python=stand_in(tmp_path))
-    assert done.returncode == 0
-    assert list(outcomes(tmp_path / "out")) == ["machine", "training"]
+def test_stage_that_hangs_is_ended_and_starves_nobody(tmp_path: Path) -> None:
+    begin = time.process_time()
+    stages = [Stage("hangs", 1, "", hang), Stage("last", 470, "", say("done"))]
+    assert gpu.run(stages, tmp_path, 20) == 1
+    assert outcomes(tmp_path) == {"hangs": OUT_OF_TIME, "last": PASSED}
+    assert time.process_time() - begin < 5
 
 
-def test_a_stage_that_hangs_is_ended_and_starves_nobody(tmp_path: Path) -> None:
-    python = stand_in(tmp_path, "*benchmarks.kernels*) sleep 60 ;;")
-    begin = time.monotonic()
-    done = suite(
-        tmp_path / "out", "speed", "training", python=python, GPU_SUITE_SECONDS="6",
-    )  # fmt: skip
-    assert done.returncode == 1
-    assert outcomes(tmp_path / "out") == {"speed": "out of time", "training": "passed"}
-    assert time.monotonic() - begin < 40
+def test_stage_that_fails_fails_alone(tmp_path: Path) -> None:
+    stages = [Stage("fails", 5, "", fail), Stage("last", 5, "", say("done"))]
+    assert gpu.run(stages, tmp_path, 30) == 1
+    assert outcomes(tmp_path) == {"fails": FAILED, "last": PASSED}
+    assert json.loads((tmp_path / "suite.json").read_text())[0]["note"] == "1 failed, 3 passed"
 
 
-def test_a_failed_test_fails_its_stage_only(tmp_path: Path) -> None:
-    python = stand_in(tmp_path, "*test_gpu_kernels*) echo '1 failed, 3 passed in 1s'; exit 1 ;;")
-    done = suite(tmp_path / "out", "machine", "parity", "step", python=python)
-    assert done.returncode == 1
-    expected = {"machine": "passed", "parity": "failed", "step": "passed"}
-    assert outcomes(tmp_path / "out") == expected
-    assert "1 failed, 3 passed" in (tmp_path / "out" / "suite.log").read_text()
+def test_tests_are_dealt_out_and_their_counts_added(tmp_path: Path) -> None:
+    good, bad = tmp_path / "test_good.py", tmp_path / "test_bad.py"
+    good.write_text("import pytest\n@pytest.mark.parametrize('x', 'abc')\ndef test(x): pass\n")
+    bad.write_text("def test_bad(): assert False\n")
+    with (tmp_path / "log").open("w") as log:
+        bench = Bench(tmp_path, log, time.monotonic() + 60)
+        assert bench.tests(2, str(good)) == "3 passed"
+        with pytest.raises(Trouble) as trouble:
+            bench.tests(2, str(good), str(bad))
+    assert trouble.value.outcome == FAILED and "1 failed" in trouble.value.note
+
+
+def test_counts_are_added() -> None:
+    texts = ["=== 500 passed, 2 skipped in 9s ===", "noise\n14 passed in 1s", "", "1 error in 1s"]
+    assert gpu.summed_counts(texts) == "514 passed, 2 skipped, 1 error"
 
 
 def test_what_the_suite_asks_for_exists(monkeypatch: pytest.MonkeyPatch) -> None:
     """A name that fits nothing would leave a stage with nothing to measure, and passed."""
-    monkeypatch.setattr(machine, "device", lambda: torch.device("cuda"))
-    script = SUITE.read_text()
+    monkeypatch.setattr(machine, "on_gpu", lambda: True)
     titles = [case.title for case in steps.cases(quick=False)]
-    only = re.findall(r'--only "(.*?)"', script)
-    assert len(only) == 2
-    for text in only:
-        assert sum(text in title for title in titles) == 1, text
-    known = {*trainers.OURS, *trainers.RIVALS, *providers.OURS, *providers.SDPA}
-    for names in re.findall(r'--providers "(.*?)"', script):
-        assert set(names.split(",")) <= known
+    for only, against in gpu.STEPS:
+        assert sum(only in title for title in titles) == 1, only
+        assert against in baselines.BASELINES
+    assert set(gpu.OPERATIONS_AGAINST.split(",")) <= operations.SDPA.keys()
+    assert sum(stage.seconds for stage in STAGES) == 530
+    for name in gpu.GPU_TESTS:
+        assert (ROOT / f"tests/gpu/test_gpu_{name}.py").exists()
 
 
-def row(stage: str, operation: str, provider: str, direction: str, p50: float, **more) -> Row:
+def row(stage: str, operation: str, provider: str, direction: str, p50: float, **more):
     values = {"shape": {}, "dtype": "bfloat16", "metric": "time", "unit": "ms", **more}
-    return Row(stage, operation, provider, direction, p20=p50, p50=p50, p80=p50, rounds=9, **values)
+    quantiles = {"p20": p50, "p50": p50, "p80": p50, "rounds": 9}
+    return Measurement(stage, operation, provider, direction, **values, **quantiles)
 
 
-def test_the_table_sets_figures_beside_their_bars(tmp_path: Path) -> None:
+def test_table_sets_figures_beside_their_targets(tmp_path: Path) -> None:
     attention = {"shape": {"B": 16, "T": 1024, "H": 32, "D": 64}}
     norm = {"shape": {"N": 32768, "C": 768}, "gbytes_per_s": 3500.0}
     gpt2 = {"shape": {"B": 16, "T": 1024, "micro-batches": 1}}
     step = ("steps", "training step GPT-2 124M")
     rows = [
-        row("ceilings", "copy", "PyTorch", "forward", 4000.0, metric="rate", unit="GB/s"),
-        row("kernels", "attention", "triton", "forward", 1.0, **attention),
-        row("kernels", "attention", "SDPA flash", "forward", 1.2, **attention),
-        row("kernels", "attention", "SDPA cuDNN", "forward", 0.9, **attention),
-        row("kernels", "add_layer_norm", "triton", "forward", 1.0, **norm),
+        row("peaks", "copy", "PyTorch", "forward", 4000.0, metric="rate", unit="GB/s"),
+        row("operations", "attention", "triton", "forward", 1.0, **attention),
+        row("operations", "attention", "SDPA flash", "forward", 1.2, **attention),
+        row("operations", "attention", "SDPA cuDNN", "forward", 0.9, **attention),
+        row("operations", "add_layer_norm", "triton", "forward", 1.0, **norm),
         row(*step, "triton captured", "step", 25.0, **gpt2),
         row(*step, "torch.compile", "step", 30.0, **gpt2),
         row(*step, "triton captured", "step", 800.0, metric="memory", unit="MiB", **gpt2),
@@ -174,16 +144,15 @@ def test_the_table_sets_figures_beside_their_bars(tmp_path: Path) -> None:
     (tmp_path / "gpu").mkdir()
     text = "".join(json.dumps(dataclasses.asdict(r)) + "\n" for r in rows)
     (tmp_path / "gpu" / "rows.jsonl").write_text(text)
-    found = gpu_table.Found(tmp_path)
-    lines = [*gpu_table.kernel_lines(found), *gpu_table.step_lines(found)]
+    lines = gpu.targets(gpu.Found(tmp_path))
     measured = {
         (x.what, x.unit): (round(x.value, 3), x.verdict) for x in lines if x.value is not None
     }
     assert measured == {
-        ("attention forward T=1024 D=64", "x SDPA flash"): (1.2, "aim reached"),
-        ("attention forward T=1024 D=64", "x SDPA cuDNN"): (0.9, "below the aim"),
-        ("add_layer_norm forward C=768", "% of copy"): (87.5, "bar reached"),
-        ("GPT-2 124M step", "k tokens/s"): (655.36, "bar reached"),
+        ("attention forward T=1024 D=64", "x SDPA flash"): (1.2, "target reached"),
+        ("attention forward T=1024 D=64", "x SDPA cuDNN"): (0.9, "below the target"),
+        ("add_layer_norm forward C=768", "% of copy"): (87.5, "minimum reached"),
+        ("GPT-2 124M step", "k tokens/s"): (655.36, "minimum reached"),
         ("GPT-2 124M step", "x torch.compile"): (1.2, "MISSED"),
         ("GPT-2 124M peak memory", "of torch.compile's"): (0.8, "MISSED"),
     }

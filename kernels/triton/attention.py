@@ -561,7 +561,7 @@ def dq_kernel(
 # ------------------------------------------------------------------------------------- launchers
 
 KERNELS = {"forward": forward_kernel, "dkdv": dkdv_kernel, "dq": dq_kernel}
-DELTA_ROWS = 64  # rows a program of delta_kernel
+DELTA_ELEMENTS = 8192  # of a tile of delta_kernel, in at most 64 rows
 
 
 def attention_forward(
@@ -713,10 +713,11 @@ def output_gradient_statistics(
 ) -> tuple[Tensor, Tensor | None]:
     """delta (1, B, H, T) = do · o, and seen_until (B, T): see `delta_kernel`."""
     delta = empty_row_statistics(1, out, problem)
+    rows = min(64, DELTA_ELEMENTS // problem.BLOCK_D)
     seen_until = None if document_start is None else torch.empty_like(document_start)
     launch(
         delta_kernel,
-        (problem.B * problem.H, cdiv(problem.T, DELTA_ROWS)),
+        (problem.B * problem.H, cdiv(problem.T, rows)),
         delta,
         seen_until,
         out,
@@ -727,7 +728,7 @@ def output_gradient_statistics(
         problem.H,
         D=problem.D,
         BLOCK_D=problem.BLOCK_D,
-        M=DELTA_ROWS,
+        M=rows,
         num_warps=4,
     )
     return delta, seen_until

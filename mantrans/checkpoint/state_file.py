@@ -21,7 +21,7 @@ from typing import Any
 from mantrans.checkpoint import plain, tensor_file
 from mantrans.checkpoint.atomic import replacing, write_all
 from mantrans.checkpoint.tensor_file import FormatError, shown
-from mantrans.errors import CheckpointError, MantransError
+from mantrans.errors import CheckpointError, MantransError, single_line
 from mantrans.runtime import is_out_of_memory
 
 SLOW_WRITE_VARIABLE = "MANTRANS_TEST_SLOW_WRITE"
@@ -53,7 +53,7 @@ def save(path: str | Path, state: dict[str, Any]) -> None:
             tensor_file.write(put, {"format": FORMAT, "state": text}, tensors)
     except (OSError, FormatError) as error:
         raise CheckpointError(
-            f"{path}: the checkpoint could not be written ({reason(error)}); "
+            f"{_shown(path)}: the checkpoint could not be written ({reason(error)}); "
             "what was saved before is intact"
         ) from None
 
@@ -74,21 +74,23 @@ def load(path: str | Path) -> dict[str, Any]:
         with open(path, "rb") as file:
             if file.read(len(_ZIP)) == _ZIP:
                 raise CheckpointError(
-                    f"{path}: expected {FORMAT}, got the first format, a pickle, which is not "
-                    "read; if the file is your own, convert it: "
-                    f"python -m mantrans convert {path} NEW.pt"
+                    f"{_shown(path)}: expected {FORMAT}, got the first format, a pickle, which is "
+                    "not read; if the file is your own, convert it: "
+                    f"python -m mantrans convert {_shown(path)} NEW.pt"
                 )
             metadata, tensors = tensor_file.read(file)
         if metadata.get("format") != FORMAT:
             raise FormatError(f"expected {FORMAT}, got {shown(metadata.get('format', 'none'))}")
         return plain.restore(metadata.get("state", ""), tensors)
     except FileNotFoundError:
-        raise CheckpointError(f"{path}: expected a checkpoint (*.pt), got no such file") from None
+        raise CheckpointError(
+            f"{_shown(path)}: expected a checkpoint (*.pt), got no such file"
+        ) from None
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({reason(error)})") from None
+        raise CheckpointError(f"{_shown(path)}: cannot be read ({reason(error)})") from None
     except FormatError as error:
         raise CheckpointError(
-            f"{path}: is damaged or not a checkpoint: {error}; use another one, or "
+            f"{_shown(path)}: is damaged or not a checkpoint: {error}; use another one, or "
             "--resume latest, which takes the newest that is intact"
         ) from None
 
@@ -112,7 +114,7 @@ def understood(path: str | Path) -> Iterator[None]:
     except MantransError as error:
         if str(error).isprintable():
             raise
-        raise CheckpointError(f"{path}: {reason(error)}") from None  # it quotes the file
+        raise CheckpointError(f"{_shown(path)}: {reason(error)}") from None  # it quotes the file
     except (
         LookupError,
         TypeError,
@@ -124,7 +126,7 @@ def understood(path: str | Path) -> Iterator[None]:
         if is_out_of_memory(error):
             raise
         raise CheckpointError(
-            f"{path}: expected a checkpoint that train.py saved, got another state "
+            f"{_shown(path)}: expected a checkpoint that train.py saved, got another state "
             f"({type(error).__name__}: {reason(error)})"
         ) from None
 
@@ -133,3 +135,7 @@ def reason(error: BaseException) -> str:
     """Return what went wrong, on one short line."""
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return " ".join(text.split())[:200]
+
+
+def _shown(path: str | Path) -> str:
+    return single_line(str(path))

@@ -7,26 +7,29 @@ wrong configuration is refused in one line: "FILE: FIELD: expected X, got Y".
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    ValidationError,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
-from pydantic.fields import FieldInfo
+from pydantic import Field, model_validator
 from typing_extensions import Self
 
 from mantrans.assets import find_config
 from mantrans.config import strict_yaml
-from mantrans.config.messages import NO_NAMES, Names, clash, refusal
+from mantrans.config.messages import NO_NAMES, Names, clash
+from mantrans.config.section import (
+    Count,
+    Decay,
+    Prompt,
+    Section,
+    Share,
+    Size,
+    Text,
+    Vocabulary,
+    ZScore,
+    kinds,
+    setting,
+)
 from mantrans.errors import ConfigError, show, single_line
 
 Dataset = Literal[
@@ -42,73 +45,6 @@ DATASETS: tuple[str, ...] = get_args(Dataset)
 # in the file.
 _PAIRS = [("max_steps", "num_epochs"), ("warmup_steps", "warmup_ratio")]
 _ALTERNATIVES = dict(_PAIRS) | {other: one for one, other in _PAIRS}
-_NUMERIC_TEXT = re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?")
-
-Count = Annotated[int, Field(ge=1, le=10**12)]
-Size = Annotated[int, Field(ge=1, le=2**20)]
-Vocabulary = Annotated[int, Field(ge=1, le=2**24)]
-Text = Annotated[str, Field(min_length=1, max_length=4096)]
-Prompt = Annotated[str, Field(min_length=1, pattern=r"^[^\0]*$")]
-Share = Annotated[float, Field(gt=0.0, le=1.0)]
-Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
-
-
-def setting(default: Any, meaning: str, form: str = "", **limits: Any) -> Any:
-    """A field: its default, its meaning in a line, its limits; `form` describes a pattern."""
-    extra: Any = {"patternErrorMessage": form} if form else None  # by the name that editors know
-    return Field(default, description=meaning, json_schema_extra=extra, **limits)
-
-
-def _kinds(field: FieldInfo) -> set[Any]:
-    """The plain types of a field: {float, NoneType} for a number or null."""
-    parts = {field.annotation, *get_args(field.annotation)}
-    return {getattr(part, "__origin__", part) for part in parts}
-
-
-class Section(BaseModel):
-    """How every section is checked: exact types, no unknown field, finite numbers."""
-
-    model_config = ConfigDict(
-        strict=True,
-        extra="forbid",
-        allow_inf_nan=False,
-        validate_assignment=True,
-        regex_engine="python-re",
-        defer_build=True,
-    )
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _read_number(cls, value: Any, info: ValidationInfo) -> Any:
-        """Convert a text such as 1e-3 if the field is a number."""
-        is_number = isinstance(value, str) and len(value) < 64 and _NUMERIC_TEXT.fullmatch(value)
-        wants_number = is_number and float in _kinds(cls.model_fields[str(info.field_name)])
-        return float(value) if wants_number else value
-
-    @field_validator("*")
-    @classmethod
-    def _refuse_unprintable(cls, value: Any) -> Any:
-        """Texts are names and paths, so a line break or NUL in one is a mistake or an attack."""
-        if isinstance(value, str) and not value.isprintable():
-            raise ValueError("not printable")
-        return value
-
-    @classmethod
-    def checked(
-        cls, values: Any, source: str, names: Names = NO_NAMES, sources: Names = NO_NAMES
-    ) -> Self:
-        """Check plain data. `source`: the file or argument that an error message starts with.
-
-        names: the user's name of a field, if it differs from ours.
-        sources: the source of single fields, by their path such as "model.d_model".
-
-        Raises:
-            ConfigError: a field is unknown, or a value is not accepted.
-        """
-        try:
-            return cls.model_validate(values)
-        except ValidationError as wrong:
-            raise refusal(wrong, cls, source, names, sources) from None
 
 
 class ModelConfig(Section):
@@ -159,8 +95,6 @@ class DataConfig(Section):
     tokenizer: Text = setting(
         "tinystories_bpe_4096",
         "folder under assets/models/tokenizers/, any folder with a tokenizer, or gpt2",
-        pattern=r"^(?!.*(?:^|[/\\])\.\.(?:[/\\]|$)).+$",
-        form="a name, or a folder's path without '..'",
     )
     max_length: Size | None = setting(
         None, "tokens in one training sequence; null: model.max_seq_len"
@@ -231,7 +165,9 @@ class TrainingConfig(Section):
     weight_decay: float = setting(0.1, "decoupled, on matrices only", ge=0.0, le=100.0)
     beta1: Decay = setting(0.9, "AdamW: decay of the gradient's mean")
     beta2: Decay = setting(0.95, "AdamW: decay of the squared gradient's mean")
-    epsilon: Share = setting(1e-8, "AdamW: added to the denominator")
+    # Below its least, a gradient's square vanishes in float32 where the gradient, divided by
+    # epsilon, is still large.
+    epsilon: float = setting(1e-8, "AdamW: added to the denominator", ge=1e-18, le=1.0)
     batch_size: Size = setting(16, "sequences in one micro-batch")
     gradient_accumulation_steps: Size = setting(1, "micro-batches in one step")
     max_steps: Count | None = setting(None, "length of the run in steps (this or num_epochs)")
@@ -242,8 +178,8 @@ class TrainingConfig(Section):
         1.0, "longer gradients are scaled down to this; null: never", gt=0.0, le=1e9
     )
     max_nan_count: Count = setting(10, "skipped steps in a row before the run stops")
-    outlier_z_score: float | None = setting(
-        None, "skip steps this many standard deviations above the mean; null: off", gt=0.0, le=1e6
+    outlier_z_score: ZScore | None = setting(
+        None, "skip steps this many standard deviations above the mean; null: off"
     )
     outlier_window: int = setting(128, "steps over which these are computed", ge=8, le=10**6)
     log_every: int = setting(10, "steps between lines of metrics", ge=1, le=10**5)
@@ -411,7 +347,7 @@ def _apply(override: str, values: dict[Any, Any], sources: dict[str, str]) -> No
     value = strict_yaml.parse(text, source)
     field = SECTIONS[section].model_fields.get(name) if section in SECTIONS else None
     # The shell has removed quotes: 2024 or true in a field of text must be meant as text.
-    if field and str in _kinds(field) and isinstance(value, bool | int | float):
+    if field and str in kinds(field) and isinstance(value, bool | int | float):
         value = text.strip()
     if section not in values:
         values[section], sources[section] = {}, source

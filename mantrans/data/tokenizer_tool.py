@@ -37,10 +37,12 @@ from mantrans.data.tokenizer import (
     load_tokenizer,
     write_manifest,
 )
-from mantrans.errors import DataError
+from mantrans.errors import DataError, single_line
+from mantrans.options import integer, share
 from mantrans.terminal import say, show
 
 SMALLEST_VOCABULARY = 257  # the bytes and the end of text
+LARGEST_VOCABULARY = 2**24  # as model.vocab_size
 _BATCH = 1000  # pieces tokenized in one call
 
 
@@ -66,8 +68,11 @@ def train(pieces: Iterable[Piece], vocab_size: int, folder: Path) -> Tokenizer:
     were learned. Writes `tokenizer.json` and `tokenizer_config.json` to `folder`, which
     `transformers.PreTrainedTokenizerFast` loads. DataError if the text has fewer tokens.
     """
-    if vocab_size < SMALLEST_VOCABULARY:
-        raise DataError(f"--vocab-size: expected at least {SMALLEST_VOCABULARY}, got {vocab_size}")
+    if not SMALLEST_VOCABULARY <= vocab_size <= LARGEST_VOCABULARY:
+        raise DataError(
+            f"--vocab-size: expected {SMALLEST_VOCABULARY} to {LARGEST_VOCABULARY}, "
+            f"got {vocab_size}"
+        )
     library = tokenizers.Tokenizer(tokenizers.models.BPE())
     library.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     library.decoder = tokenizers.decoders.ByteLevel()
@@ -135,19 +140,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = argparse.ArgumentParser(add_help=False)
     text.add_argument("--input", action="append", default=[], help=".txt, .jsonl, .parquet, folder")
     text.add_argument("--dataset", action="append", default=[], choices=DATASETS[:-1])
-    text.add_argument("--limit", type=_count, help="documents of each --dataset (default: all)")
+    text.add_argument("--limit", type=integer(1), help="documents of each --dataset (default: all)")
     text.add_argument("--text-field", default=None, help="of .jsonl and .parquet (default: text)")
     text.add_argument("--separator", choices=("eot", "blank_line"), default="eot")
 
     train_command = commands.add_parser("train", parents=[text], help="learn a tokenizer")
     train_command.add_argument("--output", required=True, type=Path, help="a new folder")
-    train_command.add_argument("--vocab-size", type=_count, default=4096)
-    train_command.add_argument("--hold-out", type=_fraction, default=0.0, help="of each --input")
+    train_command.add_argument(
+        "--vocab-size", type=integer(SMALLEST_VOCABULARY, LARGEST_VOCABULARY), default=4096
+    )
+    train_command.add_argument("--hold-out", type=share, default=0.0, help="of each --input")
     train_command.set_defaults(run=_run_train)
 
     analyze_command = commands.add_parser("analyze", parents=[text], help="count its tokens")
     analyze_command.add_argument("--tokenizer", required=True)
-    analyze_command.add_argument("--held-out", type=_fraction, default=0.0, help="of each --input")
+    analyze_command.add_argument("--held-out", type=share, default=0.0, help="of each --input")
     analyze_command.add_argument("--json", action="store_true", help="print all as JSON")
     analyze_command.set_defaults(run=_run_analyze)
 
@@ -194,10 +201,20 @@ def _run_analyze(options: argparse.Namespace) -> None:
 
 def _run_encode(options: argparse.Namespace) -> None:
     tokenizer = load_tokenizer(options.tokenizer)
-    text = sys.stdin.read() if options.text is None else options.text
-    ids = tokenizer.encode(text)
+    ids = tokenizer.encode(_standard_input() if options.text is None else options.text)
     show(" ".join(map(str, ids)))
     show(" ".join(repr(tokenizer.decode([i])) for i in ids))
+
+
+def _standard_input() -> str:
+    """All of it. DataError if it is closed or not UTF-8."""
+    try:
+        return sys.stdin.buffer.read().decode("utf-8")
+    except (AttributeError, OSError, ValueError) as error:  # AttributeError: there is none
+        reason = (
+            "it is closed" if sys.stdin is None or sys.stdin.closed else single_line(str(error))
+        )
+        raise DataError(f"standard input: expected text in UTF-8, got none ({reason})") from None
 
 
 def _pieces(options: argparse.Namespace, fraction: float, held: bool) -> Iterator[Piece]:
@@ -243,16 +260,3 @@ def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
 def _some(tokens: list[Any], count: int = 12) -> str:
     shown = " ".join(repr(token) for token in tokens[:count])
     return shown + (" ..." if len(tokens) > count else "")
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected an integer of at least 1, got {text!r}")
-    return int(text)
-
-
-def _fraction(text: str) -> float:
-    number = float(text)
-    if not 0.0 <= number < 1.0:
-        raise argparse.ArgumentTypeError(f"expected at least 0 and less than 1, got {text}")
-    return number

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from mantrans.config.arguments import SAMPLING, checked
 from mantrans.errors import ModelError
 from mantrans.kernels.reference import wide_dtype
 from mantrans.models.transformer import CustomTransformer
@@ -27,6 +28,7 @@ def window_start(length: int, max_seq_len: int) -> int:
 ROUNDING = 1e-9
 
 
+@checked(**{name: SAMPLING[name] for name in ("temperature", "top_k", "top_p")})
 def sample(
     logits: Tensor,
     generator: torch.Generator,
@@ -82,7 +84,7 @@ class Decoder:
 
     sequences: one list of tokens per row, which the caller extends by one token between calls.
     max_length: the final length of the shortest; the cache has room for it.
-    use_cache: False recomputes everything at each call and gives the same tokens.
+    use_cache: False recomputes everything at each call.
     """
 
     def __init__(
@@ -121,6 +123,7 @@ class Decoder:
         return torch.tensor(values, device=self.model.parameters.weights.device)
 
 
+@checked(**SAMPLING)
 def stream(
     model: CustomTransformer,
     prompts: list[list[int]],

@@ -7,6 +7,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from mantrans.config.arguments import checked
+from mantrans.config.section import Size, ZScore
+
 
 class Guard(Protocol):
     """Allows or refuses a step."""
@@ -47,6 +50,7 @@ class OutlierGuard:
     lasting change of level is accepted after a while.
     """
 
+    @checked(z_score=ZScore, window=Size)
     def __init__(self, z_score: float, window: int, device: torch.device) -> None:
         self.z_score = z_score
         self.values = torch.zeros(window, 2, dtype=torch.float64, device=device)

@@ -109,10 +109,10 @@ class Run:
 
 
 def number(value: Any) -> float | None:
-    """`value` as a finite float; None for anything else."""
+    """`value` as a float whose axis can be drawn: nearly 0 is 0. None for anything else."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e100:
         return None
-    return float(value)
+    return float(value) if abs(value) > 1e-100 else 0.0
 
 
 def _records(path: Path) -> list[dict[str, Any]]:

@@ -105,7 +105,9 @@ class TrainStep:
         loss = self.history.new_zeros(())
         for i, part in enumerate(self.batch()):
             loss = loss + self.model.forward_backward(*part, accumulate=i > 0)
-        outcome = self.optimizer.step(loss, self.learning_rate, self.guards)
+        outcome = self.optimizer.step(
+            loss, self.learning_rate, self.guards, has_targets=part.scale > 0
+        )
         record = torch.stack([loss, outcome.grad_norm, outcome.applied.to(loss.dtype)])
         self.history.index_copy_(0, self.place, record[None])
         self.place += 1

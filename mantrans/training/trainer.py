@@ -256,6 +256,8 @@ class Trainer:
         for step, record in enumerate(self.train_step.read(), start=first):
             progress.pending.append(record)
             progress.skipped += not record.applied
+            if not record.applied and record.loss == record.grad_norm == 0:
+                self.logger.message(f"step {step + 1} had no target: nothing was updated")
             if math.isfinite(record.loss) and math.isfinite(record.grad_norm):
                 progress.not_finite_in_a_row = 0
                 continue

@@ -49,7 +49,7 @@ def test_forward(N, C, dtype, with_bias):
 @each_shape
 def test_forward_with_addition(N, C, dtype):
     source = generator(N, C, 1)
-    branch, residual = (normal(source, N, C, dtype=dtype) for _ in range(2))
+    branch, residual = (normal(source, N, C, dtype=dtype) + i for i in (0, 3))
     weight, bias = (normal(source, C, dtype=dtype) for _ in range(2))
     actual = layer_norm.add_layer_norm_forward(branch, residual, weight, bias, EPS)
     expected = reference.add_layer_norm_forward(branch, residual, weight, bias, EPS)

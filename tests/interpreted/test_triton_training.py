@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mantrans.kernels import native, reference, selfcheck, triton
 from mantrans.wrapper import CustomTransformerWrapper
+from tests.test_doors_step import BAD_STEPS, bad_step, build, everything, unchanged
 
 # Nothing is a power of two or a multiple of a block: D = 24, F = 80, V = 61 (stored as 128 rows).
 SHAPE: dict[str, Any] = {
@@ -122,6 +123,20 @@ def test_the_backend_passes_its_selfcheck(monkeypatch: pytest.MonkeyPatch) -> No
         "document_starts",
         "partial_rows",
     }
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("stochastic", [False, True], ids=["master", "stochastic"])
+def test_a_step_that_is_not_finite_changes_nothing(optimizer: str, stochastic: bool) -> None:
+    """As tests/test_doors_step.py shows of the other backends."""
+    wrapper = build("triton", torch.bfloat16, optimizer, stochastic)
+    before = everything(wrapper)
+    for name, bad in BAD_STEPS.items():
+        if "decay" not in bad:
+            assert not bad_step(wrapper, bad).applied and unchanged(wrapper, before), name
+    wrapper.model.update_parameters(0.1)  # of the last gradient, whose square is infinite
+    assert unchanged(wrapper, before)
+    assert bad_step(wrapper, {}).applied and not unchanged(wrapper, before)
 
 
 def test_all_backends_offer_the_same_operations() -> None:

@@ -60,6 +60,15 @@ PROMISES = (
     ),
     Promise(
         "Exact resume",
+        "A checkpoint is not loaded as another function of its weights, even if every shape fits: "
+        "the field, what is expected and what was given are named.",
+        (
+            "tests/test_doors_step.py::test_a_checkpoint_of_another_function_is_refused",
+            "tests/test_doors_files.py::test_a_run_is_not_resumed_as_another_function",
+        ),
+    ),
+    Promise(
+        "Exact resume",
         "metrics.jsonl has every step once: no gap, no duplicate, no half line.",
         (
             HERE + "test_resume.py::test_every_step_and_every_validation_is_on_record_once",
@@ -202,12 +211,15 @@ PROMISES = (
     ),
     Promise(
         "Hostile files",
-        "Names that leave their folder are refused, in a configuration and as a tokenizer; planted "
-        "links are not written through.",
+        "A name of a run that leaves its folder is refused; a tokenizer of one's own may be "
+        "anywhere. Names in a downloaded model folder stay in it; planted links are not written "
+        "through.",
         (
             HERE + "test_hostile.py::test_names_that_leave_their_folder_are_refused",
             HERE + "test_hostile.py::test_a_link_in_the_checkpoint_folder_is_not_followed_out",
-            "tests/test_tokenizer.py::test_names_that_climb_are_refused",
+            "tests/test_tokenizer.py::test_names_without_a_tokenizer_are_refused",
+            "tests/test_tokenizer.py::test_a_path_of_ones_own_may_climb",
+            "tests/test_doors_files.py::test_an_index_names_only_readable_files_of_its_folder",
             "tests/test_tokenizer.py::test_a_link_out_of_the_shipped_folder_is_refused",
         ),
     ),
@@ -232,6 +244,51 @@ PROMISES = (
             "tests/test_config.py::test_a_mutated_configuration_is_valid_or_refused_in_one_line",
             "tests/test_config.py::test_any_text_is_yaml_or_refused_in_one_line",
             "tests/test_config.py::test_any_override_is_applied_or_refused_in_one_line",
+        ),
+    ),
+    Promise(
+        "Broken input",
+        "A number has the limits of the dtype in which it is used: what float32 rounds to 0, or to "
+        "a limit that is not accepted, is refused; sampling succeeds with all that is accepted.",
+        (
+            "tests/test_doors_arguments.py::test_a_number_that_float32_rounds_to_0_is_refused",
+            "tests/test_doors_arguments.py::"
+            "test_a_number_that_float32_rounds_to_its_limit_is_refused",
+            "tests/test_doors_arguments.py::test_sampling_cannot_fail",
+        ),
+    ),
+    Promise(
+        "Broken input",
+        "A wrong argument of a library function is a ValueError or TypeError that names it, what "
+        "is expected and what was given; a wrong option of a command is one line.",
+        (
+            "tests/test_doors_arguments.py::test_a_wrong_argument_is_named",
+            "tests/test_doors_arguments.py::test_what_is_no_batch_of_token_ids_is_refused",
+            "tests/test_doors_arguments.py::test_a_wrong_prompt_is_refused",
+            "tests/test_doors_commands.py::test_an_integer_out_of_range_is_one_line",
+            "tests/test_doors_commands.py::test_a_share_out_of_range_is_one_line",
+        ),
+    ),
+    Promise(
+        "Broken input",
+        "Text that a command's output lacks is printed escaped, and input that is closed or no "
+        "text is refused in one line.",
+        (
+            "tests/test_doors_commands.py::test_text_that_the_output_lacks_is_printed_escaped",
+            "tests/test_doors_commands.py::test_encode_with_any_standard_streams",
+        ),
+    ),
+    Promise(
+        "Broken input",
+        "Records, reports, indexes, tokenizers and configurations of any numbers, or nested any "
+        "depth, are used or refused in one line.",
+        (
+            "tests/test_doors_files.py::test_records_that_cannot_be_parsed_are_passed_over",
+            "tests/test_doors_files.py::test_files_that_cannot_be_parsed_are_refused_in_a_line",
+            "tests/test_doors_files.py::test_a_figure_of_any_numbers_is_drawn",
+            "tests/test_doors_files.py::test_a_page_of_any_numbers_is_written",
+            "tests/test_doors_files.py::"
+            "test_a_name_that_no_file_can_have_is_refused_by_every_reader",
         ),
     ),
     Promise(
@@ -266,7 +323,22 @@ PROMISES = (
         "keep their bits, it is counted and reported.",
         (
             HERE + "test_numerics.py::test_a_bad_step_changes_nothing_and_is_counted",
+            "tests/test_doors_step.py::test_a_step_that_is_not_finite_changes_nothing",
+            "tests/interpreted/test_triton_training.py::"
+            "test_a_step_that_is_not_finite_changes_nothing",
             "tests/test_step.py::test_a_step_that_is_not_finite_is_skipped_and_counted",
+        ),
+    ),
+    Promise(
+        "Numerical trouble",
+        "A learning rate or norm that cannot be is refused at the door. A batch without targets "
+        "changes nothing at all, is `ok`, and is a line in the log.",
+        (
+            "tests/test_doors_step.py::test_a_rate_that_cannot_be_is_refused_at_the_door",
+            "tests/test_doors_step.py::"
+            "test_plain_descent_along_a_gradient_that_is_not_finite_changes_nothing",
+            "tests/test_doors_step.py::test_a_batch_without_targets_changes_nothing_and_is_logged",
+            "tests/test_doors_step.py::test_a_training_step_without_targets_changes_nothing",
         ),
     ),
     Promise(
@@ -297,6 +369,17 @@ PROMISES = (
             HERE + "test_numerics.py::test_another_outlier_window_begins_empty_and_says_so",
             "tests/test_step.py::"
             "test_outlier_guard_refuses_what_is_far_above_and_learns_a_new_level",
+            "tests/test_step.py::test_outlier_guard_does_not_take_a_rounding_for_an_outlier",
+        ),
+    ),
+    Promise(
+        "Numerical trouble",
+        "A model whose logits are not finite draws nothing: generation and both commands end in "
+        "one line, at temperature 0 too; a run finishes without samples, and says so.",
+        (
+            "tests/test_edges_generation.py::test_a_broken_model_speaks_up_when_it_generates",
+            "tests/test_edges_generation.py::test_commands_end_in_one_line_for_a_broken_checkpoint",
+            "tests/test_edges_generation.py::test_a_run_whose_model_gives_no_samples_ends_well",
         ),
     ),
     Promise(

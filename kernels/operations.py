@@ -1,0 +1,540 @@
+"""Each operation described once: inputs, forward and backward, PyTorch's own way, least cost.
+
+The self-check runs these descriptions with a backend and with the reference, the tests compare them
+with autograd, and the benchmarks time them. Dimensions are those of `Shapes`.
+
+An operation's tensors are a dictionary by name. Gradients of weights are buffers that are added to:
+they start at 1, so that overwriting one is found. Costs are the mathematics' own: every input read
+once, every result written once, nothing computed twice.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.optim.adamw import adamw as functional_adamw
+
+from mantrans.kernels import reference
+from mantrans.kernels.reference import IGNORE_INDEX
+
+EPS = 1e-5
+BETAS, ADAM_EPS, WEIGHT_DECAY = (0.9, 0.95), 1e-8, 0.1
+LEARNING_RATE, CLIP, STEP = 1e-2, 0.5, 3.0
+Inputs = Mapping[str, Any]
+Results = dict[str, Any]
+
+
+class Shapes(NamedTuple):
+    """Sizes: B batch, T sequence, H heads (H_kv of keys and values) of width D, C model width,
+    F feed-forward width, V vocabulary (Vp padded), N rows, P parameters."""
+
+    B: int = 1
+    T: int = 1
+    H: int = 1
+    H_kv: int = 1
+    D: int = 1
+    C: int = 1
+    F: int = 1
+    V: int = 1
+    Vp: int = 1
+    N: int = 1
+    P: int = 1
+
+
+class Cost(NamedTuple):
+    """Least arithmetic and least memory traffic of one call."""
+
+    flops: float
+    n_bytes: float
+
+
+class Draw:
+    """Random inputs, the same for the same seed: normal numbers unless said otherwise. Never
+    zeros: on zeros hardware can be faster than it is."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device, seed: int = 20201) -> None:
+        self.dtype, self.device = dtype, device
+        self.wide = reference.wide_dtype(dtype)
+        self.generator = torch.Generator(device).manual_seed(seed)
+
+    def normal(self, *shape: int, std: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
+        x = torch.randn(*shape, device=self.device, dtype=self.wide, generator=self.generator)
+        return (x * std).to(dtype or self.dtype)
+
+    def integers(self, high: int, *shape: int) -> Tensor:
+        return torch.randint(high, shape, device=self.device, generator=self.generator)
+
+    def number(self, value: float) -> Tensor:
+        return torch.tensor(value, device=self.device, dtype=self.wide)
+
+    def buffer(self, *shape: int) -> Tensor:
+        """A gradient buffer that already holds something."""
+        return self.number(1).repeat(*shape)
+
+    def targets(self, high: int, n: int) -> Tensor:
+        """Labels, every fifth of them ignored."""
+        targets = self.integers(high, n)
+        targets[::5] = IGNORE_INDEX
+        return targets
+
+
+class Operation:
+    """What is common. A subclass describes one operation.
+
+    leaves      names of the inputs that have a gradient; `backward` gives "d" + name for each
+    upstream    name of a result of `plain` -> name of the input that holds its gradient
+    """
+
+    name: ClassVar[str]
+    dims: ClassVar[tuple[str, ...]]
+    leaves: ClassVar[tuple[str, ...]] = ()
+    upstream: ClassVar[Mapping[str, str]] = {}
+
+    def inputs(self, s: Shapes, draw: Draw) -> Inputs:
+        """The tensors of one call by name, upstream gradients and gradient buffers included."""
+        raise NotImplementedError
+
+    def forward(self, ops: Any, i: Inputs) -> Results:
+        """Run the backend `ops`; where forward and backward are one call, both."""
+        raise NotImplementedError
+
+    def backward(self, ops: Any, i: Inputs, saved: Results) -> Results:
+        """The gradients; saved: what `forward` gave."""
+        raise NotImplementedError
+
+    def plain(self, i: Inputs) -> Results:
+        """PyTorch's own way, for autograd; names as in `forward`."""
+        raise NotImplementedError
+
+    def cost(self, s: Shapes, size: int) -> dict[str, Cost]:
+        """Direction -> cost; size: bytes of one number."""
+        raise NotImplementedError
+
+
+class Embedding(Operation):
+    """Token plus position; the gradient of both tables."""
+
+    name, dims = "embedding", ("B", "T", "C", "V")
+    leaves, upstream = ("token_table", "position_table"), {"x": "dx"}
+
+    def inputs(self, s: Shapes, draw: Draw) -> Inputs:
+        return {
+            "tokens": draw.integers(s.V, s.B, s.T),
+            "token_table": draw.normal(s.Vp, s.C),
+            "position_table": draw.normal(s.T, s.C),
+            "dx": draw.normal(s.B, s.T, s.C),
+            "dtoken_table": draw.buffer(s.Vp, s.C),
+            "dposition_table": draw.buffer(s.T, s.C),
+        }
+
+    def forward(self, ops: Any, i: Inputs) -> Results:
+        x = ops.embedding_forward(i["tokens"], i["token_table"], i["position_table"])
+        return {"x": x}
+
+    def backward(self, ops: Any, i: Inputs, saved: Results) -> Results:
+        gradients = {f"d{name}": i[f"d{name}"] for name in self.leaves}
+        ops.embedding_backward(i["dx"], i["tokens"], *gradients.values())
+        return gradients
+
+    def plain(self, i: Inputs) -> Results:
+        return {"x": F.embedding(i["tokens"], i["token_table"]) + i["position_table"]}
+
+    def cost(self, s: Shapes, size: int) -> dict[str, Cost]:
+        n, rows = s.B * s.T * s.C, min(s.B * s.T, s.V) * s.C
+        tokens, positions = 8 * s.B * s.T, s.T * s.C
+        return {
+            "forward": Cost(n, 2 * n * size + positions * size + tokens),
+            # the rows of the table that occur are read and written, in float32
+            "backward": Cost(2 * n, n * size + 8 * rows + 8 * positions + tokens),
+        }
+
+
+class Linear(Operation):
+    """y = x Wᵀ + b; backward adds the weight gradient into a float32 buffer."""
+
+    name, dims = "linear", ("N", "C", "F")
+    leaves, upstream = ("x", "weight", "bias"), {"y": "dy"}
+
+    def inputs(self, s: Shapes, draw: Draw) -> Inputs:
+        return {
+            "x": draw.normal(s.N, s.C),
+            "weight": draw.normal(s.F, s.C, std=s.C**-0.5),
+            "bias": draw.normal(s.F),
+            "dy": draw.normal(s.N, s.F),
+            "dweight": draw.buffer(s.F, s.C),
+            "dbias": draw.buffer(s.F),
+        }
+
+    def forward(self, ops: Any, i: Inputs) -> Results:
+        return {"y": ops.linear_forward(i["x"], i["weight"], i["bias"])}
+
+    def backward(self, ops: Any, i: Inputs, saved: Results) -> Results:
+        dweight, dbias = i["dweight"], i["dbias"]
+        dx = ops.linear_backward(i["dy"], i["x"], i["weight"], dweight, dbias)
+        return {"dx": dx, "dweight": dweight, "dbias": dbias}
+
+    def plain(self, i: Inputs) -> Results:
+        return {"y": F.linear(i["x"], i["weight"], i["bias"])}
+
+    def cost(self, s: Shapes, size: int) -> dict[str, Cost]:
+        flops = 2 * s.N * s.C * s.F
+        x, weight, y = s.N * s.C * size, s.F * s.C * size, s.N * s.F * size
+        return {
+            "forward": Cost(flops, x + weight + y),
+            "backward": Cost(2 * flops, 2 * x + weight + y + 4 * s.F * s.C),
+        }
+
+
+class AddLayerNorm(Operation):
+    """x = residual + branch, y = layer norm of x; backward with the residual's gradient added."""
+
+    name, dims = "add_layer_norm", ("N", "C")
+    leaves, upstream = ("branch", "weight", "bias"), {"y": "dy", "x": "dresidual"}
+
+    def inputs(self, s: Shapes, draw: Draw) -> Inputs:
+        return {
+            "branch": draw.normal(s.N, s.C),
+            "residual": draw.normal(s.N, s.C) + 1,
+            "weight": draw.normal(s.C),
+            "bias": draw.normal(s.C),
+            "dy": draw.normal(s.N, s.C),
+            "dresidual": draw.normal(s.N, s.C),
+            "dweight": draw.buffer(s.C),
+            "dbias": draw.buffer(s.C),
+        }
+
+    def forward(self, ops: Any, i: Inputs) -> Results:
+        results = ops.add_layer_norm_forward(
+            i["branch"], i["residual"], i["weight"], i["bias"], EPS
+        )
+        return dict(zip(("y", "x", "mean", "rstd"), results, strict=True))
+
+    def backward(self, ops: Any, i: Inputs, saved: Results) -> Results:
+        dweight, dbias = i["dweight"], i["dbias"]
+        dx = ops.layer_norm_backward(
+            i["dy"], saved["x"], i["weight"], saved["mean"], saved["rstd"],
+            dweight, dbias, i["dresidual"],
+        )  # fmt: skip
+        return {"dbranch": dx, "dweight": dweight, "dbias": dbias}
+
+    def plain(self, i: Inputs) -> Results:
+        x = i["residual"] + i["branch"]
+        return {"y": F.layer_norm(x, x.shape[-1:], i["weight"], i["bias"], EPS), "x": x}
+
+    def cost(self, s: Shapes, size: int) -> dict[str, Cost]:
+        n = s.N * s.C
+        return {"forward": Cost(9 * n, 4 * n * size), "backward": Cost(15 * n, 4 * n * size)}
+
+
+class Attention(Operation):
+    """Causal attention on a packed projection, as the model calls it."""
+
+    name, dims = "attention", ("B", "T", "H", "D")
+    leaves, upstream = ("qkv",), {"out": "dout"}
+
+    def inputs(self, s: Shapes, draw: Draw) -> Inputs:
+        return {
+            "qkv": draw.normal(s.B, s.T, (s.H + 2 * s.H_kv) * s.D),
+            "dout": draw.normal(s.B, s.T, s.H * s.D),
+            "heads": (s.H, s.H_kv),
+            "starts": None,
+        }
+
+    def forward(self, ops: Any, i: Inputs) -> Results:
+        H, H_kv = i["heads"]
+        out, saved = ops.attention_forward(i["qkv"], H, i["starts"], H_kv)
+        return {"out": out, "saved": saved}
+
+    def backward(self, ops: Any, i: Inputs, saved: Results) -> Results:
+        H, H_kv = i["heads"]
+        dqkv = ops.attention_backward(
+            i["dout"], i["qkv"], saved["out"], saved["saved"], H, i["starts"], H_kv
+        )
+        return {"dqkv": dqkv}
+
+    def plain(self, i: Inputs) -> Results:
+        q, k, v = split_heads(i["qkv"], *i["heads"])
+        mask = None if i["starts"] is None else visible(i["starts"])
+        out = F.scaled_dot_product_attention(
+            q, k, v, mask, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1]
+        )
+        return {"out": out.transpose(1, 2).flatten(2)}
+
+    def cost(self, s: Shapes, size: int) -> dict[str, Cost]:
+        product = s.B * s.H * s.D * s.T * (s.T + 1)  # one of QKᵀ, PV, ..., its visible half
+        query = s.B * s.T * s.H * s.D * size
+        all_of_them = 2 * query + 2 * query * s.H_kv / s.H  # q, k, v and out, or their gradients
+        return {
+            "forward": Cost(2 * product, all_of_them),
+            "backward": Cost(5 * product, 2 * all_of_them),
+        }
+
+
+class DocumentAttention(Attention):
+    """Attention that ends where a document begins: three documents a row."""
+
+    name = "attention with documents"
+
+    def inputs(self, s: Shapes, draw: Draw) -> Inputs:
+        starts = torch.zeros(s.B, s.T, dtype=torch.int32, device=draw.device)
+        starts[:, s.T // 3 :] = s.T // 3
+        starts[:, s.T // 2 :] = s.T // 2
+        return {**super().inputs(s, draw), "starts": starts}
+
+
+def split_heads(qkv: Tensor, H: int, H_kv: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(B, T, (H + 2 H_kv) D) -> q (B, H, T, D) and k, v (B, H_kv, T, D), as views."""
+    D = qkv.shape[-1] // (H + 2 * H_kv)
+    q, k, v = qkv.unflatten(-1, (-1, D)).transpose(1, 2).split([H, H_kv, H_kv], dim=1)
+    return q, k, v
+
+
+def visible(starts: Tensor) -> Tensor:
+    """Document starts (B, T) -> (B, 1, T, T) bool: which keys a query sees."""
+    place = torch.arange(starts.shape[1], device=starts.device)
+    return ((place <= place[:, None]) & (place >= starts[:, :, None]))[:, None]
+
+
+class DecodeAttention(Operation):
+    """One new position per row against its cached keys, all of them in use."""
+
+    name, dims = "decode_attention", ("B", "T", "H", "D")
+
+    def inputs(self, s: Shapes, draw: Draw) -> Inputs:
+        return {
+            "q": draw.normal(s.B, s.H * s.D),
+            "k": draw.normal(s.B, s.T, s.H_kv * s.D),
+            "v": draw.normal(s.B, s.T, s.H_kv * s.D),
+            "lengths": torch.full((s.B,), s.T, device=draw.device),
+            "heads": (s.H, s.H_kv),
+        }
+
+    def forward(self, ops: Any, i: Inputs) -> Results:
+        return {"out": ops.decode_attention(i["q"], i["k"], i["v"], i["lengths"], *i["heads"])}
+
+    def plain(self, i: Inputs) -> Results:
+        H, H_kv = i["heads"]
+        q = i["q"].unflatten(-1, (H, 1, -1))
+        k, v = (i[name].unflatten(-1, (H_kv, -1)).transpose(1, 2) for name in "kv")
+        out = F.scaled_dot_product_attention(q, k, v, enable_gqa=H_kv != H)
+        return {"out": out.flatten(1)}
+
+    def cost(self, s: Shapes, size: int) -> dict[str, Cost]:
+        n = s.B * s.T * s.H_kv * s.D
+        return {"forward": Cost(4 * n * s.H / s.H_kv, 2 * n * size)}
+
+
+class RaggedDecodeAttention(DecodeAttention):
+    """Rows of every length; what lies beyond a row's length was never written."""
+
+    name = "decode_attention of ragged rows"
+
+    def inputs(self, s: Shapes, draw: Draw) -> Inputs:
+        i = {**super().inputs(s, draw), "lengths": draw.integers(s.T, s.B) + 1}
+        i["lengths"][0], i["lengths"][-1] = 1, s.T
+        unwritten = torch.arange(s.T, device=draw.device) >= i["lengths"][:, None]
+        i["k"][unwritten] = i["v"][unwritten] = math.nan
+        return i
+
+
+class BiasGelu(Operation):
+    """gelu(h + b), tanh form; backward with the bias gradient."""
+
+    name, dims = "bias_gelu", ("N", "F")
+    leaves, upstream = ("h", "bias"), {"y": "dy"}
+
+    def inputs(self, s: Shapes, draw: Draw) -> Inputs:
+        return {
+            "h": draw.normal(s.N, s.F),
+            "bias": draw.normal(s.F),
+            "dy": draw.normal(s.N, s.F),
+            "dbias": draw.buffer(s.F),
+        }
+
+    def forward(self, ops: Any, i: Inputs) -> Results:
+        return {"y": ops.bias_gelu_forward(i["h"], i["bias"])}
+
+    def backward(self, ops: Any, i: Inputs, saved: Results) -> Results:
+        dh = ops.bias_gelu_backward(i["dy"], i["h"], i["bias"], i["dbias"])
+        return {"dh": dh, "dbias": i["dbias"]}
+
+    def plain(self, i: Inputs) -> Results:
+        return {"y": F.gelu(i["h"] + i["bias"], approximate="tanh")}
+
+    def cost(self, s: Shapes, size: int) -> dict[str, Cost]:
+        n = s.N * s.F
+        return {"forward": Cost(12 * n, 2 * n * size), "backward": Cost(22 * n, 3 * n * size)}
+
+
+class CrossEntropy(Operation):
+    """Softmax cross-entropy in two calls; the gradient is written over the logits."""
+
+    name, dims = "cross_entropy in two calls", ("N", "V")
+    leaves, upstream = ("logits",), {"loss": "scale"}
+
+    def inputs(self, s: Shapes, draw: Draw) -> Inputs:
+        return {
+            "logits": draw.normal(s.N, s.Vp, std=2.0),
+            "targets": draw.targets(s.V, s.N),
+            "scale": draw.number(1 / s.N),
+            "V": s.V,
+        }
+
+    def forward(self, ops: Any, i: Inputs) -> Results:
+        losses, saved = ops.cross_entropy_forward(i["logits"], i["targets"], i["V"])
+        return {"losses": losses, "saved": saved}
+
+    def backward(self, ops: Any, i: Inputs, saved: Results) -> Results:
+        dlogits = ops.cross_entropy_backward(
+            i["logits"], i["targets"], saved["saved"], i["scale"], i["V"]
+        )
+        return {"dlogits": dlogits}
+
+    def plain(self, i: Inputs) -> Results:
+        logits = reference.widen(i["logits"][:, : i["V"]])
+        return {"loss": F.cross_entropy(logits, i["targets"], reduction="sum")}
+
+    def cost(self, s: Shapes, size: int) -> dict[str, Cost]:
+        n = s.N * s.V
+        return {"forward": Cost(4 * n, n * size), "backward": Cost(4 * n, 2 * n * size)}
+
+
+class FusedCrossEntropy(CrossEntropy):
+    """The loss and, over the logits, its gradient in one call, as in training."""
+
+    name = "cross_entropy"
+
+    def forward(self, ops: Any, i: Inputs) -> Results:
+        losses = ops.cross_entropy_forward_backward(i["logits"], i["targets"], i["scale"], i["V"])
+        return {"losses": losses, "dlogits": i["logits"]}
+
+    def cost(self, s: Shapes, size: int) -> dict[str, Cost]:
+        # read for the sum, read again for the gradient, written: the row does not fit on chip
+        return {"forward+backward": Cost(8 * s.N * s.V, 3 * s.N * s.V * size)}
+
+
+class LinearCrossEntropy(Operation):
+    """Output projection and loss, with the gradients of x and of the weight, in one call."""
+
+    name, dims = "linear_cross_entropy", ("N", "C", "V")
+    leaves, upstream = ("x", "weight"), {"loss": "scale"}
+
+    def inputs(self, s: Shapes, draw: Draw) -> Inputs:
+        return {
+            "x": draw.normal(s.N, s.C),
+            "weight": draw.normal(s.Vp, s.C, std=s.C**-0.5),
+            "targets": draw.targets(s.V, s.N),
+            "scale": draw.number(1 / s.N),
+            "dweight": draw.number(1 / s.N).repeat(s.Vp, s.C),
+            "V": s.V,
+        }
+
+    def forward(self, ops: Any, i: Inputs) -> Results:
+        loss, dx = ops.linear_cross_entropy_forward_backward(
+            i["x"], i["weight"], i["targets"], i["scale"], i["dweight"], i["V"]
+        )
+        return {"loss": loss, "dx": dx, "dweight": i["dweight"]}
+
+    def plain(self, i: Inputs) -> Results:
+        logits = reference.widen(F.linear(i["x"], i["weight"])[:, : i["V"]])
+        return {"loss": F.cross_entropy(logits, i["targets"], reduction="sum")}
+
+    def cost(self, s: Shapes, size: int) -> dict[str, Cost]:
+        n_bytes = 2 * s.N * s.C * size + s.V * s.C * (size + 8)
+        return {"forward+backward": Cost(6 * s.N * s.V * s.C, n_bytes)}
+
+
+class GradientNorm(Operation):
+    """The L2 norm over one flat buffer."""
+
+    name, dims = "gradient_norm", ("P",)
+
+    def inputs(self, s: Shapes, draw: Draw) -> Inputs:
+        return {"gradients": draw.normal(s.P, dtype=draw.wide)}
+
+    def forward(self, ops: Any, i: Inputs) -> Results:
+        return {"norm": ops.gradient_norm(i["gradients"])}
+
+    def plain(self, i: Inputs) -> Results:
+        return {"norm": torch.nn.utils.get_total_norm([i["gradients"]])}
+
+    def cost(self, s: Shapes, size: int) -> dict[str, Cost]:
+        return {"forward": Cost(2 * s.P, 4 * s.P)}
+
+
+class Update(Operation):
+    """What the two optimizers' updates have in common.
+
+    `step of X` is a change: beside the weights a wrong change would look small. Weights with a
+    master are compared themselves, for a step is smaller than their rounding.
+    """
+
+    dims = ("P",)
+    moments: ClassVar[tuple[str, ...]] = ()
+
+    def inputs(self, s: Shapes, draw: Draw) -> Inputs:
+        master = draw.normal(s.P, std=0.02, dtype=draw.wide)
+        low = draw.dtype != draw.wide
+        return {
+            "weights": master.to(draw.dtype),
+            "master": master if low else None,
+            "gradients": draw.normal(s.P, std=0.1, dtype=draw.wide),
+            "exp_avg": draw.normal(s.P, std=0.1, dtype=draw.wide),
+            "exp_avg_sq": draw.normal(s.P, std=0.1, dtype=draw.wide).square(),
+            "step": draw.number(STEP),
+            "rates": (draw.number(LEARNING_RATE), draw.number(CLIP)),
+            "finite": torch.tensor(True, device=draw.device),
+        }
+
+    def update(self, ops: Any, i: Inputs, gradients: Tensor) -> None:
+        """One update in place."""
+        raise NotImplementedError
+
+    def forward(self, ops: Any, i: Inputs) -> Results:
+        self.update(ops, i, i["gradients"])
+        return {"weights": i["weights"] if i["master"] is None else i["master"]}
+
+
+class Sgd(Update):
+    """One SGD update of P weights; for bfloat16 weights with their float32 masters."""
+
+    name = "sgd"
+
+    def update(self, ops: Any, i: Inputs, gradients: Tensor) -> None:
+        ops.sgd_update(i["weights"], i["master"], gradients, *i["rates"], i["finite"], WEIGHT_DECAY)
+
+    def cost(self, s: Shapes, size: int) -> dict[str, Cost]:
+        return {"update": Cost(4 * s.P, (12 if size == 4 else 14) * s.P)}
+
+
+class AdamW(Update):
+    """One AdamW update of P weights; for bfloat16 weights with their float32 masters.
+
+    PyTorch's fused AdamW updates float32 weights and leaves the bfloat16 copy to autocast.
+    """
+
+    name = "adamw"
+    moments = ("exp_avg", "exp_avg_sq")
+
+    def update(self, ops: Any, i: Inputs, gradients: Tensor) -> None:
+        ops.adamw_update(
+            i["weights"], i["master"], gradients, i["exp_avg"], i["exp_avg_sq"], i["step"],
+            *i["rates"], i["finite"], *BETAS, ADAM_EPS, WEIGHT_DECAY,
+        )  # fmt: skip
+
+    def plain(self, i: Inputs) -> Results:
+        weights = i["weights"] if i["master"] is None else i["master"]
+        functional_adamw(
+            [weights], [i["gradients"] * CLIP], [i["exp_avg"]], [i["exp_avg_sq"]], [],
+            [i["step"] - 1], fused=True, amsgrad=False, beta1=BETAS[0], beta2=BETAS[1],
+            lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, eps=ADAM_EPS, maximize=False,
+        )  # fmt: skip
+        return {"weights": weights}
+
+    def cost(self, s: Shapes, size: int) -> dict[str, Cost]:
+        return {"update": Cost(16 * s.P, (28 if size == 4 else 30) * s.P)}
