@@ -212,6 +212,7 @@ def attention_forward(
 ) -> tuple[Tensor, Tensor]:
     """See `reference.attention_forward`. Its statistics: lse (B, H, T) = log Σ_j exp(score_ij) of
     PyTorch's kernel, or nothing (0,) after batched products, which the backward repeats."""
+    qkv = _dense(qkv)
     heads = split_heads(qkv, n_heads, n_kv_heads)
     if not qkv.numel():
         return merge_heads(heads[0]), qkv.new_empty(0)
@@ -241,6 +242,7 @@ def attention_backward(
     """See `reference.attention_backward`."""
     if not qkv.numel():
         return torch.empty_like(qkv)
+    dout, qkv, out = _dense(dout), _dense(qkv), _dense(out)
     if statistics.numel() and not _lse_is_exact(statistics):
         # the forward's scores were float32, whatever the dtype of qkv
         wide = wide_dtype(qkv.dtype)
@@ -292,10 +294,16 @@ def decode_attention(
     if not longest or (lengths != longest).any():
         return reference.decode_attention(q, k_cache, v_cache, lengths, n_heads, n_kv_heads)
     H_kv, D = head_sizes(q.shape[1] + 2 * k_cache.shape[2], n_heads, n_kv_heads)
-    k, v = (x[:, :longest].unflatten(2, (H_kv, D)).transpose(1, 2) for x in (k_cache, v_cache))
-    group = q.view(len(q), H_kv, -1, D)
+    caches = (_dense(x[:, :longest]) for x in (k_cache, v_cache))
+    k, v = (x.unflatten(2, (H_kv, D)).transpose(1, 2) for x in caches)
+    group = _dense(q).view(len(q), H_kv, -1, D)
     out, _ = aten._scaled_dot_product_flash_attention_for_cpu(group, k, v, 0.0, False)
     return out.reshape(q.shape)
+
+
+def _dense(x: Tensor) -> Tensor:
+    """x with a last stride of 1, which PyTorch's blocked CPU kernel takes for granted."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _flash_forward(qkv: Tensor) -> bool:
