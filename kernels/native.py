@@ -33,6 +33,8 @@ __all__ = ["document_starts", "partial_rows", "sum_partials"]
 aten = torch.ops.aten
 
 CACHED_ELEMENTS = 2**18  # of a float32 temporary: 1 MB, which fits into a CPU core's L2 cache
+FEW_ROWS = 16
+HAS_ONEDNN = torch.backends.mkldnn.is_available()
 
 # ---------------------------------------------------------------------------------- embedding
 
@@ -61,7 +63,11 @@ def embedding_backward(
 
 
 def linear_forward(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """See `reference.linear_forward`."""
+    """See `reference.linear_forward`. Few rows, as decoding has, take the time in which the weights
+    are read: in float32 oneDNN reads large ones faster than MKL, which F.linear calls."""
+    few = x.numel() <= FEW_ROWS * x.shape[-1] and weight.numel() >= CACHED_ELEMENTS
+    if few and x.device.type == "cpu" and x.dtype == torch.float32 and HAS_ONEDNN:
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return torch.nn.functional.linear(x, weight, bias)
 
 
@@ -288,17 +294,40 @@ def decode_attention(
     n_heads: int,
     n_kv_heads: int | None = None,
 ) -> Tensor:
-    """See `reference.decode_attention`. On a CPU PyTorch's kernel serves rows of one length, the
-    usual case; it would look beyond a shorter one, at what was never written."""
-    longest = int(lengths[0]) if q.numel() and _flash_forward(q) else 0
-    if not longest or (lengths != longest).any():
+    """See `reference.decode_attention`. On a CPU by PyTorch's blocked kernel, in float32 where that
+    kernel is slow in q's dtype, a few rows at a time, so that the copies stay in the cache."""
+    if q.device.type != "cpu" or not q.numel():
         return reference.decode_attention(q, k_cache, v_cache, lengths, n_heads, n_kv_heads)
-    H_kv, D = head_sizes(q.shape[1] + 2 * k_cache.shape[2], n_heads, n_kv_heads)
-    caches = (_dense(x[:, :longest]) for x in (k_cache, v_cache))
-    k, v = (x.unflatten(2, (H_kv, D)).transpose(1, 2) for x in caches)
-    group = _dense(q).view(len(q), H_kv, -1, D)
-    out, _ = aten._scaled_dot_product_flash_attention_for_cpu(group, k, v, 0.0, False)
-    return out.reshape(q.shape)
+    dtype = q.dtype if _flash_forward(q) else wide_dtype(q.dtype)
+    longest, width = int(lengths.max()), k_cache.shape[2]
+    H_kv, _ = head_sizes(q.shape[1] + 2 * width, n_heads, n_kv_heads)
+    rows = len(q) if dtype == q.dtype else max(1, CACHED_ELEMENTS // (longest * width))
+    parts = (x.split(rows) for x in (q, k_cache, v_cache, lengths))
+    outs = [_decode_rows(part, H_kv, dtype) for part in zip(*parts, strict=True)]
+    return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+
+def _decode_rows(part: tuple[Tensor, ...], H_kv: int, dtype: torch.dtype) -> Tensor:
+    """`decode_attention` of (q, k_cache, v_cache, lengths), computed in `dtype`.
+
+    PyTorch's kernel multiplies by 0 what lies beyond a shorter row, which was never written and may
+    be NaN: that is set to 0 first, in the caches themselves if they need no copy.
+    """
+    q, k_cache, v_cache, lengths = part
+    shortest, longest = (int(n) for n in lengths.aminmax())
+    k, v = (_dense(x[:, :longest].to(dtype)) for x in (k_cache, v_cache))
+    mask = None
+    if shortest < longest:
+        row, beyond = (torch.arange(longest) >= lengths[:, None]).nonzero(as_tuple=True)
+        k[row, beyond] = v[row, beyond] = 0
+        mask = q.new_zeros(len(q), 1, 1, longest, dtype=dtype)
+        mask[row, 0, 0, beyond] = -torch.inf
+    k, v = (x.unflatten(2, (H_kv, -1)).transpose(1, 2) for x in (k, v))
+    group = _dense(q.to(dtype)).view(len(q), H_kv, -1, k.shape[3])  # of the queries that share keys
+    out, _ = aten._scaled_dot_product_flash_attention_for_cpu(
+        group, k, v, 0.0, False, attn_mask=mask
+    )
+    return out.reshape(q.shape).to(q.dtype)
 
 
 def _dense(x: Tensor) -> Tensor:

@@ -439,6 +439,37 @@ def test_decode_attention_is_the_last_row_of_attention(
     assert_close(actual, expected, 1e-12)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("lengths", [[400] * 5, [400, 1, 399, 256, 17], [3, 2, 3, 1, 1]], ids=str)
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 30.0])
+def test_native_decoding_is_as_exact_as_the_reference_and_does_not_go_by_it(
+    dtype: torch.dtype, lengths: list[int], scale: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At 400 positions the float32 copies are made in two parts, some with equal rows."""
+    T, H, H_kv, D = 400, 8, 4, 64
+    q, k, v = (scale * randn(5, *s, dtype=dtype) for s in ((H * D,), (T, H_kv * D), (T, H_kv * D)))
+    lengths = torch.tensor(lengths)
+    for cache in (k, v):
+        cache[torch.arange(T) >= lengths[:, None]] = math.nan
+    exact = reference.decode_attention(q.double(), k.double(), v.double(), lengths, H, H_kv)
+    bound = 2 * (reference.decode_attention(q, k, v, lengths, H, H_kv) - exact).abs().max()
+    monkeypatch.delattr(reference, "decode_attention")
+    found = native.decode_attention(q, k, v, lengths, H, H_kv)
+    assert found.dtype == dtype and found.shape == q.shape
+    assert (found - exact).abs().max() <= bound
+
+
+@pytest.mark.parametrize("rows", [(1,), (8,), (2, 3)], ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+def test_few_float32_rows_and_a_large_weight_give_the_same_product(rows, bias: bool) -> None:
+    x, weight, b = randn(*rows, 520), randn(700, 520), randn(700) if bias else None
+    expected = reference.linear_forward(x, weight, b)
+    narrow = [None if t is None else t.float() for t in (x, weight, b)]
+    assert_close(native.linear_forward(*narrow), expected, 1e-5)
+    strided = narrow[0].mT.contiguous().mT  # a transposed view
+    assert_close(native.linear_forward(strided, *narrow[1:]), expected, 1e-5)
+
+
 def test_document_starts() -> None:
     tokens = torch.tensor([[5, 0, 7, 8, 0, 0, 9], [0, 1, 2, 3, 4, 5, 6]])
     starts = reference.document_starts(tokens, end_of_text=0)
