@@ -9,6 +9,7 @@ import json
 import lzma
 import os
 import re
+import shutil
 import socket
 import subprocess
 import tarfile
@@ -148,8 +149,8 @@ def in_tar(raw: bytes) -> bytes:
 OTHERS: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "gzip": (gzip.compress, "gzip data; rename it to .*a.txt.gz,"),
     "zstd": (zstd, "Zstandard data; rename it to .*a.txt.zst,"),
-    "bzip2": (bz2.compress, "bzip2 data; decompress it: bunzip2 -c "),
-    "xz": (lzma.compress, "xz data; decompress it: xz -dc "),
+    "bzip2": (bz2.compress, "bzip2 data; decompress it: bunzip2 < "),
+    "xz": (lzma.compress, "xz data; decompress it: xz -d < "),
     "zip": (in_zip, "a zip archive; unpack it: unzip "),
     "tar": (in_tar, "a tar archive; unpack it: tar -xf "),
     "tar.gz": (lambda raw: in_tar(raw), "a tar archive"),
@@ -168,7 +169,12 @@ def test_what_is_no_text_is_named_with_what_to_do(tmp_path: Path, name: str, suf
     pack, expected = OTHERS[name]
     file = tmp_path / f"a{suffix}"
     file.write_bytes(pack(TEXT.encode()))
-    assert re.search(expected.replace("a.txt", f"a{suffix}"), refusal(file))
+    message = refusal(file)
+    assert re.search(expected.replace("a.txt", f"a{suffix}"), message)
+    _, decompress, command = message.partition("decompress it: ")
+    if decompress and shutil.which(command.split()[0]):
+        subprocess.run(command, shell=True, check=True, cwd=tmp_path)
+        assert (tmp_path / "a-utf8.txt").read_text() == TEXT
 
 
 @pytest.mark.parametrize(

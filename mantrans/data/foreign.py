@@ -13,8 +13,8 @@ SAMPLE = 2**16  # bytes looked at
 _FILES = (  # (first bytes, what they begin, what to do with {file})
     (b"\x1f\x8b", "gzip data", "rename it to {file}.gz, which is read as it is"),
     (b"\x28\xb5\x2f\xfd", "Zstandard data", "rename it to {file}.zst, which is read as it is"),
-    (b"BZh", "bzip2 data", "decompress it: bunzip2 -c {file} > {new}"),
-    (b"\xfd7zXZ\0", "xz data", "decompress it: xz -dc {file} > {new}"),
+    (b"BZh", "bzip2 data", "decompress it: bunzip2 < {file} > {new}"),
+    (b"\xfd7zXZ\0", "xz data", "decompress it: xz -d < {file} > {new}"),
     (b"PK\x03\x04", "a zip archive", "unpack it: unzip {file}, or save a document as plain text"),
     (b"7z\xbc\xaf\x27\x1c", "a 7-Zip archive", "unpack it: 7z x {file}"),
     (b"Rar!\x1a\x07", "a RAR archive", "unpack it: unrar x {file}"),
