@@ -75,7 +75,8 @@ class TokenDataset:
         documents = self.train.n_documents + self.validation.n_documents
         n_bytes = self.train.n_bytes + self.validation.n_bytes
         if documents == self.documents:
-            return f"all {documents:,} documents, {n_bytes:,} bytes"
+            of_text = f"all {documents:,} documents" if documents > 1 else "one document"
+            return f"{of_text}, {n_bytes:,} bytes"
         of_all = "more" if self.documents is None else f"{self.documents:,}"
         of_bytes = "" if self.bytes is None else f" of {self.bytes:,}"
         return f"{documents:,} of {of_all} documents, {n_bytes:,}{of_bytes} bytes"

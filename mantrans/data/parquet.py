@@ -43,7 +43,7 @@ def column_of(file: Path, column: str) -> Iterator[tuple[int, str | None, str]]:
 def _require_text(file: Path, schema: Any, column: str) -> None:
     if schema.names.count(column) != 1:
         raise DataError(
-            f"{file}: expected one column {column!r}, got {', '.join(schema.names)}; "
+            f"{file}: expected one column {column!r}, got {single_line(', '.join(schema.names))}; "
             "set data.text_field"
         )
     found = schema.field(column).type

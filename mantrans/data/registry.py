@@ -18,7 +18,7 @@ from mantrans.config import DATASETS
 from mantrans.data import stories, text
 from mantrans.data.files import COMPRESSED, kind_of, local_files
 from mantrans.data.text import Piece, ReadReport
-from mantrans.errors import DataError
+from mantrans.errors import DataError, single_line
 
 DEFAULT_VALIDATION_STORIES = 500
 
@@ -146,7 +146,8 @@ def _local_files(path: Path, path_name: str, val_path: str | Path | None) -> _Ch
             return _Chosen(files, None, tuple(notes))
         where = "data.val_path", Path(val_path)
         held, more = local_files(val_path, where[0])
-        kept = [file for file in files if not any(file.samefile(other) for other in held)]
+        to_validate = {_place(file) for file in held}
+        kept = [file for file in files if _place(file) not in to_validate]
     except OSError as error:
         raise DataError(
             f"{where[0]} {where[1]}: cannot be read: {error.strerror or error}"
@@ -161,6 +162,12 @@ def _local_files(path: Path, path_name: str, val_path: str | Path | None) -> _Ch
             "data.val_path, and are not trained on"
         )
     return _Chosen(kept, held, (*notes, *more))
+
+
+def _place(file: Path) -> tuple[int, int]:
+    """Where the content is, under whatever name."""
+    facts = file.stat()
+    return facts.st_dev, facts.st_ino
 
 
 def _local(chosen: _Chosen, name: str, text_field: str, separator: str, refuse: bool) -> Source:
@@ -239,7 +246,7 @@ def _documents(
         if column not in rows.column_names:
             raise DataError(
                 f"data.dataset {name!r}: expected a column {column!r}, got "
-                f"{', '.join(rows.column_names)}; set data.text_field"
+                f"{single_line(', '.join(rows.column_names))}; set data.text_field"
             )
         kind = getattr(rows.features[column], "dtype", rows.features[column])
         if kind not in ("string", "large_string", "null"):

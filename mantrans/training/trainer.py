@@ -17,8 +17,9 @@ from mantrans.checkpoint import state_file
 from mantrans.checkpoint.atomic import replacing, write_all
 from mantrans.checkpoint.folder import CheckpointFolder
 from mantrans.config import Config, TrainingConfig
+from mantrans.config.arguments import Steps, checked
 from mantrans.data.dataset import prepare
-from mantrans.data.loader import BatchLoader
+from mantrans.data.loader import RULE, BatchLoader
 from mantrans.data.tokenizer import load_tokenizer
 from mantrans.errors import CheckpointError, ConfigError, MantransError, ModelError
 from mantrans.evaluation.evaluator import as_json, as_text, evaluate, measure_stream
@@ -59,6 +60,14 @@ class Trainer:
     Raises MantransError (one line) for anything that a user can correct.
     """
 
+    @checked(
+        profile=Steps,
+        allow_other_data=bool,
+        evaluate_coherence=bool,
+        debug_nan=bool,
+        check_kernels=bool,
+        quiet=bool,
+    )
     def __init__(
         self,
         config: Config,
@@ -404,6 +413,11 @@ class Trainer:
             self.loader.follow(saved["batches"])
             self._set_length()
             notes = []
+            if self.loader.rule < RULE:
+                notes.append(
+                    "note: batches are those of an earlier version, with which the run began: the "
+                    "last tokens of the text may never be targets"
+                )
             for split, ours in self.dataset.identity.items():
                 theirs = saved.get(split, ours)
                 if theirs == ours:
