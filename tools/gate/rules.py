@@ -90,8 +90,8 @@ def spills(kernel: Kernel, card: Card) -> Iterator[str]:
     most = FEW_SPILLED if few else 0
     if code.stack > most or (code.local and not most):
         yield (
-            f"spills: expected at most {most} bytes, got a stack of {code.stack} and {code.local} "
-            "instructions on local memory"
+            f"spills: expected at most {most} bytes, got a stack of {code.stack} bytes and "
+            f"{code.local} instructions on local memory"
         )
 
 
