@@ -161,10 +161,10 @@ def test_shapes_only_makes_memory_and_views_but_no_values() -> None:
         total = weight.add_(1)
         weight[::2] = 7
         values, order = torch.sort(torch.empty(5, dtype=torch.int32), stable=True)
-    assert product.shape == (1 << 20, 8) and product.device.type == "cpu"
-    assert view.data_ptr() == weight.data_ptr() + 24 and total is weight
         with pytest.raises(RuntimeError, match="item"):
             weight.sum().item()
+    assert product.shape == (1 << 20, 8) and product.device.type == "cpu"
+    assert view.data_ptr() == weight.data_ptr() + 24 and total is weight
     assert (weight == 1).all()
     assert (values.dtype, order.dtype) == (torch.int32, torch.int64)
 
