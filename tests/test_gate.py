@@ -202,8 +202,10 @@ def test_digest_is_of_what_reaches_the_gpu(
 
 def test_stale_says_what_to_do(sources: Path) -> None:
     record = sources / "record.json"
-    record.write_text(f'{{"digest": "{digest(sources)}"}}')
-    assert stale(record, sources) is None
+    for broken, complaint in ((0, "None"), (3, "violations")):
+        runs = f'[{{"violations": 0}}, {{"violations": {broken}}}]'
+        record.write_text(f'{{"digest": "{digest(sources)}", "runs": {runs}}}')
+        assert complaint in str(stale(record, sources))
     (sources / "kernels/triton/sgd.py").write_text("x = 1\n")
     assert "make gate" in str(stale(record, sources))
     record.unlink()
