@@ -8,6 +8,7 @@ shapes and contracts are those of `reference`, which also has the formulas.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from mantrans.kernels import reference
 from mantrans.kernels.reference import (
     CHUNK_ROWS,
     IGNORE_INDEX,
+    attention_scale,
     document_starts,
     head_sizes,
     join_heads,
@@ -47,14 +49,17 @@ def embedding_backward(
     dx: Tensor, tokens: Tensor, dtoken_table: Tensor, dposition_table: Tensor
 ) -> None:
     """See `reference.embedding_backward`. Deterministic: on a CPU `index_add_` adds the rows in
-    order. On CUDA it does not, so `embedding_dense_backward` is used there: it sorts the tokens,
-    but fills a whole table."""
+    order, in float64 to those of the tokens that occur. On CUDA it does not, so
+    `embedding_dense_backward` is used there: it sorts the tokens, but fills a whole table."""
     T, C = dx.shape[1:]
-    wide = dx.to(dtoken_table.dtype)
     if dx.is_cuda:
+        wide = dx.to(dtoken_table.dtype)
         dtoken_table += aten.embedding_dense_backward(wide, tokens, len(dtoken_table), -1, False)
     else:
-        dtoken_table.index_add_(0, tokens.reshape(-1), wide.reshape(-1, C))
+        wide = dx.double()
+        used, row = torch.unique(tokens, return_inverse=True)
+        sums = wide.new_zeros(len(used), C).index_add_(0, row.view(-1), wide.reshape(-1, C))
+        dtoken_table.index_add_(0, used, sums.to(dtoken_table.dtype))
     dposition_table[:T] += wide.sum(0)
 
 
@@ -120,10 +125,13 @@ def bias_gradient(dy: Tensor, dbias: Tensor) -> None:
 def layer_norm_forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See `reference.layer_norm_forward`."""
-    weight, bias = _norm_weights(x, weight, bias)
-    y, mean, rstd = aten.native_layer_norm(x, [x.shape[-1]], weight, bias, eps)
-    return y, mean.view(-1), rstd.view(-1)
+    """See `reference.layer_norm_forward`, which also computes what PyTorch's kernel does not."""
+    wide_weight, wide_bias = _norm_weights(x, weight, bias)
+    y, mean, rstd = aten.native_layer_norm(x, [x.shape[-1]], wide_weight, wide_bias, eps)
+    mean, rstd = mean.view(-1), rstd.view(-1)
+    if _rows_far_from_zero(mean, rstd):
+        return reference.layer_norm_forward(x, weight, bias, eps)
+    return y, mean, rstd
 
 
 def add_layer_norm_forward(
@@ -146,7 +154,11 @@ def layer_norm_backward(
     dresidual: Tensor | None = None,
     dbranch_bias: Tensor | None = None,
 ) -> Tensor:
-    """See `reference.layer_norm_backward`."""
+    """See `reference.layer_norm_backward`, which also computes what PyTorch's kernel does not."""
+    if _rows_far_from_zero(mean, rstd):
+        return reference.layer_norm_backward(
+            dy, x, weight, mean, rstd, dweight, dbias, dresidual, dbranch_bias
+        )
     weight, bias = _norm_weights(x, weight, weight if dbias is not None else None)
     dtype = x.dtype
     if weight.dtype != dtype:
@@ -158,7 +170,7 @@ def layer_norm_backward(
         dy.contiguous(),
         x,
         [x.shape[-1]],
-        mean.view(statistics_shape),
+        mean.to(rstd.dtype).view(statistics_shape),
         rstd.view(statistics_shape),
         weight,
         bias,
@@ -171,6 +183,21 @@ def layer_norm_backward(
     if dbranch_bias is not None:
         bias_gradient(dx, dbranch_bias)
     return dx
+
+
+# |μ| / σ up to which PyTorch's kernel is right to 1e-6 (it loses as many bits as there are in this
+# quotient), and 1 / σ down to which its sum of squares stays finite in float32.
+LARGEST_OFFSET = 16.0
+SMALLEST_RSTD = 1e-16
+
+
+def _rows_far_from_zero(mean: Tensor, rstd: Tensor) -> bool:
+    """Whether some row is too far from zero, or too large, for PyTorch's layer norm. Only asked on
+    a CPU: a GPU would have to wait for the answer."""
+    if mean.is_cuda or not mean.numel():
+        return False
+    offset = torch.linalg.vector_norm(mean * rstd, torch.inf)  # NaN if one is
+    return not (offset <= LARGEST_OFFSET and rstd.amin() >= SMALLEST_RSTD)
 
 
 def _norm_weights(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -193,8 +220,12 @@ def attention_forward(
     document_start: Tensor | None = None,
     n_kv_heads: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """See `reference.attention_forward`; lse is empty where the backward cannot need it."""
+    """See `reference.attention_forward`. Its statistics: lse (B, H, T) = log Σ_j exp(score_ij) of
+    PyTorch's kernel, or nothing (0,) after batched products, which the backward repeats."""
+    qkv = _dense(qkv)
     heads = split_heads(qkv, n_heads, n_kv_heads)
+    if not qkv.numel():
+        return merge_heads(heads[0]), qkv.new_empty(0)
     if _flash_forward(qkv):
         mask = _additive_mask(qkv, document_start)
         out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
@@ -213,24 +244,40 @@ def attention_backward(
     dout: Tensor,
     qkv: Tensor,
     out: Tensor,
-    lse: Tensor,
+    statistics: Tensor,
     n_heads: int,
     document_start: Tensor | None = None,
     n_kv_heads: int | None = None,
 ) -> Tensor:
     """See `reference.attention_backward`."""
+    if not qkv.numel():
+        return torch.empty_like(qkv)
+    dout, qkv, out = _dense(dout), _dense(qkv), _dense(out)
+    if statistics.numel() and not _lse_is_exact(statistics):
+        # the forward's scores were float32, whatever the dtype of qkv
+        wide = wide_dtype(qkv.dtype)
+        dqkv = _batched_backward(dout.to(wide), qkv.to(wide), n_heads, document_start, n_kv_heads)
+        return dqkv.to(qkv.dtype)
+    if not _flash_backward(qkv, statistics):
+        return _batched_backward(dout, qkv, n_heads, document_start, n_kv_heads)
     B, T, _ = out.shape
     heads = split_heads(qkv, n_heads, n_kv_heads)
     do, o = (x.view(B, T, n_heads, -1).transpose(1, 2) for x in (dout, out))
-    if _flash_backward(qkv, lse):
-        mask = _additive_mask(qkv, document_start)
-        gradients = aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            do, *heads, o, lse, 0.0, mask is None, attn_mask=mask
-        )
-        return join_heads(gradients, n_kv_heads)
-    q, k, v = _stack_heads(*heads)
-    (do,) = _stack_heads(do)
-    scale = q.shape[-1] ** -0.5
+    mask = _additive_mask(qkv, document_start)
+    gradients = aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        do, *heads, o, statistics, 0.0, mask is None, attn_mask=mask
+    )
+    return join_heads(gradients, n_kv_heads)
+
+
+def _batched_backward(
+    dout: Tensor, qkv: Tensor, n_heads: int, document_start: Tensor | None, n_kv_heads: int | None
+) -> Tensor:
+    """The gradient by batched products over blocks of queries, with the forward's softmax again."""
+    B, T, _ = dout.shape
+    q, k, v = _stack_heads(*split_heads(qkv, n_heads, n_kv_heads))
+    (do,) = _stack_heads(dout.view(B, T, n_heads, -1).transpose(1, 2))
+    scale = attention_scale(q)
     dq, dk, dv = dqkv = q.new_empty(3, *q.shape)
     for rows, keys in reversed(list(_query_blocks(T))):
         beta = 0 if rows.stop == T else 1  # the last rows see all keys, and write; the others add
@@ -253,7 +300,7 @@ def decode_attention(
 ) -> Tensor:
     """See `reference.decode_attention`. On a CPU by PyTorch's blocked kernel, in float32 where that
     kernel is slow in q's dtype, a few rows at a time, so that the copies stay in the cache."""
-    if q.device.type != "cpu":
+    if q.device.type != "cpu" or not q.numel():
         return reference.decode_attention(q, k_cache, v_cache, lengths, n_heads, n_kv_heads)
     dtype = q.dtype if _flash_forward(q) else wide_dtype(q.dtype)
     longest, width = int(lengths.max()), k_cache.shape[2]
@@ -272,7 +319,7 @@ def _decode_rows(part: tuple[Tensor, ...], H_kv: int, dtype: torch.dtype) -> Ten
     """
     q, k_cache, v_cache, lengths = part
     shortest, longest = (int(n) for n in lengths.aminmax())
-    k, v = (x[:, :longest].to(dtype) for x in (k_cache, v_cache))
+    k, v = (_dense(x[:, :longest].to(dtype)) for x in (k_cache, v_cache))
     mask = None
     if shortest < longest:
         row, beyond = (torch.arange(longest) >= lengths[:, None]).nonzero(as_tuple=True)
@@ -280,11 +327,16 @@ def _decode_rows(part: tuple[Tensor, ...], H_kv: int, dtype: torch.dtype) -> Ten
         mask = q.new_zeros(len(q), 1, 1, longest, dtype=dtype)
         mask[row, 0, 0, beyond] = -torch.inf
     k, v = (x.unflatten(2, (H_kv, -1)).transpose(1, 2) for x in (k, v))
-    group = q.to(dtype).view(len(q), H_kv, -1, k.shape[3])  # of the queries that share keys
+    group = _dense(q.to(dtype)).view(len(q), H_kv, -1, k.shape[3])  # of the queries that share keys
     out, _ = aten._scaled_dot_product_flash_attention_for_cpu(
         group, k, v, 0.0, False, attn_mask=mask
     )
     return out.reshape(q.shape).to(q.dtype)
+
+
+def _dense(x: Tensor) -> Tensor:
+    """x with a last stride of 1, which PyTorch's blocked CPU kernel takes for granted."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _flash_forward(qkv: Tensor) -> bool:
@@ -301,6 +353,15 @@ def _flash_backward(qkv: Tensor, lse: Tensor) -> bool:
     beyond LONGEST_BATCHED positions."""
     short = qkv.shape[1] <= LONGEST_BATCHED and qkv.dtype == torch.bfloat16
     return bool(lse.numel()) and not short
+
+
+# |lse| up to which exp(score - lse) is right to 1e-5: the rounding of lse is all of its error.
+LARGEST_LSE = 128.0
+
+
+def _lse_is_exact(lse: Tensor) -> bool:
+    """Whether PyTorch's backward gets the forward's probabilities back. (On a CPU, as that is.)"""
+    return bool(torch.linalg.vector_norm(lse, torch.inf) <= LARGEST_LSE)
 
 
 def _additive_mask(qkv: Tensor, document_start: Tensor | None) -> Tensor | None:
@@ -342,7 +403,7 @@ def _probabilities(
         seen = seen & (position >= document_start[:, rows, None])
         seen = seen.repeat_interleave(n_heads, 0)
     mask = torch.zeros_like(seen, dtype=q.dtype).masked_fill_(~seen, -torch.inf)
-    scores = torch.baddbmm(mask, q[:, rows], k[:, keys].mT, alpha=q.shape[-1] ** -0.5)
+    scores = torch.baddbmm(mask, q[:, rows], k[:, keys].mT, alpha=attention_scale(q))
     return aten._softmax.out(scores, -1, False, out=scores)
 
 
@@ -372,23 +433,26 @@ def cross_entropy_forward(
 ) -> tuple[Tensor, Tensor]:
     """See `reference.cross_entropy_forward`."""
     z = logits[:, :vocab_size].to(wide_dtype(logits.dtype))
-    lse = torch.logsumexp(z, -1)
     counted = targets != ignore_index
-    picked = z.gather(1, targets.where(counted, 0)[:, None])[:, 0]
-    return torch.where(counted, lse - picked, 0), lse
+    row = _softmax_of_others(z, targets.where(counted, 0)[:, None], torch.empty_like(z))
+    return torch.where(counted, row.losses, 0), row.normalizer
 
 
 def cross_entropy_backward(
     logits: Tensor,
     targets: Tensor,
-    lse: Tensor,
+    normalizer: Tensor,
     scale: Tensor,
     vocab_size: int,
     ignore_index: int = IGNORE_INDEX,
 ) -> Tensor:
     """See `reference.cross_entropy_backward`."""
-    p = (logits[:, :vocab_size] - lse[:, None]).exp_()
-    return _write_gradient(logits, p, targets, scale, ignore_index)
+    counted = targets != ignore_index
+    target = targets.where(counted, 0)[:, None]
+    largest, others = normalizer.split(1, dim=1)
+    e = (logits[:, :vocab_size] - largest).exp_()
+    factor = scale / (others + e.gather(1, target))
+    return _write_gradient(logits, e, target, others, factor, counted)
 
 
 def cross_entropy_forward_backward(
@@ -399,30 +463,63 @@ def cross_entropy_forward_backward(
     ignore_index: int = IGNORE_INDEX,
 ) -> Tensor:
     """See `reference.cross_entropy_forward_backward`. The probabilities are computed once, a few
-    rows at a time; lse follows from each row's largest: log Σ exp z = max z - log max p."""
+    rows at a time."""
     losses = torch.empty(len(logits), dtype=wide_dtype(logits.dtype), device=logits.device)
+    counted = targets != ignore_index
+    target = targets.where(counted, 0)[:, None]
     for rows in row_chunks(len(logits), softmax_rows(logits.shape[1])):
-        z, target = logits[rows, :vocab_size].to(losses.dtype, copy=True), targets[rows]
-        counted = target != ignore_index
-        picked = z.gather(1, target.where(counted, 0)[:, None])[:, 0]
-        largest = z.amax(-1)
-        p = aten._softmax.out(z, -1, False, out=z)
-        lse = largest - p.amax(-1).log_()
-        losses[rows] = torch.where(counted, lse - picked, 0)
-        _write_gradient(logits[rows], p, target, scale, ignore_index)
-    return losses
+        z = logits[rows, :vocab_size].to(losses.dtype, copy=True)
+        row = _softmax_of_others(z, target[rows], z)
+        losses[rows] = row.losses
+        _write_gradient(logits[rows], row.p, target[rows], row.rest, scale, counted[rows])
+    return losses.masked_fill_(~counted, 0)
+
+
+class _Softmax(NamedTuple):
+    """Rows of a softmax without the target's column, and what follows from them."""
+
+    p: Tensor  # (N, V) softmax, 0 in the target's column
+    rest: Tensor  # (N, 1) Σ p
+    losses: Tensor  # (N,)
+    normalizer: Tensor  # (N, 2) as `reference.cross_entropy_forward` describes it
+
+
+def _softmax_of_others(z: Tensor, target: Tensor, out: Tensor) -> _Softmax:
+    """The softmax of z (N, V), in `out`, which may be z. target (N, 1) lies inside the vocabulary.
+
+    The largest probability is 1 / Σ exp(z - max z), the unit of all others.
+    """
+    largest, picked = z.amax(-1, keepdim=True), z.gather(1, target)
+    p = aten._softmax.out(z, -1, False, out=out)
+    unit = p.amax(-1, keepdim=True)
+    e_target = torch.where(picked == largest, 1, p.gather(1, target) / unit)
+    rest = p.scatter_(1, target, 0).sum(-1, keepdim=True)
+    others = rest / unit
+    losses = (largest - picked) + torch.log1p(others - (1 - e_target))
+    return _Softmax(p, rest, losses[:, 0], torch.cat([largest, others], 1))
 
 
 def _write_gradient(
-    logits: Tensor, p: Tensor, targets: Tensor, scale: Tensor, ignore_index: int
+    logits: Tensor, p: Tensor, target: Tensor, rest: Tensor, factor: Tensor, counted: Tensor
 ) -> Tensor:
-    """Overwrite the logits (N, Vp) with (p - onehot) · scale; p (N, V) is overwritten too."""
-    counted = (targets != ignore_index)[:, None]
-    p.scatter_add_(1, targets[:, None].where(counted, 0), -counted.to(p.dtype))
-    p.mul_(scale * counted)
-    logits[:, : p.shape[1]] = p
-    logits[:, p.shape[1] :] = 0
-    return logits
+    """Overwrite the logits (N, Vp) with p · factor, and the target's column with -rest · factor.
+
+    p (N, V) is overwritten too; target, rest (N, 1); factor 0-d or (N, 1); counted (N,).
+    """
+    V = p.shape[1]
+    logits[:, :V] = p.scatter_(1, target, -rest).mul_(factor)
+    logits[:, V:] = 0
+    return clear_rows(logits, ~counted)
+
+
+def clear_rows(x: Tensor, which: Tensor) -> Tensor:
+    """Set rows of x (N, ...) to 0 where `which` (N,), whatever they hold: 0 · NaN is not 0.
+
+    On a CPU by index, because a mask takes as long as a softmax. A GPU is not asked how many.
+    """
+    if x.is_cuda:
+        return x.masked_fill_(which[:, None], 0)
+    return x.index_fill_(0, which.nonzero()[:, 0], 0)
 
 
 # ---------------------------------------------------------- output projection + cross-entropy
@@ -467,26 +564,46 @@ def linear_cross_entropy_forward_backward(
     chunk_rows: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See `reference.linear_cross_entropy_forward_backward`. Each chunk adds a whole (Vp, C) to
-    dweight, so chunks are long; the softmax inside works on fewer rows at a time."""
+    dweight, so chunks are long; the softmax inside works on fewer rows at a time.
+    dx begins as x without its ignored rows; each chunk overwrites what it has used up."""
     losses = torch.empty(len(x), dtype=wide_dtype(x.dtype), device=x.device)
-    dx = torch.empty_like(x)
+    dx = clear_rows(x.clone(), targets == IGNORE_INDEX)
     size = chunk_rows or CHUNK_ROWS
     workspace = x.new_empty(min(len(x), size), len(weight))
     for rows in row_chunks(len(x), size):
-        logits = torch.mm(x[rows], weight.T, out=workspace[: rows.stop - rows.start])
+        logits = torch.mm(dx[rows], weight.T, out=workspace[: rows.stop - rows.start])
         losses[rows] = cross_entropy_forward_backward(logits, targets[rows], scale, vocab_size)
+        weight_gradient(logits, dx[rows], dweight, accumulate)
         torch.mm(logits, weight, out=dx[rows])
-        weight_gradient(logits, x[rows], dweight, accumulate)
         accumulate = True
+    if not accumulate:  # there was no row
+        dweight.zero_()
     return losses.sum() * scale, dx
 
 
 # ------------------------------------------------------------------------------- optimization
 
 
+NORM_PIECE = 256  # squares that a CPU adds in float32, a few at a time in each lane
+SMALLEST_NORM = 1e-15  # above it no square that counts was too small for float32
+
+
 def gradient_norm(gradients: Tensor) -> Tensor:
-    """See `reference.gradient_norm`."""
-    return torch.linalg.vector_norm(gradients)
+    """See `reference.gradient_norm`. On a CPU the norm of the norms of short pieces: PyTorch's own
+    adds up millions of squares in float32, and is 1% low at GPT-2's size."""
+    if gradients.is_cuda:
+        return torch.linalg.vector_norm(gradients, dtype=torch.float64)
+    whole = len(gradients) // NORM_PIECE * NORM_PIECE
+    pieces = torch.linalg.vector_norm(gradients[:whole].view(-1, NORM_PIECE), dim=1)
+    rest = torch.linalg.vector_norm(gradients[whole:])
+    norm = torch.linalg.vector_norm(torch.cat([pieces, rest[None]]), dtype=torch.float64)
+    if SMALLEST_NORM < norm < torch.inf:
+        return norm
+    parts = [reference.gradient_norm(part) for part in gradients.split(CACHED_ELEMENTS)]
+    return reference.gradient_norm(torch.stack(parts))
+
+
+CLIPPED_ELEMENTS = 2**24  # of gradients at a time on a GPU: few launches, in 64 MB
 
 
 def sgd_update(
@@ -500,9 +617,8 @@ def sgd_update(
     rounding_seed: Tensor | None = None,
     offset: int = 0,
 ) -> None:
-    """See `reference.sgd_update`, which serves float64: PyTorch's takes the clip factor in float32.
-    Scales `gradients` in place."""
-    if rounding_seed is not None or gradients.dtype == torch.float64:
+    """See `reference.sgd_update`."""
+    if rounding_seed is not None:
         reference.sgd_update(
             weights,
             master,
@@ -516,19 +632,20 @@ def sgd_update(
         )
         return
     w = weights if master is None else master
-    torch._fused_sgd_(
-        [w],
-        [gradients],
-        [],
-        weight_decay=weight_decay,
-        momentum=0.0,
-        lr=learning_rate,
-        dampening=0.0,
-        nesterov=False,
-        maximize=False,
-        is_first_step=False,
-        **_clip_and_skip(clip, finite),
-    )
+    for part, gradient, skip in _clipped(gradients, clip, finite):
+        torch._fused_sgd_(
+            [w[part]],
+            [gradient],
+            [],
+            weight_decay=weight_decay,
+            momentum=0.0,
+            lr=learning_rate,
+            dampening=0.0,
+            nesterov=False,
+            maximize=False,
+            is_first_step=False,
+            found_inf=skip,
+        )
     if master is not None:
         _round_from(master, weights, finite)
 
@@ -550,9 +667,8 @@ def adamw_update(
     rounding_seed: Tensor | None = None,
     offset: int = 0,
 ) -> None:
-    """See `reference.adamw_update`, which serves float64 as in `sgd_update`. Scales `gradients` in
-    place."""
-    if rounding_seed is not None or gradients.dtype == torch.float64:
+    """See `reference.adamw_update`."""
+    if rounding_seed is not None:
         reference.adamw_update(
             weights,
             master,
@@ -572,22 +688,23 @@ def adamw_update(
         )
         return
     w = weights if master is None else master
-    torch._fused_adamw_(
-        [w],
-        [gradients],
-        [exp_avg],
-        [exp_avg_sq],
-        [],
-        [step],
-        lr=learning_rate,
-        beta1=beta1,
-        beta2=beta2,
-        weight_decay=weight_decay,
-        eps=eps,
-        amsgrad=False,
-        maximize=False,
-        **_clip_and_skip(clip, finite),
-    )
+    for part, gradient, skip in _clipped(gradients, clip, finite):
+        torch._fused_adamw_(
+            [w[part]],
+            [gradient],
+            [exp_avg[part]],
+            [exp_avg_sq[part]],
+            [],
+            [step],
+            lr=learning_rate,
+            beta1=beta1,
+            beta2=beta2,
+            weight_decay=weight_decay,
+            eps=eps,
+            amsgrad=False,
+            maximize=False,
+            found_inf=skip,
+        )
     if master is not None:
         _round_from(master, weights, finite)
 
@@ -600,6 +717,17 @@ def _round_from(master: Tensor, weights: Tensor, finite: Tensor) -> None:
         weights.copy_(master)
 
 
-def _clip_and_skip(clip: Tensor, finite: Tensor) -> dict[str, Tensor]:
-    """PyTorch's fused optimizers divide by `grad_scale` and do nothing where `found_inf` is 1."""
-    return {"grad_scale": 1 / clip.float(), "found_inf": (~finite).float()}
+def _clipped(
+    gradients: Tensor, clip: Tensor, finite: Tensor
+) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
+    """Parts of the flat buffer, each with a clipped copy of its gradients in one small memory:
+    PyTorch's fused optimizers would write the clipped ones over the gradients. The last is what
+    makes them skip the step on a GPU; on a CPU there is nothing to update then."""
+    on_gpu = gradients.is_cuda
+    if not on_gpu and not finite:
+        return
+    size = CLIPPED_ELEMENTS if on_gpu else CACHED_ELEMENTS
+    memory = gradients.new_empty(min(len(gradients), size))
+    skip = (~finite).float() if on_gpu else None
+    for part in row_chunks(len(gradients), size):
+        yield part, torch.mul(gradients[part], clip, out=memory[: part.stop - part.start]), skip

@@ -10,7 +10,15 @@ The contract of every backward:
     that tied weights and micro-batches need no further code. These buffers are float32 (float64
     for a float64 model), whatever the dtype of the weights.
 
+The contract of every update: weights, master and moments change in place, gradients are only read.
+
 Everything is computed in float32, or in float64 for float64 inputs, and rounded once at the end.
+Sums whose length grows with the batch or the model are float64: added one after the other in
+float32, the gradients of 65,536 equal tokens are off by 6e-4. Norms are float64 too: no row is too
+far from zero for them.
+
+Without rows (B = 0 or T = 0) every operation, in every backend, returns tensors without rows and
+adds nothing to gradients; the loss of no row is 0. `CustomTransformerWrapper` refuses such a batch.
 
 Alphabet: B batch, T sequence, C model width, H heads (H_kv of keys and of values), D head width,
 F feed-forward width, V vocabulary (Vp: padded with rows that no token uses), N = B*T rows.
@@ -65,8 +73,9 @@ def embedding_backward(
     dx (B, T, C); tokens (B, T). Adds to dtoken_table (Vp, C) and dposition_table (T_max, C).
     """
     T, C = dx.shape[1:]
-    dx = widen(dx)
-    dtoken_table.index_add_(0, tokens.reshape(-1), dx.reshape(-1, C))
+    dx = dx.double()
+    sums = torch.zeros_like(dtoken_table, dtype=dx.dtype)
+    dtoken_table += sums.index_add_(0, tokens.reshape(-1), dx.reshape(-1, C))
     dposition_table[:T] += dx.sum(0)
 
 
@@ -105,7 +114,7 @@ def linear_backward(
 
 def bias_gradient(dy: Tensor, dbias: Tensor) -> None:
     """db += Σ_rows dy.   dy (..., M). Adds to dbias (M,)."""
-    dbias += widen(dy).reshape(-1, dy.shape[-1]).sum(0)
+    dbias += dy.double().reshape(-1, dy.shape[-1]).sum(0)
 
 
 def partial_rows(device: torch.device) -> int:
@@ -119,11 +128,23 @@ def sum_partials(partials: Tensor, gradients: Tensor) -> None:
 
     For backends whose kernels run many programs at once, each adding to a separate row.
     """
-    gradients += partials.sum(0)
+    gradients += partials.double().sum(0)
     partials.zero_()
 
 
 # --------------------------------------------------------------------------------- layer norm
+
+
+def centered_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x - μ and μ of every row of x (..., C), in float64: (N, C) and (N, 1).
+
+    The mean of large numbers is rounded to one of their neighbors, so that the deviations from it
+    have a mean of their own. Subtracting that too leaves exactly 0 of a constant row.
+    """
+    rows = x.double().reshape(-1, x.shape[-1])
+    mean = rows.mean(-1, keepdim=True)
+    rest = (rows - mean).mean(-1, keepdim=True)
+    return rows - mean - rest, mean + rest
 
 
 def layer_norm_forward(
@@ -131,17 +152,19 @@ def layer_norm_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y = γ x̂ + β with x̂ = (x - μ) / √(σ² + ε), over the last axis (Ba, Kiros & Hinton 2016).
 
-    x (..., C); weight γ (C,); bias β (C,) or None.
-    Returns y (..., C), and for the backward mean μ (N,) and rstd 1/√(σ² + ε) (N,).
+    x (..., C); weight γ (C,); bias β (C,) or None. Right for every finite row in float64; a float32
+    kernel is right up to deviations of 1e18, and gives NaN where their squares are not finite.
+    Returns y (..., C), and for the backward mean μ (N,), in float64, and rstd 1/√(σ² + ε) (N,).
     """
-    C = x.shape[-1]
-    rows = widen(x).reshape(-1, C)
-    mean = rows.mean(-1)
-    rstd = torch.rsqrt(rows.var(-1, correction=0) + eps)
-    y = (rows - mean[:, None]) * rstd[:, None] * widen(weight)
+    centered, mean = centered_rows(x)
+    # in units of the largest deviation no square overflows
+    unit = centered.abs().amax(-1, keepdim=True).clamp(min=1)
+    variance = (centered / unit).square().mean(-1, keepdim=True)
+    rstd = torch.rsqrt(variance + eps / unit / unit) / unit
+    y = centered * rstd * weight.double()
     if bias is not None:
-        y = y + widen(bias)
-    return y.reshape(x.shape).to(x.dtype), mean, rstd
+        y = y + bias.double()
+    return y.reshape(x.shape).to(x.dtype), mean[:, 0], rstd[:, 0].to(wide_dtype(x.dtype))
 
 
 def add_layer_norm_forward(
@@ -171,22 +194,22 @@ def layer_norm_backward(
     """With g = γ dy:  dx = rstd (g - mean(g) - x̂ mean(g x̂));  dγ += Σ dy x̂;  dβ += Σ dy.
 
     The two means are subtracted because μ and σ depend on every element of the row.
-    dy, x (..., C); mean, rstd (N,). Adds to dweight (C,), dbias (C,).
+    dy, x (..., C); mean, rstd (N,) as this backend's forward returned them. (Here x is centered
+    anew: in float64, too, a mean is rounded.) Adds to dweight (C,), dbias (C,).
     Returns dx (..., C), plus `dresidual` (..., C), the gradient around the norm, if given.
     dbranch_bias (C,): if x = residual + branch and the branch ends in a bias, Σ dx is added to it,
     because dx is also the gradient of the branch.
     """
-    C = x.shape[-1]
-    dy_rows = widen(dy).reshape(-1, C)
-    x_hat = (widen(x).reshape(-1, C) - mean[:, None]) * rstd[:, None]
-    g = dy_rows * widen(weight)
+    dy_rows = dy.double().reshape(-1, x.shape[-1])
+    x_hat = centered_rows(x)[0] * rstd[:, None]
+    g = dy_rows * weight.double()
     dx = rstd[:, None] * (g - g.mean(-1, keepdim=True) - x_hat * (g * x_hat).mean(-1, keepdim=True))
     dweight += (dy_rows * x_hat).sum(0)
     if dbias is not None:
         dbias += dy_rows.sum(0)
     dx = dx.reshape(x.shape)
     if dresidual is not None:
-        dx = dx + widen(dresidual)
+        dx = dx + dresidual
     dx = dx.to(x.dtype)
     if dbranch_bias is not None:
         bias_gradient(dx, dbranch_bias)
@@ -241,7 +264,7 @@ def merge_heads(x: Tensor) -> Tensor:
 
 
 def visible(T: int, document_start: Tensor | None, device: torch.device) -> Tensor:
-    """Which key j each query i may see: j <= i, and j in i's document.
+    """Which key j each query i may see: document_start[i] <= j <= i.
 
     document_start (B, T): where the document of each position begins, or None for one document.
     Returns a boolean mask, (T, T) or (B, 1, T, T).
@@ -251,6 +274,13 @@ def visible(T: int, document_start: Tensor | None, device: torch.device) -> Tens
     if document_start is None:
         return causal
     return causal & (position >= document_start[:, None, :, None])
+
+
+def masked_scores(q: Tensor, k: Tensor, document_start: Tensor | None) -> Tensor:
+    """q kᵀ, -inf where a key is not seen: (B, H, T, T). q is divided by √D already: that overflows
+    for no score that fits, and both passes have the same scores to the last bit."""
+    seen = visible(q.shape[-2], document_start, q.device)
+    return (q @ k.mT).masked_fill(~seen, -math.inf)
 
 
 def document_starts(tokens: Tensor, end_of_text: int) -> Tensor:
@@ -274,46 +304,60 @@ def attention_forward(
     """o = softmax(q kᵀ / √D + mask) v per head (Vaswani et al. 2017), causal.
 
     qkv (B, T, (H + 2 H_kv)·D): H heads of queries, H_kv of keys and H_kv of values side by side.
-    document_start (B, T) int32 or None: see `visible`. n_kv_heads: H_kv, which divides H; None: H.
-    Returns out (B, T, H·D), and for the backward lse (B, H, T) = log Σ_j exp(score_ij).
+    n_kv_heads: H_kv, which divides H; None: H.
+    document_start (B, T) int32, or None for one document: query i sees the keys
+    document_start[i] <= j <= i. It must not fall as i grows, and must be at most i, so that each
+    query sees itself. The beginnings of documents are one case; a window of the last W keys,
+    i - W + 1, is another, and so is the larger of both. Below 0 means 0.
+    Returns out (B, T, H·D), and `statistics` of each row's softmax for `attention_backward`. Their
+    form is the backend's own, and nobody else reads them. Here: (2, B, H, T), the largest score and
+    log Σ_j exp(score_ij - largest); beside a large score their sum would lose the second's digits.
     """
     q, k, v = (widen(x) for x in split_heads(qkv, n_heads, n_kv_heads))
-    T, D = q.shape[-2:]
-    scores = q @ k.mT / math.sqrt(D)  # (B,H,T,T)
-    scores = scores.masked_fill(~visible(T, document_start, qkv.device), -math.inf)
-    lse = torch.logsumexp(scores, -1)
-    p = torch.exp(scores - lse[..., None])
-    return merge_heads(p @ v).to(qkv.dtype), lse
+    if not qkv.numel():
+        return merge_heads(q).to(qkv.dtype), q.new_empty(2, *q.shape[:3])
+    scores = masked_scores(q * attention_scale(q), k, document_start)
+    largest = scores.amax(-1, keepdim=True)
+    log_sum = torch.exp(scores - largest).sum(-1, keepdim=True).log()
+    p = torch.exp(scores - largest - log_sum)
+    return merge_heads(p @ v).to(qkv.dtype), torch.stack((largest, log_sum))[..., 0]
+
+
+def attention_scale(q: Tensor) -> float:
+    """1/√D for heads (..., D): what scores are multiplied by in both directions."""
+    return q.shape[-1] ** -0.5
 
 
 def attention_backward(
     dout: Tensor,
     qkv: Tensor,
     out: Tensor,
-    lse: Tensor,
+    statistics: Tensor,
     n_heads: int,
     document_start: Tensor | None = None,
     n_kv_heads: int | None = None,
 ) -> Tensor:
-    """The probabilities come back from q, k and lse; only those rows need be remembered (Dao 2022).
+    """The probabilities come back from q, k and the statistics of each row (Dao 2022).
 
     dv = pᵀ do;  dp = do vᵀ;  ds = p (dp - δ) with δ_i = Σ_j p_ij dp_ij = do_i · o_i;
     dq = ds k / √D;  dk = dsᵀ q / √D.
 
-    dout, out (B, T, H·D); lse (B, H, T); the others as in the forward. Returns dqkv, as qkv.
+    dout, out (B, T, H·D); out and statistics from the forward, the others as there. Returns dqkv,
+    as qkv.
     """
-    B, T, _ = out.shape
+    B, T, C = dout.shape
     q, k, v = (widen(x) for x in split_heads(qkv, n_heads, n_kv_heads))
-    do, o = (widen(x).view(B, T, n_heads, -1).transpose(1, 2) for x in (dout, out))
-    scale = 1 / math.sqrt(q.shape[-1])
-    scores = (q @ k.mT * scale).masked_fill(~visible(T, document_start, qkv.device), -math.inf)
-    p = torch.exp(scores - lse[..., None])  # (B,H,T,T)
+    do = widen(dout).reshape(B, T, n_heads, C // n_heads).transpose(1, 2)
+    scale = attention_scale(q)
+    q = q * scale
+    largest, log_sum = statistics[..., None]
+    p = torch.exp(masked_scores(q, k, document_start) - largest - log_sum)  # (B,H,T,T)
     dv = p.mT @ do
     dp = do @ v.mT
-    delta = (do * o).sum(-1, keepdim=True)  # (B,H,T,1)
+    delta = (p * dp).sum(-1, keepdim=True)  # (B,H,T,1); do · o would see the rounding of out
     ds = p * (dp - delta)
     dq = ds @ k * scale
-    dk = ds.mT @ q * scale
+    dk = ds.mT @ q
     return join_heads((dq, dk, dv), n_kv_heads).to(qkv.dtype)
 
 
@@ -333,7 +377,8 @@ def decode_attention(
     B, T, width = k_cache.shape
     H_kv, D = head_sizes(q.shape[1] + 2 * width, n_heads, n_kv_heads)
     k, v = (widen(x).reshape(B, T, H_kv, D).transpose(1, 2) for x in (k_cache, v_cache))
-    scores = widen(q).reshape(B, H_kv, -1, D) @ k.mT / math.sqrt(D)  # (B,H_kv,H/H_kv,T)
+    q_groups = widen(q).reshape(B, H_kv, n_heads // H_kv, D)
+    scores = q_groups * attention_scale(q_groups) @ k.mT  # (B,H_kv,H/H_kv,T)
     past = torch.arange(T, device=q.device) < lengths[:, None, None, None]
     p = torch.softmax(scores.masked_fill(~past, -math.inf), -1)
     # what lies beyond `lengths` was never written: 0 * NaN must not reach the sum
@@ -379,38 +424,53 @@ def bias_gelu_backward(
 def cross_entropy_forward(
     logits: Tensor, targets: Tensor, vocab_size: int, ignore_index: int = IGNORE_INDEX
 ) -> tuple[Tensor, Tensor]:
-    """loss_n = log Σ_v exp(z_nv) - z_n,target.
+    """loss_n = log Σ_v exp(z_nv) - z_n,target, from differences of logits alone:
+
+    m_n = max_v z_nv;  e_nv = exp(z_nv - m_n);  s_n = Σ e_nv over all v but the target;
+    loss_n = (m_n - z_n,target) + log1p(s_n - (1 - e_n,target)).
+
+    So it does not depend on what all logits of a row have in common, and a small loss keeps its
+    digits: if the target's logit is the largest, the loss is log1p(s_n).
 
     logits (N, Vp), of which the columns from vocab_size on are padding; targets (N,) int64.
-    Returns losses (N,), 0 where the target is ignore_index, and lse (N,) for the backward.
+    Returns losses (N,), 0 where the target is ignore_index, and for the backward normalizer (N, 2):
+    m_n and s_n, which mean nothing where the target is ignored.
     """
     z = widen(logits)[:, :vocab_size]
-    lse = torch.logsumexp(z, -1)
     counted = targets != ignore_index
-    picked = z.gather(1, targets.where(counted, 0)[:, None])[:, 0]
-    return torch.where(counted, lse - picked, 0), lse
+    target = targets.where(counted, 0)[:, None]
+    largest = z.amax(-1, keepdim=True)
+    e = torch.exp(z - largest)
+    others = e.scatter(1, target, 0).sum(-1, keepdim=True)
+    losses = (largest - z.gather(1, target)) + torch.log1p(others - (1 - e.gather(1, target)))
+    return torch.where(counted, losses[:, 0], 0), torch.cat([largest, others], 1)
 
 
 def cross_entropy_backward(
     logits: Tensor,
     targets: Tensor,
-    lse: Tensor,
+    normalizer: Tensor,
     scale: Tensor,
     vocab_size: int,
     ignore_index: int = IGNORE_INDEX,
 ) -> Tensor:
     """dz = (softmax(z) - onehot(target)) · scale, written over the logits.
 
-    scale: 0-d, the gradient that each row's loss receives (1 / number of targets for a mean).
-    Padded columns and ignored rows get exactly 0. Returns dlogits (N, Vp), the logits' own memory.
+    With m, s and e as above, softmax(z)_v = e_v / (s + e_target), and in the target's column
+    softmax(z) - 1 = -s / (s + e_target): minus the sum of all other columns.
+
+    normalizer (N, 2): the forward's. scale: 0-d, the gradient that each row's loss receives
+    (1 / number of targets for a mean). Padded columns and ignored rows get exactly 0, whatever
+    their logits. Returns dlogits (N, Vp), the logits' own memory.
     """
     counted = targets != ignore_index
-    dz = torch.zeros_like(logits, dtype=wide_dtype(logits.dtype))
-    dz[:, :vocab_size] = torch.exp(widen(logits)[:, :vocab_size] - lse[:, None])
-    rows = torch.arange(len(targets), device=logits.device)
-    dz[rows, targets.where(counted, 0)] -= 1
-    dz = torch.where(counted[:, None], dz * scale, 0)
-    return logits.copy_(dz)
+    target = targets.where(counted, 0)[:, None]
+    largest, others = normalizer.split(1, dim=1)
+    e = torch.exp(widen(logits)[:, :vocab_size] - largest)
+    total = others + e.gather(1, target)
+    dz = torch.zeros_like(logits, dtype=e.dtype)
+    dz[:, :vocab_size] = (e / total).scatter(1, target, -others / total)
+    return logits.copy_(torch.where(counted[:, None], dz * scale, 0))
 
 
 def cross_entropy_forward_backward(
@@ -421,8 +481,8 @@ def cross_entropy_forward_backward(
     ignore_index: int = IGNORE_INDEX,
 ) -> Tensor:
     """Both in one call, as the training step uses them: returns losses, logits become dlogits."""
-    losses, lse = cross_entropy_forward(logits, targets, vocab_size, ignore_index)
-    cross_entropy_backward(logits, targets, lse, scale, vocab_size, ignore_index)
+    losses, normalizer = cross_entropy_forward(logits, targets, vocab_size, ignore_index)
+    cross_entropy_backward(logits, targets, normalizer, scale, vocab_size, ignore_index)
     return losses
 
 
@@ -458,24 +518,35 @@ def linear_cross_entropy_forward_backward(
     """Loss and gradients of the output projection, `chunk_rows` rows of logits at a time.
 
     x (N, C); weight (Vp, C); targets (N,); scale 0-d. Adds to dweight (Vp, C); without `accumulate`
-    overwrites it. Returns the loss, scale · Σ losses (0-d), and dx (N, C).
+    overwrites it. Returns the loss, scale · Σ losses (0-d), and dx (N, C). An ignored row counts
+    for nothing, whatever x holds there: 0 · NaN must not reach dweight.
     """
     losses, dx = [], []
     size = chunk_rows or CHUNK_ROWS
+    x = x.masked_fill((targets == IGNORE_INDEX)[:, None], 0)
     for x_chunk, t_chunk in zip(x.split(size), targets.split(size), strict=True):
         logits = linear_forward(x_chunk, weight)
         losses.append(cross_entropy_forward_backward(logits, t_chunk, scale, vocab_size))
         dx.append(linear_backward(logits, x_chunk, weight, dweight, accumulate=accumulate))
         accumulate = True
-    return torch.cat(losses).sum() * scale, torch.cat(dx)
+    return (torch.cat(losses).double().sum() * scale).to(scale.dtype), torch.cat(dx)
 
 
 # ------------------------------------------------------------------------------- optimization
 
 
 def gradient_norm(gradients: Tensor) -> Tensor:
-    """√(Σ g²) over the flat buffer, 0-d. Not finite if any gradient is not."""
-    return widen(gradients).square().sum().sqrt()
+    """√(Σ g²) over the flat buffer, 0-d float64. Not finite if any gradient is not.
+
+    In float64, because the norm of finite float32 gradients can be too large for float32; and
+    scaled, as max |g| · √(Σ (g / max |g|)²), so that no square is too large or too small.
+    """
+    g = gradients.double().abs()
+    if not g.numel():
+        return g.sum()
+    largest = torch.linalg.vector_norm(g, torch.inf)
+    scale = largest.where((largest > 0) & largest.isfinite(), 1)
+    return scale * (g / scale).square().sum().sqrt()
 
 
 def sgd_update(
@@ -498,7 +569,7 @@ def sgd_update(
     """
     w = (weights if master is None else master).to(gradients.dtype, copy=True)
     w *= 1 - learning_rate * weight_decay
-    w -= learning_rate * clip * gradients
+    w -= learning_rate * (clip * gradients)
     write_weights(w, weights, master, finite, rounding_seed, offset)
 
 
