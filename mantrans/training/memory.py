@@ -144,7 +144,7 @@ def predict_evaluation(
     model, T = config.model, config.sequence_length
     narrow, wide = dtype.itemsize, wide_dtype(dtype).itemsize
     network = _network(model)
-    rows = min(config.evaluation.batch_size, windows)
+    rows = min(config.evaluation_batch, windows)
     block = network.blocks[0].kept().bytes(narrow, wide) + network.blocks[0].workspace() * narrow
     batch = config.training.model_copy(update={"batch_size": rows})
     logits = _logits_chunk(
@@ -154,7 +154,7 @@ def predict_evaluation(
     length = min(config.evaluation.max_generation_length, model.max_seq_len)
     cached = 2 * len(network.blocks) * model.d_model * narrow
     padded = network.output.weight.stored_shape[0]
-    samples = min(prompts, config.evaluation.batch_size) * (
+    samples = min(prompts, config.evaluation_batch) * (
         length * (cached + block) + 4 * padded * wide
     )
     return max(validation, samples)
@@ -272,7 +272,7 @@ def require_evaluation_memory(config: Config, vocab_size: int, windows: int) -> 
     kept = step.weights + step.masters + step.gradients + step.moments
     prompts = len(config.evaluation.generation_prompts)
     if config.training.eval_batches is not None:
-        windows = min(windows, config.training.eval_batches * config.evaluation.batch_size)
+        windows = min(windows, config.training.eval_batches * config.evaluation_batch)
     needed = kept + predict_evaluation(config, dtype, device, windows, prompts)
     present = _present(device)
     if needed > present:
