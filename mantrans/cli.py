@@ -8,6 +8,7 @@ evaluate.py and config_summary.py run the first three commands.
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 import threading
@@ -19,6 +20,7 @@ from mantrans import terminal
 from mantrans.errors import MantransError, show
 from mantrans.options import integer
 
+QUICKSTART = "configs/quickstart.yaml"
 MISTAKE, INTERRUPTED, PIPE_CLOSED = 2, 128 + signal.SIGINT, 128 + signal.SIGPIPE
 
 
@@ -83,7 +85,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self.register("type", None, not_blank)
-        self.register("type", Path, lambda text: Path(not_blank(text)))
+        self.register("type", Path, lambda text: Path(at_home(text)))
 
     def add_subparsers(self, **options: Any) -> Any:
         """Commands of this command, each of which checks its own arguments."""
@@ -102,9 +104,18 @@ def train(arguments: list[str]) -> int:
     """train a model"""
     parser = Parser("mantrans train", description="Train a model.")
     add = parser.add_argument
-    add("--config", default="configs/quickstart.yaml", help="a YAML file")
+    add(
+        "--config",
+        type=at_home,
+        help=f"a YAML file (default: {QUICKSTART}, or the resumed run's own)",
+    )
     add_overrides(parser)
-    add("--resume", metavar="PATH", help="a checkpoint, or 'latest': the experiment's newest")
+    add(
+        "--resume",
+        type=at_home,
+        metavar="RUN",
+        help="go on with a run: its name, its folder, a checkpoint, or 'latest', the experiment's",
+    )
     add(
         "--allow-other-data",
         action="store_true",
@@ -126,12 +137,17 @@ def train(arguments: list[str]) -> int:
     add("--no-selfcheck", action="store_true", help="on a GPU: do not check the kernels first")
     options = parser.parse_args(arguments)
     from mantrans.config import Config
+    from mantrans.training import resume
     from mantrans.training.trainer import Trainer
 
     threading.excepthook = background_failure
     with terminal.lossy("stdout"):
+        if options.config is None and options.resume is not None:
+            config = resume.own_config(options.resume, QUICKSTART, options.overrides)
+        else:
+            config = Config.load(options.config or QUICKSTART, options.overrides)
         trainer = Trainer(
-            Config.load(options.config, options.overrides),
+            config,
             resume=options.resume,
             allow_other_data=options.allow_other_data,
             evaluate_coherence=not options.no_coherence_eval,
@@ -181,7 +197,7 @@ def summary(arguments: list[str]) -> int:
         "mantrans summary",
         description="Show the size, work and memory of a configuration before it is run.",
     )
-    parser.add_argument("config", help="a YAML file, such as configs/quickstart.yaml")
+    parser.add_argument("config", type=at_home, help="a YAML file, such as configs/quickstart.yaml")
     add_overrides(parser)
     parser.add_argument(
         "--tokens", type=integer(1), help="tokens in the training set, for the steps of an epoch"
@@ -289,8 +305,16 @@ def add_overrides(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
+def at_home(text: str) -> str:
+    """argparse's type for the text of a path: a leading ~ is the user's home folder."""
+    path = os.path.expanduser(not_blank(text))
+    if path.startswith("~"):
+        raise argparse.ArgumentTypeError(f"expected a known user after ~, got {show(text)}")
+    return path
+
+
 def not_blank(text: str) -> str:
-    """argparse's type for every text, and for the text of a path."""
+    """argparse's type for every text."""
     if not text.strip():
         raise argparse.ArgumentTypeError(f"expected a value, got {show(text)}: an unset variable?")
     return text

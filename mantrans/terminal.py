@@ -175,7 +175,8 @@ class Progress:
     def __enter__(self) -> Progress:
         return self
 
-    def __exit__(self, *failure: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *failure: object) -> None:
+        self.keep = self.keep and kind is None  # after a failure its message is the last line
         self.close()
 
     def _say_line(self) -> None:

@@ -249,7 +249,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Run:
     trainer = Trainer(config, quiet=True)
     state_file.save(folder / "best.pt", trainer.state())
     trainer.logger.close()
-    trainer.locks.close()
+    trainer.folders.close()
     config.save(folder / "config.yaml")
     longer = Config.from_dict({**values, "model": {**values["model"], "max_seq_len": 64}})
     longer.save(folder / "long.yaml")

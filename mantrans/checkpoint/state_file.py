@@ -16,7 +16,7 @@ import stat
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from mantrans.checkpoint import plain, tensor_file
 from mantrans.checkpoint.atomic import replacing, write_all
@@ -29,8 +29,17 @@ FORMAT = "mantrans checkpoint 2"
 _ZIP = b"PK\x03\x04"
 
 
-def save(path: str | Path, state: dict[str, Any]) -> None:
+class Order(NamedTuple):
+    """Which of a run's checkpoints is newer: the greater. Neither names nor times decide."""
+
+    saves: int  # of the run until then, this one included; 0 in files from before it was counted
+    step: int
+
+
+def save(path: str | Path, state: dict[str, Any], *, saves: int = 0) -> None:
     """Write `state` to `path`; an earlier file is replaced only when all of it is on the disk.
+
+    saves: how many times the run has been saved, see `Order`; 0 if it is not counted.
 
     Tensors may be on any device and may be views; each is stored completely, under the path of keys
     that leads to it. The package safetensors can read the file too.
@@ -50,7 +59,8 @@ def save(path: str | Path, state: dict[str, Any]) -> None:
                 time.sleep(delay)
                 write_all(file, data)
 
-            tensor_file.write(put, {"format": FORMAT, "state": text}, tensors)
+            facts = {"format": FORMAT, "state": text}
+            tensor_file.write(put, facts | ({"saves": str(saves)} if saves else {}), tensors)
     except (OSError, FormatError) as error:
         raise CheckpointError(
             f"{_shown(path)}: the checkpoint could not be written ({reason(error)}); "
@@ -93,6 +103,27 @@ def load(path: str | Path) -> dict[str, Any]:
             f"{_shown(path)}: is damaged or not a checkpoint: {error}; use another one, or "
             "--resume latest, which takes the newest that is intact"
         ) from None
+
+
+def order(path: Path) -> Order | None:
+    """Where the checkpoint stands among its run's; None if the file does not say.
+
+    Only the header is read, and nothing is verified.
+    """
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            return None
+        with open(path, "rb") as file:
+            metadata = tensor_file.read_metadata(file)
+        saves = metadata.get("saves", "0")
+        if metadata.get("format") != FORMAT or not (saves.isdecimal() and len(saves) < 19):
+            return None
+        step: Any = tensor_file.parse_json(metadata["state"])
+        for name in ("progress", "step"):
+            step = step.get(name) if isinstance(step, dict) else None
+        return Order(int(saves), step if type(step) is int else 0)
+    except (OSError, KeyError, FormatError):
+        return None
 
 
 def verify(path: str | Path) -> None:

@@ -20,6 +20,7 @@ from mantrans.config.messages import NO_NAMES, Names, clash
 from mantrans.config.section import (
     Count,
     Decay,
+    FilePath,
     Prompt,
     Section,
     Share,
@@ -43,8 +44,14 @@ Dataset = Literal[
 DATASETS: tuple[str, ...] = get_args(Dataset)
 # Each pair has two ways to set the same thing: one of them on the command line replaces the other
 # in the file.
-_PAIRS = [("max_steps", "num_epochs"), ("warmup_steps", "warmup_ratio")]
+_PAIRS = [
+    ("max_steps", "num_epochs"),
+    ("warmup_steps", "warmup_ratio"),
+    ("val_path", "validation_fraction"),
+]
 _ALTERNATIVES = dict(_PAIRS) | {other: one for one, other in _PAIRS}
+# What a file says about its own dataset, and about no other.
+_OF_A_DATASET = ("subset_size", "val_subset_size", "path", "val_path", "text_field")
 
 
 class ModelConfig(Section):
@@ -103,21 +110,36 @@ class DataConfig(Section):
     val_subset_size: Count | None = setting(
         None, "documents of the validation split to use; null: all"
     )
-    path: Text | None = setting(None, "dataset local only: a .txt, .jsonl or .parquet, or a folder")
+    path: FilePath | None = setting(
+        None, "dataset local only: a .txt, .jsonl or .parquet, or a folder"
+    )
+    val_path: FilePath | None = setting(
+        None, "dataset local only: the same, to validate on; null: validation_fraction is held out"
+    )
     text_field: Text | None = setting(
         None, "field of .jsonl or .parquet rows that holds the text; null: the dataset's default"
     )
     document_separator: Literal["eot", "blank_line"] = setting(
         "eot", "separator of documents in a .txt: the text <|endoftext|>, or a blank line"
     )
-    validation_fraction: float = setting(
-        0.05, "share held out if the dataset has no validation split", gt=0.0, le=0.5
+    validation_fraction: float | None = setting(
+        None,
+        "share held out if the dataset has no validation split; null: 0.05 (not with val_path)",
+        gt=0.0,
+        le=0.5,
     )
-    cache_dir: Text = setting(".cache/tokens", "folder where token files are kept between runs")
+    cache_dir: FilePath = setting(".cache/tokens", "folder where token files are kept between runs")
     attend_across_documents: bool = setting(
         True, "a token sees the whole packed sequence; false: only its document"
     )
-    on_broken_lines: Literal["skip", "refuse"] = setting("skip", "a .jsonl line that is not JSON")
+    on_broken_lines: Literal["skip", "refuse"] = setting(
+        "skip", "a row of .jsonl or .parquet that is not JSON or UTF-8, or has no text in its field"
+    )
+
+    @property
+    def share_held_out(self) -> float:
+        """validation_fraction with its default resolved."""
+        return 0.05 if self.validation_fraction is None else self.validation_fraction
 
     @model_validator(mode="after")
     def _agree(self) -> Self:
@@ -125,6 +147,10 @@ class DataConfig(Section):
             raise clash(self, "path", "a file or folder, since {} is {}", "dataset")
         if self.dataset != "local" and self.path is not None:
             raise clash(self, "dataset", "local, since {} is given", "path")
+        if self.dataset != "local" and self.val_path is not None:
+            raise clash(self, "dataset", "local, since {} is given", "val_path")
+        if self.val_path is not None and self.validation_fraction is not None:
+            raise clash(self, "validation_fraction", "null, since {} is given", "val_path")
         return self
 
 
@@ -196,8 +222,8 @@ class TrainingConfig(Section):
     stochastic_rounding: bool = setting(
         False, "bfloat16 weights without fp32 masters, rounded stochastically"
     )
-    output_dir: Text = setting("runs", "folder of metrics, logs and samples")
-    checkpoint_dir: Text = setting("checkpoints", "folder of checkpoints")
+    output_dir: FilePath = setting("runs", "folder of metrics, logs and samples")
+    checkpoint_dir: FilePath = setting("checkpoints", "folder of checkpoints")
 
     @property
     def sequences_per_step(self) -> int:
@@ -296,7 +322,9 @@ class Config(Section):
         """Check {section: {field: value}} from `source`, changed by overrides.
 
         An override's value is read as YAML. An override of `max_steps` replaces the `num_epochs` in
-        `values` and vice versa; likewise `warmup_steps` and `warmup_ratio`.
+        `values` and vice versa; likewise `warmup_steps` and `warmup_ratio`, `val_path` and
+        `validation_fraction`. Another `dataset` than that in `values` takes the fields that
+        describe that one along: they do not apply to it unless they are overrides too.
 
         Raises:
             ConfigError: a section or field is unknown, or a value is not accepted.
@@ -352,7 +380,15 @@ def _apply(override: str, values: dict[Any, Any], sources: dict[str, str]) -> No
     if section not in values:
         values[section], sources[section] = {}, source
     if isinstance(values[section], dict):
-        other = _ALTERNATIVES.get(name)
-        if value is not None and f"{section}.{other}" not in sources:
-            values[section].pop(other, None)
+        for other in _replaced(section, name, value, values[section]):
+            if f"{section}.{other}" not in sources:
+                values[section].pop(other, None)
         values[section][name], sources[f"{section}.{name}"] = value, source
+
+
+def _replaced(section: str, name: str, value: Any, fields: dict[Any, Any]) -> tuple[str, ...]:
+    """The fields of the file that an override of `name` does away with."""
+    if (section, name) == ("data", "dataset"):
+        before = fields.get(name, DataConfig.model_fields[name].default)
+        return () if value == before else _OF_A_DATASET
+    return (_ALTERNATIVES[name],) if value is not None and name in _ALTERNATIVES else ()

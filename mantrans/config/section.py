@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import re
 from typing import Annotated, Any, get_args
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -24,10 +26,20 @@ from mantrans.config.messages import NO_NAMES, Names, refusal
 NUMERIC_TEXT = re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?")
 SMALLEST_NORMAL = 2.0**-126  # of float32; a GPU may read a smaller number as 0
 
+
+def _at_home(path: str) -> str:
+    """The path with a leading ~ as the user's home folder, as a shell would have it."""
+    expanded = os.path.expanduser(path)
+    if expanded.startswith("~"):
+        raise PydanticCustomError("home", "a known user after ~ (a file of that name is ./~...)")
+    return expanded
+
+
 Count = Annotated[int, Field(ge=1, le=10**12)]
 Size = Annotated[int, Field(ge=1, le=2**20)]
 Vocabulary = Annotated[int, Field(ge=1, le=2**24)]
 Text = Annotated[str, Field(min_length=1, max_length=4096)]
+FilePath = Annotated[Text, AfterValidator(_at_home)]
 Prompt = Annotated[str, Field(min_length=1, pattern=r"^[^\0]*$")]
 Share = Annotated[float, Field(gt=0.0, le=1.0)]
 ZScore = Annotated[float, Field(gt=0.0, le=1e6)]

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -98,7 +99,7 @@ def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
     Raises DataError if there is none, or if its files are damaged or not as the module's docstring
     says.
     """
-    name = str(name_or_path)
+    name = os.path.expanduser(name_or_path)
     if not name.strip() or "\0" in name:
         raise DataError(
             "data.tokenizer: expected a name under assets/models/tokenizers/ or a folder, "

@@ -19,7 +19,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from mantrans.checkpoint.atomic import replacing, write_all
+from mantrans.checkpoint.atomic import open_regular, replacing, write_all
 from mantrans.config import strict_yaml
 from mantrans.errors import MantransError, printable, single_line
 from mantrans.records import read_records
@@ -127,7 +127,8 @@ def _json(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        value = json.loads(path.read_bytes())
+        with open_regular(path) as file:
+            value = json.load(file)
     except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):

@@ -8,6 +8,7 @@ runs and gives the same bits.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -30,6 +31,15 @@ class StepRecord(NamedTuple):
     loss: float
     grad_norm: float
     applied: bool
+
+    @property
+    def trouble(self) -> str | None:
+        """What is not finite, if anything."""
+        if not math.isfinite(self.loss):
+            return f"nan_detected (loss {self.loss})"
+        if not math.isfinite(self.grad_norm):
+            return f"nan_gradient (gradient norm {self.grad_norm})"
+        return None
 
 
 class MicroBatch(NamedTuple):
