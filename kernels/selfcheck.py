@@ -334,8 +334,8 @@ def loss_inputs(s: Shapes, draw: Draw) -> Inputs:
 def loss(ops: Any, i: Inputs) -> Outputs:
     targets, scale, V = i["targets"], i["scale"], i["V"]
     apart, together = i["logits"].clone(), i["logits"].clone()
-    losses, lse = ops.cross_entropy_forward(apart, targets, V)
-    dlogits = ops.cross_entropy_backward(apart, targets, lse, scale, V)
+    losses, normalizer = ops.cross_entropy_forward(apart, targets, V)
+    dlogits = ops.cross_entropy_backward(apart, targets, normalizer, scale, V)
     both = ops.cross_entropy_forward_backward(together, targets, scale, V)
     projected = ops.linear_cross_entropy_forward(i["x"], i["weight"], targets, V)
     total, dx = ops.linear_cross_entropy_forward_backward(
@@ -393,7 +393,7 @@ def steps(ops: Any, i: Inputs) -> Outputs:
 def take_step(update: Callable[..., None], state: list[Any], i: Inputs, finite: bool) -> None:
     """One `sgd_update` or, if the state has moments, `adamw_update` of state in place."""
     weights, master, *moments = state
-    gradients = i["gradients"].clone()  # a backend may overwrite them
+    gradients = i["gradients"]
     rates = (i["learning_rate"], i["clip"], i["finite"] if finite else ~i["finite"])
     if not moments:
         update(weights, master, gradients, *rates, 0.1)

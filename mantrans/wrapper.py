@@ -357,18 +357,20 @@ class CustomTransformerWrapper:
         """Load what `state_dict` returned; the optimizer's part if it is of the same kind.
 
         Raises CheckpointError for a model of another shape or function, such as one with other
-        n_heads. Everything is checked before anything is changed.
+        n_heads, and TypeError for what is no state. Everything is checked before anything is
+        changed.
         """
         p = self.model.parameters
-        check_same_function(state["model_config"], self.config)
-        check_same_parameters(state["parameters"], p.by_name)
+        check_same_function(_item(state, "model_config", dict), self.config)
+        check_same_parameters(_item(state, "parameters", dict), p.by_name)
         own = {} if self.optimizer is None else self.optimizer.state()
         moments: dict[str, dict[str, Tensor]] = {}
-        if self.optimizer is not None and state["optimizer"] == self.optimizer_name:
-            moments = {key: state["optimizer_state"][key] for key in own}
+        if self.optimizer is not None and _item(state, "optimizer", str) == self.optimizer_name:
+            saved = _item(state, "optimizer_state", dict)
+            moments = {key: _item(saved, key, dict) for key in own}
             for named in moments.values():
                 check_same_parameters(named, p.by_name)
-            p.updates.fill_(_checked_count(state["optimizer_updates"]))
+            p.updates.fill_(_checked_count(_item(state, "optimizer_updates", int)))
         for name, value in state["parameters"].items():
             p.write(name, value)
         for key, named in moments.items():
@@ -407,14 +409,18 @@ class CustomTransformerWrapper:
     @classmethod
     def from_state_dict(cls, state: dict[str, Any], **keywords: Any) -> CustomTransformerWrapper:
         """The model that a `state_dict` describes; CheckpointError if its weights do not fit."""
-        config = ModelConfig.complete(dict(state["model_config"]), "CustomTransformer")
+        cls._check_keywords(keywords)
+        shape = dict(_item(state, "model_config", dict))
+        config = ModelConfig.complete(shape, "CustomTransformer")
         described = {p.name: p for p in build(config).parameters()}
-        check_same_parameters(state["parameters"], described)
+        check_same_parameters(_item(state, "parameters", dict), described)
         if "dtype" in keywords:
             device = resolve_device(keywords.get("device", "auto"))
             dtype = _name(resolve_dtype(keywords.pop("dtype"), device))
             config = config.model_copy(update={"dtype": dtype})
-        wrapper = cls.from_config(config, **{"optimizer": state["optimizer"], **keywords})
+        wrapper = cls.from_config(
+            config, **{"optimizer": _item(state, "optimizer", str), **keywords}
+        )
         wrapper.load_state_dict(state)
         return wrapper
 
@@ -586,7 +592,8 @@ def check_same_parameters(found: dict[str, Tensor], described: dict[str, Paramet
             f"checkpoint: expected the parameters of this model, got others: {len(odd)} names "
             f"differ, the first is {odd[0]}"
         )
-    for name, value in found.items():
+    for name in found:
+        value = _item(found, name, Tensor)
         if tuple(value.shape) != described[name].shape:
             raise CheckpointError(
                 f"checkpoint: {name}: expected shape {described[name].shape}, "
@@ -596,6 +603,16 @@ def check_same_parameters(found: dict[str, Tensor], described: dict[str, Paramet
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def _item(state: Any, name: str, kind: type) -> Any:
+    """An item of a state. TypeError for another kind, which `understood` says of a file."""
+    found = state.get(name) if isinstance(state, dict) else state
+    if not isinstance(found, kind):
+        raise TypeError(
+            f"{name}: expected a {kind.__name__}, as in a state_dict, got {show(found)}"
+        )
+    return found
 
 
 def _checked_count(found: Any) -> int:

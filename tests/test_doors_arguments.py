@@ -18,10 +18,12 @@ from mantrans.config import SECTIONS, Config, ModelConfig
 from mantrans.config.arguments import ADAMW, BUILD, OPTIMIZER, SAMPLING, SHAPE
 from mantrans.config.section import SMALLEST_NORMAL, kinds
 from mantrans.errors import ConfigError
+from mantrans.evaluation.evaluator import evaluate
 from mantrans.models import generation
 from mantrans.optim import SGD, AdamW
 from mantrans.optim.guards import OutlierGuard
 from mantrans.optim.schedule import scheduled_learning_rate
+from mantrans.training.trainer import Trainer
 
 V, T = 37, 12
 SIZES: dict[str, Any] = {
@@ -84,7 +86,7 @@ POSITIVE = st.floats(SMALLEST_NORMAL, 1.0) | st.floats(-126, 0).map(lambda power
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float64]),
     seed=st.integers(0, 2**64 - 1),
 )
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_sampling_cannot_fail(temperature, top_p, top_k, scale, dtype, seed) -> None:
     """Any setting that a config accepts, finite logits of any size."""
     values = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
@@ -154,6 +156,14 @@ def doors(model: CustomTransformerWrapper, folder: Path) -> dict[str, Door]:
         "generation.stream": Door(
             lambda **k: generation.stream(model.model, [[1]], **{"max_length": 5, **k}), SAMPLING
         ),
+        "Trainer": Door(
+            lambda **k: Trainer(Config(training={"max_steps": 1}), **k),
+            {"profile": int, "debug_nan": bool, "check_kernels": bool, "quiet": bool},
+        ),
+        "evaluate": Door(
+            lambda **k: evaluate(model, None, None, None, **k),
+            {"max_batches": int | None, "generate": bool, "coherence": bool},
+        ),
         "sample": Door(
             lambda **k: generation.sample(torch.zeros(1, 4), torch.Generator(), **k),
             {"temperature": float, "top_k": int | None, "top_p": float | None},
@@ -165,7 +175,7 @@ DOORS = [
     "constructor", "from_config", "from_pretrained", "from_checkpoint", "optimizer_options",
     "AdamW", "SGD", "Optimizer.step", "OutlierGuard", "schedule", "train_step",
     "accumulate_gradients", "update_parameters", "generate", "stream", "generation.stream",
-    "sample",
+    "Trainer", "evaluate", "sample",
 ]  # fmt: skip
 # Accepted by no argument at all, but None by some and a bool by some.
 WRONG: list[Any] = [
@@ -196,7 +206,7 @@ def test_a_wrong_argument_is_named(model, folder, door: str) -> None:
         wrong += [] if may_be(rule, None) else [None]
         wrong += [] if may_be(rule, bool) else [True, np.True_]
         wrong += [1.5, np.float32(1.5)] if may_be(rule, int) else []
-        if door == "schedule" and may_be(rule, int):
+        if door in ("schedule", "Trainer") and may_be(rule, int):  # no limit above
             wrong.remove(2**70)
         for value in wrong:
             with pytest.raises((ValueError, TypeError)) as refused:
@@ -354,3 +364,38 @@ def test_a_config_without_a_vocabulary_is_no_model() -> None:
     for config in (ModelConfig(), None, {}, 5):
         with pytest.raises(ConfigError, match=r"^config: expected a ModelConfig with a vocab_size"):
             CustomTransformerWrapper.from_config(config)
+
+
+def broken_states(state: dict[str, Any]) -> dict[str, Any]:
+    """Each item of a state missing or of another kind; {what is named: state}."""
+    found: dict[str, Any] = {"model_config": None}
+    for name in state:
+        found[name] = {**state, name: None}
+    moments = {**state["optimizer_state"], "exp_avg": [1.0]}
+    return found | {"exp_avg": {**state, "optimizer_state": moments}}
+
+
+def test_what_is_no_state_is_refused_and_changes_nothing() -> None:
+    model = build()
+    state, before = model.state_dict(), model.model.parameters.weights.clone()
+    for name, broken in broken_states(state).items():
+        with pytest.raises((ValueError, TypeError), match=rf"^{name}: expected .*got"):
+            model.load_state_dict(broken)
+    for name in ("model_config", "parameters", "optimizer"):
+        with pytest.raises((ValueError, TypeError), match=rf"^{name}: expected .*got"):
+            CustomTransformerWrapper.from_state_dict({**state, name: [1]}, device="cpu")
+    name, value = next(iter(state["parameters"].items()))
+    broken = {**state, "parameters": {**state["parameters"], name: value.tolist()}}
+    with pytest.raises(TypeError, match=f"^{name}: expected a Tensor"):
+        model.load_state_dict(broken)
+    assert torch.equal(model.model.parameters.weights, before)
+
+
+def test_a_model_without_gradients_says_so() -> None:
+    model = build(inference=True).model
+    for call in (
+        lambda: model.update_parameters(0.1), model.zero_gradients,
+        lambda: dict(model.named_gradients()),
+    ):  # fmt: skip
+        with pytest.raises(RuntimeError, match="expected a model with gradients, got inference"):
+            call()

@@ -153,7 +153,7 @@ RECORD = st.fixed_dictionaries(
 
 
 @given(st.lists(ANY_NUMBER, min_size=1, max_size=6), st.booleans(), st.booleans())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 def test_a_figure_of_any_numbers_is_drawn(values: list, log: bool, from_zero: bool) -> None:
     points = [(step, number(value)) for step, value in enumerate(values)]
     drawn = Figure("Loss", "", [Curve("a", points)], log=log, from_zero=from_zero)
@@ -163,7 +163,7 @@ def test_a_figure_of_any_numbers_is_drawn(values: list, log: bool, from_zero: bo
 
 @given(st.lists(RECORD, min_size=1, max_size=5), st.dictionaries(st.sampled_from(
     ["loss", "perplexity", "tokens", "bytes", "bits_per_byte"]), ANY_NUMBER))  # fmt: skip
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_a_page_of_any_numbers_is_written(tmp_path_factory, records: list, report: dict) -> None:
     folder = tmp_path_factory.mktemp("run")
     lines = "".join(json.dumps(record) + "\n" for record in records)

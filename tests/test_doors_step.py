@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 from typing import Any
 
@@ -21,8 +20,17 @@ from mantrans.wrapper import mean_scale
 V, T = 31, 8
 IDS = torch.arange(2 * T).view(2, T) % V
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
-KINDS = list(itertools.product(["native", "reference"], DTYPES, ["adamw", "sgd"], [False, True]))
-KINDS = [kind for kind in KINDS if not kind[3] or kind[1] == torch.bfloat16]
+KINDS = [  # backend, dtype, optimizer, stochastic rounding
+    ("native", torch.float32, "adamw", False),
+    ("native", torch.bfloat16, "adamw", False),
+    ("native", torch.bfloat16, "sgd", False),
+    ("native", torch.bfloat16, "adamw", True),
+    ("native", torch.float64, "sgd", False),
+    ("reference", torch.float32, "sgd", False),
+    ("reference", torch.bfloat16, "adamw", False),
+    ("reference", torch.bfloat16, "sgd", True),
+    ("reference", torch.float64, "adamw", False),
+]
 
 
 def build(backend="native", dtype=torch.float32, optimizer="adamw", stochastic=False, **more: Any):
@@ -69,6 +77,8 @@ BAD_STEPS: dict[str, dict[str, Any]] = {
 def bad_step(wrapper: CustomTransformerWrapper, bad: dict[str, Any]) -> StepOutcome:
     """The optimizer's step with these numbers; one element has the gradient given."""
     p = wrapper.model.parameters
+    wrapper.optimizer.weight_decay = bad.get("decay", 0.1)
+    p.gradients.zero_()
 
     def number(name: str) -> Tensor:
         value = bad.get(name, 1.0)
@@ -81,23 +91,18 @@ def bad_step(wrapper: CustomTransformerWrapper, bad: dict[str, Any]) -> StepOutc
     return wrapper.optimizer.step(number("loss"), number("rate"), max_grad_norm=norm)
 
 
-@pytest.mark.parametrize("bad", BAD_STEPS.values(), ids=BAD_STEPS)
 @pytest.mark.parametrize(("backend", "dtype", "optimizer", "stochastic"), KINDS)
-def test_a_step_that_is_not_finite_changes_nothing(
-    backend, dtype, optimizer, stochastic, bad: dict[str, Any]
-) -> None:
-    options = {"weight_decay": bad.get("decay", 0.1)}
-    wrapper = build(backend, dtype, optimizer, stochastic, optimizer_options=options)
-    before = everything(wrapper)
-    assert not bad_step(wrapper, bad).applied and unchanged(wrapper, before)
-
-
-@pytest.mark.parametrize("rate", [float("nan"), float("inf"), -1.0, 1e300, 100.1, -1e-9, 1e-40])
-@pytest.mark.parametrize(("backend", "dtype", "optimizer", "stochastic"), KINDS)
-def test_a_rate_that_cannot_be_is_refused_at_the_door(
-    backend, dtype, optimizer, stochastic, rate: float
-) -> None:
+def test_a_step_that_is_not_finite_changes_nothing(backend, dtype, optimizer, stochastic) -> None:
     wrapper = build(backend, dtype, optimizer, stochastic)
+    before = everything(wrapper)
+    for name, bad in BAD_STEPS.items():
+        assert not bad_step(wrapper, bad).applied and unchanged(wrapper, before), name
+    assert bad_step(wrapper, {}).applied and not unchanged(wrapper, before)
+
+
+@pytest.mark.parametrize("rate", [NAN, INF, -1.0, 1e300, 100.1, -1e-9, 1e-40])
+def test_a_rate_that_cannot_be_is_refused_at_the_door(rate: float) -> None:
+    wrapper = build()
     before = everything(wrapper)
     for call in (
         lambda: wrapper.train_step(IDS, IDS, rate),
@@ -133,19 +138,20 @@ NO_TARGETS = {
 }
 
 
-@pytest.mark.parametrize("batch", NO_TARGETS.values(), ids=NO_TARGETS)
-@pytest.mark.parametrize("micro_batches", [1, 2])
 @pytest.mark.parametrize(("backend", "dtype", "optimizer", "stochastic"), KINDS)
 def test_a_batch_without_targets_changes_nothing_and_is_logged(
-    caplog, backend, dtype, optimizer, stochastic, micro_batches: int, batch
+    caplog, backend, dtype, optimizer, stochastic
 ) -> None:
     wrapper = build(backend, dtype, optimizer, stochastic)
     before = everything(wrapper)
-    with caplog.at_level(logging.WARNING):
-        result = wrapper.train_step(*batch, micro_batches=micro_batches)
-    assert result == {"loss": 0.0, "status": "ok", "grad_norm": 0.0}
-    assert unchanged(wrapper, before) and "no label is a target" in caplog.text
-    assert not any(g.any() for _, g in wrapper.model.named_gradients())
+    for micro_batches in (1, 2):
+        for name, batch in NO_TARGETS.items():
+            caplog.clear()
+            with caplog.at_level(logging.WARNING):
+                result = wrapper.train_step(*batch, micro_batches=micro_batches)
+            assert result == {"loss": 0.0, "status": "ok", "grad_norm": 0.0}
+            assert unchanged(wrapper, before) and "no label is a target" in caplog.text, name
+            assert not any(g.any() for _, g in wrapper.model.named_gradients())
 
 
 def test_a_batch_with_one_target_is_a_step() -> None:

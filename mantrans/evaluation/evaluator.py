@@ -12,6 +12,8 @@ from collections.abc import Callable
 from itertools import cycle, islice
 from typing import TYPE_CHECKING, Any
 
+from mantrans.config import TrainingConfig
+from mantrans.config.arguments import checked, field
 from mantrans.errors import ConfigError, printable
 from mantrans.evaluation.coherence import CRITERIA, score_samples
 from mantrans.evaluation.diversity import diversity
@@ -24,9 +26,11 @@ if TYPE_CHECKING:
     from mantrans.evaluation.perplexity import Perplexity
     from mantrans.wrapper import CustomTransformerWrapper
 
+_MAX_BATCHES = field(TrainingConfig, "eval_batches")
 Sample = dict[str, str]  # {"prompt": text, "continuation": the model's text after it}
 
 
+@checked(max_batches=_MAX_BATCHES, generate=bool, coherence=bool, show_progress=bool)
 def evaluate(
     wrapper: CustomTransformerWrapper,
     tokenizer: Tokenizer,
@@ -74,6 +78,7 @@ def evaluate(
     return report
 
 
+@checked(max_batches=_MAX_BATCHES, show_progress=bool)
 def measure_stream(
     wrapper: CustomTransformerWrapper,
     tokenizer: Tokenizer,

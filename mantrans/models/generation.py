@@ -46,10 +46,12 @@ def sample(
     _refuse_broken(logits)
     if temperature == 0:
         return logits.argmax(-1)  # of several the first
+    tokens = None
+    if top_k is not None and top_k < logits.shape[-1]:  # drawing among few takes less time
+        tokens = _most_likely(logits, top_k)
+        logits = logits.gather(1, tokens)
     z = logits.double()
     z = (z - z.amax(-1, keepdim=True)) / temperature  # at most 0: no temperature overflows
-    if top_k is not None and top_k < z.shape[-1]:
-        z = z.masked_fill(~_most_likely(z, top_k), -torch.inf)
     if top_p is not None and top_p < 1:
         ordered, order = z.sort(descending=True, stable=True)
         p = ordered.softmax(-1)
@@ -58,14 +60,16 @@ def sample(
         ordered = ordered.masked_fill(likelier >= top_p - ROUNDING, -torch.inf)
         z = z.scatter(1, order, ordered)
     p = z.softmax(-1).to(wide_dtype(logits.dtype))
-    return torch.multinomial(p, 1, generator=generator)[:, 0]
+    drawn = torch.multinomial(p, 1, generator=generator)
+    return (drawn if tokens is None else tokens.gather(1, drawn))[:, 0]
 
 
-def _most_likely(z: Tensor, k: int) -> Tensor:
-    """The k largest of each row of z (B, V), exactly k: a boolean mask."""
-    smallest = z.topk(k).values[:, -1:]
-    above, equal = z > smallest, z == smallest
-    return above | (equal & (equal.cumsum(-1) <= k - above.sum(-1, keepdim=True)))
+def _most_likely(logits: Tensor, k: int) -> Tensor:
+    """The k largest of each row of logits (B, V), exactly k: their ids (B, k), in order."""
+    smallest = logits.topk(k).values[:, -1:]
+    above, equal = logits > smallest, logits == smallest
+    kept = above | (equal & (equal.cumsum(-1) <= k - above.sum(-1, keepdim=True)))
+    return kept.nonzero()[:, 1].view(-1, k)
 
 
 def _refuse_broken(logits: Tensor) -> None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mantrans.config import ModelConfig
-from mantrans.config.arguments import Rate, checked
+from mantrans.config.arguments import BUILD, Rate, checked
 from mantrans.errors import show
 from mantrans.layers import Block, KeyValueCache, LayerNorm
 from mantrans.models import build
@@ -45,6 +45,7 @@ class CustomTransformer:
         final_norm: LayerNorm.Saved
         y: Tensor  # (B,T,C) input of the output projection
 
+    @checked(recompute=BUILD["recompute"], seed=BUILD["seed"], training=bool, keep_master=bool)
     def __init__(
         self,
         config: ModelConfig,
@@ -239,18 +240,25 @@ class CustomTransformer:
 
     def named_gradients(self) -> Iterator[tuple[str, Tensor]]:
         """(name, view of the gradient), the same names and shapes as `named_parameters`."""
-        return self.parameters.named(self.parameters.gradients)
+        return self.parameters.named(self._gradients())
 
     def zero_gradients(self) -> None:
         """Call this before the first backward of a step, because every backward adds."""
-        self.parameters.gradients.zero_()
+        self._gradients().zero_()
+
+    def _gradients(self) -> Tensor:
+        """The flat buffer. RuntimeError for a model that was built without."""
+        if not self.training:
+            raise RuntimeError("gradients: expected a model with gradients, got inference=True")
+        return self.parameters.gradients
 
     @checked(learning_rate=Rate)
     def update_parameters(self, learning_rate: float) -> None:
         """Plain gradient descent: w ← w - η g. Nothing changes if a gradient is not finite."""
         p = self.parameters
-        one, rate = p.gradients.new_ones(()), p.gradients.new_tensor(learning_rate)
-        finite = (rate * self.ops.gradient_norm(p.gradients)).isfinite()
+        gradients = self._gradients()
+        one, rate = gradients.new_ones(()), gradients.new_tensor(learning_rate)
+        finite = (rate * self.ops.gradient_norm(gradients)).isfinite()
         seed = p.updates if p.low_precision() else None
-        self.ops.sgd_update(p.weights, p.master, p.gradients, rate, one, finite, 0.0, seed)
+        self.ops.sgd_update(p.weights, p.master, gradients, rate, one, finite, 0.0, seed)
         p.updates += finite

@@ -57,7 +57,7 @@ class OutlierGuard:
         self.count = torch.zeros((), dtype=torch.int64, device=device)
 
     def allows(self, loss: Tensor, grad_norm: Tensor) -> Tensor:
-        now = torch.stack([loss, grad_norm]).double()
+        now = torch.stack([loss.double(), grad_norm.double()])
         mean, std = self.values.mean(0), self.values.std(0)
         rise = (self.z_score * std).maximum(SMALLEST_RISE * mean)
         limit = mean + rise + torch.finfo(torch.float32).tiny  # a rounding above 0 is none either

@@ -21,7 +21,7 @@ from mantrans.parameters import Parameters
 class StepOutcome(NamedTuple):
     """The outcome of a step, all 0-d on the device."""
 
-    grad_norm: Tensor  # before clipping
+    grad_norm: Tensor  # float64, before clipping
     applied: Tensor  # bool: whether the weights were changed
 
 
@@ -55,6 +55,9 @@ class Optimizer:
     ) -> StepOutcome:
         """Update the weights from the gradients, unless a number of the step is not finite.
 
+        The norm and the clip factor are float64: finite gradients have a finite norm, and however
+        long they are, they are scaled down to the limit.
+
         loss, learning_rate 0-d. max_grad_norm: for this step only. has_targets 0-d bool: whether
         the loss is of any target; None: it is. If the update is refused, by the check, by one of
         `guards`, or for want of targets, weights, moments and the count stay unchanged.
@@ -67,7 +70,7 @@ class Optimizer:
             clip = (limit / (norm + 1e-6)).clamp_(max=1)  # as torch's clip_grad_norm_
         # No element of the clipped gradient is longer than all of it, which moments square and
         # rates multiply. Infinity times 0 is NaN, so norm, clip and rate are checked with it.
-        length = clip * norm
+        length = (clip * norm).to(p.wide)
         applied = (length * length).isfinite() & loss.isfinite()
         applied = applied & (learning_rate * (length + self.weight_decay)).isfinite()
         for guard in guards:

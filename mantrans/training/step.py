@@ -77,7 +77,8 @@ class TrainStep:
         self.switch = Switch(gradients.device)
         self.guards = [self.switch, *guards]
         self.learning_rate = gradients.new_zeros(())
-        self.history = gradients.new_zeros(max(history, WARM_UP_RUNS), 3)
+        shape = (max(history, WARM_UP_RUNS), 3)
+        self.history = torch.zeros(shape, dtype=torch.float64, device=gradients.device)
         self.place = torch.zeros(1, dtype=torch.int64, device=gradients.device)
         self.unread = 0
         self.capture = capture
@@ -105,7 +106,7 @@ class TrainStep:
         """The micro-batches of the source's current sequences."""
         rows = self.source.rows()
         inputs, targets = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
-        scale = mean_scale(targets, self.history.dtype)
+        scale = mean_scale(targets, self.learning_rate.dtype)
         parts = (inputs.chunk(self.micro_batches), targets.chunk(self.micro_batches))
         for x, y in zip(*parts, strict=True):
             start = None if self.end_of_text is None else document_starts(x, self.end_of_text)

@@ -17,6 +17,7 @@ from mantrans.checkpoint import state_file
 from mantrans.checkpoint.atomic import replacing, write_all
 from mantrans.checkpoint.folder import CheckpointFolder
 from mantrans.config import Config, TrainingConfig
+from mantrans.config.arguments import Steps, checked
 from mantrans.data.dataset import prepare
 from mantrans.data.loader import RULE, BatchLoader
 from mantrans.data.tokenizer import load_tokenizer
@@ -59,6 +60,14 @@ class Trainer:
     Raises MantransError (one line) for anything that a user can correct.
     """
 
+    @checked(
+        profile=Steps,
+        allow_other_data=bool,
+        evaluate_coherence=bool,
+        debug_nan=bool,
+        check_kernels=bool,
+        quiet=bool,
+    )
     def __init__(
         self,
         config: Config,

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from tools.gate.cards import CARDS, resident_programs
 from tools.gate.driver import Kernel, Launch, launches_for
 from tools.gate.memory import ShapesOnly
-from tools.gate.programs import Program
+from tools.gate.programs import Program, programs, small
 from tools.gate.rules import violations
 
 CACHE = Path(__file__).parents[2] / ".cache/gate"
@@ -102,6 +102,16 @@ def gather(capability: int, programs: Iterable[Program], cache: Path = CACHE) ->
     rows = [gathered.row(key) for key in gathered.kernels]
     broken = [f"{line} ({where})" for line, where in gathered.broken.items()]
     return Result(rows, broken, sum(gathered.counts.values()))
+
+
+def gather_all(capability: int) -> Result:
+    """What the card of a capability is launched in all."""
+    return gather(capability, programs(capability))
+
+
+def gather_small() -> Result:
+    """What one small step launches on sm_90."""
+    return gather(90, small())
 
 
 def label(kernel: Kernel) -> str:
