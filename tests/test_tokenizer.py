@@ -446,10 +446,10 @@ def test_the_parts_of_a_text_are_all_of_it_and_share_nothing() -> None:
     def read() -> list[Piece]:
         return [Piece(text[:10], False), Piece(text[10:905], False), Piece(text[905:], True)]
 
-    for fraction in (0.001, 0.1, 0.5, 0.99):
+    for fraction in (1e-9, 0.001, 0.1, 0.5, 0.99):
         kept, held = ([*part_of(read, fraction, side)] for side in (False, True))
         parts = ["".join(piece.text for piece in part) for part in (kept, held)]
-        assert "".join(parts) == text and len(parts[1]) == round(1000 * fraction)
+        assert "".join(parts) == text and len(parts[1]) == max(1, round(1000 * fraction))
     assert [*part_of(read, 0.0, False)] == read()
     assert [*part_of(lambda: [], 0.1, True)] == []
 

@@ -210,7 +210,9 @@ class TrainingConfig(Section):
     outlier_window: int = setting(128, "steps over which these are computed", ge=8, le=10**6)
     log_every: int = setting(10, "steps between lines of metrics", ge=1, le=10**5)
     eval_every: Count = setting(200, "steps between validations")
-    eval_batches: Count | None = setting(50, "batches in one validation; null: the whole set")
+    eval_batches: Count | None = setting(
+        50, "batches (evaluation.batch_size) in one validation; null: the whole set"
+    )
     save_every: Count = setting(500, "steps between checkpoints")
     keep_checkpoints: int = setting(
         3, "numbered checkpoints kept, besides latest and best", ge=0, le=10**6
@@ -283,7 +285,9 @@ class EvaluationConfig(Section):
     evaluate_coherence: bool = setting(False, "let a Claude model score the samples (needs a key)")
     coherence_model: Text = setting("claude-haiku-4-5", "the Claude model that scores")
     coherence_samples: int = setting(8, "samples to score", ge=1, le=10_000)
-    batch_size: Size = setting(16, "sequences in one batch of evaluate.py")
+    batch_size: Size | None = setting(
+        None, "sequences in a batch of validation and samples; null: training.batch_size"
+    )
 
 
 class Config(Section):
@@ -298,6 +302,12 @@ class Config(Section):
     def sequence_length(self) -> int:
         """Tokens T in one training sequence, with the default resolved."""
         return self.model.max_seq_len if self.data.max_length is None else self.data.max_length
+
+    @property
+    def evaluation_batch(self) -> int:
+        """Sequences in one batch of validation and of samples, with the default resolved."""
+        chosen = self.evaluation.batch_size
+        return self.training.batch_size if chosen is None else chosen
 
     @property
     def tokens_per_step(self) -> int:

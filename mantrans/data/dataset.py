@@ -15,7 +15,9 @@ import json
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -25,11 +27,12 @@ import filelock
 import numpy as np
 
 from mantrans import terminal
+from mantrans.data.files import kind_of
 from mantrans.data.holdout import held_out
 from mantrans.data.known import KnownFiles, content_hash
 from mantrans.data.registry import Source, Splits, find_source
 from mantrans.data.shards import ShardWriter, TokenStream
-from mantrans.data.text import Piece, ReadReport
+from mantrans.data.text import Piece, ReadReport, read_txt
 from mantrans.data.tokenizer import Tokenizer
 from mantrans.errors import DataError, single_line
 
@@ -121,6 +124,46 @@ def prepare(
     for note in () if quiet else opened.notes:
         terminal.say(f"note: {note}")
     return opened
+
+
+@contextmanager
+def tokenized(
+    path: Path, data_config: DataConfig, tokenizer: Tokenizer, *, name: str
+) -> Iterator[TokenStream]:
+    """All tokens of a file or folder, read as training would read it, in no split and no cache.
+
+    A file of a kind that is not known is plain text. name: what an error calls the path. Raises
+    DataError for text that cannot be used.
+    """
+    report, path, separator = ReadReport(), path.expanduser(), data_config.document_separator
+    notes: tuple[str, ...] = ()
+    size: int | None = None
+    if path.is_file() and kind_of(path) is None:
+        pieces = read_txt(path, separator)
+    else:
+        source = find_source(
+            "local",
+            path=path,
+            path_name=name,
+            text_field=data_config.text_field,
+            document_separator=separator,
+            on_broken_lines=data_config.on_broken_lines,
+        )
+        pieces, notes, size = source.open(report).train, source.notes, source.n_bytes
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "text.tokens"
+        writer = ShardWriter(file, tokenizer.vocab_size, {})
+        with writer, terminal.Progress(size, f"tokenizing {path.name}", "B") as bar:
+            encoder = _Encoder(tokenizer, writer, bar.update)
+            for piece in pieces:
+                encoder.add(piece)
+            encoder.flush()
+        for note in (*notes, *report.notes()):
+            terminal.say(f"note: {note}")
+        stream = TokenStream(file)
+        if not len(stream):
+            raise DataError(f"{name}: expected text, got none in {path}")
+        yield stream
 
 
 @dataclass(frozen=True)

@@ -82,7 +82,8 @@ def local_files(path: str | Path, name: str = "data.path") -> LocalFiles:
         shown = single_line(", ".join(str(link.relative_to(root)) for link in links[:3]))
         notes.append(f"linked folders were followed: {shown}{', ...' if len(links) > 3 else ''}")
     if others:
-        notes.append(f"{others:,} files in {root.name} are not {ACCEPTED}, and are not read")
+        where = single_line(str(root))
+        notes.append(f"files in {where} that are not {ACCEPTED}, and are not read: {others:,}")
     return LocalFiles(sorted(found), notes)
 
 

@@ -67,7 +67,7 @@ def _fault(raw: bytes, file: Path) -> DataError | None:
         is_utf8 = True
     except UnicodeDecodeError:
         is_utf8 = False
-    if b"\0" in raw and (encoding := _unmarked(raw, is_utf8)):
+    if (b"\0" in raw or not is_utf8) and (encoding := _unmarked(raw, is_utf8)):
         return _refusal(file, encoding, _conversion(file, encoding))
     if len(raw) >= _SHORTEST[1] and _share(raw, _CONTROLS) > _MOST_CONTROLS[is_utf8]:
         return _refusal(file, "binary data", "give its text, as UTF-8")
@@ -82,21 +82,21 @@ def _unmarked(raw: bytes, is_utf8: bool) -> str | None:
     """
     if len(raw) < _SHORTEST[0]:
         return None
-    spaces: dict[str, int] = {}
+    spaces: dict[str, tuple[int, int]] = {}  # the usual ones, and all
     for name in _UNMARKED:
         try:
             text = codecs.getincrementaldecoder(name)("strict").decode(raw)
         except UnicodeDecodeError:
             continue
-        printable = sum(c.isprintable() or c in "\t\n\r\f\v" for c in text)
+        printable = sum(c.isprintable() or c.isspace() for c in text)
         high = Counter(raw[(1 if name.endswith("LE") else 0) :: 2]).most_common(2)
         if printable < 0.95 * len(text):
             continue
         if is_utf8 and sum(count for _, count in high) < 0.9 * (len(raw) // 2):
             continue
-        spaces[name] = text.count(" ") + text.count("\n")
+        spaces[name] = text.count(" ") + text.count("\n"), sum(c.isspace() for c in text)
     best = max(spaces, key=spaces.__getitem__, default=None)
-    return best if best and spaces[best] else None
+    return best if best and any(spaces[best]) else None
 
 
 def _conversion(file: Path, encoding: str) -> str:

@@ -39,7 +39,7 @@ def part_of(
             f"one side would have no document: the last {fraction:.3g} of the text is held out, "
             "by characters"
         )
-        yield from _part_of_text(read(), length - round(length * fraction), held)
+        yield from _part_of_text(read(), length - max(1, round(length * fraction)), held)
         return
     index = 0
     for piece in read():
