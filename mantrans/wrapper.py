@@ -541,6 +541,8 @@ class CustomTransformerWrapper:
                 "input_ids: expected a tensor of token ids, or a list of prompts, each a list of "
                 f"token ids, got {show(input_ids)}"
             ) from None
+        if not tensors:
+            raise ValueError("input_ids: expected at least one prompt, got none")
         return [self._checked_ids(x, "input_ids", any_length=True)[0].tolist() for x in tensors]
 
     def _checked_labels(self, labels: Tensor, input_ids: Tensor) -> Tensor:

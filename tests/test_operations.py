@@ -155,9 +155,9 @@ class Attention(Case):
         return ops.attention_forward(qkv, self.n_heads, self.start, self.n_kv_heads)
 
     def backward(self, ops, dy, saved, qkv):
-        out, lse = saved
+        out, statistics = saved
         heads = (self.n_heads, self.start, self.n_kv_heads)
-        return [ops.attention_backward(dy, qkv, out, lse, *heads)]
+        return [ops.attention_backward(dy, qkv, out, statistics, *heads)]
 
 
 class BiasGelu(Case):
