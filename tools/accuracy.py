@@ -29,7 +29,7 @@ from mantrans.kernels.backend import choose
 from mantrans.kernels.operations import EPS, Draw, Inputs, Operation, Results, Shapes
 from mantrans.kernels.reference import widen
 
-FACTOR, FLOOR, FLOAT64 = 3, 3, 32
+FACTOR, FLOOR, FLOAT64 = 4, 4, 32
 PROMISE = (
     f"No error is larger than {FACTOR} times that of PyTorch's own operation on the same inputs in "
     f"the same dtype, or than {FLOOR} eps if that is more; in float64, on ordinary inputs, none is "
