@@ -1,4 +1,4 @@
-"""The Python blocks of the pages in docs/ run, and what the pages assert is so."""
+"""The Python blocks of the pages in docs/ run, what they assert is so, and links lead somewhere."""
 
 from __future__ import annotations
 
@@ -30,3 +30,23 @@ def test_the_index_names_functions_that_exist() -> None:
     named = {name for row in rows if row.startswith("| [") for name in re.findall(r"`(\w+)`", row)}
     assert named, "the table of docs/gradients/index.md has no functions"
     assert named <= defined
+
+
+LINK = re.compile(r"\]\((?!https?://)([^)#\s]*)(?:#([^)\s]*))?\)")
+TEXTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def anchor(heading: str) -> str:
+    """The name that GitHub and MyST give a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.strip("# ").lower()).replace(" ", "-")
+
+
+@pytest.mark.parametrize("text", TEXTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_to_files_and_headings_that_exist(text: Path) -> None:
+    source = text.read_text(encoding="utf-8")
+    for target, heading in LINK.findall(source):
+        path = (text.parent / target) if target else text
+        assert path.exists(), f"{target}: no such file"
+        if heading:
+            headings = re.findall(r"^#+ .*$", path.read_text(encoding="utf-8"), re.MULTILINE)
+            assert heading in map(anchor, headings), f"{target}#{heading}: no such heading"
