@@ -8,6 +8,7 @@ shapes and contracts are those of `reference`, which also has the formulas.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,6 +33,8 @@ __all__ = ["document_starts", "partial_rows", "sum_partials"]
 aten = torch.ops.aten
 
 CACHED_ELEMENTS = 2**18  # of a float32 temporary: 1 MB, which fits into a CPU core's L2 cache
+FEW_ROWS = 16
+HAS_ONEDNN = torch.backends.mkldnn.is_available()
 
 # ---------------------------------------------------------------------------------- embedding
 
@@ -45,14 +48,17 @@ def embedding_backward(
     dx: Tensor, tokens: Tensor, dtoken_table: Tensor, dposition_table: Tensor
 ) -> None:
     """See `reference.embedding_backward`. Deterministic: on a CPU `index_add_` adds the rows in
-    order. On CUDA it does not, so `embedding_dense_backward` is used there: it sorts the tokens,
-    but fills a whole table."""
+    order, in float64 to those of the tokens that occur. On CUDA it does not, so
+    `embedding_dense_backward` is used there: it sorts the tokens, but fills a whole table."""
     T, C = dx.shape[1:]
-    wide = dx.to(dtoken_table.dtype)
     if dx.is_cuda:
+        wide = dx.to(dtoken_table.dtype)
         dtoken_table += aten.embedding_dense_backward(wide, tokens, len(dtoken_table), -1, False)
     else:
-        dtoken_table.index_add_(0, tokens.reshape(-1), wide.reshape(-1, C))
+        wide = dx.double()
+        used, row = torch.unique(tokens, return_inverse=True)
+        sums = wide.new_zeros(len(used), C).index_add_(0, row.view(-1), wide.reshape(-1, C))
+        dtoken_table.index_add_(0, used, sums.to(dtoken_table.dtype))
     dposition_table[:T] += wide.sum(0)
 
 
@@ -60,7 +66,11 @@ def embedding_backward(
 
 
 def linear_forward(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """See `reference.linear_forward`."""
+    """See `reference.linear_forward`. Few rows, as decoding has, take the time in which the weights
+    are read: in float32 oneDNN reads large ones faster than MKL, which F.linear calls."""
+    few = x.numel() <= FEW_ROWS * x.shape[-1] and weight.numel() >= CACHED_ELEMENTS
+    if few and x.device.type == "cpu" and x.dtype == torch.float32 and HAS_ONEDNN:
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return torch.nn.functional.linear(x, weight, bias)
 
 
@@ -245,16 +255,40 @@ def decode_attention(
     n_heads: int,
     n_kv_heads: int | None = None,
 ) -> Tensor:
-    """See `reference.decode_attention`. On a CPU PyTorch's kernel serves rows of one length, the
-    usual case; it would look beyond a shorter one, at what was never written."""
-    longest = int(lengths[0]) if _flash_forward(q) else 0
-    if not longest or (lengths != longest).any():
+    """See `reference.decode_attention`. On a CPU by PyTorch's blocked kernel, in float32 where that
+    kernel is slow in q's dtype, a few rows at a time, so that the copies stay in the cache."""
+    if q.device.type != "cpu":
         return reference.decode_attention(q, k_cache, v_cache, lengths, n_heads, n_kv_heads)
-    H_kv, D = head_sizes(q.shape[1] + 2 * k_cache.shape[2], n_heads, n_kv_heads)
-    k, v = (x[:, :longest].unflatten(2, (H_kv, D)).transpose(1, 2) for x in (k_cache, v_cache))
-    group = q.view(len(q), H_kv, -1, D)
-    out, _ = aten._scaled_dot_product_flash_attention_for_cpu(group, k, v, 0.0, False)
-    return out.reshape(q.shape)
+    dtype = q.dtype if _flash_forward(q) else wide_dtype(q.dtype)
+    longest, width = int(lengths.max()), k_cache.shape[2]
+    H_kv, _ = head_sizes(q.shape[1] + 2 * width, n_heads, n_kv_heads)
+    rows = len(q) if dtype == q.dtype else max(1, CACHED_ELEMENTS // (longest * width))
+    parts = (x.split(rows) for x in (q, k_cache, v_cache, lengths))
+    outs = [_decode_rows(part, H_kv, dtype) for part in zip(*parts, strict=True)]
+    return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+
+def _decode_rows(part: tuple[Tensor, ...], H_kv: int, dtype: torch.dtype) -> Tensor:
+    """`decode_attention` of (q, k_cache, v_cache, lengths), computed in `dtype`.
+
+    PyTorch's kernel multiplies by 0 what lies beyond a shorter row, which was never written and may
+    be NaN: that is set to 0 first, in the caches themselves if they need no copy.
+    """
+    q, k_cache, v_cache, lengths = part
+    shortest, longest = (int(n) for n in lengths.aminmax())
+    k, v = (x[:, :longest].to(dtype) for x in (k_cache, v_cache))
+    mask = None
+    if shortest < longest:
+        row, beyond = (torch.arange(longest) >= lengths[:, None]).nonzero(as_tuple=True)
+        k[row, beyond] = v[row, beyond] = 0
+        mask = q.new_zeros(len(q), 1, 1, longest, dtype=dtype)
+        mask[row, 0, 0, beyond] = -torch.inf
+    k, v = (x.unflatten(2, (H_kv, -1)).transpose(1, 2) for x in (k, v))
+    group = q.to(dtype).view(len(q), H_kv, -1, k.shape[3])  # of the queries that share keys
+    out, _ = aten._scaled_dot_product_flash_attention_for_cpu(
+        group, k, v, 0.0, False, attn_mask=mask
+    )
+    return out.reshape(q.shape).to(q.dtype)
 
 
 def _flash_forward(qkv: Tensor) -> bool:
@@ -342,23 +376,26 @@ def cross_entropy_forward(
 ) -> tuple[Tensor, Tensor]:
     """See `reference.cross_entropy_forward`."""
     z = logits[:, :vocab_size].to(wide_dtype(logits.dtype))
-    lse = torch.logsumexp(z, -1)
     counted = targets != ignore_index
-    picked = z.gather(1, targets.where(counted, 0)[:, None])[:, 0]
-    return torch.where(counted, lse - picked, 0), lse
+    row = _softmax_of_others(z, targets.where(counted, 0)[:, None], torch.empty_like(z))
+    return torch.where(counted, row.losses, 0), row.normalizer
 
 
 def cross_entropy_backward(
     logits: Tensor,
     targets: Tensor,
-    lse: Tensor,
+    normalizer: Tensor,
     scale: Tensor,
     vocab_size: int,
     ignore_index: int = IGNORE_INDEX,
 ) -> Tensor:
     """See `reference.cross_entropy_backward`."""
-    p = (logits[:, :vocab_size] - lse[:, None]).exp_()
-    return _write_gradient(logits, p, targets, scale, ignore_index)
+    counted = targets != ignore_index
+    target = targets.where(counted, 0)[:, None]
+    largest, others = normalizer.split(1, dim=1)
+    e = (logits[:, :vocab_size] - largest).exp_()
+    factor = scale / (others + e.gather(1, target))
+    return _write_gradient(logits, e, target, others, factor, counted)
 
 
 def cross_entropy_forward_backward(
@@ -369,30 +406,63 @@ def cross_entropy_forward_backward(
     ignore_index: int = IGNORE_INDEX,
 ) -> Tensor:
     """See `reference.cross_entropy_forward_backward`. The probabilities are computed once, a few
-    rows at a time; lse follows from each row's largest: log Σ exp z = max z - log max p."""
+    rows at a time."""
     losses = torch.empty(len(logits), dtype=wide_dtype(logits.dtype), device=logits.device)
+    counted = targets != ignore_index
+    target = targets.where(counted, 0)[:, None]
     for rows in row_chunks(len(logits), softmax_rows(logits.shape[1])):
-        z, target = logits[rows, :vocab_size].to(losses.dtype, copy=True), targets[rows]
-        counted = target != ignore_index
-        picked = z.gather(1, target.where(counted, 0)[:, None])[:, 0]
-        largest = z.amax(-1)
-        p = aten._softmax.out(z, -1, False, out=z)
-        lse = largest - p.amax(-1).log_()
-        losses[rows] = torch.where(counted, lse - picked, 0)
-        _write_gradient(logits[rows], p, target, scale, ignore_index)
-    return losses
+        z = logits[rows, :vocab_size].to(losses.dtype, copy=True)
+        row = _softmax_of_others(z, target[rows], z)
+        losses[rows] = row.losses
+        _write_gradient(logits[rows], row.p, target[rows], row.rest, scale, counted[rows])
+    return losses.masked_fill_(~counted, 0)
+
+
+class _Softmax(NamedTuple):
+    """Rows of a softmax without the target's column, and what follows from them."""
+
+    p: Tensor  # (N, V) softmax, 0 in the target's column
+    rest: Tensor  # (N, 1) Σ p
+    losses: Tensor  # (N,)
+    normalizer: Tensor  # (N, 2) as `reference.cross_entropy_forward` describes it
+
+
+def _softmax_of_others(z: Tensor, target: Tensor, out: Tensor) -> _Softmax:
+    """The softmax of z (N, V), in `out`, which may be z. target (N, 1) lies inside the vocabulary.
+
+    The largest probability is 1 / Σ exp(z - max z), the unit of all others.
+    """
+    largest, picked = z.amax(-1, keepdim=True), z.gather(1, target)
+    p = aten._softmax.out(z, -1, False, out=out)
+    unit = p.amax(-1, keepdim=True)
+    e_target = torch.where(picked == largest, 1, p.gather(1, target) / unit)
+    rest = p.scatter_(1, target, 0).sum(-1, keepdim=True)
+    others = rest / unit
+    losses = (largest - picked) + torch.log1p(others - (1 - e_target))
+    return _Softmax(p, rest, losses[:, 0], torch.cat([largest, others], 1))
 
 
 def _write_gradient(
-    logits: Tensor, p: Tensor, targets: Tensor, scale: Tensor, ignore_index: int
+    logits: Tensor, p: Tensor, target: Tensor, rest: Tensor, factor: Tensor, counted: Tensor
 ) -> Tensor:
-    """Overwrite the logits (N, Vp) with (p - onehot) · scale; p (N, V) is overwritten too."""
-    counted = (targets != ignore_index)[:, None]
-    p.scatter_add_(1, targets[:, None].where(counted, 0), -counted.to(p.dtype))
-    p.mul_(scale * counted)
-    logits[:, : p.shape[1]] = p
-    logits[:, p.shape[1] :] = 0
-    return logits
+    """Overwrite the logits (N, Vp) with p · factor, and the target's column with -rest · factor.
+
+    p (N, V) is overwritten too; target, rest (N, 1); factor 0-d or (N, 1); counted (N,).
+    """
+    V = p.shape[1]
+    logits[:, :V] = p.scatter_(1, target, -rest).mul_(factor)
+    logits[:, V:] = 0
+    return clear_rows(logits, ~counted)
+
+
+def clear_rows(x: Tensor, which: Tensor) -> Tensor:
+    """Set rows of x (N, ...) to 0 where `which` (N,), whatever they hold: 0 · NaN is not 0.
+
+    On a CPU by index, because a mask takes as long as a softmax. A GPU is not asked how many.
+    """
+    if x.is_cuda:
+        return x.masked_fill_(which[:, None], 0)
+    return x.index_fill_(0, which.nonzero()[:, 0], 0)
 
 
 # ---------------------------------------------------------- output projection + cross-entropy
@@ -437,16 +507,17 @@ def linear_cross_entropy_forward_backward(
     chunk_rows: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See `reference.linear_cross_entropy_forward_backward`. Each chunk adds a whole (Vp, C) to
-    dweight, so chunks are long; the softmax inside works on fewer rows at a time."""
+    dweight, so chunks are long; the softmax inside works on fewer rows at a time.
+    dx begins as x without its ignored rows; each chunk overwrites what it has used up."""
     losses = torch.empty(len(x), dtype=wide_dtype(x.dtype), device=x.device)
-    dx = torch.empty_like(x)
+    dx = clear_rows(x.clone(), targets == IGNORE_INDEX)
     size = chunk_rows or CHUNK_ROWS
     workspace = x.new_empty(min(len(x), size), len(weight))
     for rows in row_chunks(len(x), size):
-        logits = torch.mm(x[rows], weight.T, out=workspace[: rows.stop - rows.start])
+        logits = torch.mm(dx[rows], weight.T, out=workspace[: rows.stop - rows.start])
         losses[rows] = cross_entropy_forward_backward(logits, targets[rows], scale, vocab_size)
+        weight_gradient(logits, dx[rows], dweight, accumulate)
         torch.mm(logits, weight, out=dx[rows])
-        weight_gradient(logits, x[rows], dweight, accumulate)
         accumulate = True
     return losses.sum() * scale, dx
 
@@ -454,9 +525,26 @@ def linear_cross_entropy_forward_backward(
 # ------------------------------------------------------------------------------- optimization
 
 
+NORM_PIECE = 256  # squares that a CPU adds in float32, a few at a time in each lane
+SMALLEST_NORM = 1e-15  # above it no square that counts was too small for float32
+
+
 def gradient_norm(gradients: Tensor) -> Tensor:
-    """See `reference.gradient_norm`."""
-    return torch.linalg.vector_norm(gradients)
+    """See `reference.gradient_norm`. On a CPU the norm of the norms of short pieces: PyTorch's own
+    adds up millions of squares in float32, and is 1% low at GPT-2's size."""
+    if gradients.is_cuda:
+        return torch.linalg.vector_norm(gradients, dtype=torch.float64)
+    whole = len(gradients) // NORM_PIECE * NORM_PIECE
+    pieces = torch.linalg.vector_norm(gradients[:whole].view(-1, NORM_PIECE), dim=1)
+    rest = torch.linalg.vector_norm(gradients[whole:])
+    norm = torch.linalg.vector_norm(torch.cat([pieces, rest[None]]), dtype=torch.float64)
+    if SMALLEST_NORM < norm < torch.inf:
+        return norm
+    parts = [reference.gradient_norm(part) for part in gradients.split(CACHED_ELEMENTS)]
+    return reference.gradient_norm(torch.stack(parts))
+
+
+CLIPPED_ELEMENTS = 2**24  # of gradients at a time on a GPU: few launches, in 64 MB
 
 
 def sgd_update(
@@ -470,9 +558,8 @@ def sgd_update(
     rounding_seed: Tensor | None = None,
     offset: int = 0,
 ) -> None:
-    """See `reference.sgd_update`, which serves float64: PyTorch's takes the clip factor in float32.
-    Scales `gradients` in place."""
-    if rounding_seed is not None or gradients.dtype == torch.float64:
+    """See `reference.sgd_update`."""
+    if rounding_seed is not None:
         reference.sgd_update(
             weights,
             master,
@@ -486,19 +573,20 @@ def sgd_update(
         )
         return
     w = weights if master is None else master
-    torch._fused_sgd_(
-        [w],
-        [gradients],
-        [],
-        weight_decay=weight_decay,
-        momentum=0.0,
-        lr=learning_rate,
-        dampening=0.0,
-        nesterov=False,
-        maximize=False,
-        is_first_step=False,
-        **_clip_and_skip(clip, finite),
-    )
+    for part, gradient, skip in _clipped(gradients, clip, finite):
+        torch._fused_sgd_(
+            [w[part]],
+            [gradient],
+            [],
+            weight_decay=weight_decay,
+            momentum=0.0,
+            lr=learning_rate,
+            dampening=0.0,
+            nesterov=False,
+            maximize=False,
+            is_first_step=False,
+            found_inf=skip,
+        )
     if master is not None:
         _round_from(master, weights, finite)
 
@@ -520,9 +608,8 @@ def adamw_update(
     rounding_seed: Tensor | None = None,
     offset: int = 0,
 ) -> None:
-    """See `reference.adamw_update`, which serves float64 as in `sgd_update`. Scales `gradients` in
-    place."""
-    if rounding_seed is not None or gradients.dtype == torch.float64:
+    """See `reference.adamw_update`."""
+    if rounding_seed is not None:
         reference.adamw_update(
             weights,
             master,
@@ -542,22 +629,23 @@ def adamw_update(
         )
         return
     w = weights if master is None else master
-    torch._fused_adamw_(
-        [w],
-        [gradients],
-        [exp_avg],
-        [exp_avg_sq],
-        [],
-        [step],
-        lr=learning_rate,
-        beta1=beta1,
-        beta2=beta2,
-        weight_decay=weight_decay,
-        eps=eps,
-        amsgrad=False,
-        maximize=False,
-        **_clip_and_skip(clip, finite),
-    )
+    for part, gradient, skip in _clipped(gradients, clip, finite):
+        torch._fused_adamw_(
+            [w[part]],
+            [gradient],
+            [exp_avg[part]],
+            [exp_avg_sq[part]],
+            [],
+            [step],
+            lr=learning_rate,
+            beta1=beta1,
+            beta2=beta2,
+            weight_decay=weight_decay,
+            eps=eps,
+            amsgrad=False,
+            maximize=False,
+            found_inf=skip,
+        )
     if master is not None:
         _round_from(master, weights, finite)
 
@@ -570,6 +658,17 @@ def _round_from(master: Tensor, weights: Tensor, finite: Tensor) -> None:
         weights.copy_(master)
 
 
-def _clip_and_skip(clip: Tensor, finite: Tensor) -> dict[str, Tensor]:
-    """PyTorch's fused optimizers divide by `grad_scale` and do nothing where `found_inf` is 1."""
-    return {"grad_scale": 1 / clip.float(), "found_inf": (~finite).float()}
+def _clipped(
+    gradients: Tensor, clip: Tensor, finite: Tensor
+) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
+    """Parts of the flat buffer, each with a clipped copy of its gradients in one small memory:
+    PyTorch's fused optimizers would write the clipped ones over the gradients. The last is what
+    makes them skip the step on a GPU; on a CPU there is nothing to update then."""
+    on_gpu = gradients.is_cuda
+    if not on_gpu and not finite:
+        return
+    size = CLIPPED_ELEMENTS if on_gpu else CACHED_ELEMENTS
+    memory = gradients.new_empty(min(len(gradients), size))
+    skip = (~finite).float() if on_gpu else None
+    for part in row_chunks(len(gradients), size):
+        yield part, torch.mul(gradients[part], clip, out=memory[: part.stop - part.start]), skip

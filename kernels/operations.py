@@ -198,7 +198,7 @@ class Linear(Operation):
 
 
 class AddLayerNorm(Operation):
-    """x = residual + branch, y = layer norm of x; backward adds the gradient that x has from what follows."""
+    """x = residual + branch, y = layer norm of x; backward adds what x gets from elsewhere."""
 
     name, dims = "add_layer_norm", ("N", "C")
     calls = ("add_layer_norm_forward", "layer_norm_backward")
@@ -432,7 +432,7 @@ class CrossEntropy(Operation):
         return {"dlogits": dlogits}
 
     def plain(self, i: Inputs) -> Results:
-        logits = i["logits"][:, : i["V"]].float()
+        logits = reference.widen(i["logits"][:, : i["V"]])
         return {"loss": F.cross_entropy(logits, i["targets"], reduction="sum")}
 
     def cost(self, s: Shapes, size: int) -> dict[str, Cost]:
@@ -479,7 +479,7 @@ class LinearCrossEntropy(Operation):
         return {"loss": loss, "dx": dx, "dweight": i["dweight"]}
 
     def plain(self, i: Inputs) -> Results:
-        logits = F.linear(i["x"], i["weight"])[:, : i["V"]].float()
+        logits = reference.widen(F.linear(i["x"], i["weight"])[:, : i["V"]])
         return {"loss": F.cross_entropy(logits, i["targets"], reduction="sum")}
 
     def cost(self, s: Shapes, size: int) -> dict[str, Cost]:
@@ -507,11 +507,7 @@ class GradientNorm(Operation):
 
 
 class Update(Operation):
-    """What the two optimizers' updates have in common.
-
-    `step of X` is a change: beside the weights a wrong change would look small. Weights with a
-    master are compared themselves, for a step is smaller than their rounding.
-    """
+    """What the two optimizers' updates have in common."""
 
     dims = ("P",)
     moments: ClassVar[tuple[str, ...]] = ()

@@ -10,7 +10,11 @@ The contract of every backward:
     that tied weights and micro-batches need no further code. These buffers are float32 (float64
     for a float64 model), whatever the dtype of the weights.
 
+The contract of every update: weights, master and moments change in place, gradients are only read.
+
 Everything is computed in float32, or in float64 for float64 inputs, and rounded once at the end.
+Sums whose length grows with the batch or the model are float64: added one after the other in
+float32, the gradients of 65,536 equal tokens are off by 6e-4.
 
 Alphabet: B batch, T sequence, C model width, H heads (H_kv of keys and of values), D head width,
 F feed-forward width, V vocabulary (Vp: padded with rows that no token uses), N = B*T rows.
@@ -65,8 +69,9 @@ def embedding_backward(
     dx (B, T, C); tokens (B, T). Adds to dtoken_table (Vp, C) and dposition_table (T_max, C).
     """
     T, C = dx.shape[1:]
-    dx = widen(dx)
-    dtoken_table.index_add_(0, tokens.reshape(-1), dx.reshape(-1, C))
+    dx = dx.double()
+    sums = torch.zeros_like(dtoken_table, dtype=dx.dtype)
+    dtoken_table += sums.index_add_(0, tokens.reshape(-1), dx.reshape(-1, C))
     dposition_table[:T] += dx.sum(0)
 
 
@@ -105,7 +110,7 @@ def linear_backward(
 
 def bias_gradient(dy: Tensor, dbias: Tensor) -> None:
     """db += Σ_rows dy.   dy (..., M). Adds to dbias (M,)."""
-    dbias += widen(dy).reshape(-1, dy.shape[-1]).sum(0)
+    dbias += dy.double().reshape(-1, dy.shape[-1]).sum(0)
 
 
 def partial_rows(device: torch.device) -> int:
@@ -119,7 +124,7 @@ def sum_partials(partials: Tensor, gradients: Tensor) -> None:
 
     For backends whose kernels run many programs at once, each adding to a separate row.
     """
-    gradients += partials.sum(0)
+    gradients += partials.double().sum(0)
     partials.zero_()
 
 
@@ -379,38 +384,53 @@ def bias_gelu_backward(
 def cross_entropy_forward(
     logits: Tensor, targets: Tensor, vocab_size: int, ignore_index: int = IGNORE_INDEX
 ) -> tuple[Tensor, Tensor]:
-    """loss_n = log Σ_v exp(z_nv) - z_n,target.
+    """loss_n = log Σ_v exp(z_nv) - z_n,target, from differences of logits alone:
+
+    m_n = max_v z_nv;  e_nv = exp(z_nv - m_n);  s_n = Σ e_nv over all v but the target;
+    loss_n = (m_n - z_n,target) + log1p(s_n - (1 - e_n,target)).
+
+    So it does not depend on what all logits of a row have in common, and a small loss keeps its
+    digits: if the target's logit is the largest, the loss is log1p(s_n).
 
     logits (N, Vp), of which the columns from vocab_size on are padding; targets (N,) int64.
-    Returns losses (N,), 0 where the target is ignore_index, and lse (N,) for the backward.
+    Returns losses (N,), 0 where the target is ignore_index, and for the backward normalizer (N, 2):
+    m_n and s_n, which mean nothing where the target is ignored.
     """
     z = widen(logits)[:, :vocab_size]
-    lse = torch.logsumexp(z, -1)
     counted = targets != ignore_index
-    picked = z.gather(1, targets.where(counted, 0)[:, None])[:, 0]
-    return torch.where(counted, lse - picked, 0), lse
+    target = targets.where(counted, 0)[:, None]
+    largest = z.amax(-1, keepdim=True)
+    e = torch.exp(z - largest)
+    others = e.scatter(1, target, 0).sum(-1, keepdim=True)
+    losses = (largest - z.gather(1, target)) + torch.log1p(others - (1 - e.gather(1, target)))
+    return torch.where(counted, losses[:, 0], 0), torch.cat([largest, others], 1)
 
 
 def cross_entropy_backward(
     logits: Tensor,
     targets: Tensor,
-    lse: Tensor,
+    normalizer: Tensor,
     scale: Tensor,
     vocab_size: int,
     ignore_index: int = IGNORE_INDEX,
 ) -> Tensor:
     """dz = (softmax(z) - onehot(target)) · scale, written over the logits.
 
-    scale: 0-d, the gradient that each row's loss receives (1 / number of targets for a mean).
-    Padded columns and ignored rows get exactly 0. Returns dlogits (N, Vp), the logits' own memory.
+    With m, s and e as above, softmax(z)_v = e_v / (s + e_target), and in the target's column
+    softmax(z) - 1 = -s / (s + e_target): minus the sum of all other columns.
+
+    normalizer (N, 2): the forward's. scale: 0-d, the gradient that each row's loss receives
+    (1 / number of targets for a mean). Padded columns and ignored rows get exactly 0, whatever
+    their logits. Returns dlogits (N, Vp), the logits' own memory.
     """
     counted = targets != ignore_index
-    dz = torch.zeros_like(logits, dtype=wide_dtype(logits.dtype))
-    dz[:, :vocab_size] = torch.exp(widen(logits)[:, :vocab_size] - lse[:, None])
-    rows = torch.arange(len(targets), device=logits.device)
-    dz[rows, targets.where(counted, 0)] -= 1
-    dz = torch.where(counted[:, None], dz * scale, 0)
-    return logits.copy_(dz)
+    target = targets.where(counted, 0)[:, None]
+    largest, others = normalizer.split(1, dim=1)
+    e = torch.exp(widen(logits)[:, :vocab_size] - largest)
+    total = others + e.gather(1, target)
+    dz = torch.zeros_like(logits, dtype=e.dtype)
+    dz[:, :vocab_size] = (e / total).scatter(1, target, -others / total)
+    return logits.copy_(torch.where(counted[:, None], dz * scale, 0))
 
 
 def cross_entropy_forward_backward(
@@ -421,8 +441,8 @@ def cross_entropy_forward_backward(
     ignore_index: int = IGNORE_INDEX,
 ) -> Tensor:
     """Both in one call, as the training step uses them: returns losses, logits become dlogits."""
-    losses, lse = cross_entropy_forward(logits, targets, vocab_size, ignore_index)
-    cross_entropy_backward(logits, targets, lse, scale, vocab_size, ignore_index)
+    losses, normalizer = cross_entropy_forward(logits, targets, vocab_size, ignore_index)
+    cross_entropy_backward(logits, targets, normalizer, scale, vocab_size, ignore_index)
     return losses
 
 
@@ -458,24 +478,33 @@ def linear_cross_entropy_forward_backward(
     """Loss and gradients of the output projection, `chunk_rows` rows of logits at a time.
 
     x (N, C); weight (Vp, C); targets (N,); scale 0-d. Adds to dweight (Vp, C); without `accumulate`
-    overwrites it. Returns the loss, scale · Σ losses (0-d), and dx (N, C).
+    overwrites it. Returns the loss, scale · Σ losses (0-d), and dx (N, C). An ignored row counts
+    for nothing, whatever x holds there: 0 · NaN must not reach dweight.
     """
     losses, dx = [], []
     size = chunk_rows or CHUNK_ROWS
+    x = x.masked_fill((targets == IGNORE_INDEX)[:, None], 0)
     for x_chunk, t_chunk in zip(x.split(size), targets.split(size), strict=True):
         logits = linear_forward(x_chunk, weight)
         losses.append(cross_entropy_forward_backward(logits, t_chunk, scale, vocab_size))
         dx.append(linear_backward(logits, x_chunk, weight, dweight, accumulate=accumulate))
         accumulate = True
-    return torch.cat(losses).sum() * scale, torch.cat(dx)
+    return (torch.cat(losses).double().sum() * scale).to(scale.dtype), torch.cat(dx)
 
 
 # ------------------------------------------------------------------------------- optimization
 
 
 def gradient_norm(gradients: Tensor) -> Tensor:
-    """√(Σ g²) over the flat buffer, 0-d. Not finite if any gradient is not."""
-    return widen(gradients).square().sum().sqrt()
+    """√(Σ g²) over the flat buffer, 0-d float64. Not finite if any gradient is not.
+
+    In float64, because the norm of finite float32 gradients can be too large for float32; and
+    scaled, as max |g| · √(Σ (g / max |g|)²), so that no square is too large or too small.
+    """
+    g = gradients.double().abs()
+    largest = torch.linalg.vector_norm(g, torch.inf)
+    scale = largest.where((largest > 0) & largest.isfinite(), 1)
+    return scale * (g / scale).square().sum().sqrt()
 
 
 def sgd_update(
@@ -498,7 +527,7 @@ def sgd_update(
     """
     w = (weights if master is None else master).to(gradients.dtype, copy=True)
     w *= 1 - learning_rate * weight_decay
-    w -= learning_rate * clip * gradients
+    w -= learning_rate * (clip * gradients)
     write_weights(w, weights, master, finite, rounding_seed, offset)
 
 

@@ -8,6 +8,7 @@ evaluate.py and config_summary.py run the first three commands.
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 import threading
@@ -17,7 +18,9 @@ from typing import Any, NoReturn
 
 from mantrans import terminal
 from mantrans.errors import MantransError, show
+from mantrans.options import integer
 
+QUICKSTART = "configs/quickstart.yaml"
 MISTAKE, INTERRUPTED, PIPE_CLOSED = 2, 128 + signal.SIGINT, 128 + signal.SIGPIPE
 
 
@@ -29,6 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ended the command at once; 141, without a message, if the reader of standard output has gone.
     """
     terminal.reserve_standard_streams()
+    terminal.escape_what_encodings_lack()
     try:
         with terminal.lossy("stderr"):
             return _status(list(sys.argv[1:] if arguments is None else arguments))
@@ -81,7 +85,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self.register("type", None, not_blank)
-        self.register("type", Path, lambda text: Path(not_blank(text)))
+        self.register("type", Path, lambda text: Path(at_home(text)))
 
     def add_subparsers(self, **options: Any) -> Any:
         """Commands of this command, each of which checks its own arguments."""
@@ -100,9 +104,18 @@ def train(arguments: list[str]) -> int:
     """train a model"""
     parser = Parser("mantrans train", description="Train a model.")
     add = parser.add_argument
-    add("--config", default="configs/quickstart.yaml", help="a YAML file")
+    add(
+        "--config",
+        type=at_home,
+        help=f"a YAML file (default: {QUICKSTART}, or the resumed run's own)",
+    )
     add_overrides(parser)
-    add("--resume", metavar="PATH", help="a checkpoint, or 'latest': the experiment's newest")
+    add(
+        "--resume",
+        type=at_home,
+        metavar="RUN",
+        help="go on with a run: its name, its folder, a checkpoint, or 'latest', the experiment's",
+    )
     add(
         "--allow-other-data",
         action="store_true",
@@ -114,16 +127,27 @@ def train(arguments: list[str]) -> int:
         action="store_true",
         help="stop at the first step that is not finite, and name the layer",
     )
-    add("--profile", type=int, default=0, metavar="N", help="profile N steps, see runs/NAME")
+    add(
+        "--profile",
+        type=integer(0, 1000),
+        default=0,
+        metavar="N",
+        help="profile N steps, see runs/NAME",
+    )
     add("--no-selfcheck", action="store_true", help="on a GPU: do not check the kernels first")
     options = parser.parse_args(arguments)
     from mantrans.config import Config
+    from mantrans.training import resume
     from mantrans.training.trainer import Trainer
 
     threading.excepthook = background_failure
     with terminal.lossy("stdout"):
+        if options.config is None and options.resume is not None:
+            config = resume.own_config(options.resume, QUICKSTART, options.overrides)
+        else:
+            config = Config.load(options.config or QUICKSTART, options.overrides)
         trainer = Trainer(
-            Config.load(options.config, options.overrides),
+            config,
             resume=options.resume,
             allow_other_data=options.allow_other_data,
             evaluate_coherence=not options.no_coherence_eval,
@@ -154,8 +178,9 @@ def evaluate(arguments: list[str]) -> int:
     add = parser.add_argument
     add("--checkpoint", type=Path, required=True, help="the model to measure")
     add("--config", type=Path, help="YAML file (default: the checkpoint's config)")
+    add("--text", type=Path, metavar="FILE", help="measure on all of this text, not on the data")
     add("--generate", action="store_true", help="write samples, and measure their diversity")
-    add("--max-batches", type=positive, metavar="N", help="stop after N batches of validation data")
+    add("--max-batches", type=integer(1), metavar="N", help="stop after N batches of validation")
     add("--json", type=Path, metavar="FILE", help="also write the report there")
     add("--device", help="auto, cpu, cuda or cuda:N; without it training.device")
     add("--no-coherence-eval", action="store_true", help="do not ask a Claude model for scores")
@@ -173,10 +198,10 @@ def summary(arguments: list[str]) -> int:
         "mantrans summary",
         description="Show the size, work and memory of a configuration before it is run.",
     )
-    parser.add_argument("config", help="a YAML file, such as configs/quickstart.yaml")
+    parser.add_argument("config", type=at_home, help="a YAML file, such as configs/quickstart.yaml")
     add_overrides(parser)
     parser.add_argument(
-        "--tokens", type=int, help="tokens in the training set, for the steps of an epoch"
+        "--tokens", type=integer(1), help="tokens in the training set, for the steps of an epoch"
     )
     options = parser.parse_args(arguments)
     from mantrans.config import Config
@@ -196,10 +221,10 @@ def generate(arguments: list[str]) -> int:
     add = parser.add_argument
     add("--checkpoint", type=Path, required=True, help="a model that train.py saved")
     add("--prompt", type=str, required=True, help="the text to continue; may be empty")
-    add("--max-length", type=positive, metavar="N", help="tokens in all, prompt included")
+    add("--max-length", type=integer(1, 2**20), metavar="N", help="tokens, prompt included")
     add("--temperature", type=float, help="below 1 safer, above 1 wilder, 0 always the most likely")
-    add("--top-k", type=positive, metavar="K", help="sample from the K most likely tokens")
-    add("--seed", type=int, help="of the sampling; another seed gives another text")
+    add("--top-k", type=integer(1, 2**24), metavar="K", help="sample from the K most likely")
+    add("--seed", type=integer(0, 2**63 - 1), help="of the sampling; another gives another text")
     add("--device", help="auto, cpu, cuda or cuda:N; without it training.device")
     options = parser.parse_args(arguments)
     from mantrans.evaluation.evaluator import printable
@@ -281,15 +306,16 @@ def add_overrides(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
+def at_home(text: str) -> str:
+    """argparse's type for the text of a path: a leading ~ is the user's home folder."""
+    path = os.path.expanduser(not_blank(text))
+    if path.startswith("~"):
+        raise argparse.ArgumentTypeError(f"expected a known user after ~, got {show(text)}")
+    return path
+
+
 def not_blank(text: str) -> str:
-    """argparse's type for every text, and for the text of a path."""
+    """argparse's type for every text."""
     if not text.strip():
         raise argparse.ArgumentTypeError(f"expected a value, got {show(text)}: an unset variable?")
     return text
-
-
-def positive(text: str) -> int:
-    """argparse's type for a count of at least 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected an integer of at least 1, got {text!r}")
-    return int(text)

@@ -14,7 +14,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
-from mantrans.checkpoint.atomic import replacing, write_all
+from mantrans.checkpoint.atomic import open_regular, replacing, write_all
 from mantrans.errors import MantransError
 
 _MAX_WAITING = 100_000
@@ -35,12 +35,14 @@ class JsonLines:
         self.trouble: str | None = None
         self._waiting: list[bytes] = []
         try:
+            if path.exists() and not path.is_file():
+                raise OSError(0, "it is not a regular file")
             if resume_step is None:
                 if path.exists() and path.stat().st_size:
                     os.replace(path, path.with_name(path.name + ".previous"))
             else:
                 _keep_until(path, resume_step)
-            self._file: FileIO = open(path, "ab", buffering=0)  # noqa: SIM115 (closed by close)
+            self._file: FileIO = open(path, "ab", buffering=0, opener=_opened)  # noqa: SIM115
             self._end = self._file.seek(0, os.SEEK_END)
         except OSError as error:
             raise MantransError(f"{path}: cannot be written ({error.strerror})") from None
@@ -71,15 +73,23 @@ class JsonLines:
 
 def read_records(path: Path) -> list[dict[str, Any]]:
     """Return the complete records of a file, without a last line cut short by a kill."""
-    records = []
-    for line in path.read_bytes().splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(record, dict):
-            records.append(record)
-    return records
+    with open_regular(path) as file:
+        parsed = [_parsed(line) for line in file]
+    return [record for record in parsed if record is not None]
+
+
+def _parsed(line: bytes) -> dict[str, Any] | None:
+    """The record in a line; None for anything else."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):  # cut short; or a hundred thousand brackets
+        return None
+    return record if isinstance(record, dict) else None
+
+
+def _opened(path: str, flags: int) -> int:
+    """Not through a link, and not waiting for the other end of a FIFO."""
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
 
 
 def _keep_until(path: Path, step: int) -> None:
@@ -88,11 +98,7 @@ def _keep_until(path: Path, step: int) -> None:
         return
     kept = []
     for line in path.read_bytes().splitlines(keepends=True):
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        at = record.get("step") if isinstance(record, dict) else None
+        at = (_parsed(line) or {}).get("step")
         if isinstance(at, int) and at <= step and line.endswith(b"\n"):
             kept.append(line)
     with replacing(path) as file:

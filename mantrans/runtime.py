@@ -32,7 +32,9 @@ def resolve_device(device: torch.device | str) -> torch.device:
         torch.empty(0, device=resolved)
         if resolved.type == "cuda" and resolved.index is not None:
             torch.cuda.set_device(resolved)  # kernels are launched on the current device
-    except (RuntimeError, AssertionError) as wrong:
+        if resolved.type not in ("cpu", "cuda"):
+            raise RuntimeError("not a CPU or a CUDA GPU")
+    except (RuntimeError, AssertionError, TypeError) as wrong:
         reason = str(wrong).splitlines()[0]
         raise ConfigError(f"device: expected one that works, got {device!r} ({reason})") from None
     return resolved

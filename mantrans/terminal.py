@@ -12,6 +12,7 @@ standard output it ends a command whose purpose is that output, and is ignored d
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import sys
 import time
@@ -76,6 +77,13 @@ def reserve_standard_streams() -> None:
             os.fstat(number)
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # the lowest free number: this one
+
+
+def escape_what_encodings_lack() -> None:
+    """Print a character that a stream's encoding lacks as \\u2192, instead of failing."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def discard_unwritten() -> None:
@@ -167,7 +175,8 @@ class Progress:
     def __enter__(self) -> Progress:
         return self
 
-    def __exit__(self, *failure: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *failure: object) -> None:
+        self.keep = self.keep and kind is None  # after a failure its message is the last line
         self.close()
 
     def _say_line(self) -> None:

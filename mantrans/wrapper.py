@@ -8,8 +8,9 @@ tokens = model.generate(input_ids, max_length=100)
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
+import inspect
+import logging
+from collections.abc import Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,8 +18,18 @@ import torch
 from torch import Tensor
 
 from mantrans.checkpoint import state_file
-from mantrans.config import ModelConfig
-from mantrans.errors import CheckpointError, ConfigError
+from mantrans.config import ModelConfig, TrainingConfig
+from mantrans.config.arguments import (
+    BUILD,
+    SAMPLING,
+    SHAPE,
+    FilePath,
+    GradNorm,
+    Rate,
+    checked,
+    field,
+)
+from mantrans.errors import CheckpointError, ConfigError, show
 from mantrans.interop import huggingface
 from mantrans.kernels import backend as backends
 from mantrans.kernels.reference import IGNORE_INDEX
@@ -28,24 +39,32 @@ from mantrans.optim import OPTIMIZERS, Optimizer
 from mantrans.parameters import Parameter
 from mantrans.runtime import resolve_device, resolve_dtype
 
+# Fields that do not change what a model's weights compute.
+_OF_NO_FUNCTION = ("dtype", "initializer_range")
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+_log = logging.getLogger(__name__)
+
 
 class CustomTransformerWrapper:
     """A decoder-only transformer with its optimizer.
 
     vocab_size, d_model, n_blocks, n_heads, d_ffn (None: 4 · d_model), max_seq_len, tie_embeddings,
         bias, layer_norm_epsilon, initializer_range: as in `mantrans.config.ModelConfig`.
-    dtype: torch.float32, torch.bfloat16, torch.float64, or "auto" (see `mantrans.runtime`).
+    dtype: torch.bfloat16, torch.float32, torch.float64, or "auto": bfloat16 where the processor
+        multiplies it, else float32, which is faster there (see `mantrans.runtime`).
     device: "cpu", "cuda", "cuda:1", or "auto" (a GPU if there is one).
     backend: "auto", "reference", "native" or "triton" (see `mantrans.kernels.backend`).
-    optimizer: "sgd" or "adamw", with `optimizer_options` as its keywords.
+    optimizer: "sgd" (the default) or "adamw", with `optimizer_options` as its keywords.
     seed: of the initial weights.
     recompute: "none", "gelu" or "block": which activations are recomputed instead of kept.
     stochastic_rounding: bfloat16 weights without float32 masters.
     inference: only weights, 2 bytes a parameter in bfloat16; no gradients, masters or optimizer.
 
-    Raises ConfigError (a ValueError): "ARGUMENT: expected X, got Y".
+    Raises ConfigError (a ValueError): "ARGUMENT: expected X, got Y". An argument has the limits of
+    the config's field of that name (docs/configuration.md); scalars of NumPy are accepted.
     """
 
+    @checked(**SHAPE, **BUILD)
     def __init__(
         self,
         vocab_size: int,
@@ -55,7 +74,7 @@ class CustomTransformerWrapper:
         d_ffn: int | None = None,
         max_seq_len: int = 256,
         *,
-        dtype: torch.dtype | str = torch.float32,
+        dtype: torch.dtype | str = torch.bfloat16,
         device: torch.device | str = "auto",
         backend: str = "auto",
         optimizer: str = "sgd",
@@ -106,6 +125,7 @@ class CustomTransformerWrapper:
         wrapper._build(config, **keywords)
         return wrapper
 
+    @checked(**BUILD)
     def _build(
         self,
         config: ModelConfig,
@@ -119,11 +139,14 @@ class CustomTransformerWrapper:
         stochastic_rounding: bool = False,
         inference: bool = False,
     ) -> None:
+        if not isinstance(config, ModelConfig) or config.vocab_size is None:
+            raise ConfigError(
+                f"config: expected a ModelConfig with a vocab_size, got {show(config)}"
+            )
         self.device = resolve_device(device)
         self.dtype = resolve_dtype(config.dtype, self.device)
         self.config = config.model_copy(update={"dtype": _name(self.dtype)})
-        if optimizer not in OPTIMIZERS:
-            raise ConfigError(f"optimizer: expected {' or '.join(OPTIMIZERS)}, got {optimizer!r}")
+        options = _checked_options(optimizer, optimizer_options)
         try:
             ops = backends.choose(backend, self.device, self.dtype)
         except ValueError as wrong:
@@ -141,9 +164,7 @@ class CustomTransformerWrapper:
         self.optimizer_name = optimizer
         self.optimizer: Optimizer | None = None
         if not inference:
-            self.optimizer = OPTIMIZERS[optimizer](
-                ops, self.model.parameters, **(optimizer_options or {})
-            )
+            self.optimizer = OPTIMIZERS[optimizer](ops, self.model.parameters, **options)
 
     # ---------------------------------------------------------------------------------- training
 
@@ -163,6 +184,11 @@ class CustomTransformerWrapper:
         losses, _ = self.model.ops.cross_entropy_forward(flat, targets, self.config.vocab_size)
         return {"logits": logits, "loss": losses.sum() * mean_scale(targets, losses.dtype)}
 
+    @checked(
+        learning_rate=Rate,
+        max_grad_norm=GradNorm,
+        micro_batches=field(TrainingConfig, "gradient_accumulation_steps"),
+    )
     def train_step(
         self,
         input_ids: Tensor,
@@ -179,16 +205,20 @@ class CustomTransformerWrapper:
             gradient is that of the whole batch, a mean over all its targets.
 
         Returns {"loss": float, "status": "ok" | "nan_detected" | "nan_gradient",
-        "grad_norm": float}. Unless the status is "ok", weights and moments are unchanged.
+        "grad_norm": float}. Weights, moments and the count of updates stay as they were unless the
+        status is "ok"; so they do if no label is a target, which is "ok" and a line in the log.
         """
         input_ids = self._checked_ids(input_ids, "input_ids")
         targets = shift(self._checked_labels(labels, input_ids))
         optimizer = self.trainable()
         loss = self.accumulate_gradients(input_ids, targets, micro_batches, overwrite=True)
         rate = torch.tensor(learning_rate, dtype=self._wide, device=self.device)
-        outcome = optimizer.step(loss, rate, max_grad_norm=max_grad_norm)
+        scale = mean_scale(targets, self._wide)
+        outcome = optimizer.step(loss, rate, max_grad_norm=max_grad_norm, has_targets=scale > 0)
         status = "ok"
-        if not outcome.applied:
+        if scale == 0:
+            _log.warning("train_step: no label is a target: nothing was updated")
+        elif not outcome.applied:
             status = "nan_gradient" if loss.isfinite() else "nan_detected"
         return {"loss": loss.item(), "status": status, "grad_norm": outcome.grad_norm.item()}
 
@@ -198,6 +228,7 @@ class CustomTransformerWrapper:
             raise RuntimeError("training: expected a model with gradients, got inference=True")
         return self.optimizer
 
+    @checked(micro_batches=field(TrainingConfig, "gradient_accumulation_steps"), overwrite=bool)
     def accumulate_gradients(
         self, tokens: Tensor, targets: Tensor, micro_batches: int = 1, overwrite: bool = False
     ) -> Tensor:
@@ -205,6 +236,7 @@ class CustomTransformerWrapper:
 
         overwrite: replace the gradients instead of adding to them.
         """
+        self.trainable()
         scale = mean_scale(targets, self._wide)
         parts = zip(tokens.chunk(micro_batches), targets.chunk(micro_batches), strict=True)
         losses = [
@@ -215,6 +247,7 @@ class CustomTransformerWrapper:
 
     # -------------------------------------------------------------------------------- generation
 
+    @checked(**SAMPLING)
     def generate(
         self,
         input_ids: Tensor | Sequence,
@@ -229,8 +262,15 @@ class CustomTransformerWrapper:
     ) -> Tensor | list[Tensor]:
         """Continue prompts by sampling (see `mantrans.models.generation`).
 
-        input_ids: (B, T) or (T,) integers, or a list of prompts of different lengths.
-        max_length includes the prompt. A row ends after eos_token_id.
+        input_ids: (B, T) or (T,) integers, or a list of prompts of different lengths. Text is
+            encoded first: `load_tokenizer(NAME).encode(text)`, from `mantrans.data.tokenizer`.
+        max_length includes the prompt.
+        eos_token_id: a row ends after this token (a tokenizer's `eot_id`). Without it every row
+            goes on to max_length, past the end of a text into the next one.
+        use_cache: False recomputes all keys and values for each token. In float32 and float64 that
+            gives the same tokens. In bfloat16 it may not, even greedily (temperature 0): products
+            of other shapes are summed in another order, so that a logit may be rounded to the next
+            of bfloat16's few values, and two tokens close to each other change places.
         Returns (B, L) int64 for a tensor, where rows that ended early are padded with eos_token_id;
         for a list, a list of 1-D tensors.
         Raises ValueError for wrong arguments, ModelError if the model's logits are not finite.
@@ -258,6 +298,7 @@ class CustomTransformerWrapper:
             [row + [filler] * (longest - len(row)) for row in rows], device=self.device
         )
 
+    @checked(**SAMPLING)
     def stream(
         self,
         input_ids: Tensor | Sequence,
@@ -277,7 +318,11 @@ class CustomTransformerWrapper:
         due and the model's logits are not finite.
         """
         prompts = self._checked_prompts(input_ids)
-        _check_sampling(max_length, temperature, top_k, top_p)
+        if eos_token_id is not None and eos_token_id >= self.model.vocab_size:
+            raise ValueError(
+                f"eos_token_id: expected below the vocabulary's {self.model.vocab_size}, "
+                f"got {eos_token_id}"
+            )
         return generation.stream(
             self.model,
             prompts,
@@ -311,27 +356,33 @@ class CustomTransformerWrapper:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Load what `state_dict` returned; the optimizer's part if it is of the same kind.
 
-        Raises CheckpointError for another shape. Everything is checked before anything is changed.
+        Raises CheckpointError for a model of another shape or function, such as one with other
+        n_heads, and TypeError for what is no state. Everything is checked before anything is
+        changed.
         """
         p = self.model.parameters
-        check_same_parameters(state["parameters"], p.by_name)
+        check_same_function(_item(state, "model_config", dict), self.config)
+        check_same_parameters(_item(state, "parameters", dict), p.by_name)
         own = {} if self.optimizer is None else self.optimizer.state()
         moments: dict[str, dict[str, Tensor]] = {}
-        if self.optimizer is not None and state["optimizer"] == self.optimizer_name:
-            moments = {key: state["optimizer_state"][key] for key in own}
+        if self.optimizer is not None and _item(state, "optimizer", str) == self.optimizer_name:
+            saved = _item(state, "optimizer_state", dict)
+            moments = {key: _item(saved, key, dict) for key in own}
             for named in moments.values():
                 check_same_parameters(named, p.by_name)
-            p.updates.fill_(_checked_count(state["optimizer_updates"]))
+            p.updates.fill_(_checked_count(_item(state, "optimizer_updates", int)))
         for name, value in state["parameters"].items():
             p.write(name, value)
         for key, named in moments.items():
             for name, value in named.items():
                 p.view(own[key], name).copy_(value)
 
+    @checked(path=FilePath)
     def save_checkpoint(self, path: str | Path, **extra: Any) -> None:
         """Write the model, its optimizer and `extra` (plain data, such as epoch=5) to one file."""
         state_file.save(path, {**self.state_dict(), "extra": extra})
 
+    @checked(path=FilePath)
     def load_checkpoint(self, path: str | Path) -> dict[str, Any]:
         """Load a checkpoint's weights and optimizer; returns its `extra`.
 
@@ -343,12 +394,14 @@ class CustomTransformerWrapper:
             return state["extra"]
 
     @classmethod
+    @checked(path=FilePath)
     def from_checkpoint(cls, path: str | Path, **keywords: Any) -> CustomTransformerWrapper:
         """The model in a checkpoint. `keywords` override device, backend, dtype, ...
 
         Raises CheckpointError for a file that is damaged, or whose weights do not fit its own
         description of the model. The model's memory is allocated only after these checks.
         """
+        cls._check_keywords(keywords)
         state = state_file.load(path)
         with state_file.understood(path):
             return cls.from_state_dict(state, **keywords)
@@ -356,33 +409,47 @@ class CustomTransformerWrapper:
     @classmethod
     def from_state_dict(cls, state: dict[str, Any], **keywords: Any) -> CustomTransformerWrapper:
         """The model that a `state_dict` describes; CheckpointError if its weights do not fit."""
-        config = ModelConfig.complete(dict(state["model_config"]), "CustomTransformer")
+        cls._check_keywords(keywords)
+        shape = dict(_item(state, "model_config", dict))
+        config = ModelConfig.complete(shape, "CustomTransformer")
         described = {p.name: p for p in build(config).parameters()}
-        check_same_parameters(state["parameters"], described)
+        check_same_parameters(_item(state, "parameters", dict), described)
         if "dtype" in keywords:
             device = resolve_device(keywords.get("device", "auto"))
             dtype = _name(resolve_dtype(keywords.pop("dtype"), device))
             config = config.model_copy(update={"dtype": dtype})
-        wrapper = cls.from_config(config, **{"optimizer": state["optimizer"], **keywords})
+        wrapper = cls.from_config(
+            config, **{"optimizer": _item(state, "optimizer", str), **keywords}
+        )
         wrapper.load_state_dict(state)
         return wrapper
 
     @classmethod
+    def _check_keywords(cls, keywords: dict[str, Any]) -> None:
+        """TypeError for a keyword that `from_config` lacks, for which the file is not to blame."""
+        known = inspect.signature(cls._build).parameters.keys() - {"self", "config"} | {"dtype"}
+        for name in keywords.keys() - known:
+            raise TypeError(f"{name}: expected one of {', '.join(sorted(known))}")
+
+    @classmethod
+    @checked(directory=FilePath)
     def from_pretrained(cls, directory: str | Path, **keywords: Any) -> CustomTransformerWrapper:
         """The model in a folder of transformers' GPT-2 format (see `mantrans.interop.huggingface`).
 
-        keywords: dtype, device, backend, optimizer, ... as for the class. The model is float32
-        unless dtype is given, whatever the file's dtype. The network's shape is the folder's.
+        keywords: dtype, device, backend, optimizer, ... as for the class: it trains with SGD unless
+        optimizer="adamw" is given. The model is float32 unless dtype is given, whatever the file's
+        dtype. The network's shape is the folder's.
 
         Raises CheckpointError for any other folder, before the model's memory is allocated.
         """
         shape = huggingface.read_shape(directory)
         weights = huggingface.Weights(directory, build(ModelConfig(**shape)).parameters())
-        wrapper = cls(**shape, **keywords)
+        wrapper = cls(**shape, **{"dtype": torch.float32, **keywords})
         for name, value in weights:
             wrapper.model.parameters.write(name, value)
         return wrapper
 
+    @checked(directory=FilePath)
     def save_pretrained(self, directory: str | Path) -> None:
         """Write the weights (the masters if there are any) in transformers' GPT-2 format.
 
@@ -392,6 +459,19 @@ class CustomTransformerWrapper:
         huggingface.save(directory, self.config, dict(p.named(p.best_weights())))
 
     # -------------------------------------------------------------------------------- information
+
+    def __repr__(self) -> str:
+        shape = self.config.model_dump(exclude=set(_OF_NO_FUNCTION))
+        shape["d_ffn"] = self.config.feed_forward_width
+        facts = {
+            **shape,
+            "parameters": f"{self.count_parameters():,}",
+            "dtype": self.config.dtype,
+            "device": self.device,
+            "backend": self.model.ops.__name__.rpartition(".")[2],
+            "optimizer": self.optimizer_name if self.optimizer else None,
+        }
+        return f"{type(self).__name__}({', '.join(f'{k}={v}' for k, v in facts.items())})"
 
     def count_parameters(self) -> int:
         """Number of parameters. Tied embeddings count once; padding does not count."""
@@ -421,7 +501,8 @@ class CustomTransformerWrapper:
 
     def _checked_ids(self, ids: Tensor, name: str, any_length: bool = False) -> Tensor:
         """(B, T) int64 on the model's device; ValueError for ids outside the vocabulary."""
-        if ids.dim() != 2 or ids.is_floating_point() or ids.numel() == 0:
+        _require_tensor(ids, name)
+        if ids.dim() != 2 or ids.dtype not in _INTEGERS or ids.numel() == 0:
             raise ValueError(
                 f"{name}: expected integers (batch, sequence), at least one, "
                 f"got shape {tuple(ids.shape)} of {ids.dtype}"
@@ -441,13 +522,31 @@ class CustomTransformerWrapper:
 
     def _checked_prompts(self, input_ids: Tensor | Sequence) -> list[list[int]]:
         """The tokens of each prompt, at least one."""
-        rows = [input_ids] if isinstance(input_ids, Tensor) and input_ids.dim() == 1 else input_ids
-        return [
-            self._checked_ids(torch.as_tensor(row)[None], "input_ids", any_length=True)[0].tolist()
-            for row in rows
-        ]
+        if isinstance(input_ids, str) or (
+            isinstance(input_ids, list | tuple) and any(isinstance(x, str) for x in input_ids)
+        ):
+            raise TypeError(
+                "input_ids: expected token ids, got text; load_tokenizer(NAME).encode(text) of "
+                "mantrans.data.tokenizer gives a prompt's ids"
+            )
+        if isinstance(input_ids, Tensor):
+            _require_tensor(input_ids, "input_ids")
+            input_ids = input_ids[None] if input_ids.dim() == 1 else input_ids
+        try:
+            if isinstance(input_ids, Mapping | Set):
+                raise TypeError("no order")
+            tensors = [torch.as_tensor(row)[None] for row in input_ids]
+        except (TypeError, ValueError, RuntimeError, OverflowError):
+            raise TypeError(
+                "input_ids: expected a tensor of token ids, or a list of prompts, each a list of "
+                f"token ids, got {show(input_ids)}"
+            ) from None
+        return [self._checked_ids(x, "input_ids", any_length=True)[0].tolist() for x in tensors]
 
     def _checked_labels(self, labels: Tensor, input_ids: Tensor) -> Tensor:
+        _require_tensor(labels, "labels")
+        if labels.dtype not in _INTEGERS:
+            raise TypeError(f"labels: expected integers, got {labels.dtype}")
         if labels.shape != input_ids.shape:
             raise ValueError(
                 f"labels: expected the shape of input_ids, {tuple(input_ids.shape)}, "
@@ -465,8 +564,24 @@ def shift(labels: Tensor) -> Tensor:
 
 
 def mean_scale(targets: Tensor, dtype: torch.dtype) -> Tensor:
-    """1 / number of targets that are not -100, 0-d: turns a sum of losses into their mean."""
-    return 1 / (targets != IGNORE_INDEX).sum().clamp(min=1).to(dtype)
+    """1 / number of targets that are not -100, 0-d: turns a sum of losses into their mean.
+
+    0 if there are none.
+    """
+    count = (targets != IGNORE_INDEX).sum().to(dtype)
+    return count.clamp(max=1) / count.clamp(min=1)
+
+
+def check_same_function(found: dict[str, Any], own: ModelConfig) -> None:
+    """Raise CheckpointError if the checkpoint's config makes another function of the weights."""
+    theirs = ModelConfig.complete(dict(found), "checkpoint")
+    for name in ModelConfig.model_fields.keys() - _OF_NO_FUNCTION:
+        attribute = "feed_forward_width" if name == "d_ffn" else name
+        expected, got = getattr(theirs, attribute), getattr(own, attribute)
+        if expected != got:
+            raise CheckpointError(
+                f"{name}: expected {show(expected)}, as in the checkpoint, got {show(got)}"
+            )
 
 
 def check_same_parameters(found: dict[str, Tensor], described: dict[str, Parameter]) -> None:
@@ -477,7 +592,8 @@ def check_same_parameters(found: dict[str, Tensor], described: dict[str, Paramet
             f"checkpoint: expected the parameters of this model, got others: {len(odd)} names "
             f"differ, the first is {odd[0]}"
         )
-    for name, value in found.items():
+    for name in found:
+        value = _item(found, name, Tensor)
         if tuple(value.shape) != described[name].shape:
             raise CheckpointError(
                 f"checkpoint: {name}: expected shape {described[name].shape}, "
@@ -489,20 +605,43 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def _item(state: Any, name: str, kind: type) -> Any:
+    """An item of a state. TypeError for another kind, which `understood` says of a file."""
+    found = state.get(name) if isinstance(state, dict) else state
+    if not isinstance(found, kind):
+        raise TypeError(
+            f"{name}: expected a {kind.__name__}, as in a state_dict, got {show(found)}"
+        )
+    return found
+
+
 def _checked_count(found: Any) -> int:
     if type(found) is not int or found < 0:
         raise CheckpointError(f"optimizer_updates: expected a count of steps, got {found!r:.20}")
     return found
 
 
-def _check_sampling(
-    max_length: int, temperature: float, top_k: int | None, top_p: float | None
-) -> None:
-    if max_length < 1:
-        raise ValueError(f"max_length: expected at least 1, got {max_length}")
-    if not 0 <= temperature < math.inf:
-        raise ValueError(f"temperature: expected a number of at least 0, got {temperature}")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k: expected at least 1 or None, got {top_k}")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p: expected above 0 and at most 1, or None, got {top_p}")
+def _checked_options(optimizer: str, options: dict[str, Any] | None) -> dict[str, Any]:
+    """The optimizer's keywords; their values are checked by its class."""
+    known = [
+        name
+        for name, parameter in inspect.signature(OPTIMIZERS[optimizer]).parameters.items()
+        if parameter.kind is parameter.KEYWORD_ONLY
+    ]
+    options = {} if options is None else options
+    unknown = options.keys() - known if isinstance(options, dict) else [options]
+    for name in unknown:
+        found = name if isinstance(name, str) else show(name)
+        raise ConfigError(
+            f"optimizer_options: expected a dict of {', '.join(known)} for {optimizer}, got {found}"
+        )
+    return options
+
+
+def _require_tensor(value: Any, name: str) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a tensor of token ids, got {show(value)}")
+    if value.layout != torch.strided or value.is_meta:
+        raise TypeError(
+            f"{name}: expected a dense tensor with data, got {value.layout} on {value.device}"
+        )

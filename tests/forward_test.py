@@ -12,7 +12,13 @@ from mantrans import CustomTransformerWrapper
 def main() -> None:
     V, B, T = 4096, 4, 64
     model = CustomTransformerWrapper(
-        vocab_size=V, d_model=128, n_blocks=3, n_heads=4, d_ffn=512, max_seq_len=128
+        vocab_size=V,
+        d_model=128,
+        n_blocks=3,
+        n_heads=4,
+        d_ffn=512,
+        max_seq_len=128,
+        dtype=torch.float32,
     )
     ids = torch.randint(0, V, (B, T))
     print("\n".join(f"{key:20} {value}" for key, value in model.get_model_info().items()))

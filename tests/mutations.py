@@ -184,9 +184,30 @@ MUTATIONS = (
     Mutation(
         "the target's column lacks its -1",
         "cross_entropy",
-        "* LOG2_E) - 1.0) * scale",
-        "* LOG2_E)) * scale",
+        "dz_target = -s * factor",
+        "dz_target = exponential(z_target - m) * factor",
         "cross_entropy",
+    ),
+    Mutation(
+        "large logits are rounded before their difference is taken",
+        "cross_entropy",
+        "exponential(z - new_max[:, None])",
+        "tl.exp2(z * LOG2_E - (new_max * LOG2_E)[:, None])",
+        "edges_loss",
+    ),
+    Mutation(
+        "the loss of a sure token loses its digits",
+        "cross_entropy",
+        "tl.where(y == 1.0, x, tl.log(y) * (x / (y - 1.0)))",
+        "tl.log(y)",
+        "edges_loss",
+    ),
+    Mutation(
+        "a row's running maximum starts above the lowest logits",
+        "cross_entropy",
+        "LOWEST = tl.constexpr(-3.4028234663852886e38)",
+        "LOWEST = tl.constexpr(-1e38)",
+        "edges_loss",
     ),
     Mutation(
         "a token's last reader is left out",
@@ -229,6 +250,13 @@ MUTATIONS = (
         "(hash32(index, seed) & 0xFFFF)",
         "0x8000",
         "optimizers",
+    ),
+    Mutation(
+        "the gradient norm squares in float32",
+        "gradient_norm",
+        "other=0.0).to(tl.float64)",
+        "other=0.0)",
+        "edges_loss",
     ),
     Mutation(
         "the gradient norm leaves out the last element",

@@ -107,8 +107,6 @@ def test_unknown_names_are_answered_with_the_nearest() -> None:
         ("training__experiment_name", "a/b", "a letter or digit, then"),
         ("training__experiment_name", "latest.pt", "not ending in .pt"),
         ("training__experiment_name", "a\n", "a letter or digit, then"),
-        ("data__tokenizer", "../secret", "without '..'"),
-        ("data__tokenizer", "a/../../b", "without '..'"),
         ("data__cache_dir", "a\0b", "one line of text"),
         ("training__device", "tpu", "auto, cpu, cuda or cuda:N"),
         ("evaluation__generation_prompts", "Once", "a list of texts"),
@@ -135,6 +133,77 @@ def test_a_wrong_value_is_named_with_what_is_accepted(
     message = refusal(VALID, **{field: value})
     assert message.startswith("c.yaml: ") and accepted in message
     assert field.split("__")[1] in message or "n_heads" in message
+
+
+LOCAL = {"dataset": "local", "path": "a.txt"}
+
+
+def test_a_validation_text_and_a_share_held_out_exclude_each_other(tmp_path: Path) -> None:
+    assert Config.from_dict({**VALID, "data": LOCAL}).data.share_held_out == 0.05
+    own = {**VALID, "data": {**LOCAL, "val_path": "b.txt"}}
+    assert Config.from_dict(Config.from_dict(own).to_dict()).data.val_path == "b.txt"
+    both = "validation_fraction: expected null, since data.val_path is given, got 0.1"
+    assert both in refusal(own, data__validation_fraction=0.1)
+    assert "dataset: expected local, since data.val_path is given" in refusal(
+        VALID, data__val_path="b.txt"
+    )
+    share = {**VALID, "data": {**LOCAL, "validation_fraction": 0.2}}
+    data = Config.from_dict(share, "c.yaml", ["data.val_path=b.txt"]).data
+    assert (data.val_path, data.validation_fraction) == ("b.txt", None)
+    data = Config.from_dict(own, "c.yaml", ["data.validation_fraction=0.3"]).data
+    assert (data.val_path, data.validation_fraction) == (None, 0.3)
+    with pytest.raises(ConfigError, match="validation_fraction: expected null"):
+        Config.from_dict(share, "c.yaml", ["data.val_path=b", "data.validation_fraction=0.3"])
+
+
+OF_ITS_SET = {"subset_size": 80, "val_subset_size": 4, "text_field": "body"}
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_ones_own_text_is_used_whole_under_any_shipped_configuration(path: Path) -> None:
+    sets = ["data.dataset=local", "data.path=a.txt"]
+    data = Config.load(path, sets).data
+    assert (data.subset_size, data.val_subset_size, data.text_field) == (None, None, None)
+    for wanted in (["data.subset_size=7", *sets], [*sets, "data.subset_size=7"]):
+        data = Config.load(path, wanted).data
+        assert (data.subset_size, data.val_subset_size, data.path) == (7, None, "a.txt")
+
+
+def test_what_a_file_says_of_its_dataset_holds_for_that_one_alone() -> None:
+    own = {**VALID, "data": {**LOCAL, **OF_ITS_SET, "val_path": "v.txt", "max_length": 32}}
+    for sets in ([], ["data.dataset=local"], ["data.path=b.txt"], ["training.seed=3"]):
+        data = Config.from_dict(own, "c.yaml", sets).data.model_dump()
+        assert OF_ITS_SET.items() <= data.items()
+    data = Config.from_dict(own, "c.yaml", ["data.dataset=tinystories"]).data
+    assert data == Config.from_dict({**VALID, "data": {"dataset": "tinystories"}}).data.model_copy(
+        update={"max_length": 32}
+    )
+    unnamed = {**VALID, "data": {"subset_size": 80}}  # of the default dataset
+    for name, size in (("builtin-stories", 80), ("tinystories", None)):
+        assert Config.from_dict(unnamed, "", [f"data.dataset={name}"]).data.subset_size == size
+
+
+@pytest.mark.parametrize(
+    "field",
+    ["data.path", "data.val_path", "data.cache_dir", "training.output_dir",
+     "training.checkpoint_dir"],
+)  # fmt: skip
+def test_a_tilde_is_the_home_folder_in_every_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, field: str
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    section, name = field.split(".")
+    values = {**VALID, "data": dict(LOCAL)}
+    values[section] = {**values[section], name: "~/x"}
+    for config in (
+        Config.from_dict(values),
+        Config.from_dict({**VALID, "data": LOCAL}, "", [f"{field}=~/x"]),
+    ):
+        assert getattr(getattr(config, section), name) == str(tmp_path / "x")
+        assert Config.from_dict(config.to_dict()) == config
+    values[section][name] = "~nobody-of-this-name/x"
+    with pytest.raises(ConfigError, match=r"expected a known user after ~ .*, got ~nobody"):
+        Config.from_dict(values)
 
 
 def test_a_network_alone_is_checked_under_the_names_of_its_source() -> None:
@@ -255,12 +324,12 @@ def test_a_broken_file_is_refused_in_one_line(
 ) -> None:
     path = tmp_path / "c.yaml"
     path.write_bytes(content)
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(ConfigError) as caught:
         Config.load(path)
     assert expected in str(caught.value)
     assert str(path) in str(caught.value) and str(caught.value).isprintable()
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
 
 
 def test_what_is_not_a_readable_file_is_refused(tmp_path: Path) -> None:
@@ -287,12 +356,12 @@ def test_an_alias_bomb_ends_at_once_and_in_little_memory(tmp_path: Path) -> None
     path = tmp_path / "c.yaml"
     path.write_text(bomb)
     tracemalloc.start()
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(ConfigError, match="anchors and aliases"):
         Config.load(path)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert time.perf_counter() - start < 1 and peak < 4 << 20
+    assert time.process_time() - start < 1 and peak < 4 << 20
 
 
 SCALARS = st.one_of(

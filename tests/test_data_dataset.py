@@ -20,7 +20,8 @@ import pytest
 
 from mantrans.config import DataConfig
 from mantrans.data import dataset, registry, shards, stories
-from mantrans.data.dataset import TokenDataset, held_out, prepare
+from mantrans.data.dataset import TokenDataset, prepare
+from mantrans.data.holdout import held_out
 from mantrans.data.known import KnownFiles
 from mantrans.data.registry import find_source
 from mantrans.data.shards import ShardWriter, TokenStream
@@ -149,8 +150,9 @@ def test_broken_lines_are_reported(
     config = local(tmp_path / "a.jsonl")
     for _ in range(2):  # written, and from the cache
         data = prepare(config, tokenizer, cache_dir=tmp_path / "cache")
-        assert data.report == "30 broken lines skipped; the first: not JSON (a.jsonl, line 2)"
-    assert capsys.readouterr().err.count("30 broken lines skipped") == 1
+        said = "30 of 60 rows skipped; the first: not JSON (a.jsonl, line 2)"
+        assert data.notes == (said,)
+        assert capsys.readouterr().err.count(f"note: {said}\n") == 1
     config = local(tmp_path / "a.jsonl", on_broken_lines="refuse")
     with pytest.raises(DataError, match=r"a\.jsonl, line 2: not JSON"):
         prepare(config, tokenizer, cache_dir=tmp_path / "cache", quiet=True)
@@ -202,6 +204,124 @@ def test_a_progress_bar_is_shown_unless_quiet(
     assert "tokenizing local-a" in capsys.readouterr().err
     prepare(local(file), tokenizer, cache_dir=tmp_path / "two", quiet=True)
     assert capsys.readouterr() == ("", "")
+
+
+# --- how much of the text is used --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", ["txt", "jsonl", "parquet"])
+@pytest.mark.parametrize("own_validation", [False, True])
+def test_what_is_used_of_how_much_is_known_at_each_start(
+    tmp_path: Path, tokenizer: Tokenizer, suffix: str, own_validation: bool
+) -> None:
+    def written(name: str, stories: list[str]) -> str:
+        file = tmp_path / f"{name}.{suffix}"
+        if suffix == "txt":
+            file.write_text(END.join(stories))
+        elif suffix == "jsonl":
+            file.write_text("\n".join(json.dumps({"text": story}) for story in stories))
+        else:
+            pytest.importorskip("datasets").Dataset.from_dict({"text": stories}).to_parquet(file)
+        return str(file)
+
+    stories = [f"Number {i}: a naïve fox." for i in range(100)]
+    n_bytes = sum(len(story.encode()) for story in stories)
+    path = written("a", stories)
+    changes: dict[str, Any] = {"validation_fraction": 0.2}
+    if own_validation:
+        path = written("a", stories[:70])
+        changes = {"val_path": written("b", stories[70:])}
+    for _ in range(2):  # written, and from the cache
+        data = prepare(local(Path(path), **changes), tokenizer, cache_dir=tmp_path, quiet=True)
+        assert (data.documents, data.bytes) == (100, n_bytes)
+        assert data.usage() == f"all 100 documents, {n_bytes:,} bytes"
+        part = local(Path(path), **changes, subset_size=20, val_subset_size=3)
+        part_used = prepare(part, tokenizer, cache_dir=tmp_path, quiet=True)
+        assert (part_used.documents, part_used.bytes) == (100, n_bytes)
+        used = part_used.train.n_bytes + part_used.validation.n_bytes
+        assert part_used.usage() == f"23 of 100 documents, {used} of {n_bytes:,} bytes"
+
+
+def test_a_fault_in_unused_text_only_leaves_it_uncounted(
+    tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    file = numbered(tmp_path / "a.txt", 20_000)
+    with file.open("ab") as stream:
+        stream.write(b"\xff")
+    with pytest.raises(DataError, match="expected UTF-8"):
+        prepare(local(file), tokenizer, cache_dir=tmp_path / "cache", quiet=True)
+    few = local(file, subset_size=10, val_subset_size=2)
+    data = prepare(few, tokenizer, cache_dir=tmp_path / "cache", quiet=True)
+    assert data.usage().startswith("12 of more documents, ")
+
+
+def test_builtin_stories_say_how_many_there_are(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    config = DataConfig(subset_size=60, val_subset_size=8)
+    data = prepare(config, tokenizer, cache_dir=tmp_path, quiet=True)
+    assert data.usage().startswith(f"68 of {stories.COUNT:,} documents, ")
+
+
+# --- a text to validate on ---------------------------------------------------------------------
+
+
+def test_a_validation_text_of_ones_own(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    train, held = numbered(tmp_path / "a.txt", 60), tmp_path / "held"
+    held.mkdir()
+    (held / "b.txt").write_text("held out one" + END + "held out two")
+    (held / "c.jsonl").write_text('{"text": "held out three"}')
+    options = {"cache_dir": tmp_path / "cache", "quiet": True}
+    data = prepare(local(train, val_path=str(held)), tokenizer, **options)
+    assert texts(data.train, tokenizer) == [f"This is story {i}." for i in range(60)]
+    assert texts(data.validation, tokenizer) == [f"held out {n}" for n in ("one", "two", "three")]
+    first = prepare(local(train, val_path=str(held), val_subset_size=1), tokenizer, **options)
+    assert texts(first.validation, tokenizer) == ["held out one"]
+    (held / "b.txt").write_text("other")
+    other = prepare(local(train, val_path=str(held)), tokenizer, **options)
+    assert texts(other.validation, tokenizer)[0] == "other"
+    swapped = prepare(local(held, val_path=str(train)), tokenizer, **options)
+    assert swapped.train.checksum == other.validation.checksum
+    one = prepare(local(train, val_path=str(held / "c.jsonl")), tokenizer, **options)
+    assert one.validation.n_documents == 1 and one.train.n_documents == 60
+
+
+def test_files_to_validate_on_are_never_trained_on(
+    tmp_path: Path, tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "texts"
+    (folder / "held").mkdir(parents=True)
+    (folder / "a.txt").write_text("the text to train on")
+    (folder / "held" / "b.txt").write_text("the text to validate on")
+    (tmp_path / "link.txt").symlink_to(folder / "held" / "b.txt")
+    for val_path in (folder / "held", folder / "held" / "b.txt", tmp_path / "link.txt"):
+        data = prepare(
+            local(folder, val_path=str(val_path)), tokenizer, cache_dir=tmp_path / "cache"
+        )
+        assert texts(data.train, tokenizer) == ["the text to train on"]
+        assert texts(data.validation, tokenizer) == ["the text to validate on"]
+        assert "1 of 2 files of data.path are also in data.val_path" in capsys.readouterr().err
+    for path in (folder / "held", tmp_path / "link.txt"):
+        config = local(path, val_path=str(folder))
+        with pytest.raises(DataError, match=r"data\.val_path: expected other files than all of"):
+            prepare(config, tokenizer, cache_dir=tmp_path / "cache", quiet=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "raw", "message"),
+    [
+        ("none.txt", None, r"data\.val_path: expected a file .* got no such path"),
+        ("a.csv", b"x", r"data\.val_path: expected a file"),
+        ("a.txt", b" \n", "local-train, to validate on: expected a document"),
+        ("a.txt", "held".encode("utf-16"), "expected UTF-8 text, got UTF-16"),
+    ],
+)
+def test_a_validation_text_that_is_none_is_one_line(
+    tmp_path: Path, tokenizer: Tokenizer, name: str, raw: bytes | None, message: str
+) -> None:
+    if raw is not None:
+        (tmp_path / name).write_bytes(raw)
+    config = local(numbered(tmp_path / "train.txt", 30), val_path=str(tmp_path / name))
+    with pytest.raises(DataError, match=message):
+        prepare(config, tokenizer, cache_dir=tmp_path / "cache", quiet=True)
 
 
 # --- the cache ---------------------------------------------------------------------------------
@@ -310,6 +430,18 @@ def test_a_file_that_has_just_changed_is_not_known_yet(tmp_path: Path) -> None:
     file.unlink()
     with pytest.raises(FileNotFoundError):
         hashed()
+
+
+def test_a_cache_of_an_earlier_format_is_written_anew(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = local(numbered(tmp_path / "a.txt", 100))
+    monkeypatch.setattr(dataset, "FORMAT", 1)
+    old = prepare(config, tokenizer, cache_dir=tmp_path / "cache", quiet=True)
+    monkeypatch.undo()
+    new = prepare(config, tokenizer, cache_dir=tmp_path / "cache", quiet=True)
+    assert new.train.path.parent != old.train.path.parent
+    assert new.identity == old.identity and new.documents == 100
 
 
 def test_a_damaged_cache_says_what_to_do(tmp_path: Path, tokenizer: Tokenizer) -> None:

@@ -75,7 +75,7 @@ def test_a_loss_of_another_validation_text_is_not_the_best(tmp_path: Path, begun
     config = local(tmp_path, max_steps=4)
     trainer = Trainer(config, resume="latest", quiet=True, allow_other_data=True)
     assert (trainer.progress.step, trainer.progress.best_loss) == (2, float("inf"))
-    trainer.locks.close()
+    trainer.folders.close()
 
 
 def test_the_same_tokens_under_another_name_are_the_same(tmp_path: Path, begun: Config) -> None:
@@ -84,7 +84,7 @@ def test_the_same_tokens_under_another_name_are_the_same(tmp_path: Path, begun: 
     config = local(tmp_path, data={"path": str(tmp_path / "moved" / "other.txt")}, max_steps=3)
     trainer = Trainer(config, resume="latest", quiet=True)
     assert trainer.progress.step == 2 and trainer.loader.rule == RULE
-    trainer.locks.close()
+    trainer.folders.close()
 
 
 @pytest.mark.parametrize("length", ["max_steps", "num_epochs"])
@@ -109,7 +109,7 @@ def test_a_run_begun_before_there_was_a_record_goes_on_with_its_batches(
     assert latest(tmp_path)["data"]["batches"] == 1
     again = Trainer(config, resume="latest", quiet=True)
     assert again.loader.rule == 1
-    again.locks.close()
+    again.folders.close()
 
 
 @pytest.mark.parametrize("changes", [{"batches": 3}, {"batches": "x"}, {"train": 4}, {"train": {}}])
@@ -144,4 +144,4 @@ def test_a_schedule_longer_than_the_epochs_is_refused(
         with pytest.raises(ConfigError, match=message):
             Trainer(config, quiet=True)
     config = local(tmp_path, max_steps=None, num_epochs=100, **changes)
-    Trainer(config, quiet=True).locks.close()
+    Trainer(config, quiet=True).folders.close()

@@ -15,7 +15,8 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from mantrans.data import text
-from mantrans.data.text import Piece, ReadReport, local_files, pieces_of, read_files, read_jsonl
+from mantrans.data.files import local_files
+from mantrans.data.text import Piece, ReadReport, pieces_of, read_files, read_jsonl
 from mantrans.data.tokenizer import load_tokenizer
 from mantrans.errors import DataError
 
@@ -38,13 +39,20 @@ def documents(pieces: list[Piece]) -> list[str]:
 def in_memory(raw: str, separator: str) -> list[str]:
     """What the documents are, read the simple way."""
     plain = raw.removeprefix("\ufeff").replace("\r\n", "\n")
-    pattern = re.escape("<|endoftext|>") if separator == "eot" else r"\n[ \t]*\n\s*"
-    return [part.strip() for part in re.split(pattern, plain) if part.strip()]
+    parts = plain.split("<|endoftext|>") if separator == "eot" else [""]
+    if separator == "blank_line":
+        for line in re.findall(r"[^\n\r\v\f\x85\u2028\u2029]*.?", plain, re.DOTALL):
+            if line.strip():
+                parts[-1] += line
+            else:
+                parts.append("")
+    return [part.strip() for part in parts if part.strip()]
 
 
 PARTS = st.lists(
     st.sampled_from(["a", "word", " ", "\n", "\r\n", "\r", "\t", "\n\n", "<|endoftext|>"])
     | st.sampled_from(["<|endof", "text|>", "<", "\u00e9", "\u6f22", "\U0001f600", "\0", "\ufeff"])
+    | st.sampled_from(["\f", "\v", "\x85", "\u2028", "\u2029", "\xa0", "\u3000", "\x1c", "\u200b"])
     | st.text(max_size=3),
     max_size=40,
 )
@@ -114,7 +122,6 @@ def test_unusual_text_files(tmp_path: Path, raw: bytes, expected: list[str]) -> 
 @pytest.mark.parametrize(
     ("raw", "place"),
     [
-        (b"\xff\xfea\0", 0),  # UTF-16
         (b"caf\xe9 au lait", 3),  # Latin-1
         (b"\xef\xbb\xbfab\x80", 5),
         (b"a" * 2999 + b"\xe6\xbc", 2999),  # a character cut off by the end of the file
@@ -133,6 +140,37 @@ def test_text_that_is_not_utf8_is_refused_with_its_place(
             DataError, match=rf"a\.txt: expected UTF-8, got 0x.. at byte {place};.*iconv"
         ):
             list(text.read_txt(file))
+
+
+BLANKS = ["", "   ", "\t", "\xa0", "\xa0 \u2003\t", "\f", "\u3000", "\x1c"]
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r", "\x85", "\u2028", "\u2029", "\v", "\f"])
+@pytest.mark.parametrize("blank", BLANKS, ids=ascii)
+def test_a_blank_line_is_unicodes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: str, blank: str
+) -> None:
+    """Whatever ends its lines and whatever white space is in it."""
+    stories = [f"Story {i} says{end}what happened." for i in range(20)]
+    file = tmp_path / "a.txt"
+    file.write_bytes(f"{end}{blank}{end}".join(stories).encode())
+    expected = [story.replace("\r\n", "\n") for story in stories]
+    for chunk in (1, 7, 2**18):
+        monkeypatch.setattr(text, "_CHUNK", chunk)
+        assert documents([*text.read_txt(file, "blank_line")]) == expected
+    assert len(documents([*text.read_txt(file, "eot")])) == 1
+
+
+@pytest.mark.parametrize("space", ["\r", "\xa0", "\u2028", "\u3000"], ids=ascii)
+def test_long_text_without_plain_spaces_is_not_cut_inside_a_blank_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, space: str
+) -> None:
+    monkeypatch.setattr(text, "PIECE", 50)
+    story = space.join(["fox"] * 12)
+    for chunk in range(20, 80):
+        monkeypatch.setattr(text, "_CHUNK", chunk)
+        (tmp_path / "a.txt").write_bytes("\r\r".join([story] * 9).encode())
+        assert documents([*text.read_txt(tmp_path / "a.txt", "blank_line")]) == [story] * 9
 
 
 # --- JSON lines --------------------------------------------------------------------------------
@@ -158,17 +196,34 @@ def test_broken_lines_are_counted_or_refused(tmp_path: Path, line: bytes) -> Non
     file.write_bytes(b'\xef\xbb\xbf{"text": "one"}\r\n\n' + line + b'\n{"text": " two "}\n' + line)
     report = ReadReport()
     assert documents([*read_jsonl(file, "text", False, report)]) == ["one", "two"]
-    assert report.broken_lines == 2
-    assert BROKEN[line] in str(report)
-    assert "(a.jsonl, line 3)" in str(report)
+    assert report.broken == 2
+    assert report.notes() == [f"2 of 4 rows skipped; the first: {report.first_broken}"]
+    assert BROKEN[line] in report.first_broken and "(a.jsonl, line 3)" in report.first_broken
     with pytest.raises(DataError, match=r"a\.jsonl, line 3: .*on_broken_lines"):
         list(read_jsonl(file, "text", True, ReadReport()))
+
+
+@pytest.mark.parametrize("end", [b"\n", b"\r\n", b"\r"])
+def test_any_end_of_line_ends_a_line_of_json(tmp_path: Path, end: bytes) -> None:
+    (tmp_path / "a.jsonl").write_bytes(end.join([b'{"text": "a\xe2\x80\xa8b"}', b"", b"{"] * 9))
+    report = ReadReport()
+    assert documents([*read_jsonl(tmp_path / "a.jsonl", "text", False, report)]) == ["a\u2028b"] * 9
+    assert (report.rows, report.broken) == (18, 9) and "line 3" in report.first_broken
+
+
+def test_rows_without_text_are_counted(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(
+        '{"text": "one"}\n{"text": " "}\n{"text": ""}\n{"text": null}'
+    )
+    report = ReadReport()
+    assert documents([*read_jsonl(tmp_path / "a.jsonl", "text", False, report)]) == ["one"]
+    assert (report.rows, report.broken, report.empty) == (4, 1, 2)
 
 
 def test_a_file_of_broken_lines_only_says_what_fields_there_are(tmp_path: Path) -> None:
     file = tmp_path / "a.jsonl"
     file.write_text('{"story": "one"}\n' * 3)
-    with pytest.raises(DataError, match=r"none of its 3 lines can be used.*'text', only 'story'"):
+    with pytest.raises(DataError, match=r"none of its lines can be used.*'text', only 'story'"):
         list(read_jsonl(file, "text", False, ReadReport()))
     assert documents([*read_jsonl(file, "story", False, ReadReport())]) == ["one"] * 3
 
@@ -182,7 +237,7 @@ def test_an_endless_line_is_broken_but_not_read_whole(
     file.write_text(f'{{"text": "one"}}\n{long}\n{{"text": "two"}}\n{long}')
     report = ReadReport()
     assert documents([*read_jsonl(file, "text", False, report)]) == ["one", "two"]
-    assert report.broken_lines == 2
+    assert report.broken == 2
 
 
 def test_a_text_in_json_may_hold_anything(tmp_path: Path) -> None:
@@ -195,7 +250,7 @@ def test_a_text_in_json_may_hold_anything(tmp_path: Path) -> None:
 # --- Parquet, folders --------------------------------------------------------------------------
 
 
-def test_parquet_is_read_through_datasets(tmp_path: Path) -> None:
+def test_parquet_gives_its_column_of_text(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
     file = tmp_path / "a.parquet"
     datasets.Dataset.from_dict({"text": ["one", " ", None, "two"], "n": [1, 2, 3, 4]}).to_parquet(
@@ -203,7 +258,7 @@ def test_parquet_is_read_through_datasets(tmp_path: Path) -> None:
     )
     assert documents([*read_files([file], "eot", "text", False, ReadReport())]) == ["one", "two"]
     with pytest.raises(
-        DataError, match=r"expected a column .body., got text, n; set data\.text_field"
+        DataError, match=r"expected one column .body., got text, n; set data\.text_field"
     ):
         list(read_files([file], "eot", "body", False, ReadReport()))
     file.write_bytes(file.read_bytes()[:-20])
@@ -217,7 +272,7 @@ def test_a_folder_is_read_in_order_at_any_depth(tmp_path: Path) -> None:
     (tmp_path / ".hidden").mkdir()
     for name in ("c.txt", "a.jsonl", "b/z.TXT", "b/notes.md", ".hidden/x.txt"):
         (tmp_path / name).write_text('{"text": "json"}' if name.endswith("l") else name)
-    files = local_files(tmp_path)
+    files, _ = local_files(tmp_path)
     assert [str(file.relative_to(tmp_path)) for file in files] == ["a.jsonl", "b/z.TXT", "c.txt"]
     found = documents([*read_files(files, "eot", "text", True, ReadReport())])
     assert found == ["json", "b/z.TXT", "c.txt"]
@@ -226,7 +281,7 @@ def test_a_folder_is_read_in_order_at_any_depth(tmp_path: Path) -> None:
 def test_paths_that_cannot_be_text_are_one_line(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("a")
     with pytest.raises(
-        DataError, match=r"expected a file \.txt, \.jsonl, \.parquet or a folder, got .*\.csv"
+        DataError, match=r"expected a file \.txt, .* or \.parquet, or a folder, got .*\.csv"
     ):
         local_files(tmp_path / "a.csv")
     with pytest.raises(DataError, match="expected a folder with"):
@@ -248,7 +303,8 @@ MEASURE = """
 
     config = SimpleNamespace(
         dataset="local", path=sys.argv[1], text_field=None, document_separator=sys.argv[3],
-        on_broken_lines="skip", subset_size=None, val_subset_size=None, validation_fraction=0.01,
+        on_broken_lines="skip", subset_size=None, val_subset_size=None, share_held_out=0.01,
+        val_path=None,
     )
     tokenizer = load_tokenizer("tinystories_bpe_4096")
     tokenizer.encode("warm up " * 1000)

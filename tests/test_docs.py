@@ -26,7 +26,9 @@ def test_page_runs(page: Path) -> None:
 
 def test_the_index_names_functions_that_exist() -> None:
     defined = set(FUNCTION.findall((ROOT / "kernels" / "reference.py").read_text()))
-    rows = [line for line in (ROOT / "docs/gradients/index.md").read_text().splitlines() if "](" in line]
+    rows = [
+        line for line in (ROOT / "docs/gradients/index.md").read_text().splitlines() if "](" in line
+    ]
     named = {name for row in rows if row.startswith("| [") for name in re.findall(r"`(\w+)`", row)}
     assert named, "the table of docs/gradients/index.md has no functions"
     assert named <= defined

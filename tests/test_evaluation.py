@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -30,6 +32,7 @@ from mantrans.evaluation.evaluator import (
     printable,
 )
 from mantrans.evaluation.perplexity import Perplexity, batches, measure
+from mantrans.inference.text import prompt_tokens
 from mantrans.kernels.reference import IGNORE_INDEX, document_starts
 from mantrans.training.trainer import Trainer
 from mantrans.wrapper import CustomTransformerWrapper
@@ -249,7 +252,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Run:
     trainer = Trainer(config, quiet=True)
     state_file.save(folder / "best.pt", trainer.state())
     trainer.logger.close()
-    trainer.locks.close()
+    trainer.folders.close()
     config.save(folder / "config.yaml")
     longer = Config.from_dict({**values, "model": {**values["model"], "max_seq_len": 64}})
     longer.save(folder / "long.yaml")
@@ -439,16 +442,126 @@ def test_missing_key_is_said_once_and_the_rest_goes_on(
     wanted = ["--generate", "--set", "evaluation.evaluate_coherence=true"]
     wanted += ["--set", "evaluation.coherence_samples=4", "--max-batches", "1"]
     assert command(trained, *wanted) == 0
-    printed = capsys.readouterr().out
-    assert printed.count("coherence not scored") == 1 and printed.count("[Tom had]") == 2
+    printed = capsys.readouterr()
+    assert printed.err.count("coherence not scored") == 1 and printed.out.count("[Tom had]") == 2
     assert command(trained, *wanted, "--no-coherence-eval") == 0
-    assert "coherence" not in capsys.readouterr().out
+    assert "coherence" not in "".join(capsys.readouterr())
+
+
+# ---------------------------------------------------- a text of one's own, and no data at all
+
+STORY = "Mia found a blue cup.\r\nShe put it – gently – on the table.\n\n  And left.\n"
+
+
+@pytest.fixture
+def without_data(trained: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
+    """The same checkpoint where neither the training text nor its tokens are left."""
+    state = state_file.load(trained.checkpoint)
+    state["config"]["data"] |= {"path": str(tmp_path / "gone.txt"), "cache_dir": str(tmp_path)}
+    state_file.save(tmp_path / "alone.pt", state)
+    return trained._replace(folder=tmp_path, checkpoint=tmp_path / "alone.pt")
+
+
+def written(folder: Path, name: str) -> Path:
+    """STORY and two short documents in a file of that name."""
+    file = folder / name
+    rows = "".join(json.dumps({"text": t}) + "\n" for t in (STORY, "One.", "Two."))
+    text = rows if ".jsonl" in name else "<|endoftext|>".join((STORY, "One.", "Two."))
+    content = text.encode()
+    file.write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    return file
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.txt.gz", "a.jsonl.gz", "README.md", "a"])
+def test_a_text_of_ones_own_is_measured_whole_and_needs_no_data(
+    without_data: Run, capsys: pytest.CaptureFixture[str], name: str
+):
+    file, report = written(without_data.folder, name), without_data.folder / "report.json"
+    before = sorted(without_data.folder.rglob("*"))
+    assert command(without_data, "--text", str(file), "--json", str(report)) == 0
+    printed, found = capsys.readouterr().out, json.loads(report.read_text())
+    texts = [t.strip().replace("\r\n", "\n" if ".jsonl" not in name else "\r\n")
+             for t in (STORY, "One.", "Two.")]  # fmt: skip
+    tokenizer = without_data.tokenizer
+    tokens = [i for text in texts for i in [*tokenizer.encode(text), tokenizer.eot_id]]
+    assert found["bytes"] == sum(len(text.encode()) for text in texts)
+    assert found["tokens"] == len(tokens) and found["dataset"] == str(file)
+    expected = measure(
+        without_data.wrapper.model, np.array(tokens), tokenizer.token_bytes, length=16,
+        batch_size=1, end_of_text=tokenizer.eot_id,
+    )  # fmt: skip
+    assert found["loss"] == pytest.approx(expected.loss, rel=1e-12)
+    assert f"{expected.bits_per_byte:.4f}" in printed
+    assert sorted(without_data.folder.rglob("*")) == sorted([*before, report])  # nothing is cached
+
+
+def test_samples_need_no_data(without_data: Run, capsys: pytest.CaptureFixture[str]):
+    assert command(without_data) == 2
+    assert "data.path: expected a file" in capsys.readouterr().err
+    report = without_data.folder / "report.json"
+    assert command(without_data, "--generate", "--json", str(report)) == 0
+    printed = capsys.readouterr()
+    assert printed.out.count("[Tom had]") == 1 and "loss" not in printed.out
+    (line,) = printed.err.splitlines()
+    assert line.startswith("note: samples only, no loss: data.path: expected a file")
+    found = json.loads(report.read_text())
+    assert len(found["samples"]) == 3 and "loss" not in found
+    generate = ["generate", "--checkpoint", str(without_data.checkpoint), "--prompt", "Tom"]
+    assert main(generate) == 0 and capsys.readouterr().out.startswith("Tom")
+
+
+@pytest.mark.parametrize("kind", ["absent", "empty", "blank", "folder", "binary", "latin"])
+def test_a_text_that_cannot_be_measured_is_refused_in_a_line(
+    without_data: Run, capsys: pytest.CaptureFixture[str], kind: str
+):
+    file = without_data.folder / "text"
+    contents = {"empty": b"", "blank": b" \n\n", "binary": b"\x89PNG\0", "latin": b"caf\xe9 " * 9}
+    if kind in contents:
+        file.write_bytes(contents[kind])
+    elif kind == "folder":
+        file.mkdir()
+    for options in ([], ["--generate"]):
+        assert command(without_data, "--text", str(file), *options) == 2
+        line = capsys.readouterr().err.splitlines()[-1]
+        assert line.startswith("error: ") and str(file) in line and "expected" in line
+
+
+def test_a_prompt_without_room_is_said(trained: Run, capsys: pytest.CaptureFixture[str]):
+    """The report is the same, with a line about it."""
+    prompts = trained.config.evaluation.generation_prompts
+    longest = max(map(len, prompt_tokens(trained.tokenizer, trained.config, prompts)))
+    for limit, empty in ((longest + 1, 0), (longest, 1), (1, 3)):
+        setting = f"evaluation.max_generation_length={limit}"
+        assert command(trained, "--generate", "--set", setting, "--max-batches", "1") == 0
+        said = capsys.readouterr().err
+        assert (f"{empty} of 3 samples are empty" in said) == bool(empty), said
+        assert (f"more than the {longest} tokens of the longest prompt, got {limit}" in said) == (
+            empty > 0
+        )
+
+
+def test_validation_batches_follow_the_training_batch_unless_told(trained: Run):
+    def sizes(**batches: int) -> set[int]:
+        values = trained.config.to_dict()
+        values["evaluation"]["batch_size"] = batches.get("evaluation")
+        values["training"]["batch_size"] = batches["training"]
+        config = Config.from_dict(values)
+        model, seen = trained.wrapper.model, set()
+        watched = SimpleNamespace(
+            config=trained.wrapper.config, device="cpu", model=SimpleNamespace(
+                losses=lambda x, y, s: seen.add(len(x)) or model.losses(x, y, s)),
+        )  # fmt: skip
+        measure_stream(watched, trained.tokenizer, trained.data.validation, config, max_batches=2)
+        return seen
+
+    assert sizes(training=2) == {2} and sizes(training=5) == {5}
+    assert sizes(training=5, evaluation=3) == {3}
 
 
 WRONG = {
     "tokenizer": (["--set", "data.tokenizer={}/other"], ["'other' (320", "'small' (300"]),
     "field": (["--set", "evaluation.temprature=1"], ["evaluation.temperature"]),
-    "count": (["--max-batches", "0"], ["--max-batches", "at least 1"]),
+    "count": (["--max-batches", "0"], ["--max-batches", "from 1 to"]),
     "option": (["--generat0r"], ["--generat0r"]),
     "config": (["--config", "{}/none.yaml"], ["none.yaml"]),
     "json": (["--json", "{}/none/report.json", "--max-batches", "1"], ["--json", "none"]),

@@ -19,7 +19,7 @@ from mantrans.errors import ConfigError
 from mantrans.kernels import native
 from mantrans.kernels.triton.cross_entropy import chunk_rows_within
 from mantrans.models.transformer import CustomTransformer
-from mantrans.training import flops, memory, trainer
+from mantrans.training import flops, memory
 
 GPT2 = ModelConfig(d_model=768, n_blocks=12, n_heads=12, max_seq_len=1024, vocab_size=50257)
 SMALL = ModelConfig(
@@ -344,15 +344,15 @@ def test_memory_that_the_model_holds_already_counts_as_free(
     """A resumed run asks again when its model is on the GPU: the answer stays the same."""
     config = configured(GPT2, batch_size=16, backend="triton")
     total = int(memory.predict(config, torch.bfloat16, "cuda").total * 1.05)
-    monkeypatch.setattr(trainer, "resolve_device", lambda _: torch.device("cuda"))
-    monkeypatch.setattr(trainer, "resolve_dtype", lambda *_: torch.bfloat16)
+    monkeypatch.setattr(memory, "resolve_device", lambda _: torch.device("cuda"))
+    monkeypatch.setattr(memory, "resolve_dtype", lambda *_: torch.bfloat16)
     answers = []
     for held in (0, total // 2):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _, h=held: (total - h, total))
         monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _, h=held: h)
-        answers.append(trainer.require_memory(config, 50257, None).bytes)
+        answers.append(memory.require_memory(config, 50257, None).bytes)
     assert answers[0] == answers[1]
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (total // 2, total))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 0)  # another process holds it
     with pytest.raises(ConfigError, match=r"expected a step that fits into the .* GiB of cuda"):
-        trainer.require_memory(config, 50257, None)
+        memory.require_memory(config, 50257, None)

@@ -106,6 +106,15 @@ def test_violations_follow_the_shared_memory_of_each_card(capability: int) -> No
     assert "shared memory" in complaints(larger, capability)[0]
 
 
+def test_violations_allow_few_spills_where_kernels_were_not_measured() -> None:
+    code = CODE._replace(hgmma=0, hmma=8, stack=64, local=9)
+    elsewhere = LAUNCH._replace(kernel=KERNEL._replace(shared=0, code=code))
+    odd_lengths = KERNEL._replace(multiples={}, code=CODE._replace(stack=64, local=9))
+    assert complaints(elsewhere, 120) == complaints(LAUNCH._replace(kernel=odd_lengths)) == []
+    more = KERNEL._replace(shared=0, code=code._replace(stack=65))
+    assert "at most 64 bytes, got a stack of 65" in complaints(LAUNCH._replace(kernel=more), 120)[0]
+
+
 def test_violations_allow_narrow_heads_single_warps() -> None:
     narrow = KERNEL._replace(constants={"D": 32}, code=CODE._replace(hgmma=0, hmma=8))
     assert complaints(LAUNCH._replace(kernel=narrow)) == []
@@ -239,17 +248,15 @@ launch.GRID_LIMITS = (2**31 - 1,) * 3
 now = attention.launch
 def as_it_was(kernel, grid, *arguments, **constants):
     if kernel is attention.delta_kernel:
-        now(kernel, grid[::-1] if TURNED else grid, *arguments, **constants)
+        now(kernel, grid[::-1], *arguments, **constants)
 attention.launch = as_it_was
 programs = [p for p in at_the_edge() if p.name.startswith("attention ")]
 print(*gather(90, programs).broken, sep="\\n")
 """
 
 
-@pytest.mark.parametrize("turned", [True, False])
-def test_the_fault_that_a_gpu_showed_is_found_without_one(turned: bool) -> None:
-    result = run("-c", AS_IT_WAS.replace("TURNED", str(turned)))
+def test_the_fault_that_a_gpu_showed_is_found_without_one() -> None:
+    result = run("-c", AS_IT_WAS)
     assert result.returncode == 0, result.stderr
     found = "grid: expected 1 to (2147483647, 65535, 65535) programs, got (2, 65600, 1)"
-    assert (found in result.stdout) == turned
-    assert bool(result.stdout.strip()) == turned
+    assert result.stdout.count(found) == 2  # with documents and without

@@ -42,7 +42,7 @@ IDS = torch.randint(0, SHAPE["vocab_size"], (3, 13), generator=torch.Generator()
 def build(**options: Any) -> CustomTransformerWrapper:
     """A model with weights, biases and norms large enough that every one of them matters."""
     generator = torch.Generator().manual_seed(0)
-    ours = CustomTransformerWrapper(**{**SHAPE, "device": "cpu", **options})
+    ours = CustomTransformerWrapper(**{**SHAPE, "dtype": torch.float32, "device": "cpu", **options})
     for name, parameter in list(ours.model.named_parameters()):
         base = 1.0 if "norm" in name and name.endswith("weight") else 0.0
         value = base + 0.2 * torch.randn(parameter.shape, generator=generator)

@@ -239,8 +239,8 @@ def test_cross_entropy_equals_autograd(N: int, V: int, padding: int, ignored: st
     scale = torch.tensor(0.3, dtype=torch.float64)
     (expected.sum() * scale).backward()
 
-    losses, lse = reference.cross_entropy_forward(logits, targets, V)
-    dlogits = reference.cross_entropy_backward(logits, targets, lse, scale, V)
+    losses, normalizer = reference.cross_entropy_forward(logits, targets, V)
+    dlogits = reference.cross_entropy_backward(logits, targets, normalizer, scale, V)
     assert dlogits.data_ptr() == logits.data_ptr()
     assert_close(losses, expected.detach(), 1e-12, "losses")
     assert_close(dlogits, leaf.grad, 1e-12, "dlogits")
@@ -254,17 +254,18 @@ def test_native_cross_entropy_equals_reference(dtype: torch.dtype, ignored: str)
     logits, targets = logits_and_targets(21, V, 84, dtype, ignored)
     scale = torch.tensor(1 / 21, dtype=acc(dtype))
     expected = logits.clone()
-    losses, lse = reference.cross_entropy_forward(logits, targets, V)
-    reference.cross_entropy_backward(expected, targets, lse, scale, V)
+    losses, normalizer = reference.cross_entropy_forward(logits, targets, V)
+    reference.cross_entropy_backward(expected, targets, normalizer, scale, V)
 
     both, second = logits.clone(), logits.clone()
     tolerance = NATIVE[dtype]
     assert_close(native.cross_entropy_forward_backward(both, targets, scale, V), losses, tolerance)
     assert_close(both, expected, tolerance, "dlogits in one")
-    native_losses, native_lse = native.cross_entropy_forward(logits, targets, V)
+    native_losses, native_normalizer = native.cross_entropy_forward(logits, targets, V)
     assert_close(native_losses, losses, tolerance, "losses")
-    assert_close(native_lse, lse, tolerance, "lse")
-    native.cross_entropy_backward(second, targets, native_lse, scale, V)
+    counted = targets != -100
+    assert_close(native_normalizer[counted], normalizer[counted], tolerance, "normalizer")
+    native.cross_entropy_backward(second, targets, native_normalizer, scale, V)
     assert_close(second, expected, tolerance, "dlogits in two")
     assert (both[:, V:] == 0).all() and (both[targets == -100] == 0).all()
 
@@ -329,6 +330,37 @@ def test_decode_attention_is_the_last_row_of_attention(
     expected = torch.stack([out[b, n - 1] for b, n in enumerate(lengths)])
     actual = ops.decode_attention(last, k_cache, v_cache, torch.tensor(lengths), H, H_kv)
     assert_close(actual, expected, 1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("lengths", [[400] * 5, [400, 1, 399, 256, 17], [3, 2, 3, 1, 1]], ids=str)
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 30.0])
+def test_native_decoding_is_as_exact_as_the_reference_and_does_not_go_by_it(
+    dtype: torch.dtype, lengths: list[int], scale: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At 400 positions the float32 copies are made in two parts, some with equal rows."""
+    T, H, H_kv, D = 400, 8, 4, 64
+    q, k, v = (scale * randn(5, *s, dtype=dtype) for s in ((H * D,), (T, H_kv * D), (T, H_kv * D)))
+    lengths = torch.tensor(lengths)
+    for cache in (k, v):
+        cache[torch.arange(T) >= lengths[:, None]] = math.nan
+    exact = reference.decode_attention(q.double(), k.double(), v.double(), lengths, H, H_kv)
+    bound = 2 * (reference.decode_attention(q, k, v, lengths, H, H_kv) - exact).abs().max()
+    monkeypatch.delattr(reference, "decode_attention")
+    found = native.decode_attention(q, k, v, lengths, H, H_kv)
+    assert found.dtype == dtype and found.shape == q.shape
+    assert (found - exact).abs().max() <= bound
+
+
+@pytest.mark.parametrize("rows", [(1,), (8,), (2, 3)], ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+def test_few_float32_rows_and_a_large_weight_give_the_same_product(rows, bias: bool) -> None:
+    x, weight, b = randn(*rows, 520), randn(700, 520), randn(700) if bias else None
+    expected = reference.linear_forward(x, weight, b)
+    narrow = [None if t is None else t.float() for t in (x, weight, b)]
+    assert_close(native.linear_forward(*narrow), expected, 1e-5)
+    strided = narrow[0].mT.contiguous().mT  # a transposed view
+    assert_close(native.linear_forward(strided, *narrow[1:]), expected, 1e-5)
 
 
 def test_document_starts() -> None:

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -296,7 +297,9 @@ def test_other_runs_are_drawn_beside_it(tmp_path: Path) -> None:
     output = tmp_path / "both.html"
     write_page(one, output, [other])
     found = Page(output.read_text(encoding="utf-8"))
-    assert found.text.count("one") >= 3 and "other2.5000202.00002k" in found.text
+    for row in ("one\nother", "best validation loss3.50002.5000", "at step2020",
+                "last training loss3.00002.0000", "tokens2k2k"):  # fmt: skip
+        assert row.replace("\n", "") in found.text.replace("\n", ""), row
     colors = [path["class"] for path in found.all("path")]
     assert colors[:2] == ["c0", "c1"] and not (one / "report.html").exists()
     assert [dot["class"] for dot in found.all("circle")] == ["c0", "c1"]
@@ -304,6 +307,81 @@ def test_other_runs_are_drawn_beside_it(tmp_path: Path) -> None:
     namesake = make_run(tmp_path / "elsewhere" / "one", losses=[1.0])
     write_page(one, output, [namesake])
     assert str(namesake) in Page(output.read_text(encoding="utf-8")).text
+
+
+def measured_run(folder: Path, bits: list[float], **changes: Any) -> Path:
+    """A run with a config and validations; changes: fields of `data`, `training` or `model`."""
+    config = Config.from_dict({"training": {"max_steps": 40, "experiment_name": folder.name}})
+    values = config.to_dict()
+    for name, value in changes.items():
+        section = next(s for s in ("data", "training", "model") if name in values[s])
+        values[section][name] = value
+    make_run(folder, losses=[4.0, 3.0])
+    Config.from_dict(values).save(folder / "config.yaml")
+    with (folder / "metrics.jsonl").open("a") as file:
+        for i, value in enumerate(bits, 1):
+            file.write(json.dumps({"step": 10 * i, "bits_per_byte": value}) + "\n")
+    return folder
+
+
+def rows_of(content: str) -> dict[str, list[str]]:
+    """The table of a comparison."""
+    table = content[content.index('<table class="wide">') :].partition("</table>")[0]
+    rows = [re.findall(r"<t[hd]>(.*?)</t[hd]>", line) for line in table.split("<tr>")[2:]]
+    return {name: values for name, *values in rows}
+
+
+def test_runs_of_several_tokenizers_are_compared_by_bits_per_byte(tmp_path: Path) -> None:
+    one = measured_run(tmp_path / "one", [2.5, 1.5])
+    own = {"dataset": "local", "path": "texts/mine.txt", "tokenizer": "mine"}
+    other = measured_run(tmp_path / "other", [2.0, 1.25], batch_size=4, n_blocks=2, **own)
+    content = write_page(one, tmp_path / "both.html", [other]).read_text(encoding="utf-8")
+    assert "Bits per byte" in content and "which is not the same for all" in content
+    assert "nats per token" not in content and "tokenizers differ" in content
+    rows = rows_of(content)
+    assert rows["best bits per byte"] == ["1.5000", "1.2500"]
+    assert rows["dataset"] == ["builtin-stories", "local mine.txt"]
+    assert rows["tokenizer"] == ["tinystories_bpe_4096", "mine"]
+    assert [batch.split()[0] for batch in rows["batch"]] == ["16", "4"]
+    assert rows["time"] == ["0:00:00 of training"] * 2  # 2,000 tokens at 5,000 a second
+    assert rows["model.n_blocks"] == ["4", "2"] and rows["training.batch_size"] == ["16", "4"]
+    assert "training.experiment_name" not in rows and "training.seed" not in rows
+    assert "best validation loss" not in rows
+
+    twin = measured_run(tmp_path / "twin", [2.5, 1.0], learning_rate=3e-4)
+    content = write_page(one, tmp_path / "both.html", [twin]).read_text(encoding="utf-8")
+    assert "Bits per byte" in content and "not the same for all" not in content
+    assert "nats per token" in content and "tokenizers differ" not in content
+    rows = rows_of(content)
+    assert list(rows)[-1] == "training.learning_rate" and "best validation loss" in rows
+
+
+def test_a_page_says_what_was_trained_on_and_ends_no_line_with_a_dot(tmp_path: Path) -> None:
+    own = {"dataset": "local", "path": "texts/mine.txt", "gradient_accumulation_steps": 3}
+    found = read(measured_run(tmp_path / "run", [2.0], **own))
+    for words in ("local mine.txt", "tinystories_bpe_4096", "48 sequences of 256 tokens a step"):
+        assert words in found.text
+    header = found.text[found.text.index("run") :].partition("Loss")[0]
+    assert "·" not in header.partition("mantrans")[2].rpartition("}")[2]
+
+
+@pytest.mark.parametrize("last", [1, 2, 7, 10, 226, 999, 1000, 12_345, 1_000_001])
+@pytest.mark.parametrize("most", [3, 6])
+def test_an_axis_of_steps_has_a_label_at_each_end(last: int, most: int) -> None:
+    axis = Figure("Loss", "", [Curve("a", [(0, 1.0), (last, 2.0)])], most_ticks=most).x
+    steps = [step for step, _ in axis.ticks]
+    assert all(step == int(step) for step in steps)
+    assert steps[0] == 0 and steps[-1] == last and axis.ticks[-1][1].startswith(str(last)[0])
+    gaps = [b - a for a, b in pairwise(steps)]
+    assert min(gaps) >= 0.6 * max(gaps[:-1] or gaps) and len(steps) <= most + 2
+
+
+@pytest.mark.parametrize("step", [0, 1, 500])
+@pytest.mark.parametrize("dots", [True, False])
+def test_a_single_point_can_be_seen(step: int, dots: bool) -> None:
+    drawn = Page(figure("Loss", "", [Curve("a", [(step, 2.0)], dots=dots)]))
+    (dot,) = drawn.all("circle")
+    assert float(dot["r"] or 0) >= 3 and dot["cy"] == "50.000%"
 
 
 # ---------------------------------------------------------------------- command line, end of a run
@@ -366,9 +444,9 @@ def test_a_run_ends_with_its_page_and_not_for_want_of_one(tmp_path: Path, capsys
     assert len(found.all("circle")) == 2 and len(found.all("blockquote")) == 3
     assert "warning" not in capsys.readouterr().err
 
-    file.unlink()
+    trainer = Trainer(tiny(tmp_path))
     file.mkdir()
-    assert Trainer(tiny(tmp_path)).run() is not None
+    assert trainer.run() is not None
     warnings = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
     assert (
         len(warnings) == 1

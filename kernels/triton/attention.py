@@ -530,7 +530,7 @@ def dq_kernel(
 # ------------------------------------------------------------------------------------- launchers
 
 KERNELS = {"forward": forward_kernel, "dkdv": dkdv_kernel, "dq": dq_kernel}
-DELTA_ROWS = 64  # rows a program of delta_kernel
+DELTA_ELEMENTS = 8192  # of a tile of delta_kernel, in at most 64 rows
 
 
 def attention_forward(
@@ -674,10 +674,11 @@ def output_gradient_statistics(
 ) -> tuple[Tensor, Tensor | None]:
     """delta (B, H, T) = do · o, and where each document ends (B, T), see `delta_kernel`."""
     delta = empty_row_statistic(out, problem)
+    rows = min(64, DELTA_ELEMENTS // problem.BLOCK_D)
     document_end = None if document_start is None else torch.empty_like(document_start)
     launch(
         delta_kernel,
-        (problem.B * problem.H, cdiv(problem.T, DELTA_ROWS)),
+        (problem.B * problem.H, cdiv(problem.T, rows)),
         delta,
         document_end,
         out,
@@ -688,7 +689,7 @@ def output_gradient_statistics(
         problem.H,
         D=problem.D,
         BLOCK_D=problem.BLOCK_D,
-        M=DELTA_ROWS,
+        M=rows,
         num_warps=4,
     )
     return delta, document_end

@@ -20,7 +20,12 @@ from mantrans.kernels.triton.launch import (
     multiprocessors,
     next_power_of_two,
 )
-from mantrans.kernels.triton.partials import check_vector_gradient, most_programs, rows_for
+from mantrans.kernels.triton.partials import (
+    check_vector_gradient,
+    compensated,
+    most_programs,
+    rows_for,
+)
 
 BLOCK_COLUMNS = 256  # one warp: 32 lanes with 8 bf16 (16 bytes) each; sums stay within a lane
 BLOCK_ROWS = 8  # eight loads in flight per lane
@@ -51,11 +56,13 @@ def column_sums_kernel(
     in_columns = columns < n_columns
     sums_ptrs = sums_ptr + program.to(tl.int64) * stride + columns
     sums = tl.zeros((BLOCK_COLUMNS,), tl.float32)
+    lost = tl.zeros_like(sums)
     for first in range(program * BLOCK_ROWS, n_rows, n_programs * BLOCK_ROWS):
         rows = first + tl.arange(0, BLOCK_ROWS)
         offsets = rows.to(tl.int64)[:, None] * n_columns + columns[None, :]
         mask = (rows < n_rows)[:, None] & in_columns[None, :]
-        sums += tl.sum(tl.load(dy_ptr + offsets, mask=mask, other=0.0).to(tl.float32), 0)
+        dy = tl.load(dy_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        sums, lost = compensated(sums, lost, tl.sum(dy, 0))
     if ACCUMULATE:
         sums += tl.load(sums_ptrs, mask=in_columns, other=0.0)
     tl.store(sums_ptrs, sums, mask=in_columns)

@@ -1,7 +1,12 @@
 """Softmax cross-entropy with its gradient in place, alone and together with the output projection.
 
-    forward     lse_n = log Σ_v exp(z_nv)          loss_n = lse_n - z_n,target
-    backward    dz_nv = (exp(z_nv - lse_n) - [v = target]) · scale
+    m_n = max_v z_nv      e_nv = exp(z_nv - m_n)      s_n = Σ e_nv over all v but the target
+
+    forward     loss_n = (m_n - z_n,target) + log1p(s_n - (1 - e_n,target))
+    backward    dz_nv = e_nv / (s_n + e_n,target) · scale, at the target -s_n / (…) · scale
+
+Only differences of logits enter, so the loss does not depend on what all of them have in common;
+leaving out the target keeps the digits of a small loss, and makes the row's gradients sum to 0.
 
 One program processes one row of logits. In the first pass each of LANES lanes keeps a running
 maximum m and the sum s of exp(z - m) over its columns (Milakov & Gimelshein 2018):
@@ -44,12 +49,13 @@ from mantrans.kernels.triton.launch import (
 WORKSPACE_BYTES = 256 * 2**20  # of logits at a time: large enough to keep the products efficient
 CHUNK_ROW_MULTIPLE = 128  # so that the products' tiles are full
 
-COLUMNS_A_LANE = 8  # 16 bytes of bf16: a lane's columns of a block are adjacent
+BYTES_A_LANE = 16  # a lane's columns of a block are adjacent: one load
 LANES_A_THREAD = 2  # loads in flight per thread
-MAX_WARPS = 32
+MAX_WARPS = 32  # of a row of 16-bit logits; half for float32, with which ptxas would spill
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-LOWEST = tl.constexpr(-1.0e38)  # below any logit, and finite in base 2: -inf - -inf would be NaN
+# The maximum of no logits: no finite one lies below it, and unlike -inf it can be subtracted.
+LOWEST = tl.constexpr(-3.4028234663852886e38)
 
 
 @triton.jit
@@ -59,8 +65,23 @@ def block_columns(LANES: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
+def exponential(x):
+    """exp(x) of a difference of logits. The difference comes first: the product of a large logit
+    and log₂ e would be rounded by more than 1."""
+    return tl.exp2(x * LOG2_E)
+
+
+@triton.jit
+def log1p(x):
+    """log(1 + x), x >= 0, also for an x that 1 + x would lose (W. Kahan, HP-15C, 1982)."""
+    y = 1.0 + x
+    return tl.where(y == 1.0, x, tl.log(y) * (x / (y - 1.0)))
+
+
+@triton.jit
 def partial_sum(
     row_ptr,
+    without,
     begin,
     end,
     n_columns,
@@ -69,6 +90,8 @@ def partial_sum(
     COLUMNS: tl.constexpr,
 ):
     """(m, Σ exp(z - m)) over columns begin … end - 1, m their maximum; lanes are combined last.
+
+    without: a column that is left out, or None.
 
     Without MASKED, end - begin must be a multiple of the block.
     """
@@ -82,40 +105,52 @@ def partial_sum(
             z = tl.where(columns < end, z, float("-inf"))
         else:  # the second pass reads these again
             z = tl.load(row_ptr + columns, eviction_policy="evict_last").to(tl.float32)
+        if without is not None:
+            z = tl.where(columns == without, float("-inf"), z)
         new_max = tl.maximum(lane_max, tl.max(z, 1))
-        lane_sum *= tl.exp2((lane_max - new_max) * LOG2_E)
-        lane_sum += tl.sum(tl.exp2(z * LOG2_E - (new_max * LOG2_E)[:, None]), 1)
+        lane_sum *= exponential(lane_max - new_max)
+        lane_sum += tl.sum(exponential(z - new_max[:, None]), 1)
         lane_max = new_max
     top = tl.max(lane_max, 0)
-    return top, tl.sum(lane_sum * tl.exp2((lane_max - top) * LOG2_E), 0)
+    return top, tl.sum(lane_sum * exponential(lane_max - top), 0)
 
 
 @triton.jit
-def row_log_sum_exp(row_ptr, n_columns, vocab_size, LANES: tl.constexpr, COLUMNS: tl.constexpr):
-    """log Σ exp over the first vocab_size of a row's n_columns logits.
+def row_sums(
+    row_ptr, without, z_target, n_columns, vocab_size, LANES: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """(m, s) of the first vocab_size of a row's n_columns logits. without: the target's column, or
+    None if -inf is written there.
 
     Whole blocks need no mask; the rest is processed in quarter blocks, to waste fewer lanes.
     """
     whole = vocab_size // (LANES * COLUMNS) * (LANES * COLUMNS)
     REST: tl.constexpr = (LANES + 3) // 4
-    m1, s1 = partial_sum(row_ptr, 0, whole, n_columns, False, LANES, COLUMNS)
-    m2, s2 = partial_sum(row_ptr, whole, vocab_size, n_columns, True, REST, COLUMNS)
-    m = tl.maximum(m1, m2)
-    return m + tl.log(s1 * tl.exp2((m1 - m) * LOG2_E) + s2 * tl.exp2((m2 - m) * LOG2_E))
+    m1, s1 = partial_sum(row_ptr, without, 0, whole, n_columns, False, LANES, COLUMNS)
+    m2, s2 = partial_sum(row_ptr, without, whole, vocab_size, n_columns, True, REST, COLUMNS)
+    m = tl.maximum(tl.maximum(m1, m2), z_target)
+    return m, s1 * exponential(m1 - m) + s2 * exponential(m2 - m)
 
 
 @triton.jit
-def target_logit(row_ptr, target, vocab_size):
-    """z_target, or NaN for a target outside the vocabulary."""
+def row_loss(m, s, z_target):
+    """The loss of a row from its sums and its target's logit."""
+    return (m - z_target) + log1p(s - (1.0 - exponential(z_target - m)))
+
+
+@triton.jit
+def target_column(row_ptr, target, vocab_size):
+    """(column, logit) of the target; (-1, NaN) for a target outside the vocabulary."""
     exists = (target >= 0) & (target < vocab_size)
-    return tl.load(row_ptr + target, mask=exists, other=float("nan")).to(tl.float32)
+    z_target = tl.load(row_ptr + target, mask=exists, other=float("nan")).to(tl.float32)
+    return tl.where(exists, target, -1).to(tl.int32), z_target
 
 
 @triton.jit
 def write_softmax(
     row_ptr,
-    lse,
-    scale,
+    m,
+    factor,
     begin,
     end,
     n_columns,
@@ -123,14 +158,14 @@ def write_softmax(
     LANES: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """z ← exp(z - lse) · scale for columns begin … end - 1; with MASKED 0 from end on."""
+    """z ← exp(z - m) · factor for columns begin … end - 1; with MASKED 0 from end on."""
     for first in range(begin, n_columns if MASKED else end, LANES * COLUMNS):
         columns = first + block_columns(LANES, COLUMNS)
         if MASKED:
             z = tl.load(row_ptr + columns, mask=columns < n_columns, other=0.0).to(tl.float32)
         else:
             z = tl.load(row_ptr + columns, eviction_policy="evict_first").to(tl.float32)
-        dz = tl.exp2(z * LOG2_E - lse * LOG2_E) * scale
+        dz = exponential(z - m) * factor
         if MASKED:
             dz = tl.where(columns < end, dz, 0.0).to(row_ptr.dtype.element_ty)
             tl.store(row_ptr + columns, dz, mask=columns < n_columns)
@@ -142,8 +177,9 @@ def write_softmax(
 def write_gradient(
     row_ptr,
     z_target,
-    lse,
-    target,
+    m,
+    s,
+    column,
     scale,
     n_columns,
     vocab_size,
@@ -153,13 +189,13 @@ def write_gradient(
     """Overwrite a row of logits with (softmax - onehot) · scale; z_target is already loaded."""
     whole = vocab_size // (LANES * COLUMNS) * (LANES * COLUMNS)
     REST: tl.constexpr = (LANES + 3) // 4
+    factor = scale / (s + exponential(z_target - m))
     tl.debug_barrier()  # every thread has read z_target before one overwrites it
-    write_softmax(row_ptr, lse, scale, 0, whole, n_columns, False, LANES, COLUMNS)
-    write_softmax(row_ptr, lse, scale, whole, vocab_size, n_columns, True, REST, COLUMNS)
+    write_softmax(row_ptr, m, factor, 0, whole, n_columns, False, LANES, COLUMNS)
+    write_softmax(row_ptr, m, factor, whole, vocab_size, n_columns, True, REST, COLUMNS)
     tl.debug_barrier()  # the softmax of the target's column is written before its gradient
-    dz_target = (tl.exp2((z_target - lse) * LOG2_E) - 1.0) * scale
-    exists = (target >= 0) & (target < vocab_size)
-    tl.store(row_ptr + target, dz_target.to(row_ptr.dtype.element_ty), mask=exists)
+    dz_target = -s * factor
+    tl.store(row_ptr + column, dz_target.to(row_ptr.dtype.element_ty), mask=column >= 0)
 
 
 @triton.jit
@@ -176,7 +212,7 @@ def cross_entropy_forward_kernel(
     logits_ptr,
     targets_ptr,
     losses_ptr,
-    lse_ptr,
+    normalizer_ptr,
     n_columns,
     vocab_size,
     ignore_index,
@@ -185,26 +221,28 @@ def cross_entropy_forward_kernel(
 ):
     """Program n computes the loss of row n.
 
-    logits_ptr   (N, n_columns) any float
-    targets_ptr  (N,) int64
-    losses_ptr   (N,) float32: written
-    lse_ptr      (N,) float32: log Σ exp of the row, written; or None
+    logits_ptr      (N, n_columns) any float
+    targets_ptr     (N,) int64
+    losses_ptr      (N,) float32: written
+    normalizer_ptr  (N, 2) float32: m and s of the row, written; or None
     """
     row = tl.program_id(0).to(tl.int64)
     row_ptr = logits_ptr + row * n_columns
     target = tl.load(targets_ptr + row)
-    lse = row_log_sum_exp(row_ptr, n_columns, vocab_size, LANES, COLUMNS)
-    loss = lse - target_logit(row_ptr, target, vocab_size)
+    column, z_target = target_column(row_ptr, target, vocab_size)
+    m, s = row_sums(row_ptr, column, z_target, n_columns, vocab_size, LANES, COLUMNS)
+    loss = row_loss(m, s, z_target)
     tl.store(losses_ptr + row, tl.where(target == ignore_index, 0.0, loss))
-    if lse_ptr is not None:
-        tl.store(lse_ptr + row, lse)
+    if normalizer_ptr is not None:
+        tl.store(normalizer_ptr + row * 2, m)
+        tl.store(normalizer_ptr + row * 2 + 1, s)
 
 
 @triton.jit
 def cross_entropy_backward_kernel(
     logits_ptr,
     targets_ptr,
-    lse_ptr,
+    normalizer_ptr,
     scale_ptr,
     n_columns,
     vocab_size,
@@ -214,10 +252,10 @@ def cross_entropy_backward_kernel(
 ):
     """Program n writes the gradient of row n over its logits.
 
-    logits_ptr   (N, n_columns) any float: read, then overwritten by dz
-    targets_ptr  (N,) int64
-    lse_ptr      (N,) float32: from the forward
-    scale_ptr    0-d float32: the gradient that each row's loss receives
+    logits_ptr      (N, n_columns) any float: read, then overwritten by dz
+    targets_ptr     (N,) int64
+    normalizer_ptr  (N, 2) float32: from the forward
+    scale_ptr       0-d float32: the gradient that each row's loss receives
     """
     row = tl.program_id(0).to(tl.int64)
     row_ptr = logits_ptr + row * n_columns
@@ -225,10 +263,12 @@ def cross_entropy_backward_kernel(
     if target == ignore_index:
         write_zeros(row_ptr, n_columns, LANES, COLUMNS)
     else:
-        z_target = target_logit(row_ptr, target, vocab_size)
-        lse = tl.load(lse_ptr + row)
+        column, z_target = target_column(row_ptr, target, vocab_size)
+        m, s = tl.load(normalizer_ptr + row * 2), tl.load(normalizer_ptr + row * 2 + 1)
         scale = tl.load(scale_ptr)
-        write_gradient(row_ptr, z_target, lse, target, scale, n_columns, vocab_size, LANES, COLUMNS)
+        write_gradient(
+            row_ptr, z_target, m, s, column, scale, n_columns, vocab_size, LANES, COLUMNS
+        )
 
 
 @triton.jit
@@ -257,27 +297,35 @@ def cross_entropy_forward_backward_kernel(
         tl.store(losses_ptr + row, 0.0)
         write_zeros(row_ptr, n_columns, LANES, COLUMNS)
     else:
-        z_target = target_logit(row_ptr, target, vocab_size)
-        lse = row_log_sum_exp(row_ptr, n_columns, vocab_size, LANES, COLUMNS)
-        tl.store(losses_ptr + row, lse - z_target)
+        column, z_target = target_column(row_ptr, target, vocab_size)
+        tl.debug_barrier()  # every thread has read z_target before one overwrites it
+        # so the sum leaves it out without asking at each column
+        tl.store(row_ptr + column, float("-inf"), mask=column >= 0)
+        tl.debug_barrier()
+        m, s = row_sums(row_ptr, None, z_target, n_columns, vocab_size, LANES, COLUMNS)
+        tl.store(losses_ptr + row, row_loss(m, s, z_target))
         scale = tl.load(scale_ptr)
-        write_gradient(row_ptr, z_target, lse, target, scale, n_columns, vocab_size, LANES, COLUMNS)
+        write_gradient(
+            row_ptr, z_target, m, s, column, scale, n_columns, vocab_size, LANES, COLUMNS
+        )
 
 
 # ---------------------------------------------------------------------------------- launchers
 
 
-def blocks(n_columns: int) -> dict[str, int]:
-    """LANES, COLUMNS and warps for a row of n_columns logits.
+def blocks(n_columns: int, dtype: torch.dtype) -> dict[str, int]:
+    """LANES, COLUMNS and warps for a row of n_columns logits of `dtype`.
 
     A long row gets one large program, so that few rows are processed at a time and the second pass
     finds its row in cache: two programs on each of 132 multiprocessors read 26 MB of 50,304 bf16.
     """
-    lanes = next_power_of_two(cdiv(n_columns, COLUMNS_A_LANE))
-    warps = min(MAX_WARPS, max(1, lanes // (32 * LANES_A_THREAD)))
+    columns = BYTES_A_LANE // dtype.itemsize
+    lanes = next_power_of_two(cdiv(n_columns, columns))
+    most = MAX_WARPS * 2 // dtype.itemsize
+    warps = min(most, max(1, lanes // (32 * LANES_A_THREAD)))
     return {
         "LANES": min(lanes, 32 * LANES_A_THREAD * warps),
-        "COLUMNS": COLUMNS_A_LANE,
+        "COLUMNS": columns,
         "num_warps": warps,
     }
 
@@ -308,50 +356,53 @@ def cross_entropy_forward(
     """The loss of each row; the logits stay unchanged.
 
     logits (N, Vp) float32, float16 or bfloat16, targets (N,) int64.
-    Returns losses (N,) and lse (N,), float32.
+    Returns losses (N,) and normalizer (N, 2), float32: see `reference.cross_entropy_forward`.
     Raises ValueError for another dtype, shape, stride or device.
     """
     N, Vp = check_logits(logits, targets, vocab_size)
     losses = torch.empty(N, dtype=torch.float32, device=logits.device)
-    lse = torch.empty_like(losses)
+    normalizer = losses.new_empty(N, 2)
     launch(
         cross_entropy_forward_kernel,
         (N,),
         logits,
         targets,
         losses,
-        lse,
+        normalizer,
         Vp,
         vocab_size,
         ignore_index,
-        **blocks(Vp),
+        **blocks(Vp, logits.dtype),
     )
-    return losses, lse
+    return losses, normalizer
 
 
 def cross_entropy_backward(
     logits: Tensor,
     targets: Tensor,
-    lse: Tensor,
+    normalizer: Tensor,
     scale: Tensor,
     vocab_size: int,
     ignore_index: int = IGNORE_INDEX,
 ) -> Tensor:
-    """dlogits (N, Vp), which overwrites the logits. lse (N,): the forward's; scale 0-d float32."""
+    """dlogits (N, Vp), which overwrites the logits.
+
+    normalizer (N, 2) float32: the forward's; scale 0-d float32.
+    """
     N, Vp = check_logits(logits, targets, vocab_size)
-    check_tensor("lse", lse, shape=(N,), dtype=torch.float32, device=logits.device)
+    check_tensor("normalizer", normalizer, shape=(N, 2), dtype=torch.float32, device=logits.device)
     check_scale(scale, logits.device)
     launch(
         cross_entropy_backward_kernel,
         (N,),
         logits,
         targets,
-        lse,
+        normalizer,
         scale,
         Vp,
         vocab_size,
         ignore_index,
-        **blocks(Vp),
+        **blocks(Vp, logits.dtype),
     )
     return logits
 
@@ -377,7 +428,7 @@ def cross_entropy_forward_backward(
         Vp,
         vocab_size,
         ignore_index,
-        **blocks(Vp),
+        **blocks(Vp, logits.dtype),
     )
     return losses
 
@@ -436,7 +487,7 @@ def linear_cross_entropy_forward(
             logits.shape[1],
             vocab_size,
             IGNORE_INDEX,
-            **blocks(logits.shape[1]),
+            **blocks(logits.shape[1], logits.dtype),
         )
     return losses
 
@@ -456,15 +507,16 @@ def linear_cross_entropy_forward_backward(
     x (N, C), weight (Vp, C) of one dtype, targets (N,) int64, scale 0-d float32; adds to
     dweight (Vp, C) float32, or overwrites it without `accumulate`. chunk_rows: None for what fits
     into WORKSPACE_BYTES. The gradient's last bits depend on it.
-    Returns scale · Σ losses (0-d float32) and dx (N, C).
+    Returns scale · Σ losses (0-d float32) and dx (N, C). An ignored row counts for nothing,
+    whatever x holds there. dx begins as x without those rows; each chunk overwrites what it used.
     Raises ValueError for another dtype, shape, stride or device.
     """
     check_projection(x, weight, targets, vocab_size)
     check_scale(scale, x.device)
     check_tensor("dweight", dweight, shape=weight.shape, dtype=torch.float32, device=x.device)
     losses = torch.empty(len(x), dtype=torch.float32, device=x.device)
-    dx = torch.empty_like(x)
-    for rows, logits in projected_chunks(x, weight, chunk_rows):
+    dx = torch.where((targets == IGNORE_INDEX)[:, None], 0, x)
+    for rows, logits in projected_chunks(dx, weight, chunk_rows):
         launch(
             cross_entropy_forward_backward_kernel,
             (len(logits),),
@@ -475,10 +527,10 @@ def linear_cross_entropy_forward_backward(
             logits.shape[1],
             vocab_size,
             IGNORE_INDEX,
-            **blocks(logits.shape[1]),
+            **blocks(logits.shape[1], logits.dtype),
         )
         dlogits = logits
+        weight_gradient(dlogits, dx[rows], dweight, accumulate)
         torch.mm(dlogits, weight, out=dx[rows])
-        weight_gradient(dlogits, x[rows], dweight, accumulate)
         accumulate = True
     return losses.sum() * scale, dx

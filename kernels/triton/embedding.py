@@ -41,6 +41,7 @@ from mantrans.kernels.triton.launch import (
     next_power_of_two,
     refuse,
 )
+from mantrans.kernels.triton.partials import compensated
 
 CHUNK = 32  # sorted positions per chunk: the longest sum of one program
 ROWS_AT_ONCE = 8  # loads in flight per lane
@@ -183,6 +184,7 @@ def join_pieces_kernel(
     if starts_here & goes_on & exists:
         tail_ptrs = partials_ptr + (chunk.to(tl.int64) * 2 + 1) * n_columns + columns
         sums = tl.load(tail_ptrs, mask=in_columns, other=0.0)
+        lost = tl.zeros_like(sums)
         first = chunk + 1
         more = goes_on
         while more:
@@ -190,7 +192,8 @@ def join_pieces_kernel(
             in_run = token_at(sorted_ptr, chunks * CHUNK, n) == token
             offsets = chunks.to(tl.int64)[:, None] * 2 * n_columns + columns[None, :]
             mask = in_run[:, None] & in_columns[None, :]
-            sums += tl.sum(tl.load(partials_ptr + offsets, mask=mask, other=0.0), 0)
+            pieces = tl.load(partials_ptr + offsets, mask=mask, other=0.0)
+            sums, lost = compensated(sums, lost, tl.sum(pieces, 0))
             first += ROWS
             more = token_at(sorted_ptr, first * CHUNK, n) == token
         add_to_row(dtable_ptr, token, sums, columns, n_columns)

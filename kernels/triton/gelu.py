@@ -46,6 +46,16 @@ def gate(u):
 
 
 @triton.jit
+def gate_and_motion(u):
+    """s = σ(2z) and s (1 - s), with a = exp(-2|z|) <= 1: as the difference of s from 1, the second
+    would keep few digits where the gate is open, and there u and z' are large."""
+    z = (u + u * u * u * CUBIC) * SCALE
+    a = tl.exp2(tl.abs(z) * MINUS_2_LOG2_E)
+    r = 1.0 / (1.0 + a)
+    return tl.where(z < 0, a * r, r), a * r * r
+
+
+@triton.jit
 def load_bias(bias_ptr, columns, in_columns):
     """b as float32, shape (1, BLOCK_COLUMNS); zeros without a bias."""
     if bias_ptr is None:
@@ -117,9 +127,9 @@ def bias_gelu_backward_kernel(
         mask = (rows < n_rows)[:, None] & in_columns[None, :]
         u = tl.load(h_ptr + offsets, mask=mask, other=0.0).to(tl.float32) + bias
         dy = tl.load(dy_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-        s = gate(u)
+        s, motion = gate_and_motion(u)
         dz = (1.0 + u * u * (3.0 * CUBIC)) * SCALE
-        dh = dy * (s + 2.0 * u * s * (1.0 - s) * dz)  # masked elements: times dy = 0
+        dh = dy * (s + 2.0 * u * motion * dz)  # masked elements: times dy = 0
         tl.store(dh_ptr + offsets, dh.to(dh_ptr.dtype.element_ty), mask=mask)
         if dbias_ptr is not None:
             dbias += tl.sum(dh, 0)

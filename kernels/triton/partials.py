@@ -33,6 +33,15 @@ BLOCK_ROWS = 64  # rows that `sum_partials` loads at once
 BLOCK_COLUMNS = 32
 
 
+@triton.jit
+def compensated(total, lost, x):
+    """total + x, and what it lost to rounding, for the next addition (Kahan 1965): hundreds of
+    additions to one float32 keep its last digit."""
+    y = x - lost
+    new = total + y
+    return new, (new - total) - y
+
+
 @triton.jit(do_not_specialize=["n_rows"])
 def sum_partials_kernel(
     partials_ptr,

@@ -9,8 +9,9 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import stat
 from collections.abc import Iterator
-from io import FileIO
+from io import BufferedReader, FileIO
 from pathlib import Path
 
 TEMPORARY = ".{name}.{pid}.partial"
@@ -36,6 +37,15 @@ def replacing(path: Path) -> Iterator[FileIO]:
             os.unlink(temporary)
         raise
     sync_folder(path.parent)
+
+
+def open_regular(path: Path) -> BufferedReader:
+    """Open a file to read bytes. OSError for a FIFO, a device or the like, which could hang."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "it is not a regular file", str(path))
+    return os.fdopen(descriptor, "rb")
 
 
 def temporary_name(path: Path) -> Path:

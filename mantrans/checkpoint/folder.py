@@ -3,7 +3,11 @@
     checkpoints/<experiment>/step_00001000.pt   the newest few
     checkpoints/<experiment>/latest.pt          the newest: a second name of the same file
     checkpoints/<experiment>/best.pt            the one with the lowest validation loss
+    checkpoints/<experiment>/abandoned.1/       those after the one that a run was resumed from
     checkpoints/latest.pt, best.pt              links to those of the run that saved last
+
+Which one is newer is decided by what is inside the files (`state_file.Order`): copies, moves and
+clocks change their times, and a run resumed from an older step has lower steps again.
 
 `mantrans.checkpoint.state_file` writes and verifies such a file.
 """
@@ -11,9 +15,12 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
+import re
 from collections.abc import Callable, Iterator
 from io import FileIO
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +31,10 @@ from mantrans.checkpoint.atomic import (
     temporary_name,
     write_all,
 )
-from mantrans.checkpoint.state_file import reason, save, verify
+from mantrans.checkpoint.state_file import Order, order, reason, save, verify
 from mantrans.errors import CheckpointError
+
+_STEP = re.compile(r"^step_([0-9]{1,18})\.pt$")
 
 
 def newest_intact(directory: str | Path) -> tuple[Path, list[str]]:
@@ -36,7 +45,8 @@ def newest_intact(directory: str | Path) -> tuple[Path, list[str]]:
     """
     skipped: list[str] = []
     seen: set[int] = set()
-    for path, inode in _by_age(Path(directory)):
+    for path in _newest_first(Path(directory)):
+        inode = path.stat().st_ino
         if inode in seen:
             continue
         seen.add(inode)
@@ -69,6 +79,7 @@ class CheckpointFolder:
         with _explained(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
         remove_leftovers(self.folder)
+        self.saves = max((o.saves for p in _files(self.folder) if (o := order(p))), default=0)
 
     @property
     def latest(self) -> Path:
@@ -87,7 +98,8 @@ class CheckpointFolder:
             CheckpointError: it could not be written; latest.pt and best.pt are still intact.
         """
         path = self.folder / f"step_{step:08d}.pt"
-        save(path, state)
+        save(path, state, saves=self.saves + 1)
+        self.saves += 1
         self.name(path, best=best)
         return self.latest
 
@@ -109,10 +121,41 @@ class CheckpointFolder:
             self._link("latest.pt")
             self._link("best.pt")
 
+    def set_aside_later_than(self, path: Path) -> Path | None:
+        """Move the checkpoints that were saved after `path`, which a run is resumed from, to a
+        folder of their own, and return it; None if there are none. latest.pt is then `path`.
+
+        Raises:
+            CheckpointError: the folder cannot be changed.
+        """
+        ours = order(path) or Order(0, 0)
+        later = [p for p in _files(self.folder) if (found := order(p)) and found > ours]
+        if not later:
+            return None
+        with _explained(self.folder):
+            for number in count(1):
+                aside = self.folder / f"abandoned.{number}"
+                with contextlib.suppress(FileExistsError):
+                    aside.mkdir()
+                    break
+            for other in later:
+                _name_too(other, aside / other.name)
+            sync_folder(aside)
+            for other in later:
+                if other != self.latest:
+                    other.unlink()
+            if not path.resolve().parent.samefile(self.folder):
+                own = self.folder / f"step_{ours.step:08d}.pt"
+                _name_too(path, own)
+                path = own
+            _name_too(path, self.latest)
+            sync_folder(self.folder)
+        return aside
+
     def _rotate(self) -> None:
-        """Remove all numbered checkpoints but the last `keep` written."""
-        numbered = [path for path, _ in _by_age(self.folder) if path.name.startswith("step_")]
-        for path in numbered[self.keep :]:
+        """Remove all numbered checkpoints but the newest `keep`; leave what cannot be read."""
+        found = [(o, p) for p in _files(self.folder) if (o := order(p)) and _STEP.search(p.name)]
+        for _, path in sorted(found, reverse=True)[self.keep :]:
             path.unlink()
 
     def _link(self, name: str) -> None:
@@ -133,18 +176,30 @@ class CheckpointFolder:
             link.unlink()
 
 
-def _by_age(folder: Path) -> list[tuple[Path, int]]:
-    """Return the checkpoints in `folder` and their inodes, the last written first.
-
-    Sorted by time, not by step: a run resumed from an older step leaves files with higher numbers.
-    """
-    found = []
+def _files(folder: Path) -> list[Path]:
+    """The checkpoints in `folder`, in no order."""
     with contextlib.suppress(OSError):
-        for path in folder.glob("*.pt"):
-            with contextlib.suppress(OSError):
-                status = path.stat()
-                found.append((status.st_mtime_ns, path.name, path, status.st_ino))
-    return [(path, inode) for _, _, path, inode in sorted(found, reverse=True)]
+        return [path for path in folder.glob("*.pt") if path.exists()]
+    return []
+
+
+def _newest_first(folder: Path) -> list[Path]:
+    """The checkpoints in `folder`. One that does not say its order has that of its name's step
+    among the others, or without one is the newest, so that it is not passed over in silence."""
+    orders = {path: order(path) for path in _files(folder)}
+
+    def place(path: Path) -> tuple[float, int, bool, str]:
+        found = orders[path]
+        if found is not None:
+            return (*found, False, path.name)
+        name = _STEP.search(path.name)
+        if name is None:
+            return math.inf, 0, True, path.name
+        step = int(name[1])
+        saves = max((o.saves for o in orders.values() if o and o.step < step), default=0)
+        return saves, step, True, path.name
+
+    return sorted(orders, key=place, reverse=True)
 
 
 def _name_too(path: Path, other: Path) -> None:

@@ -124,17 +124,7 @@ def read(file: BufferedReader) -> tuple[dict[str, str], dict[str, Tensor]]:
         OSError: it cannot be read.
     """
     total = os.fstat(file.fileno()).st_size
-    head = _part(file, 0, 8)
-    n_bytes = int.from_bytes(head, "little")
-    if n_bytes > min(MAX_HEADER_BYTES, total - 8):
-        raise FormatError(
-            f"its header claims {n_bytes} of {total} bytes: it was cut short, or is something else"
-        )
-    head += _part(file, 8, n_bytes)
-    header = parse_json(head[8:])
-    metadata = header.pop(METADATA, None) if isinstance(header, dict) else None
-    if not isinstance(metadata, dict) or not all(type(text) is str for text in metadata.values()):
-        raise FormatError("its header is not a checkpoint's")
+    head, metadata, header = _header(file, total)
     entries = _entries(header, len(head), total)
     if not entries or entries[-1][:3] != (SEAL, torch.uint8, (len(entries), _DIGEST_BYTES)):
         raise FormatError("it has no seal")
@@ -147,6 +137,31 @@ def read(file: BufferedReader) -> tuple[dict[str, str], dict[str, Tensor]]:
             raise FormatError(f"the tensor {shown(entry.name)} has changed since it was written")
     memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     return metadata, {entry.name: _mapped(memory, entry) for entry in entries}
+
+
+def read_metadata(file: BufferedReader) -> dict[str, str]:
+    """Return what a file says of itself, without verifying anything.
+
+    Raises:
+        FormatError, OSError: as for `read`, if not even this can be read.
+    """
+    return _header(file, os.fstat(file.fileno()).st_size)[1]
+
+
+def _header(file: BufferedReader, total: int) -> tuple[bytes, dict[str, str], dict[str, Any]]:
+    """The bytes before the tensors, and what they say: the metadata, the tensors' claims."""
+    head = _part(file, 0, 8)
+    n_bytes = int.from_bytes(head, "little")
+    if n_bytes > min(MAX_HEADER_BYTES, total - 8):
+        raise FormatError(
+            f"its header claims {n_bytes} of {total} bytes: it was cut short, or is something else"
+        )
+    head += _part(file, 8, n_bytes)
+    header = parse_json(head[8:])
+    metadata = header.pop(METADATA, None) if isinstance(header, dict) else None
+    if not isinstance(metadata, dict) or not all(type(text) is str for text in metadata.values()):
+        raise FormatError("its header is not a checkpoint's")
+    return head, metadata, header
 
 
 def parse_json(text: bytes | str) -> Any:

@@ -7,26 +7,30 @@ wrong configuration is refused in one line: "FILE: FIELD: expected X, got Y".
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    ValidationError,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
-from pydantic.fields import FieldInfo
+from pydantic import Field, model_validator
 from typing_extensions import Self
 
 from mantrans.assets import find_config
 from mantrans.config import strict_yaml
-from mantrans.config.messages import NO_NAMES, Names, clash, refusal
+from mantrans.config.messages import NO_NAMES, Names, clash
+from mantrans.config.section import (
+    Count,
+    Decay,
+    FilePath,
+    Prompt,
+    Section,
+    Share,
+    Size,
+    Text,
+    Vocabulary,
+    ZScore,
+    kinds,
+    setting,
+)
 from mantrans.errors import ConfigError, show, single_line
 
 Dataset = Literal[
@@ -40,75 +44,14 @@ Dataset = Literal[
 DATASETS: tuple[str, ...] = get_args(Dataset)
 # Each pair has two ways to set the same thing: one of them on the command line replaces the other
 # in the file.
-_PAIRS = [("max_steps", "num_epochs"), ("warmup_steps", "warmup_ratio")]
+_PAIRS = [
+    ("max_steps", "num_epochs"),
+    ("warmup_steps", "warmup_ratio"),
+    ("val_path", "validation_fraction"),
+]
 _ALTERNATIVES = dict(_PAIRS) | {other: one for one, other in _PAIRS}
-_NUMERIC_TEXT = re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?")
-
-Count = Annotated[int, Field(ge=1, le=10**12)]
-Size = Annotated[int, Field(ge=1, le=2**20)]
-Vocabulary = Annotated[int, Field(ge=1, le=2**24)]
-Text = Annotated[str, Field(min_length=1, max_length=4096)]
-Prompt = Annotated[str, Field(min_length=1, pattern=r"^[^\0]*$")]
-Share = Annotated[float, Field(gt=0.0, le=1.0)]
-Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
-
-
-def setting(default: Any, meaning: str, form: str = "", **limits: Any) -> Any:
-    """A field: its default, its meaning in a line, its limits; `form` describes a pattern."""
-    extra: Any = {"patternErrorMessage": form} if form else None  # by the name that editors know
-    return Field(default, description=meaning, json_schema_extra=extra, **limits)
-
-
-def _kinds(field: FieldInfo) -> set[Any]:
-    """The plain types of a field: {float, NoneType} for a number or null."""
-    parts = {field.annotation, *get_args(field.annotation)}
-    return {getattr(part, "__origin__", part) for part in parts}
-
-
-class Section(BaseModel):
-    """How every section is checked: exact types, no unknown field, finite numbers."""
-
-    model_config = ConfigDict(
-        strict=True,
-        extra="forbid",
-        allow_inf_nan=False,
-        validate_assignment=True,
-        regex_engine="python-re",
-        defer_build=True,
-    )
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _read_number(cls, value: Any, info: ValidationInfo) -> Any:
-        """Convert a text such as 1e-3 if the field is a number."""
-        is_number = isinstance(value, str) and len(value) < 64 and _NUMERIC_TEXT.fullmatch(value)
-        wants_number = is_number and float in _kinds(cls.model_fields[str(info.field_name)])
-        return float(value) if wants_number else value
-
-    @field_validator("*")
-    @classmethod
-    def _refuse_unprintable(cls, value: Any) -> Any:
-        """Texts are names and paths, so a line break or NUL in one is a mistake or an attack."""
-        if isinstance(value, str) and not value.isprintable():
-            raise ValueError("not printable")
-        return value
-
-    @classmethod
-    def checked(
-        cls, values: Any, source: str, names: Names = NO_NAMES, sources: Names = NO_NAMES
-    ) -> Self:
-        """Check plain data. `source`: the file or argument that an error message starts with.
-
-        names: the user's name of a field, if it differs from ours.
-        sources: the source of single fields, by their path such as "model.d_model".
-
-        Raises:
-            ConfigError: a field is unknown, or a value is not accepted.
-        """
-        try:
-            return cls.model_validate(values)
-        except ValidationError as wrong:
-            raise refusal(wrong, cls, source, names, sources) from None
+# What a file says about its own dataset, and about no other.
+_OF_A_DATASET = ("subset_size", "val_subset_size", "path", "val_path", "text_field")
 
 
 class ModelConfig(Section):
@@ -159,8 +102,6 @@ class DataConfig(Section):
     tokenizer: Text = setting(
         "tinystories_bpe_4096",
         "folder under assets/models/tokenizers/, any folder with a tokenizer, or gpt2",
-        pattern=r"^(?!.*(?:^|[/\\])\.\.(?:[/\\]|$)).+$",
-        form="a name, or a folder's path without '..'",
     )
     max_length: Size | None = setting(
         None, "tokens in one training sequence; null: model.max_seq_len"
@@ -169,21 +110,36 @@ class DataConfig(Section):
     val_subset_size: Count | None = setting(
         None, "documents of the validation split to use; null: all"
     )
-    path: Text | None = setting(None, "dataset local only: a .txt, .jsonl or .parquet, or a folder")
+    path: FilePath | None = setting(
+        None, "dataset local only: a .txt, .jsonl or .parquet, or a folder"
+    )
+    val_path: FilePath | None = setting(
+        None, "dataset local only: the same, to validate on; null: validation_fraction is held out"
+    )
     text_field: Text | None = setting(
         None, "field of .jsonl or .parquet rows that holds the text; null: the dataset's default"
     )
     document_separator: Literal["eot", "blank_line"] = setting(
         "eot", "separator of documents in a .txt: the text <|endoftext|>, or a blank line"
     )
-    validation_fraction: float = setting(
-        0.05, "share held out if the dataset has no validation split", gt=0.0, le=0.5
+    validation_fraction: float | None = setting(
+        None,
+        "share held out if the dataset has no validation split; null: 0.05 (not with val_path)",
+        gt=0.0,
+        le=0.5,
     )
-    cache_dir: Text = setting(".cache/tokens", "folder where token files are kept between runs")
+    cache_dir: FilePath = setting(".cache/tokens", "folder where token files are kept between runs")
     attend_across_documents: bool = setting(
         True, "a token sees the whole packed sequence; false: only its document"
     )
-    on_broken_lines: Literal["skip", "refuse"] = setting("skip", "a .jsonl line that is not JSON")
+    on_broken_lines: Literal["skip", "refuse"] = setting(
+        "skip", "a row of .jsonl or .parquet that is not JSON or UTF-8, or has no text in its field"
+    )
+
+    @property
+    def share_held_out(self) -> float:
+        """validation_fraction with its default resolved."""
+        return 0.05 if self.validation_fraction is None else self.validation_fraction
 
     @model_validator(mode="after")
     def _agree(self) -> Self:
@@ -191,6 +147,10 @@ class DataConfig(Section):
             raise clash(self, "path", "a file or folder, since {} is {}", "dataset")
         if self.dataset != "local" and self.path is not None:
             raise clash(self, "dataset", "local, since {} is given", "path")
+        if self.dataset != "local" and self.val_path is not None:
+            raise clash(self, "dataset", "local, since {} is given", "val_path")
+        if self.val_path is not None and self.validation_fraction is not None:
+            raise clash(self, "validation_fraction", "null, since {} is given", "val_path")
         return self
 
 
@@ -231,7 +191,9 @@ class TrainingConfig(Section):
     weight_decay: float = setting(0.1, "decoupled, on matrices only", ge=0.0, le=100.0)
     beta1: Decay = setting(0.9, "AdamW: decay of the gradient's mean")
     beta2: Decay = setting(0.95, "AdamW: decay of the squared gradient's mean")
-    epsilon: Share = setting(1e-8, "AdamW: added to the denominator")
+    # Below its least, a gradient's square vanishes in float32 where the gradient, divided by
+    # epsilon, is still large.
+    epsilon: float = setting(1e-8, "AdamW: added to the denominator", ge=1e-18, le=1.0)
     batch_size: Size = setting(16, "sequences in one micro-batch")
     gradient_accumulation_steps: Size = setting(1, "micro-batches in one step")
     max_steps: Count | None = setting(None, "length of the run in steps (this or num_epochs)")
@@ -242,13 +204,15 @@ class TrainingConfig(Section):
         1.0, "longer gradients are scaled down to this; null: never", gt=0.0, le=1e9
     )
     max_nan_count: Count = setting(10, "skipped steps in a row before the run stops")
-    outlier_z_score: float | None = setting(
-        None, "skip steps this many standard deviations above the mean; null: off", gt=0.0, le=1e6
+    outlier_z_score: ZScore | None = setting(
+        None, "skip steps this many standard deviations above the mean; null: off"
     )
     outlier_window: int = setting(128, "steps over which these are computed", ge=8, le=10**6)
     log_every: int = setting(10, "steps between lines of metrics", ge=1, le=10**5)
     eval_every: Count = setting(200, "steps between validations")
-    eval_batches: Count | None = setting(50, "batches in one validation; null: the whole set")
+    eval_batches: Count | None = setting(
+        50, "batches (evaluation.batch_size) in one validation; null: the whole set"
+    )
     save_every: Count = setting(500, "steps between checkpoints")
     keep_checkpoints: int = setting(
         3, "numbered checkpoints kept, besides latest and best", ge=0, le=10**6
@@ -260,8 +224,8 @@ class TrainingConfig(Section):
     stochastic_rounding: bool = setting(
         False, "bfloat16 weights without fp32 masters, rounded stochastically"
     )
-    output_dir: Text = setting("runs", "folder of metrics, logs and samples")
-    checkpoint_dir: Text = setting("checkpoints", "folder of checkpoints")
+    output_dir: FilePath = setting("runs", "folder of metrics, logs and samples")
+    checkpoint_dir: FilePath = setting("checkpoints", "folder of checkpoints")
 
     @property
     def sequences_per_step(self) -> int:
@@ -321,7 +285,9 @@ class EvaluationConfig(Section):
     evaluate_coherence: bool = setting(False, "let a Claude model score the samples (needs a key)")
     coherence_model: Text = setting("claude-haiku-4-5", "the Claude model that scores")
     coherence_samples: int = setting(8, "samples to score", ge=1, le=10_000)
-    batch_size: Size = setting(16, "sequences in one batch of evaluate.py")
+    batch_size: Size | None = setting(
+        None, "sequences in a batch of validation and samples; null: training.batch_size"
+    )
 
 
 class Config(Section):
@@ -336,6 +302,12 @@ class Config(Section):
     def sequence_length(self) -> int:
         """Tokens T in one training sequence, with the default resolved."""
         return self.model.max_seq_len if self.data.max_length is None else self.data.max_length
+
+    @property
+    def evaluation_batch(self) -> int:
+        """Sequences in one batch of validation and of samples, with the default resolved."""
+        chosen = self.evaluation.batch_size
+        return self.training.batch_size if chosen is None else chosen
 
     @property
     def tokens_per_step(self) -> int:
@@ -360,7 +332,9 @@ class Config(Section):
         """Check {section: {field: value}} from `source`, changed by overrides.
 
         An override's value is read as YAML. An override of `max_steps` replaces the `num_epochs` in
-        `values` and vice versa; likewise `warmup_steps` and `warmup_ratio`.
+        `values` and vice versa; likewise `warmup_steps` and `warmup_ratio`, `val_path` and
+        `validation_fraction`. Another `dataset` than that in `values` takes the fields that
+        describe that one along: they do not apply to it unless they are overrides too.
 
         Raises:
             ConfigError: a section or field is unknown, or a value is not accepted.
@@ -411,12 +385,20 @@ def _apply(override: str, values: dict[Any, Any], sources: dict[str, str]) -> No
     value = strict_yaml.parse(text, source)
     field = SECTIONS[section].model_fields.get(name) if section in SECTIONS else None
     # The shell has removed quotes: 2024 or true in a field of text must be meant as text.
-    if field and str in _kinds(field) and isinstance(value, bool | int | float):
+    if field and str in kinds(field) and isinstance(value, bool | int | float):
         value = text.strip()
     if section not in values:
         values[section], sources[section] = {}, source
     if isinstance(values[section], dict):
-        other = _ALTERNATIVES.get(name)
-        if value is not None and f"{section}.{other}" not in sources:
-            values[section].pop(other, None)
+        for other in _replaced(section, name, value, values[section]):
+            if f"{section}.{other}" not in sources:
+                values[section].pop(other, None)
         values[section][name], sources[f"{section}.{name}"] = value, source
+
+
+def _replaced(section: str, name: str, value: Any, fields: dict[Any, Any]) -> tuple[str, ...]:
+    """The fields of the file that an override of `name` does away with."""
+    if (section, name) == ("data", "dataset"):
+        before = fields.get(name, DataConfig.model_fields[name].default)
+        return () if value == before else _OF_A_DATASET
+    return (_ALTERNATIVES[name],) if value is not None and name in _ALTERNATIVES else ()

@@ -18,7 +18,8 @@ Written by `python -m mantrans.config --reference` from the fields in `mantrans/
 
 A run is described by a YAML file of four sections. Every field may be left out. Any field can be
 changed for one run: `python train.py --config configs/quickstart.yaml --set training.seed=2`. A
-value that is not accepted, or an unknown name, ends the command with one line.
+value that is not accepted, or an unknown name, ends the command with one line. Numbers are used in
+float32: what it rounds to 0 (below 1.2e-38), or to a limit that is not accepted, is refused too.
 
 Editors check and complete a configuration with [`configs/schema.json`](../configs/schema.json), for
 example VS Code's YAML extension, if the first line is

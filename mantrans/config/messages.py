@@ -88,7 +88,9 @@ def refusal(
         name = path(section, rest[0])
         where = sources.get(name, f"{source}: {name}")
         expected, got = _field(holder.model_json_schema()["properties"][rest[0]], error["input"])
-        got += f" as item {rest[1] + 1}" if len(rest) > 1 else ""
+        expected = error["msg"] if error["type"] == "home" else expected
+        got += f" as item {rest[1] + 1}" if isinstance(rest[-1], int) else ""
+        got += ", which float32 does not hold" if error["type"] == "float32" else ""
     else:
         where = sources.get(section, f"{source}: {section}" if section else source)
         inside = ", ".join(_sections(holder))

@@ -9,13 +9,17 @@ never used. A lock lets one process write while others wait; it ends with its pr
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,30 +27,39 @@ import filelock
 import numpy as np
 
 from mantrans import terminal
+from mantrans.data.files import kind_of
+from mantrans.data.holdout import held_out
 from mantrans.data.known import KnownFiles, content_hash
-from mantrans.data.registry import Source, find_source
+from mantrans.data.registry import Source, Splits, find_source
 from mantrans.data.shards import ShardWriter, TokenStream
-from mantrans.data.text import Piece, ReadReport
+from mantrans.data.text import Piece, ReadReport, read_txt
 from mantrans.data.tokenizer import Tokenizer
-from mantrans.errors import DataError
+from mantrans.errors import DataError, single_line
 
 if TYPE_CHECKING:
     from mantrans.config import DataConfig
 
-FORMAT = 1
+FORMAT = 2
 """Increased whenever the same text and settings would give other files."""
 _BATCH = 2**20  # characters tokenized in one call
 _COPY = 2**20  # tokens copied at once
 _LONGEST_NAME, _LONGEST_NOTE = 60, 160  # characters, so that a file's header has room for them
+_ROOM_FOR_NOTES = 2048  # bytes of its JSON
 
 
 @dataclass(frozen=True)
 class TokenDataset:
-    """Both splits; `report` says what was skipped when they were written, or is empty."""
+    """Both splits.
+
+    `documents`, `bytes`: of the whole text, used or not; None for what is not known. `notes`: a
+    line for each kind of thing that was passed over, now or when the tokens were written.
+    """
 
     train: TokenStream
     validation: TokenStream
-    report: str = ""
+    documents: int | None = None
+    bytes: int | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def identity(self) -> dict[str, dict[str, Any]]:
@@ -56,6 +69,17 @@ class TokenDataset:
             name: {"tokens": len(stream), "checksum": stream.checksum}
             for name, stream in splits.items()
         }
+
+    def usage(self) -> str:
+        """How many documents and bytes of text are used, of how many."""
+        documents = self.train.n_documents + self.validation.n_documents
+        n_bytes = self.train.n_bytes + self.validation.n_bytes
+        if documents == self.documents:
+            of_text = f"all {documents:,} documents" if documents > 1 else "one document"
+            return f"{of_text}, {n_bytes:,} bytes"
+        of_all = "more" if self.documents is None else f"{self.documents:,}"
+        of_bytes = "" if self.bytes is None else f" of {self.bytes:,}"
+        return f"{documents:,} of {of_all} documents, {n_bytes:,}{of_bytes} bytes"
 
 
 def prepare(
@@ -67,21 +91,21 @@ def prepare(
 ) -> TokenDataset:
     """The data set's tokens, from the cache or written now.
 
-    They do not depend on the seed: all runs are validated on the same documents. Raises DataError
-    for text that cannot be used, or a cache that is damaged or cannot be written.
+    They do not depend on the seed: all runs are validated on the same documents. Unless quiet, its
+    notes are printed. Raises DataError for text that cannot be used, or a cache that is damaged or
+    cannot be written.
     """
     source = find_source(
         data_config.dataset,
         path=data_config.path,
+        val_path=data_config.val_path,
         text_field=data_config.text_field,
         document_separator=data_config.document_separator,
         on_broken_lines=data_config.on_broken_lines,
         subset_size=data_config.subset_size,
         val_subset_size=data_config.val_subset_size,
     )
-    plan = _Plan(
-        data_config.validation_fraction, data_config.subset_size, data_config.val_subset_size
-    )
+    plan = _Plan(data_config.share_held_out, data_config.subset_size, data_config.val_subset_size)
     known = KnownFiles(Path(cache_dir) / "known_files.json")
     folder = Path(cache_dir) / _folder_name(source, tokenizer, plan, known)
     try:
@@ -95,18 +119,51 @@ def prepare(
             f"tokens cannot be written to {folder}: {error.strerror or error}; "
             "free the disk, or set data.cache_dir to a folder that can be written"
         ) from None
-    opened = _open_folder(folder, tokenizer, known)
+    opened = _open_folder(folder, tokenizer, known, source.notes)
     known.save()
+    for note in () if quiet else opened.notes:
+        terminal.say(f"note: {note}")
     return opened
 
 
-def held_out(index: int, fraction: float) -> bool:
-    """Whether document number `index` is held out for validation, in a set without that split.
+@contextmanager
+def tokenized(
+    path: Path, data_config: DataConfig, tokenizer: Tokenizer, *, name: str
+) -> Iterator[TokenStream]:
+    """All tokens of a file or folder, read as training would read it, in no split and no cache.
 
-    The answer is a hash of the number: it depends on neither the seed nor the set's size.
+    A file of a kind that is not known is plain text. name: what an error calls the path. Raises
+    DataError for text that cannot be used.
     """
-    digest = hashlib.blake2b(index.to_bytes(8, "little"), digest_size=8).digest()
-    return int.from_bytes(digest, "little") < fraction * 2**64
+    report, path, separator = ReadReport(), path.expanduser(), data_config.document_separator
+    notes: tuple[str, ...] = ()
+    size: int | None = None
+    if path.is_file() and kind_of(path) is None:
+        pieces = read_txt(path, separator)
+    else:
+        source = find_source(
+            "local",
+            path=path,
+            path_name=name,
+            text_field=data_config.text_field,
+            document_separator=separator,
+            on_broken_lines=data_config.on_broken_lines,
+        )
+        pieces, notes, size = source.open(report).train, source.notes, source.n_bytes
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "text.tokens"
+        writer = ShardWriter(file, tokenizer.vocab_size, {})
+        with writer, terminal.Progress(size, f"tokenizing {path.name}", "B") as bar:
+            encoder = _Encoder(tokenizer, writer, bar.update)
+            for piece in pieces:
+                encoder.add(piece)
+            encoder.flush()
+        for note in (*notes, *report.notes()):
+            terminal.say(f"note: {note}")
+        stream = TokenStream(file)
+        if not len(stream):
+            raise DataError(f"{name}: expected text, got none in {path}")
+        yield stream
 
 
 @dataclass(frozen=True)
@@ -148,8 +205,6 @@ def _write_folder(
         title = f"tokenizing {source.name}"
         with terminal.Progress(source.n_bytes, title, "B", quiet=quiet) as bar:
             _write_splits(aside, source, tokenizer, plan, report, bar.update)
-        if report.broken_lines and not quiet:
-            terminal.say(f"note: {report}")
         _sync_folder(aside)
         aside.rename(folder)
         _sync_folder(folder.parent)
@@ -178,19 +233,62 @@ def _write_splits(
     with train, validation:
         into_train = _Encoder(tokenizer, train, advance)
         into_validation = _Encoder(tokenizer, validation, advance)
+        texts, held = _counted(splits.train, report), _counted(splits.validation or (), report)
         if splits.validation is None:
-            _share_out(splits.train, into_train, into_validation, plan)
+            _share_out(texts, into_train, into_validation, plan)
         else:
-            _take(splits.validation, into_validation, plan.validation_size)
-            _take(splits.train, into_train, plan.train_size)
+            _take(held, into_validation, plan.validation_size)
+            _take(texts, into_train, plan.train_size)
         into_train.flush()
         into_validation.flush()
-        if report.broken_lines:
-            train.facts["report"] = str(report)[:_LONGEST_NOTE]
-    if train.n_tokens + validation.n_tokens == 0:
-        raise DataError(f"{source.name}: expected a document of at least one character, got none")
+        train.facts |= _record(report, splits.documents, chain(texts, held), advance)
+    _require_documents(source, splits, train, validation, report)
     if splits.validation is None and 0 in (train.n_tokens, validation.n_tokens):
         _split_by_tokens(aside, tokenizer, plan, facts | train.facts)
+
+
+def _counted(pieces: Iterable[Piece], report: ReadReport) -> Iterator[Piece]:
+    """The pieces, their documents and bytes counted in `report`."""
+    for piece in pieces:
+        report.documents += piece.ends
+        report.bytes += len(piece.text.encode())
+        yield piece
+
+
+def _record(
+    report: ReadReport,
+    documents: int | None,
+    unused: Iterable[Piece],
+    advance: Callable[[int], Any],
+) -> dict[str, Any]:
+    """What the cache keeps of the reading: how much text there is, and what was skipped.
+
+    Text that is not used is read to count it, unless the number of documents is known without.
+    """
+    n_bytes: int | None = None
+    if documents is None:
+        with contextlib.suppress(DataError):  # it is not used: a fault in it leaves it uncounted
+            for piece in unused:
+                advance(len(piece.text))
+            documents, n_bytes = report.documents, report.bytes
+    notes = [note[:_LONGEST_NOTE] for note in report.notes()]
+    while len(json.dumps(notes)) > _ROOM_FOR_NOTES:
+        notes = [note[: len(note) // 2] for note in notes]
+    return {"documents": documents, "bytes": n_bytes, "notes": notes}
+
+
+def _require_documents(
+    source: Source, splits: Splits, train: ShardWriter, validation: ShardWriter, report: ReadReport
+) -> None:
+    """DataError without any token, or in a split of its own without one."""
+    empty = [name for name, split in (("train", train), ("validate", validation))
+             if not split.n_tokens]  # fmt: skip
+    if len(empty) == 2 or (empty and splits.validation is not None):
+        where = source.name if len(empty) == 2 else f"{source.name}, to {empty[0]} on"
+        skipped = f" ({'; '.join(report.notes())})" if report.notes() else ""
+        raise DataError(
+            f"{where}: expected a document of at least one character, got none{skipped}"
+        )
 
 
 def _take(pieces: Iterable[Piece], encoder: _Encoder, size: int | None) -> None:
@@ -277,18 +375,27 @@ class _Encoder:
         self._pieces, self._characters = [], 0
 
 
-def _open_folder(folder: Path, tokenizer: Tokenizer, known: KnownFiles) -> TokenDataset:
-    """Open both files and check that they were written with this tokenizer."""
-    names = ("train", "validation")
-    streams = [TokenStream(folder / f"{name}.tokens", known) for name in names]
-    for stream in streams:
+def _open_folder(
+    folder: Path, tokenizer: Tokenizer, known: KnownFiles, notes: tuple[str, ...]
+) -> TokenDataset:
+    """Open both files and check that they were written with this tokenizer. `notes`: today's."""
+    train, validation = (TokenStream(folder / f"{name}.tokens", known)
+                         for name in ("train", "validation"))  # fmt: skip
+    for stream in (train, validation):
         stream.require_vocabulary(tokenizer.vocab_size)
         if stream.facts.get("tokenizer_hash") != tokenizer.hash:
             raise DataError(
                 f"token file {stream.path}: expected the tokenizer {tokenizer.name!r}, got "
                 f"{stream.facts.get('tokenizer')!r}; delete the folder {folder} and run again"
             )
-    return TokenDataset(streams[0], streams[1], streams[0].facts.get("report", ""))
+    documents, n_bytes = (
+        count if type(count := train.facts.get(name)) is int else None
+        for name in ("documents", "bytes")
+    )
+    written = train.facts.get("notes")
+    if isinstance(written, list):
+        notes += tuple(single_line(str(note)) for note in written)
+    return TokenDataset(train, validation, documents, n_bytes, notes)
 
 
 def _sync_folder(folder: Path) -> None:

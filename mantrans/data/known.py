@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mantrans.checkpoint.atomic import replacing, write_all
+from mantrans.checkpoint.atomic import open_regular, replacing, write_all
 
 _SETTLED = 2_000_000_000  # ns: changes further apart than this have different times
 
@@ -30,7 +30,8 @@ class KnownFiles:
         self.record, self._is_new = record, False
         self._known: dict[str, Any] = {}
         with contextlib.suppress(OSError, ValueError, RecursionError):
-            found = json.loads(record.read_bytes())
+            with open_regular(record) as file:
+                found = json.load(file)
             self._known = found if isinstance(found, dict) else {}
 
     def hash(self, file: Path, read: Callable[[Path], str]) -> str:

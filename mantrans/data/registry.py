@@ -1,8 +1,8 @@
 """The named data sets, and local files: each a `Source` of documents.
 
 A source is cheap to create: it has an `identity`, the key of the token cache, and reads nothing
-before it is opened. The `datasets` library is imported only for sets from the hub and for Parquet
-files; built-in stories, `.txt` and `.jsonl` need no other package.
+before it is opened. The `datasets` library is imported only for sets from the hub, `pyarrow` for
+Parquet and `.zst` files; built-in stories, `.txt` and `.jsonl` need no other package.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from typing import Any
 
 from mantrans.config import DATASETS
 from mantrans.data import stories, text
+from mantrans.data.files import COMPRESSED, kind_of, local_files
 from mantrans.data.text import Piece, ReadReport
-from mantrans.errors import DataError
+from mantrans.errors import DataError, single_line
 
 DEFAULT_VALIDATION_STORIES = 500
 
@@ -40,10 +41,14 @@ HUB_SETS = {
 
 @dataclass(frozen=True)
 class Splits:
-    """An opened source; `validation` is None if the set has no such split."""
+    """An opened source; `validation` is None if the set has no such split.
+
+    `documents`: how many there are in all, or None where only reading them tells.
+    """
 
     train: Iterator[Piece]
     validation: Iterator[Piece] | None
+    documents: int | None = None
 
 
 @dataclass(frozen=True)
@@ -51,7 +56,8 @@ class Source:
     """A source of documents.
 
     `identity`: everything that determines them, as plain data, except the content of `files`;
-    `n_bytes`: the size, if known; `open`: starts reading and counts broken lines in the report.
+    `n_bytes`: the size, if known; `open`: starts reading and counts what it skips in the report;
+    `notes`: which files were passed over.
     """
 
     name: str
@@ -59,31 +65,36 @@ class Source:
     n_bytes: int | None
     open: Callable[[ReadReport], Splits]
     files: tuple[Path, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 def find_source(
     dataset: str,
     *,
     path: str | Path | None = None,
+    val_path: str | Path | None = None,
     text_field: str | None = None,
     document_separator: str = "eot",
     on_broken_lines: str = "skip",
     subset_size: int | None = None,
     val_subset_size: int | None = None,
+    path_name: str = "data.path",
 ) -> Source:
     """The source of that name. DataError for an unknown name or missing files.
 
-    The two sizes matter only for the built-in stories, of which there are `stories.COUNT`.
+    val_path: text to validate on, of dataset local. path_name: what an error calls `path`. The two
+    sizes matter only for the built-in stories, of which there are `stories.COUNT`.
     """
+    refuse = on_broken_lines == "refuse"
     if dataset == "builtin-stories":
         return _builtin(subset_size, val_subset_size)
     if dataset == "local":
         if path is None:
             raise DataError("data.path: expected a file or folder for dataset local, got none")
-        refuse = on_broken_lines == "refuse"
-        return _local(Path(path), text_field or "text", document_separator, refuse)
+        chosen = _local_files(Path(path), path_name, val_path)
+        return _local(chosen, Path(path).stem, text_field or "text", document_separator, refuse)
     if dataset in HUB_SETS:
-        return _from_hub(dataset, text_field)
+        return _from_hub(dataset, text_field, refuse)
     close = get_close_matches(dataset, DATASETS, n=1)
     raise DataError(
         f"data.dataset: expected one of {', '.join(DATASETS)}, got {dataset!r}"
@@ -102,7 +113,8 @@ def _builtin(subset_size: int | None, val_subset_size: int | None) -> Source:
 
     def opened(report: ReadReport) -> Splits:
         pieces = [Piece(story, True) for story in stories.stories()]
-        return Splits(iter(pieces[n_held : n_held + n_train]), iter(pieces[:n_held]))
+        held, rest = pieces[:n_held], pieces[n_held : n_held + n_train]
+        return Splits(iter(rest), iter(held), stories.COUNT)
 
     digest = hashlib.sha256(stories.FILE.read_bytes()).hexdigest()
     identity = {"stories": digest, "held_out": n_held, "train": n_train}
@@ -116,27 +128,73 @@ def _too_many(field: str, most: int, found: int) -> DataError:
     )
 
 
-def _local(path: Path, text_field: str, separator: str, refuse: bool) -> Source:
-    """The identity is the files' content and their kinds, which determine how they are read."""
+@dataclass(frozen=True)
+class _Chosen:
+    """Files to train on and, if they are files of their own, to validate on."""
+
+    train: list[Path]
+    validation: list[Path] | None
+    notes: tuple[str, ...]
+
+
+def _local_files(path: Path, path_name: str, val_path: str | Path | None) -> _Chosen:
+    """The files of both paths; those to validate on are never trained on."""
+    where = path_name, path
     try:
-        files = text.local_files(path)
-        size = sum(file.stat().st_size for file in files)
+        files, notes = local_files(path, path_name)
+        if val_path is None:
+            return _Chosen(files, None, tuple(notes))
+        where = "data.val_path", Path(val_path)
+        held, more = local_files(val_path, where[0])
+        to_validate = {_place(file) for file in held}
+        kept = [file for file in files if _place(file) not in to_validate]
     except OSError as error:
-        raise DataError(f"data.path {path}: cannot be read: {error.strerror or error}") from None
+        raise DataError(
+            f"{where[0]} {where[1]}: cannot be read: {error.strerror or error}"
+        ) from None
+    if not kept:
+        raise DataError(
+            f"data.val_path: expected other files than all of data.path ({path}), got {val_path}"
+        )
+    if len(kept) < len(files):
+        notes.append(
+            f"{len(files) - len(kept)} of {len(files)} files of data.path are also in "
+            "data.val_path, and are not trained on"
+        )
+    return _Chosen(kept, held, (*notes, *more))
+
+
+def _place(file: Path) -> tuple[int, int]:
+    """Where the content is, under whatever name."""
+    facts = file.stat()
+    return facts.st_dev, facts.st_ino
+
+
+def _local(chosen: _Chosen, name: str, text_field: str, separator: str, refuse: bool) -> Source:
+    """The identity is the files' content and their kinds, which determine how they are read."""
+    files = (*chosen.train, *(chosen.validation or ()))
+    size = None
+    if not any(file.suffix.lower() in COMPRESSED for file in files):
+        size = sum(file.stat().st_size for file in files)
 
     def opened(report: ReadReport) -> Splits:
-        return Splits(text.read_files(files, separator, text_field, refuse, report), None)
+        train, held = (
+            text.read_files(part or [], separator, text_field, refuse, report)
+            for part in (chosen.train, chosen.validation)
+        )
+        return Splits(train, None if chosen.validation is None else held)
 
     identity = {
-        "kinds": [file.suffix.lower() for file in files],
+        "kinds": [[kind_of(file), file.suffix.lower() in COMPRESSED] for file in files],
+        "trained_on": len(chosen.train),
         "text_field": text_field,
         "separator": separator,
         "refuse_broken_lines": refuse,
     }
-    return Source(f"local-{path.stem or 'files'}", identity, size, opened, tuple(files))
+    return Source(f"local-{name or 'files'}", identity, size, opened, files, chosen.notes)
 
 
-def _from_hub(name: str, text_field: str | None) -> Source:
+def _from_hub(name: str, text_field: str | None, refuse: bool) -> Source:
     """A set of the hub; its `validation` or `test` split is used for validation."""
     chosen = HUB_SETS[name]
     columns = (text_field,) if text_field else chosen.columns
@@ -144,12 +202,16 @@ def _from_hub(name: str, text_field: str | None) -> Source:
     def opened(report: ReadReport) -> Splits:
         splits = _load_from_hub(name, chosen.repository)
         held = splits.get("validation", splits.get("test"))
-        return Splits(
-            _documents(splits["train"], columns, name),
-            None if held is None else _documents(held, columns, name),
+        train, validation = (
+            None if rows is None else _documents(rows, columns, name, refuse, report)
+            for rows in (splits["train"], held)
         )
+        assert train is not None
+        return Splits(train, validation, len(splits["train"]) + len(held or ()))
 
-    identity = {"repository": chosen.repository, "columns": list(columns)}
+    identity = {
+        "repository": chosen.repository, "columns": list(columns), "refuse_broken_lines": refuse
+    }  # fmt: skip
     return Source(name, identity, None, opened)
 
 
@@ -176,14 +238,27 @@ def _load_from_hub(name: str, repository: str) -> Any:
         ) from None
 
 
-def _documents(rows: Any, columns: tuple[str, ...], name: str) -> Iterator[Piece]:
+def _documents(
+    rows: Any, columns: tuple[str, ...], name: str, refuse: bool, report: ReadReport
+) -> Iterator[Piece]:
     """Each row's columns, joined by a blank line, as one document."""
-    missing = [column for column in columns if column not in rows.column_names]
-    if missing:
-        raise DataError(
-            f"data.dataset {name!r}: expected a column {missing[0]!r}, got "
-            f"{', '.join(rows.column_names)}; set data.text_field"
-        )
-    for row in rows.select_columns(list(columns)):
-        parts = [row[column] for column in columns]
-        yield from text.pieces_of("\n\n".join(part for part in parts if isinstance(part, str)))
+    for column in columns:
+        if column not in rows.column_names:
+            raise DataError(
+                f"data.dataset {name!r}: expected a column {column!r}, got "
+                f"{single_line(', '.join(rows.column_names))}; set data.text_field"
+            )
+        kind = getattr(rows.features[column], "dtype", rows.features[column])
+        if kind not in ("string", "large_string", "null"):
+            raise DataError(
+                f"data.dataset {name!r}: expected text in column {column!r}, got {kind}; "
+                "set data.text_field"
+            )
+
+    def texts() -> Iterator[tuple[int, str | None, str]]:
+        for number, row in enumerate(rows.select_columns(list(columns)), start=1):
+            parts = [row[column] for column in columns if row[column] is not None]
+            yield number, "\n\n".join(parts) if parts else None, "its text is null"
+
+    for document in report.texts(texts(), name, refuse):
+        yield from text.pieces_of(document)

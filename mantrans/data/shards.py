@@ -26,6 +26,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from mantrans.checkpoint.atomic import open_regular
 from mantrans.data.known import KnownFiles
 from mantrans.errors import DataError
 
@@ -122,7 +123,7 @@ class TokenStream:
     def __init__(self, path: str | Path, known: KnownFiles | None = None) -> None:
         self.path = Path(path)
         try:
-            with self.path.open("rb") as file:
+            with open_regular(self.path) as file:
                 header = _read_header(file, self.path)
             read = partial(_summary, dtype=_DTYPES[header["dtype"]])
             _verify(header, known.hash(self.path, read) if known else read(self.path), self.path)
@@ -205,7 +206,7 @@ def _read_header(file: BinaryIO, path: Path) -> dict[str, Any]:
 def _summary(path: Path, dtype: np.dtype[Any]) -> str:
     """The tokens' checksum and their largest, in one pass and in bounded memory."""
     digest, largest = hashlib.blake2b(digest_size=16), 0
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         file.seek(HEADER_BYTES)
         while chunk := file.read(_CHUNK):
             digest.update(chunk)

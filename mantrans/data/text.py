@@ -7,33 +7,39 @@ but may change some tokens beside the cut.
 
 White space around documents is removed, and empty documents are skipped. Text is UTF-8, with or
 without a byte order mark; in `.txt`, CRLF is read as LF. Anything else is refused with the file's
-name and the place; encodings are not guessed.
+name and what it is; encodings are not guessed. White space and line ends are Unicode's: a blank
+line may end with CR, NEL or U+2028 too, and hold no-break spaces.
 """
 
 from __future__ import annotations
 
 import codecs
+import io
 import json
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
+from mantrans.data.files import kind_of, opened
+from mantrans.data.foreign import not_utf8
+from mantrans.data.parquet import column_of
 from mantrans.data.tokenizer import END_OF_TEXT
-from mantrans.errors import DataError
+from mantrans.errors import DataError, single_line
 
 PIECE = 2**18  # characters: little memory, and few calls
 _CHUNK = 2**18  # bytes read at once
 _LONGEST_JSON_LINE = (
     2**27
 )  # bytes: a line is parsed as a whole and must fit into memory a few times
-_SUFFIXES = (".txt", ".jsonl", ".parquet")
+_LINE_END = r"\n\r\v\f\x85\u2028\u2029"  # Unicode's (UTS 18, RL1.6); CRLF is LF here
 _SEPARATORS = {
     "eot": re.compile(re.escape(END_OF_TEXT)),
-    "blank_line": re.compile(r"\n[ \t]*\n\s*"),
+    "blank_line": re.compile(rf"[{_LINE_END}][^\S{_LINE_END}]*[{_LINE_END}]\s*"),
 }
 _SPACE = " \t\n"
+_RARE_SPACE = "".join(c for c in map(chr, range(0x3001)) if c.isspace() and c not in _SPACE)
 
 
 class Piece(NamedTuple):
@@ -45,44 +51,57 @@ class Piece(NamedTuple):
 
 @dataclass
 class ReadReport:
-    """What the readers skipped, updated while they run."""
+    """What the readers found and what they skipped, updated while they run.
 
-    broken_lines: int = 0
+    `rows`: of `.jsonl` and `.parquet`; those `broken` were skipped, those `empty` hold no text.
+    """
+
+    documents: int = 0
+    bytes: int = 0
+    rows: int = 0
+    broken: int = 0
     first_broken: str = ""
+    empty: int = 0
 
-    def broken(self, file: Path, line: int, what: str, refuse: bool) -> None:
-        """Count a broken line, or raise DataError if such lines are refused."""
+    def texts(
+        self,
+        rows: Iterable[tuple[int, str | None, str]],
+        place: str,
+        refuse: bool,
+        unit: str = "row",
+    ) -> Iterator[str]:
+        """The texts of (number, text or None, what is wrong with it), the others counted.
+
+        place, unit: what the rows are of, such as a file, and what their number counts. Raises
+        DataError for a wrong row if such rows are refused.
+        """
+        for number, text, fault in rows:
+            self.rows += 1
+            if text is None:
+                self._skip(place, f"{unit} {number}", fault, refuse)
+            elif text.isspace() or not text:
+                self.empty += 1
+            else:
+                yield text
+
+    def _skip(self, place: str, row: str, fault: str, refuse: bool) -> None:
         if refuse:
             raise DataError(
-                f"{file}, line {line}: {what}; correct it, or set data.on_broken_lines to skip"
+                f"{place}, {row}: {fault}; correct it, or set data.on_broken_lines to skip"
             )
-        self.broken_lines += 1
-        self.first_broken = self.first_broken or f"{what} ({file.name}, line {line})"
+        self.broken += 1
+        name = Path(place).name
+        self.first_broken = self.first_broken or single_line(f"{fault} ({name}, {row})")
 
-    def __str__(self) -> str:
-        return f"{self.broken_lines:,} broken lines skipped; the first: {self.first_broken}"
-
-
-def local_files(path: str | Path) -> list[Path]:
-    """The file, or the folder's files of the accepted kinds at any depth, sorted by path."""
-    root = Path(path)
-    kinds = ", ".join(_SUFFIXES)
-    if root.is_file():
-        if root.suffix.lower() not in _SUFFIXES:
-            raise DataError(f"data.path: expected a file {kinds} or a folder, got {root}")
-        return [root]
-    if not root.is_dir():
-        raise DataError(f"data.path: expected a file {kinds} or a folder, got no such path: {root}")
-    found = [
-        file
-        for file in sorted(root.rglob("*"))
-        if file.suffix.lower() in _SUFFIXES
-        and not any(part.startswith(".") for part in file.relative_to(root).parts)
-        and file.is_file()
-    ]
-    if not found:
-        raise DataError(f"data.path: expected a folder with {kinds} files, got none in {root}")
-    return found
+    def notes(self) -> list[str]:
+        """A line for each kind of thing that was skipped."""
+        notes = []
+        if self.broken:
+            skipped = f"{self.broken:,} of {self.rows:,} rows skipped"
+            notes.append(f"{skipped}; the first: {self.first_broken}")
+        if self.empty:
+            notes.append(f"{self.empty:,} of {self.rows:,} rows hold no text")
+        return notes
 
 
 def read_files(
@@ -95,12 +114,12 @@ def read_files(
     """The documents of all files, in order. DataError for a file that cannot be read as text."""
     for file in files:
         try:
-            if file.suffix.lower() == ".txt":
+            if kind_of(file) == ".txt":
                 yield from read_txt(file, separator)
-            elif file.suffix.lower() == ".jsonl":
+            elif kind_of(file) == ".jsonl":
                 yield from read_jsonl(file, text_field, refuse_broken_lines, report)
             else:
-                yield from read_parquet(file, text_field)
+                yield from read_parquet(file, text_field, refuse_broken_lines, report)
         except OSError as error:
             raise DataError(f"{file}: cannot be read: {error.strerror or error}") from None
 
@@ -118,52 +137,31 @@ def read_jsonl(
     A line is broken if it is not UTF-8, not a JSON object, has no string in that field, or is over
     128 MiB. DataError if every line is broken.
     """
-    good = False
-    before, fields_seen = report.broken_lines, ""
-    for number, line in _lines(file):
-        text, fault = _text_of_line(line, text_field)
-        if text is None:
-            fields_seen = fields_seen or fault
-            report.broken(file, number, fault, refuse_broken_lines)
-            continue
-        good = True
-        del line
+    before = report.rows - report.broken
+    faults: list[str] = []
+
+    def rows() -> Iterator[tuple[int, str | None, str]]:
+        for number, line in _lines(file):
+            text, fault = _text_of_line(line, text_field)
+            if fault and not faults:
+                faults.append(fault)
+            del line
+            yield number, text, fault
+
+    for text in report.texts(rows(), str(file), refuse_broken_lines, "line"):
         yield from pieces_of(text)
-    if not good and report.broken_lines > before:
+    if faults and report.rows - report.broken == before:
         raise DataError(
-            f"{file}: none of its {report.broken_lines - before:,} lines can be used; "
-            f"the first: {fields_seen}"
+            f"{file}: none of its lines can be used; the first: {single_line(faults[0])}"
         )
 
 
-def read_parquet(file: Path, text_field: str) -> Iterator[Piece]:
-    """The column `text_field` of a Parquet file, streamed by the `datasets` library."""
-    try:
-        import datasets
-    except ImportError:
-        raise DataError(
-            f"{file}: .parquet needs the package datasets (pip install datasets); "
-            ".txt and .jsonl need none"
-        ) from None
-    try:
-        rows = datasets.load_dataset(
-            "parquet", data_files={"train": str(file)}, split="train", streaming=True
-        )
-        columns = list(rows.features or {})
-        if text_field not in columns:
-            raise DataError(
-                f"{file}: expected a column {text_field!r}, got {', '.join(columns)}; "
-                "set data.text_field"
-            )
-        for row in rows.select_columns([text_field]):
-            if isinstance(row[text_field], str):
-                yield from pieces_of(row[text_field])
-    except DataError:
-        raise
-    except Exception as error:  # pyarrow and datasets raise many kinds for a damaged file
-        raise DataError(
-            f"{file}: expected a Parquet file, got {str(error).splitlines()[0]:.150}"
-        ) from None
+def read_parquet(
+    file: Path, text_field: str, refuse_broken_lines: bool, report: ReadReport
+) -> Iterator[Piece]:
+    """The texts in the column `text_field` of a Parquet file. A row is broken if it has none."""
+    for text in report.texts(column_of(file, text_field), str(file), refuse_broken_lines):
+        yield from pieces_of(text)
 
 
 def pieces_of(document: str) -> Iterator[Piece]:
@@ -182,7 +180,7 @@ def _characters(file: Path) -> Iterator[str]:
     """The file's text in chunks, without a byte order mark and with CRLF as LF."""
     decoder = codecs.getincrementaldecoder("utf-8-sig")("strict")
     held, read = "", 0
-    with file.open("rb") as stream:
+    with opened(file) as stream:
         while True:
             raw = stream.read(_CHUNK)
             try:
@@ -190,10 +188,7 @@ def _characters(file: Path) -> Iterator[str]:
             except UnicodeDecodeError as error:
                 # The decoder's position includes the bytes it kept from an earlier chunk.
                 place = read + len(raw) - len(error.object) + error.start
-                raise DataError(
-                    f"{file}: expected UTF-8, got {error.object[error.start]:#04x} at byte "
-                    f"{place}; convert it, for example with iconv -f latin1 -t utf-8"
-                ) from None
+                raise not_utf8(file, error, place) from None
             read += len(raw)
             held = "\r" if raw and text.endswith("\r") else ""
             yield (text[:-1] if held else text).replace("\r\n", "\n")
@@ -223,8 +218,11 @@ def _safe_cut(text: str, start: int, stop: int) -> int:
     """The start of the last run of white space before `stop`, or 0 if there is none."""
     if stop <= start:
         return 0
-    space = max(text.rfind(character, start, stop) for character in _SPACE)
-    if space < 0:
+    for characters in (_SPACE, _RARE_SPACE):  # the rare ones take longer to look for
+        space = max(text.rfind(character, start, stop) for character in characters)
+        if space >= 0:
+            break
+    else:
         return 0
     while space > start and text[space - 1].isspace():
         space -= 1
@@ -249,21 +247,27 @@ def _stripped(pieces: Iterable[Piece]) -> Iterator[Piece]:
 
 
 def _lines(file: Path) -> Iterator[tuple[int, bytes | None]]:
-    """(number, line) of lines that are not blank, without a byte order mark; None if too long."""
-    with file.open("rb") as stream:
+    """(number, line) of lines that are not blank, without a byte order mark; None if too long.
+
+    LF, CRLF or CR ends a line, because JSON text cannot hold any of them but between values.
+    """
+    with opened(file) as raw:
+        # Latin-1 is bytes as characters: it brings readline with all line ends.
+        stream = io.TextIOWrapper(cast(Any, raw), encoding="latin-1", newline=None)
         number = 0
         while line := stream.readline(_LONGEST_JSON_LINE + 1):
             number += 1
             too_long = len(line) > _LONGEST_JSON_LINE
             rest = line
-            while too_long and rest and not rest.endswith(b"\n"):
+            while too_long and rest and not rest.endswith("\n"):
                 rest = stream.readline(_CHUNK)
+            found = line.encode("latin-1")
             if number == 1:
-                line = line.removeprefix(codecs.BOM_UTF8)
+                found = found.removeprefix(codecs.BOM_UTF8)
             if too_long:
                 yield number, None
-            elif line.strip():
-                yield number, line
+            elif found.strip():
+                yield number, found
 
 
 def _text_of_line(line: bytes | None, text_field: str) -> tuple[str | None, str]:

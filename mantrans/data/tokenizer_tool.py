@@ -8,18 +8,21 @@
 
 `--hold-out` leaves out the same documents that `data.validation_fraction` of the same size holds
 out of training, so that neither tokenizer nor model has seen them; `analyze --held-out` counts only
-these.
+these (`holdout`, also for a text of one document).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import shutil
 import sys
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
-from itertools import chain
+from functools import partial
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +30,9 @@ import numpy as np
 import tokenizers
 
 from mantrans.config import DATASETS
-from mantrans.data.dataset import held_out
-from mantrans.data.registry import find_source
+from mantrans.data.files import ACCEPTED
+from mantrans.data.holdout import part_of
+from mantrans.data.registry import Source, find_source
 from mantrans.data.text import Piece, ReadReport
 from mantrans.data.tokenizer import (
     END_OF_TEXT,
@@ -37,11 +41,15 @@ from mantrans.data.tokenizer import (
     load_tokenizer,
     write_manifest,
 )
-from mantrans.errors import DataError
+from mantrans.errors import DataError, single_line
+from mantrans.options import integer, share
 from mantrans.terminal import say, show
 
 SMALLEST_VOCABULARY = 257  # the bytes and the end of text
+LARGEST_VOCABULARY = 2**24  # as model.vocab_size
 _BATCH = 1000  # pieces tokenized in one call
+_LONGEST_WORD = 128  # characters; learning takes time by the square of a word's length
+_TOO_LONG = re.compile(rf"\S{{{_LONGEST_WORD}}}(?=\S)|\s{{{_LONGEST_WORD}}}(?=\s)")
 
 
 @dataclass(frozen=True)
@@ -59,15 +67,27 @@ class Analysis:
     unused: list[str]
 
 
-def train(pieces: Iterable[Piece], vocab_size: int, folder: Path) -> Tokenizer:
+def train(
+    pieces: Iterable[Piece],
+    vocab_size: int,
+    folder: Path,
+    *,
+    show_progress: bool = False,
+    say: Callable[[str], None] = lambda note: None,
+) -> Tokenizer:
     """Byte-level BPE (Sennrich et al. 2016; bytes as in GPT-2) learned from the pieces' text.
 
     The end of text is token 0, then come the 256 bytes and the merges in the order in which they
     were learned. Writes `tokenizer.json` and `tokenizer_config.json` to `folder`, which
-    `transformers.PreTrainedTokenizerFast` loads. DataError if the text has fewer tokens.
+    `transformers.PreTrainedTokenizerFast` loads. Words of over 128 characters are cut, so that no
+    token reaches across; `say` is called with a note on that. DataError if the text has fewer
+    tokens.
     """
-    if vocab_size < SMALLEST_VOCABULARY:
-        raise DataError(f"--vocab-size: expected at least {SMALLEST_VOCABULARY}, got {vocab_size}")
+    if not SMALLEST_VOCABULARY <= vocab_size <= LARGEST_VOCABULARY:
+        raise DataError(
+            f"--vocab-size: expected {SMALLEST_VOCABULARY} to {LARGEST_VOCABULARY}, "
+            f"got {vocab_size}"
+        )
     library = tokenizers.Tokenizer(tokenizers.models.BPE())
     library.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     library.decoder = tokenizers.decoders.ByteLevel()
@@ -75,9 +95,19 @@ def train(pieces: Iterable[Piece], vocab_size: int, folder: Path) -> Tokenizer:
         vocab_size=vocab_size,
         special_tokens=[END_OF_TEXT],
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
+        show_progress=show_progress,
     )
-    library.train_from_iterator((piece.text for piece in pieces), trainer)
+    counts = Counter[str]()
+
+    def texts() -> Iterator[str]:
+        for piece in pieces:
+            parts = _cut(piece.text)
+            counts["cuts"] += len(parts) - 1
+            yield from parts
+
+    library.train_from_iterator(texts(), trainer)
+    if n_cuts := counts["cuts"]:
+        say(f"words of over {_LONGEST_WORD} characters were cut to learn from, {n_cuts:,} times")
     if library.get_vocab_size() != vocab_size:
         raise DataError(
             f"--vocab-size: expected at most {library.get_vocab_size()} for this text, "
@@ -120,39 +150,59 @@ def analyze(tokenizer: Tokenizer, pieces: Iterable[Piece]) -> Analysis:
     )
 
 
-def part_of(pieces: Iterable[Piece], fraction: float, held: bool) -> Iterator[Piece]:
-    """The documents that `fraction` holds out, or the others."""
-    index = 0
-    for piece in pieces:
-        if held_out(index, fraction) == held:
-            yield piece
-        index += piece.ends
+def _cut(text: str) -> list[str]:
+    """The text, cut inside words, and runs of white space, that are too long."""
+    cuts = [0, *(found.end() for found in _TOO_LONG.finditer(text)), len(text)]
+    return [text[start:stop] for start, stop in pairwise(cuts)]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Give `parser` the commands train, analyze and encode; `options.run(options)` runs one."""
     commands = parser.add_subparsers(required=True, metavar="train | analyze | encode")
     text = argparse.ArgumentParser(add_help=False)
-    text.add_argument("--input", action="append", default=[], help=".txt, .jsonl, .parquet, folder")
-    text.add_argument("--dataset", action="append", default=[], choices=DATASETS[:-1])
-    text.add_argument("--limit", type=_count, help="documents of each --dataset (default: all)")
-    text.add_argument("--text-field", default=None, help="of .jsonl and .parquet (default: text)")
-    text.add_argument("--separator", choices=("eot", "blank_line"), default="eot")
+    add = text.add_argument
+    add("--input", action="append", default=[], help=f"{ACCEPTED}, or a folder; may be repeated")
+    add("--dataset", action="append", default=[], choices=DATASETS[:-1], help="may be repeated")
+    add("--limit", type=integer(1), help="documents of each --dataset (default: all)")
+    add("--text-field", help="of .jsonl and .parquet (default: text)")
+    add(
+        "--separator",
+        choices=("eot", "blank_line"),
+        default="eot",
+        help="of documents in a .txt: the text <|endoftext|>, or a blank line (default: eot)",
+    )
 
     train_command = commands.add_parser("train", parents=[text], help="learn a tokenizer")
     train_command.add_argument("--output", required=True, type=Path, help="a new folder")
-    train_command.add_argument("--vocab-size", type=_count, default=4096)
-    train_command.add_argument("--hold-out", type=_fraction, default=0.0, help="of each --input")
+    train_command.add_argument(
+        "--vocab-size",
+        type=integer(SMALLEST_VOCABULARY, LARGEST_VOCABULARY),
+        default=4096,
+        help="tokens in all (default: 4096)",
+    )
+    train_command.add_argument(
+        "--hold-out",
+        type=share,
+        default=0.0,
+        metavar="SHARE",
+        help="of each --input: leave out what data.validation_fraction holds out (default: 0)",
+    )
     train_command.set_defaults(run=_run_train)
 
     analyze_command = commands.add_parser("analyze", parents=[text], help="count its tokens")
-    analyze_command.add_argument("--tokenizer", required=True)
-    analyze_command.add_argument("--held-out", type=_fraction, default=0.0, help="of each --input")
+    analyze_command.add_argument("--tokenizer", required=True, help="a name, or its folder")
+    analyze_command.add_argument(
+        "--held-out",
+        type=share,
+        default=0.0,
+        metavar="SHARE",
+        help="of each --input: count only what this share holds out (default: 0, count all)",
+    )
     analyze_command.add_argument("--json", action="store_true", help="print all as JSON")
     analyze_command.set_defaults(run=_run_analyze)
 
     encode_command = commands.add_parser("encode", help="show the tokens of a text")
-    encode_command.add_argument("--tokenizer", required=True)
+    encode_command.add_argument("--tokenizer", required=True, help="a name, or its folder")
     encode_command.add_argument("text", nargs="?", type=str, help="default: standard input")
     encode_command.set_defaults(run=_run_encode)
 
@@ -165,7 +215,13 @@ def _run_train(options: argparse.Namespace) -> None:
     aside = output.with_name(output.name + ".unfinished")
     shutil.rmtree(aside, ignore_errors=True)
     try:
-        tokenizer = train(_pieces(options, options.hold_out, held=False), options.vocab_size, aside)
+        tokenizer = train(
+            _pieces(options, options.hold_out, held=False),
+            options.vocab_size,
+            aside,
+            show_progress=sys.stderr.isatty(),
+            say=_say,
+        )
         facts = {
             "trained_on": [*(Path(name).name for name in options.input), *options.dataset],
             "documents_of_each_dataset": options.limit,
@@ -194,30 +250,57 @@ def _run_analyze(options: argparse.Namespace) -> None:
 
 def _run_encode(options: argparse.Namespace) -> None:
     tokenizer = load_tokenizer(options.tokenizer)
-    text = sys.stdin.read() if options.text is None else options.text
-    ids = tokenizer.encode(text)
+    ids = tokenizer.encode(_standard_input() if options.text is None else options.text)
     show(" ".join(map(str, ids)))
     show(" ".join(repr(tokenizer.decode([i])) for i in ids))
+
+
+def _standard_input() -> str:
+    """All of it. DataError if it is closed or not UTF-8."""
+    try:
+        return sys.stdin.buffer.read().decode("utf-8")
+    except (AttributeError, OSError, ValueError) as error:  # AttributeError: there is none
+        reason = (
+            "it is closed" if sys.stdin is None or sys.stdin.closed else single_line(str(error))
+        )
+        raise DataError(f"standard input: expected text in UTF-8, got none ({reason})") from None
 
 
 def _pieces(options: argparse.Namespace, fraction: float, held: bool) -> Iterator[Piece]:
     """All text that the options name; of the named sets only training documents."""
     if not options.input and not options.dataset:
         raise DataError("--input, --dataset: expected at least one of them, got neither")
-    report = ReadReport()
     for path in options.input:
         source = find_source(
             "local",
             path=path,
             text_field=options.text_field,
             document_separator=options.separator,
+            path_name="--input",
         )
-        yield from part_of(source.open(report).train, fraction, held)
+        for note in source.notes:
+            _say(note)
+        report = ReadReport()
+        read = partial(_train_split, source, report)
+        yield from part_of(read, fraction, held, partial(_say, of=path))
+        for note in report.notes():
+            _say(note, of=path)
     for name in options.dataset:
         source = find_source(name)
+        report = ReadReport()
         yield from _first(source.open(report).train, options.limit)
-    if report.broken_lines:
-        say(f"note: {report}")
+        for note in report.notes():
+            _say(note, of=name)
+
+
+def _train_split(source: Source, report: ReadReport) -> Iterable[Piece]:
+    """Its text, read from the start; the report is of this reading alone."""
+    vars(report).update(vars(ReadReport()))
+    return source.open(report).train
+
+
+def _say(note: str, of: str = "") -> None:
+    say(f"note: {of}{': ' * bool(of)}{note}")
 
 
 def _first(pieces: Iterable[Piece], documents: int | None) -> Iterator[Piece]:
@@ -243,16 +326,3 @@ def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
 def _some(tokens: list[Any], count: int = 12) -> str:
     shown = " ".join(repr(token) for token in tokens[:count])
     return shown + (" ..." if len(tokens) > count else "")
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected an integer of at least 1, got {text!r}")
-    return int(text)
-
-
-def _fraction(text: str) -> float:
-    number = float(text)
-    if not 0.0 <= number < 1.0:
-        raise argparse.ArgumentTypeError(f"expected at least 0 and less than 1, got {text}")
-    return number

@@ -1,19 +1,23 @@
 """Evaluates a checkpoint: the work of `mantrans evaluate`.
 
 The model is always the checkpoint's. Data, tokenizer and sampling are those of --config, or else
-those that the checkpoint was trained with.
+those that the checkpoint was trained with. The text of --text replaces the data; samples need none.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from mantrans import terminal
 from mantrans.config import Config
-from mantrans.data.dataset import prepare
-from mantrans.errors import ConfigError, MantransError
+from mantrans.data.dataset import prepare, tokenized
+from mantrans.data.shards import TokenStream
+from mantrans.data.tokenizer import Tokenizer
+from mantrans.errors import ConfigError, DataError, MantransError
 from mantrans.evaluation.evaluator import as_json, as_text, evaluate
 from mantrans.inference.trained import load_model, load_trained
 
@@ -23,23 +27,47 @@ def run(arguments: argparse.Namespace) -> None:
     state = load_trained(arguments.checkpoint)
     config = choose_config(arguments, state)
     wrapper, tokenizer = load_model(arguments.checkpoint, state, config, arguments.device)
-    data = prepare(config.data, tokenizer, cache_dir=config.data.cache_dir)
-    report = evaluate(
-        wrapper,
-        tokenizer,
-        data.validation,
-        config,
-        max_batches=arguments.max_batches,
-        generate=arguments.generate,
-        coherence=not arguments.no_coherence_eval,
-        show_progress=True,
-    )
+    with validation(arguments, config, tokenizer) as stream:
+        report = evaluate(
+            wrapper,
+            tokenizer,
+            stream,
+            config,
+            max_batches=arguments.max_batches,
+            generate=arguments.generate,
+            coherence=not arguments.no_coherence_eval,
+            show_progress=True,
+            say=lambda line: terminal.say(f"note: {line}"),
+        )
     try:
         terminal.show(as_text(report))
     finally:  # even if standard output is closed
         if arguments.json:
-            about = {"checkpoint": str(arguments.checkpoint), "dataset": config.data.dataset}
+            dataset = str(arguments.text) if arguments.text else config.data.dataset
+            about = {"checkpoint": str(arguments.checkpoint), "dataset": dataset}
             write_json(arguments.json, about | {"tokenizer": tokenizer.name} | report)
+
+
+@contextmanager
+def validation(
+    arguments: argparse.Namespace, config: Config, tokenizer: Tokenizer
+) -> Iterator[TokenStream | None]:
+    """The tokens to measure on: of --text, or else of the config's validation data.
+
+    Without these data samples are still made: a line says why nothing is measured.
+    """
+    if arguments.text:
+        with tokenized(arguments.text, config.data, tokenizer, name="--text") as own:
+            yield own
+        return
+    stream: TokenStream | None = None
+    try:
+        stream = prepare(config.data, tokenizer, cache_dir=config.data.cache_dir).validation
+    except DataError as missing:
+        if not arguments.generate:
+            raise
+        terminal.say(f"note: samples only, no loss: {missing}")
+    yield stream
 
 
 def choose_config(arguments: argparse.Namespace, state: dict[str, Any]) -> Config:

@@ -186,7 +186,7 @@ def parse_scores(text: str, n_samples: int) -> list[dict[str, int]]:
     """
     try:
         answer = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise NotScored("malformed answer: not JSON") from None
     entries = answer.get("scores") if isinstance(answer, dict) else None
     if not isinstance(entries, list):

@@ -12,6 +12,8 @@ from collections.abc import Callable
 from itertools import cycle, islice
 from typing import TYPE_CHECKING, Any
 
+from mantrans.config import TrainingConfig
+from mantrans.config.arguments import checked, field
 from mantrans.errors import ConfigError, printable
 from mantrans.evaluation.coherence import CRITERIA, score_samples
 from mantrans.evaluation.diversity import diversity
@@ -24,13 +26,15 @@ if TYPE_CHECKING:
     from mantrans.evaluation.perplexity import Perplexity
     from mantrans.wrapper import CustomTransformerWrapper
 
+_MAX_BATCHES = field(TrainingConfig, "eval_batches")
 Sample = dict[str, str]  # {"prompt": text, "continuation": the model's text after it}
 
 
+@checked(max_batches=_MAX_BATCHES, generate=bool, coherence=bool, show_progress=bool)
 def evaluate(
     wrapper: CustomTransformerWrapper,
     tokenizer: Tokenizer,
-    validation: TokenStream,
+    validation: TokenStream | None,
     config: Config,
     *,
     max_batches: int | None = None,
@@ -41,25 +45,30 @@ def evaluate(
 ) -> dict[str, Any]:
     """The report of a model: `measure_stream`, and with `generate` samples and their scores.
 
-    coherence: False for no scores from Claude, whatever the config says. say: called with one line
-    that explains why there are no scores.
+    validation: None to measure nothing. coherence: False for no scores from Claude, whatever the
+    config says. say: called with one line that explains why there are no scores, or why samples are
+    empty.
 
     Returns {"loss", "perplexity", "bits_per_byte", "tokens", "bytes"} and, with `generate`,
     {"samples", "diversity" (of the continuations), "coherence" (None without scores)}.
     Raises ModelError if the model is broken, so that no sample can be drawn from it.
     """
-    measured = measure_stream(
-        wrapper, tokenizer, validation, config, max_batches=max_batches, show_progress=show_progress
-    )
-    report: dict[str, Any] = {
-        "loss": measured.loss,
-        "perplexity": measured.perplexity,
-        "bits_per_byte": measured.bits_per_byte,
-        "tokens": measured.tokens,
-        "bytes": measured.bytes,
-    }
+    report: dict[str, Any] = {}
+    if validation is not None:
+        measured = measure_stream(
+            wrapper, tokenizer, validation, config,
+            max_batches=max_batches, show_progress=show_progress,
+        )  # fmt: skip
+        report = {
+            "loss": measured.loss,
+            "perplexity": measured.perplexity,
+            "bits_per_byte": measured.bits_per_byte,
+            "tokens": measured.tokens,
+            "bytes": measured.bytes,
+        }
     if generate:
         settings, scored = config.evaluation, coherence and config.evaluation.evaluate_coherence
+        _say_what_has_no_room(tokenizer, config, say)
         count = len(settings.generation_prompts)
         samples = generate_samples(
             wrapper, tokenizer, config, max(count, settings.coherence_samples) if scored else count
@@ -74,6 +83,7 @@ def evaluate(
     return report
 
 
+@checked(max_batches=_MAX_BATCHES, show_progress=bool)
 def measure_stream(
     wrapper: CustomTransformerWrapper,
     tokenizer: Tokenizer,
@@ -99,7 +109,7 @@ def measure_stream(
         validation.tokens,
         tokenizer.token_bytes,
         length=config.sequence_length,
-        batch_size=config.evaluation.batch_size,
+        batch_size=config.evaluation_batch,
         end_of_text=tokenizer.eot_id,
         attend_across_documents=config.data.attend_across_documents,
         device=wrapper.device,
@@ -116,13 +126,13 @@ def generate_samples(
     A sample ends at `max_generation_length` tokens, `prompt_tokens` included, or before the model's
     end-of-text token.
     """
-    settings = config.evaluation
+    settings, size = config.evaluation, config.evaluation_batch
     prompts = list(islice(cycle(settings.generation_prompts), count))
     given = prompt_tokens(tokenizer, config, prompts)
     samples: list[Sample] = []
-    for first in range(0, len(prompts), settings.batch_size):
+    for first in range(0, len(prompts), size):
         rows = wrapper.generate(
-            given[first : first + settings.batch_size],
+            given[first : first + size],
             max_length=settings.max_generation_length,
             temperature=settings.temperature,
             top_k=settings.top_k,
@@ -135,6 +145,18 @@ def generate_samples(
             made = [token for token in row[len(ids) :].tolist() if token != tokenizer.eot_id]
             samples.append({"prompt": prompt, "continuation": tokenizer.decode(made)})
     return samples
+
+
+def _say_what_has_no_room(tokenizer: Tokenizer, config: Config, say: Callable[[str], None]) -> None:
+    """Say which prompts are as long as a sample may be, so that nothing is added to them."""
+    limit, prompts = config.evaluation.max_generation_length, config.evaluation.generation_prompts
+    lengths = [len(ids) for ids in prompt_tokens(tokenizer, config, prompts)]
+    full = [length for length in lengths if length >= limit]
+    if full:
+        say(
+            f"evaluation.max_generation_length: expected more than the {max(full)} tokens of the "
+            f"longest prompt, got {limit}: {len(full)} of {len(prompts)} samples are empty"
+        )
 
 
 def as_json(report: dict[str, Any]) -> str:
@@ -152,12 +174,14 @@ def as_json(report: dict[str, Any]) -> str:
 
 def as_text(report: dict[str, Any]) -> str:
     """The report for a terminal: the numbers first, then each sample."""
-    facts = {
-        "loss per token": f"{report['loss']:.4f} nats",
-        "perplexity": f"{report['perplexity']:.2f}",
-        "bits per byte": f"{report['bits_per_byte']:.4f}",
-        "counted": f"{report['tokens']:,} tokens, {report['bytes']:,} bytes",
-    }
+    facts = {}
+    if "loss" in report:
+        facts = {
+            "loss per token": f"{report['loss']:.4f} nats",
+            "perplexity": f"{report['perplexity']:.2f}",
+            "bits per byte": f"{report['bits_per_byte']:.4f}",
+            "counted": f"{report['tokens']:,} tokens, {report['bytes']:,} bytes",
+        }
     for name, value in report.get("diversity", {}).items():
         facts[name.replace("_", " ")] = "none" if value is None else f"{value:.3f}"
     if report.get("coherence"):

@@ -19,6 +19,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,17 @@ def oriented(name: str, x: Tensor) -> Tensor:
 # --------------------------------------------------------------------------------------- reading
 
 
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """For whatever asks the system about `path`: names in a downloaded file can be anything, and a
+    folder can forbid the question."""
+    try:
+        yield
+    except (OSError, ValueError) as error:  # ValueError: a NUL in a name
+        cause = single_line(reason(error))
+        raise CheckpointError(f"{_shown(path)}: cannot be read ({cause})") from None
+
+
 def read_shape(directory: str | Path) -> dict[str, Any]:
     """The network's shape in a folder's config.json, as keywords of `ModelConfig`.
 
@@ -136,7 +148,9 @@ class Weights:
         self.parameters = {_bare(their_name(p.name)): p for p in parameters}
         self.is_tied = OUTPUT not in self.parameters
         self.found: dict[str, tuple[Any, str]] = {}  # bare name: open file, name in it
-        for path in _weight_files(self.folder):
+        with _readable(self.folder):
+            paths = _weight_files(self.folder)
+        for path in paths:
             file = _open(path)
             for name in file.keys():  # noqa: SIM118  (a safetensors file is not a mapping)
                 self._add(path, file, name)
@@ -238,8 +252,9 @@ def _open(path: Path) -> Any:
         raise CheckpointError(
             f"{_shown(path)}: needs the package safetensors (pip install safetensors)"
         ) from None
-    if not path.is_file():
-        raise CheckpointError(f"{_shown(path)}: expected the file that {INDEX} names, got none")
+    with _readable(path):
+        if not path.is_file():
+            raise CheckpointError(f"{_shown(path)}: expected the file that {INDEX} names, got none")
     try:
         return safe_open(path, framework="pt", device="cpu")
     except (SafetensorError, OSError, ValueError) as error:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from mantrans.config.arguments import SAMPLING, checked
 from mantrans.errors import ModelError
 from mantrans.kernels.reference import wide_dtype
 from mantrans.models.transformer import CustomTransformer
@@ -27,6 +28,7 @@ def window_start(length: int, max_seq_len: int) -> int:
 ROUNDING = 1e-9
 
 
+@checked(**{name: SAMPLING[name] for name in ("temperature", "top_k", "top_p")})
 def sample(
     logits: Tensor,
     generator: torch.Generator,
@@ -44,10 +46,12 @@ def sample(
     _refuse_broken(logits)
     if temperature == 0:
         return logits.argmax(-1)  # of several the first
+    tokens = None
+    if top_k is not None and top_k < logits.shape[-1]:  # drawing among few takes less time
+        tokens = _most_likely(logits, top_k)
+        logits = logits.gather(1, tokens)
     z = logits.double()
     z = (z - z.amax(-1, keepdim=True)) / temperature  # at most 0: no temperature overflows
-    if top_k is not None and top_k < z.shape[-1]:
-        z = z.masked_fill(~_most_likely(z, top_k), -torch.inf)
     if top_p is not None and top_p < 1:
         ordered, order = z.sort(descending=True, stable=True)
         p = ordered.softmax(-1)
@@ -56,14 +60,16 @@ def sample(
         ordered = ordered.masked_fill(likelier >= top_p - ROUNDING, -torch.inf)
         z = z.scatter(1, order, ordered)
     p = z.softmax(-1).to(wide_dtype(logits.dtype))
-    return torch.multinomial(p, 1, generator=generator)[:, 0]
+    drawn = torch.multinomial(p, 1, generator=generator)
+    return (drawn if tokens is None else tokens.gather(1, drawn))[:, 0]
 
 
-def _most_likely(z: Tensor, k: int) -> Tensor:
-    """The k largest of each row of z (B, V), exactly k: a boolean mask."""
-    smallest = z.topk(k).values[:, -1:]
-    above, equal = z > smallest, z == smallest
-    return above | (equal & (equal.cumsum(-1) <= k - above.sum(-1, keepdim=True)))
+def _most_likely(logits: Tensor, k: int) -> Tensor:
+    """The k largest of each row of logits (B, V), exactly k: their ids (B, k), in order."""
+    smallest = logits.topk(k).values[:, -1:]
+    above, equal = logits > smallest, logits == smallest
+    kept = above | (equal & (equal.cumsum(-1) <= k - above.sum(-1, keepdim=True)))
+    return kept.nonzero()[:, 1].view(-1, k)
 
 
 def _refuse_broken(logits: Tensor) -> None:
@@ -82,7 +88,7 @@ class Decoder:
 
     sequences: one list of tokens per row, which the caller extends by one token between calls.
     max_length: the final length of the shortest; the cache has room for it.
-    use_cache: False recomputes everything at each call and gives the same tokens.
+    use_cache: False recomputes everything at each call.
     """
 
     def __init__(
@@ -121,6 +127,7 @@ class Decoder:
         return torch.tensor(values, device=self.model.parameters.weights.device)
 
 
+@checked(**SAMPLING)
 def stream(
     model: CustomTransformer,
     prompts: list[list[int]],

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 from mantrans.config import ModelConfig
+from mantrans.config.arguments import BUILD, Rate, checked
+from mantrans.errors import show
 from mantrans.layers import Block, KeyValueCache, LayerNorm
 from mantrans.models import build
 from mantrans.parameters import Parameters
@@ -43,6 +45,7 @@ class CustomTransformer:
         final_norm: LayerNorm.Saved
         y: Tensor  # (B,T,C) input of the output projection
 
+    @checked(recompute=BUILD["recompute"], seed=BUILD["seed"], training=bool, keep_master=bool)
     def __init__(
         self,
         config: ModelConfig,
@@ -134,20 +137,46 @@ class CustomTransformer:
 
         document_start (B, T) int32: where the document of each position starts, to keep attention
         inside it (`mantrans.kernels.reference.document_starts`). keep: whether a backward follows.
+        Raises ValueError for other tokens; ids that are too large are found on a CPU only.
         """
+        self._check_tokens(tokens)
         y = self._trunk_forward(tokens, document_start, keep and self.training)
         return self.output.forward(y)
 
     def backward(self, dlogits: Tensor) -> None:
         """Add every parameter's gradient, given that of the last forward's logits (B, T, V).
 
-        Raises RuntimeError without a forward before each backward.
+        Raises RuntimeError without a forward before each backward, ValueError for another shape.
         """
         if self._saved is None:
             raise RuntimeError("backward: no activations; call forward first, once per backward")
+        expected = (*self._saved.tokens.shape, self.vocab_size)
+        if not isinstance(dlogits, Tensor) or dlogits.shape != expected:
+            found = tuple(dlogits.shape) if isinstance(dlogits, Tensor) else show(dlogits)
+            raise ValueError(f"dlogits: expected a tensor of shape {expected}, got {found}")
         with self._whole():
             dy = self.output.backward(dlogits, self._saved.y)
             self._trunk_backward(dy, accumulate=True)
+
+    def _check_tokens(self, tokens: Tensor) -> None:
+        """Refuse what is no batch of token ids; on a GPU their values are not read."""
+        is_batch = isinstance(tokens, Tensor) and tokens.layout == torch.strided
+        if not is_batch or tokens.dtype != torch.int64 or tokens.dim() != 2:
+            found = f"one of {tokens.dtype}" if is_batch else show(tokens)
+            raise ValueError(f"tokens: expected an int64 tensor (batch, sequence), got {found}")
+        if not 0 < tokens.shape[1] <= self.config.max_seq_len:
+            raise ValueError(
+                f"tokens: expected 1 to {self.config.max_seq_len} (max_seq_len) in a row, "
+                f"got {tokens.shape[1]}"
+            )
+        device = self.parameters.weights.device
+        if tokens.device != device:
+            raise ValueError(f"tokens: expected a tensor on {device}, got one on {tokens.device}")
+        if device.type == "cpu" and not ((tokens >= 0) & (tokens < self.vocab_size)).all():
+            raise ValueError(
+                f"tokens: expected ids from 0 to {self.vocab_size - 1}, "
+                f"got {int(tokens.min())} to {int(tokens.max())}"
+            )
 
     # ------------------------------------------------------- loss and gradients, logits in chunks
 
@@ -211,17 +240,25 @@ class CustomTransformer:
 
     def named_gradients(self) -> Iterator[tuple[str, Tensor]]:
         """(name, view of the gradient), the same names and shapes as `named_parameters`."""
-        return self.parameters.named(self.parameters.gradients)
+        return self.parameters.named(self._gradients())
 
     def zero_gradients(self) -> None:
         """Call this before the first backward of a step, because every backward adds."""
-        self.parameters.gradients.zero_()
+        self._gradients().zero_()
 
+    def _gradients(self) -> Tensor:
+        """The flat buffer. RuntimeError for a model that was built without."""
+        if not self.training:
+            raise RuntimeError("gradients: expected a model with gradients, got inference=True")
+        return self.parameters.gradients
+
+    @checked(learning_rate=Rate)
     def update_parameters(self, learning_rate: float) -> None:
-        """Plain gradient descent: w ← w - η g."""
+        """Plain gradient descent: w ← w - η g. Nothing changes if a gradient is not finite."""
         p = self.parameters
-        one, yes = p.gradients.new_ones(()), torch.tensor(True, device=p.weights.device)
-        rate = p.gradients.new_tensor(learning_rate)
+        gradients = self._gradients()
+        one, rate = gradients.new_ones(()), gradients.new_tensor(learning_rate)
+        finite = (rate * self.ops.gradient_norm(gradients)).isfinite()
         seed = p.updates if p.low_precision() else None
-        self.ops.sgd_update(p.weights, p.master, p.gradients, rate, one, yes, 0.0, seed)
-        p.updates += 1
+        self.ops.sgd_update(p.weights, p.master, gradients, rate, one, finite, 0.0, seed)
+        p.updates += finite

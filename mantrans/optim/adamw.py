@@ -7,6 +7,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from mantrans.config.arguments import ADAMW, checked
 from mantrans.optim.optimizer import Optimizer
 from mantrans.parameters import Parameters
 
@@ -14,6 +15,7 @@ from mantrans.parameters import Parameters
 class AdamW(Optimizer):
     """AdamW with float32 moments (float64 for a float64 model)."""
 
+    @checked(**ADAMW)
     def __init__(
         self,
         ops: ModuleType,

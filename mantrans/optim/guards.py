@@ -7,6 +7,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from mantrans.config.arguments import checked
+from mantrans.config.section import Size, ZScore
+
 
 class Guard(Protocol):
     """Allows or refuses a step."""
@@ -47,13 +50,14 @@ class OutlierGuard:
     lasting change of level is accepted after a while.
     """
 
+    @checked(z_score=ZScore, window=Size)
     def __init__(self, z_score: float, window: int, device: torch.device) -> None:
         self.z_score = z_score
         self.values = torch.zeros(window, 2, dtype=torch.float64, device=device)
         self.count = torch.zeros((), dtype=torch.int64, device=device)
 
     def allows(self, loss: Tensor, grad_norm: Tensor) -> Tensor:
-        now = torch.stack([loss, grad_norm]).double()
+        now = torch.stack([loss.double(), grad_norm.double()])
         mean, std = self.values.mean(0), self.values.std(0)
         rise = (self.z_score * std).maximum(SMALLEST_RISE * mean)
         limit = mean + rise + torch.finfo(torch.float32).tiny  # a rounding above 0 is none either

@@ -13,6 +13,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from mantrans.config.arguments import OPTIMIZER, GradNorm, checked
 from mantrans.optim.guards import Guard
 from mantrans.parameters import Parameters
 
@@ -20,7 +21,7 @@ from mantrans.parameters import Parameters
 class StepOutcome(NamedTuple):
     """The outcome of a step, all 0-d on the device."""
 
-    grad_norm: Tensor  # before clipping
+    grad_norm: Tensor  # float64, before clipping
     applied: Tensor  # bool: whether the weights were changed
 
 
@@ -31,6 +32,7 @@ class Optimizer:
     weight_decay: decoupled; biases and gains do not decay.
     """
 
+    @checked(**OPTIMIZER)
     def __init__(
         self,
         ops: ModuleType,
@@ -42,27 +44,39 @@ class Optimizer:
         self.ops, self.parameters = ops, parameters
         self.weight_decay, self.max_grad_norm = weight_decay, max_grad_norm
 
+    @checked(max_grad_norm=GradNorm)
     def step(
         self,
         loss: Tensor,
         learning_rate: Tensor,
         guards: Sequence[Guard] = (),
         max_grad_norm: float | Literal["configured"] | None = "configured",
+        has_targets: Tensor | None = None,
     ) -> StepOutcome:
-        """Update the weights from the gradients, unless the loss or their norm is not finite.
+        """Update the weights from the gradients, unless a number of the step is not finite.
 
-        loss, learning_rate 0-d. max_grad_norm: for this step only. If the check or one of `guards`
-        refuses the update, weights and moments stay unchanged.
+        The norm and the clip factor are float64: finite gradients have a finite norm, and however
+        long they are, they are scaled down to the limit.
+
+        loss, learning_rate 0-d. max_grad_norm: for this step only. has_targets 0-d bool: whether
+        the loss is of any target; None: it is. If the update is refused, by the check, by one of
+        `guards`, or for want of targets, weights, moments and the count stay unchanged.
         """
         p = self.parameters
         norm = self.ops.gradient_norm(p.gradients)
-        applied = norm.isfinite() & loss.isfinite()
-        for guard in guards:
-            applied = applied & guard.allows(loss, norm)
         clip = torch.ones_like(norm)
         limit = self.max_grad_norm if max_grad_norm == "configured" else max_grad_norm
         if limit is not None:
             clip = (limit / (norm + 1e-6)).clamp_(max=1)  # as torch's clip_grad_norm_
+        # No element of the clipped gradient is longer than all of it, which moments square and
+        # rates multiply. Infinity times 0 is NaN, so norm, clip and rate are checked with it.
+        length = (clip * norm).to(p.wide)
+        applied = (length * length).isfinite() & loss.isfinite()
+        applied = applied & (learning_rate * (length + self.weight_decay)).isfinite()
+        for guard in guards:
+            applied = applied & guard.allows(loss, norm)
+        if has_targets is not None:
+            applied = applied & has_targets
         count = (p.updates + 1).to(p.wide)
         for where, weight_decay in self._parts():
             self._update(where, weight_decay, count, learning_rate, clip, applied)

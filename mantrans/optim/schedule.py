@@ -4,7 +4,20 @@ from __future__ import annotations
 
 import math
 
+from mantrans.config import TrainingConfig
+from mantrans.config.arguments import Rate, Steps, checked, field
+from mantrans.config.section import Share
 
+
+@checked(
+    step=Steps,
+    total_steps=Steps,
+    peak=Rate,
+    minimum=Rate,
+    warmup_steps=Steps,
+    decay=field(TrainingConfig, "lr_decay"),
+    decay_fraction=Share,
+)
 def scheduled_learning_rate(
     step: int,
     total_steps: int,

@@ -3,18 +3,16 @@
     mantrans report runs/NAME [--output FILE.html] [--compare runs/OTHER ...]
 
 The page shows the files that train.py wrote to the run's folder; sections without data are left
-out. It needs no network and no script. This file reads and selects the data; page.html, figure.html
-and page.css define the page, and jinja2 escapes everything that comes from a file.
+out. It needs no network and no script. This file selects the data that `run` reads; page.html,
+figure.html and page.css define the page, and jinja2 escapes everything that comes from a file.
 """
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import jinja2
 from markupsafe import Markup
@@ -22,129 +20,12 @@ from markupsafe import Markup
 from mantrans.checkpoint.atomic import replacing, write_all
 from mantrans.config import strict_yaml
 from mantrans.errors import MantransError, printable, single_line
-from mantrans.records import read_records
-from mantrans.report.svg import Curve, Figure, Mark, Point, short
+from mantrans.report import comparison
+from mantrans.report.run import Run, mapping, number
+from mantrans.report.svg import Curve, Figure, short
 
 PAGE = "report.html"
 MOST_COMPARED = 4  # the number of distinct colors
-
-
-@dataclass(frozen=True)
-class Run:
-    """The records of a run; a missing one is empty."""
-
-    name: str
-    metrics: list[dict[str, Any]]
-    timings: list[dict[str, Any]]
-    config: dict[str, Any]
-    versions: dict[str, Any]
-    report: dict[str, Any]  # the final evaluation
-
-    @classmethod
-    def load(cls, folder: Path) -> Run:
-        """MantransError for a folder without a run, or a file in it that cannot be parsed."""
-        shown = single_line(str(folder))
-        try:
-            if not (folder / "metrics.jsonl").is_file():
-                found = "one without metrics.jsonl" if folder.is_dir() else "no such folder"
-                raise MantransError(f"{shown}: expected a folder that train.py wrote, got {found}")
-            metrics, config = _records(folder / "metrics.jsonl"), folder / "config.yaml"
-            last = metrics[-1]["step"] if metrics else 0
-            report = _json(folder / "report.json")
-            # A report of another step is from an earlier run in this folder, or before a resume.
-            is_current = _mapping(report.get("run")).get("step", last) == last
-            return cls(
-                name=folder.resolve().name,
-                metrics=metrics,
-                timings=_records(folder / "timings.jsonl"),
-                config=_mapping(strict_yaml.read(config)) if config.exists() else {},
-                versions=_json(folder / "versions.json"),
-                report=report if is_current else {},
-            )
-        except OSError as error:
-            raise MantransError(f"{shown}: cannot be read ({error.strerror})") from None
-
-    def curve(self, field: str) -> list[Point]:
-        """(step, value) of a field of the metrics or timings; None if it is not finite."""
-        records = self.timings if field == "tokens_per_second" else self.metrics
-        return [(r["step"], number(r[field])) for r in records if field in r]
-
-    @property
-    def steps(self) -> int:
-        """The last recorded step."""
-        return self.metrics[-1]["step"] if self.metrics else 0
-
-    @property
-    def tokens_per_step(self) -> float | None:
-        """From the last record that counts tokens; None without one."""
-        counted = [r for r in self.metrics if r["step"] and number(r.get("tokens"))]
-        return counted[-1]["tokens"] / counted[-1]["step"] if counted else None
-
-    @property
-    def tokens(self) -> float | None:
-        """Tokens trained on until the last recorded step; None if they are not counted."""
-        return self.steps * self.tokens_per_step if self.tokens_per_step else None
-
-    @property
-    def last_loss(self) -> float | None:
-        """The last training loss that is finite."""
-        return next((y for _, y in reversed(self.curve("loss")) if y is not None), None)
-
-    @property
-    def best(self) -> tuple[float, float] | None:
-        """The lowest validation loss and its step."""
-        measured = [(y, step) for step, y in self.curve("validation_loss") if y is not None]
-        return min(measured, default=None)
-
-    def skipped(self) -> list[Mark]:
-        """The ranges of the log in which steps were skipped."""
-        marks: list[Mark] = []
-        before = seen = 0.0
-        for step, count in self.curve("skipped"):
-            if count is not None and count > seen:
-                words = f"{count - seen:,.0f} skipped after step {before:,.0f} until {step:,.0f}"
-                marks.append((before, step, words))
-            before, seen = step, seen if count is None else count
-        return marks
-
-
-def number(value: Any) -> float | None:
-    """`value` as a finite float; None for anything else."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e100:
-        return None
-    return float(value)
-
-
-def _records(path: Path) -> list[dict[str, Any]]:
-    """The records of a file in the order of their steps; none without a file."""
-    records = read_records(path) if path.exists() else []
-    records = [r for r in records if type(r.get("step")) is int and 0 <= r["step"] <= 10**12]
-    return sorted(records, key=lambda r: r["step"])
-
-
-def _json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; {} without a file."""
-    if not path.exists():
-        return {}
-    try:
-        value = json.loads(path.read_bytes())
-    except (ValueError, RecursionError):
-        value = None
-    if not isinstance(value, dict):
-        shown = single_line(str(path))
-        raise MantransError(
-            f"{shown}: expected the JSON object that train.py wrote, got other JSON"
-        )
-    return value
-
-
-def _mapping(value: Any) -> dict[str, Any]:
-    """A section of a file; {} if it is absent or not a section."""
-    return value if isinstance(value, dict) else {}
-
-
-# -------------------------------------------------------------------------------------- the page
-
 TEMPLATES = jinja2.Environment(
     loader=jinja2.FileSystemLoader(Path(__file__).parent),
     autoescape=True,
@@ -155,14 +36,17 @@ TEMPLATES.filters |= {"short": short, "number": number, "place": "{:.3f}".format
 
 
 def page(run: Run, others: Sequence[Run] = ()) -> str:
-    """The page about `run`, with the losses of `others` in the same figure."""
+    """The page about `run`, compared with `others`."""
+    runs = [run, *others]
     report, samples = run.report, run.report.get("samples")
     return TEMPLATES.get_template("page.html").render(
         run=run,
-        runs=[run, *others],
-        losses=_losses([run, *others]),
+        runs=runs,
+        compared=comparison.bits_per_byte(runs) if others else None,
+        losses=_losses(runs) if comparison.have_one_tokenizer(runs) else None,
+        table=comparison.table(runs) if others else [],
         curves=_curves(run),
-        values=report | _mapping(report.get("diversity")) | _mapping(report.get("coherence")),
+        values=report | mapping(report.get("diversity")) | mapping(report.get("coherence")),
         samples=samples if isinstance(samples, list) else [],
         config=strict_yaml.dump(run.config) if run.config else "",
     )

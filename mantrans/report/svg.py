@@ -152,10 +152,15 @@ class Figure:
 
     @property
     def x(self) -> Scale:
-        """The axis of steps, which ends at the last one."""
+        """The axis of steps: round ones and, as its end, the last one."""
         last = max([1.0, *(step for curve in self.curves for step, _ in curve.points)])
-        steps = ticks(0, last, self.most_ticks)
-        return Scale(0, last, list(zip(steps, tick_labels(steps), strict=True)))
+        steps = [step for step in ticks(0, last, self.most_ticks) if step.is_integer()]
+        labels = list(zip(steps, tick_labels(steps), strict=True))
+        if steps[-1] < last:
+            room = 0.7 * (steps[1] - steps[0])
+            labels = [(step, label) for step, label in labels if last - step >= room]
+            labels.append((last, short(last)))
+        return Scale(0, last, labels)
 
     @property
     def y(self) -> Scale | None:

@@ -22,7 +22,7 @@ from types import TracebackType
 from typing import Any, TextIO
 
 from mantrans.checkpoint.atomic import replacing, write_all
-from mantrans.config import Config
+from mantrans.config import Config, strict_yaml
 from mantrans.errors import MantransError
 from mantrans.records import JsonLines
 from mantrans.training.console import Console
@@ -63,7 +63,8 @@ class RunLogger:
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             if config is not None:
-                config.save(self.directory / "config.yaml")
+                with replacing(self.directory / "config.yaml") as file:
+                    write_all(file, strict_yaml.dump(config.to_dict()).encode())
             with replacing(self.directory / "versions.json") as file:
                 write_all(file, json.dumps(versions(), indent=2).encode() + b"\n")
         except OSError as error:

@@ -33,8 +33,11 @@ NAME_WIDTH = 52
 class StepProfiler:
     """Watches a training loop that calls `after_step` after each of its steps.
 
-    steps: how many to record. directory: where profile.json goes. device, dtype: the run's, for the
-    ceiling. say: shows the table.
+    A recording that has begun must be ended: PyTorch's profiler crashes the process that exits
+    while it records. So none begins after `finish`, and an end without a beginning is impossible.
+
+    steps: how many to record, at least 1. directory: where profile.json goes. device, dtype: the
+    run's, for the ceiling. say: shows the table.
     """
 
     def __init__(
@@ -45,6 +48,8 @@ class StepProfiler:
         dtype: torch.dtype,
         say: Callable[[str], None],
     ) -> None:
+        if steps < 1:  # would end before it begins
+            raise ValueError(f"steps: expected at least 1, got {steps}")
         self.steps, self.path, self.say = steps, Path(directory) / "profile.json", say
         self.device, self.dtype = device, dtype
         self.seen, self.finished = 0, False
@@ -53,6 +58,8 @@ class StepProfiler:
     def after_step(self) -> None:
         """Count a step; start or end the recording when it is due."""
         self.seen += 1
+        if self.finished:
+            return
         if self.seen == WARM_UP_STEPS:
             self._begin()
         elif self.seen == WARM_UP_STEPS + self.steps:

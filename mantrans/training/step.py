@@ -8,6 +8,7 @@ runs and gives the same bits.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -30,6 +31,15 @@ class StepRecord(NamedTuple):
     loss: float
     grad_norm: float
     applied: bool
+
+    @property
+    def trouble(self) -> str | None:
+        """What is not finite, if anything."""
+        if not math.isfinite(self.loss):
+            return f"nan_detected (loss {self.loss})"
+        if not math.isfinite(self.grad_norm):
+            return f"nan_gradient (gradient norm {self.grad_norm})"
+        return None
 
 
 class MicroBatch(NamedTuple):
@@ -67,7 +77,8 @@ class TrainStep:
         self.switch = Switch(gradients.device)
         self.guards = [self.switch, *guards]
         self.learning_rate = gradients.new_zeros(())
-        self.history = gradients.new_zeros(max(history, WARM_UP_RUNS), 3)
+        shape = (max(history, WARM_UP_RUNS), 3)
+        self.history = torch.zeros(shape, dtype=torch.float64, device=gradients.device)
         self.place = torch.zeros(1, dtype=torch.int64, device=gradients.device)
         self.unread = 0
         self.capture = capture
@@ -95,7 +106,7 @@ class TrainStep:
         """The micro-batches of the source's current sequences."""
         rows = self.source.rows()
         inputs, targets = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
-        scale = mean_scale(targets, self.history.dtype)
+        scale = mean_scale(targets, self.learning_rate.dtype)
         parts = (inputs.chunk(self.micro_batches), targets.chunk(self.micro_batches))
         for x, y in zip(*parts, strict=True):
             start = None if self.end_of_text is None else document_starts(x, self.end_of_text)
@@ -105,7 +116,9 @@ class TrainStep:
         loss = self.history.new_zeros(())
         for i, part in enumerate(self.batch()):
             loss = loss + self.model.forward_backward(*part, accumulate=i > 0)
-        outcome = self.optimizer.step(loss, self.learning_rate, self.guards)
+        outcome = self.optimizer.step(
+            loss, self.learning_rate, self.guards, has_targets=part.scale > 0
+        )
         record = torch.stack([loss, outcome.grad_norm, outcome.applied.to(loss.dtype)])
         self.history.index_copy_(0, self.place, record[None])
         self.place += 1

@@ -9,21 +9,17 @@ number (batches and learning rates are functions of it), and the counters.
 from __future__ import annotations
 
 import math
-import os
 import time
-from contextlib import ExitStack
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
-
-import torch
+from typing import Any, Literal
 
 from mantrans.checkpoint import state_file
 from mantrans.checkpoint.atomic import replacing, write_all
-from mantrans.checkpoint.folder import CheckpointFolder, newest_intact
-from mantrans.config import Config
+from mantrans.checkpoint.folder import CheckpointFolder
+from mantrans.config import Config, TrainingConfig
+from mantrans.config.arguments import Steps, checked
 from mantrans.data.dataset import prepare
-from mantrans.data.loader import BatchLoader
+from mantrans.data.loader import RULE, BatchLoader
 from mantrans.data.tokenizer import load_tokenizer
 from mantrans.errors import CheckpointError, ConfigError, MantransError, ModelError
 from mantrans.evaluation.evaluator import as_json, as_text, evaluate, measure_stream
@@ -32,54 +28,31 @@ from mantrans.kernels import selfcheck
 from mantrans.optim.guards import OutlierGuard
 from mantrans.optim.schedule import scheduled_learning_rate
 from mantrans.report.page import write_page
-from mantrans.runtime import disable_malloc_trim, resolve_device, resolve_dtype
+from mantrans.runtime import disable_malloc_trim
 from mantrans.training import flops, memory
 from mantrans.training.batches import token_source
 from mantrans.training.diagnosis import first_non_finite
-from mantrans.training.lock import run_lock
 from mantrans.training.logger import RunLogger
 from mantrans.training.profile import StepProfiler
+from mantrans.training.progress import Progress
+from mantrans.training.resume import (
+    LATEST,
+    Checkpoint,
+    changed_settings,
+    differences,
+    find_checkpoint,
+    was_restarted,
+)
+from mantrans.training.run_folder import RunFolders
 from mantrans.training.signals import StopSignals
-from mantrans.training.step import StepRecord, TrainStep
+from mantrans.training.step import TrainStep
 from mantrans.wrapper import CustomTransformerWrapper
-
-# The share of a GPU's memory that the allocator's blocks and libraries take beside a step: 2% were
-# missing at 252 sequences of GPT-2 124M on an H100.
-HEADROOM = 0.02
-
-
-@dataclass
-class Progress:
-    """The run's counters, saved with every checkpoint."""
-
-    step: int = 0
-    best_loss: float = math.inf
-    best_step: int = 0
-    skipped: int = 0  # steps refused so far
-    not_finite_in_a_row: int = 0
-    pending: list[StepRecord] = field(default_factory=list)  # read, but not yet logged
-
-    @classmethod
-    def from_saved(cls, saved: dict[str, Any]) -> Progress:
-        """Undo `Trainer.state`. TypeError or ValueError for malformed values."""
-        progress = cls(**{**saved, "pending": [StepRecord(*record) for record in saved["pending"]]})
-        counts = (
-            progress.step, progress.best_step, progress.skipped, progress.not_finite_in_a_row
-        )  # fmt: skip
-        if any(type(count) is not int or count < 0 for count in counts):
-            raise ValueError(f"progress: expected counts of at least 0, got {counts}")
-        if not all(
-            isinstance(number, int | float)
-            for number in [progress.best_loss, *(n for record in progress.pending for n in record)]
-        ):
-            raise ValueError("progress: expected numbers as losses and norms")
-        return progress
 
 
 class Trainer:
     """One run. `Trainer(config).run()` trains, validates, saves and reports.
 
-    resume: a checkpoint's path, or "latest" for the newest intact one of this experiment.
+    resume: a checkpoint, "latest", or a run: see `mantrans.training.resume`.
     allow_other_data: resume on tokens that are not the checkpoint's.
     evaluate_coherence: False overrides the config. debug_nan: stop at the first step that is not
     finite and name the layer. check_kernels: compare each Triton kernel with the reference first.
@@ -87,6 +60,14 @@ class Trainer:
     Raises MantransError (one line) for anything that a user can correct.
     """
 
+    @checked(
+        profile=Steps,
+        allow_other_data=bool,
+        evaluate_coherence=bool,
+        debug_nan=bool,
+        check_kernels=bool,
+        quiet=bool,
+    )
     def __init__(
         self,
         config: Config,
@@ -105,23 +86,11 @@ class Trainer:
         self.signals = StopSignals()
         self.progress = Progress()
         self.directory = Path(config.training.output_dir) / config.training.experiment_name
-        self.locks = ExitStack()
+        self.folders = RunFolders(config.training)
         try:
-            self._lock()
-            self._load_data(quiet)
-            self._build()
-            notes = self._resume(resume) if resume else []
-            if check_kernels and self.wrapper.device.type == "cuda":
-                self._check_kernels()
-            self.logger = RunLogger(
-                self.directory,
-                self.progress.step if resume else None,
-                config=config,
-                total_steps=self.total_steps,
-                quiet=quiet,
-            )
+            notes = self._set_up(resume, check_kernels, quiet)
         except BaseException:
-            self.locks.close()
+            self.folders.close()
             raise
         self.profiler = None
         if profile:
@@ -135,18 +104,61 @@ class Trainer:
         for note in [*notes, self.describe()]:
             self.logger.message(note)
 
-    def _lock(self) -> None:
-        """Make this the only process that writes to the run's folder and its checkpoints."""
-        checkpoints = (
-            Path(self.config.training.checkpoint_dir) / self.config.training.experiment_name
+    def _set_up(self, resume: str | None, check_kernels: bool, quiet: bool) -> list[str]:
+        """Whatever may be refused, the quick before the slow; then the run's folders.
+
+        Returns what the user should know about it.
+        """
+        if resume is None and was_restarted() and self.folders.has_checkpoints():
+            resume = LATEST
+        checkpoint, notes = self._open_checkpoint(resume)
+        goes_on = checkpoint is not None and self.folders.is_of_this_run(*checkpoint.origin)
+        self.folders.check(replaced=not goes_on and self.folders.has_run())
+        self.tokenizer = load_tokenizer(self.config.data.tokenizer)
+        self._build(checkpoint)
+        if checkpoint:
+            notes += self._load_state(checkpoint)
+        self._load_data(quiet)
+        if checkpoint:
+            notes += self._continue_data(checkpoint)
+        self._make_step()
+        if check_kernels and self.wrapper.device.type == "cuda":
+            self._check_kernels()
+        notes += self._open_folders(checkpoint if goes_on else None)
+        self.logger = RunLogger(
+            self.directory,
+            self.progress.step if checkpoint else None,
+            config=self.config,
+            total_steps=self.total_steps,
+            quiet=quiet,
         )
-        for folder in {self.directory.resolve(): 0, checkpoints.resolve(): 0}:
-            self.locks.enter_context(run_lock(folder))
+        if checkpoint and self.progress.step >= self.total_steps:
+            at = f"{checkpoint.path} is already at step {self.progress.step}"
+            notes.append(f"{at}: nothing left to train")
+        if checkpoint:
+            notes.append(f"resumed from {checkpoint.path} at step {self.progress.step}")
+        return notes
+
+    def _open_folders(self, checkpoint: Checkpoint | None) -> list[str]:
+        """Create the run's folders. A run that does not go on from `checkpoint` moves an earlier
+        one of its name away; one that does sets aside what was saved after it."""
+        training = self.config.training
+        notes = self.folders.begin(replace=checkpoint is None)
+        self.folder = CheckpointFolder(
+            training.checkpoint_dir, training.experiment_name, training.keep_checkpoints
+        )
+        if checkpoint:
+            aside = self.folder.set_aside_later_than(checkpoint.path)
+            if aside:
+                notes.append(f"note: checkpoints saved after {checkpoint.path} moved to {aside}")
+            elif self.folders.is_inside(checkpoint.path):
+                best = self.progress.best_step == self.progress.step
+                self.folder.name(checkpoint.path.resolve(), best=best)
+        return notes
 
     def _load_data(self, quiet: bool) -> None:
-        """Load the tokenizer and the tokens; set their order and the length of the run."""
+        """Load the tokens; set their order and the length of the run."""
         training, data = self.config.training, self.config.data
-        self.tokenizer = load_tokenizer(data.tokenizer)
         self.dataset = prepare(data, self.tokenizer, cache_dir=data.cache_dir, quiet=quiet)
         self.loader = BatchLoader(
             self.dataset.train,
@@ -158,22 +170,26 @@ class Trainer:
 
     def _set_length(self) -> None:
         """The steps of the run; ConfigError if warm-up and decay take more."""
-        training = self.config.training
-        self.total_steps = training.max_steps or (
-            (training.num_epochs or 1) * self.loader.batches_per_epoch
-        )
-        training.require_room(self.total_steps)
+        self.total_steps = self._length_of(self.config.training)
+        self.config.training.require_room(self.total_steps)
 
-    def _build(self) -> None:
-        """Build the model, the optimizer, the training step and the checkpoint folder."""
-        training, data = self.config.training, self.config.data
-        self.folder = CheckpointFolder(
-            training.checkpoint_dir, training.experiment_name, training.keep_checkpoints
-        )
-        needed = require_memory(self.config, self.tokenizer.vocab_size)
+    def _length_of(self, training: TrainingConfig) -> int:
+        """The steps of a run with these settings on this run's data."""
+        per_epoch = -(-self.loader.n_windows // training.sequences_per_step)
+        return training.max_steps or (training.num_epochs or 1) * per_epoch
+
+    def _build(self, checkpoint: Checkpoint | None) -> None:
+        """Build the model and its optimizer, if the step has the memory."""
+        training = self.config.training
+        rows: int | Literal["auto"] | None = "auto"
+        if checkpoint:
+            with state_file.understood(checkpoint.path):
+                refuse_other_tokenizer(checkpoint.state["tokenizer"], self.tokenizer)
+                rows = checkpoint.logits_chunk_rows()
+        self.memory = memory.require_memory(self.config, self.tokenizer.vocab_size, rows)
         disable_malloc_trim()
         self.wrapper = build_wrapper(self.config, self.tokenizer.vocab_size)
-        self.wrapper.model.output.chunk_rows = needed.chunk_rows
+        self.wrapper.model.output.chunk_rows = self.memory.chunk_rows
         self.flops_per_token = flops.flops_per_token(
             self.wrapper.config, self.config.sequence_length
         )
@@ -183,10 +199,13 @@ class Trainer:
             self.guard = OutlierGuard(
                 training.outlier_z_score, training.outlier_window, self.wrapper.device
             )
+
+    def _make_step(self) -> None:
+        training, data = self.config.training, self.config.data
         self.train_step = TrainStep(
             self.wrapper.model,
             self.wrapper.trainable(),
-            token_source(self.loader, self.wrapper.device, needed.bytes),
+            token_source(self.loader, self.wrapper.device, self.memory.bytes),
             micro_batches=training.gradient_accumulation_steps,
             end_of_text=None if data.attend_across_documents else self.tokenizer.eot_id,
             guards=[self.guard] if self.guard else [],
@@ -212,7 +231,7 @@ class Trainer:
             if self.profiler:
                 self.profiler.finish()
             self.logger.close()
-            self.locks.close()
+            self.folders.close()
 
     def _advance(self) -> None:
         """Run one step, then whatever is due after it."""
@@ -238,16 +257,7 @@ class Trainer:
 
     def learning_rate(self, step: int) -> float:
         """The rate of a step, counted from 0."""
-        training = self.config.training
-        return scheduled_learning_rate(
-            step,
-            self.total_steps,
-            training.learning_rate,
-            minimum=training.min_learning_rate,
-            warmup_steps=training.warmup(self.total_steps),
-            decay=training.lr_decay,
-            decay_fraction=training.decay_fraction,
-        )
+        return rate(self.config.training, step, self.total_steps)
 
     def _read(self) -> None:
         """Fetch the results of the steps since the last call, and count the skipped ones."""
@@ -256,11 +266,13 @@ class Trainer:
         for step, record in enumerate(self.train_step.read(), start=first):
             progress.pending.append(record)
             progress.skipped += not record.applied
-            if math.isfinite(record.loss) and math.isfinite(record.grad_norm):
+            if not record.applied and record.loss == record.grad_norm == 0:
+                self.logger.message(f"step {step + 1} had no target: nothing was updated")
+            if record.trouble is None:
                 progress.not_finite_in_a_row = 0
                 continue
             progress.not_finite_in_a_row += 1
-            self.logger.message(f"step {step + 1} was skipped: {_what_is_not_finite(record)}")
+            self.logger.message(f"step {step + 1} was skipped: {record.trouble}")
             if self.debug_nan or progress.not_finite_in_a_row >= self.config.training.max_nan_count:
                 self._give_up(step)
 
@@ -321,7 +333,6 @@ class Trainer:
 
     def state(self) -> dict[str, Any]:
         """Everything that the rest of the run depends on."""
-        progress = self.progress
         return {
             **self.wrapper.state_dict(),
             "config": self.config.to_dict(),
@@ -331,14 +342,7 @@ class Trainer:
                 "vocab_size": self.tokenizer.vocab_size,
             },
             "data": {"batches": self.loader.rule, **self.dataset.identity},
-            "progress": {
-                "step": progress.step,
-                "best_loss": progress.best_loss,
-                "best_step": progress.best_step,
-                "skipped": progress.skipped,
-                "not_finite_in_a_row": progress.not_finite_in_a_row,
-                "pending": [tuple(record) for record in progress.pending],
-            },
+            "progress": self.progress.saved(),
             "guard": self.guard.state() if self.guard else {},
             "logits_chunk_rows": self.wrapper.model.output.chunk_rows,
             "extra": {},
@@ -373,71 +377,81 @@ class Trainer:
                 "them no checkpoint is saved"
             ) from None
 
-    def _resume(self, resume: str) -> list[str]:
-        """Load a checkpoint's state; returns what the user should know about it."""
-        path = Path(resume)
-        notes: list[str] = []
-        if resume == "latest":
-            path, notes = newest_intact(self.folder.folder)
-        state = state_file.load(path)
-        if "progress" not in state:
-            raise CheckpointError(f"{path}: expected a run's checkpoint, got a model's alone")
-        with state_file.understood(path):
-            notes += self._load_state(state)
-        if resume == "latest":
-            self.folder.name(path, best=self.progress.best_step == self.progress.step)
-        if self.progress.step >= self.total_steps:
-            notes.append(f"{path} is already at step {self.progress.step}: nothing left to train")
-        return [*notes, f"resumed from {path} at step {self.progress.step}"]
+    def _open_checkpoint(self, resume: str | None) -> tuple[Checkpoint | None, list[str]]:
+        """The checkpoint that `resume` names, and why newer ones were skipped."""
+        if resume is None:
+            return None, []
+        path, notes = find_checkpoint(resume, self.config.training)
+        return Checkpoint.load(path), notes
 
-    def _load_state(self, state: dict[str, Any]) -> list[str]:
-        """Continue from a checkpoint's state; returns what has changed since it was saved."""
-        refuse_other_tokenizer(state["tokenizer"], self.tokenizer)
-        notes = _differences(state["config"], self.config.to_dict())
-        chunk_rows = state.get("logits_chunk_rows")  # gradients' last bits depend on it
-        if chunk_rows is not None and (type(chunk_rows) is not int or chunk_rows < 1):
-            raise ValueError(f"logits_chunk_rows: expected a count, got {chunk_rows!r:.20}")
-        require_memory(self.config, self.tokenizer.vocab_size, chunk_rows)
-        self.wrapper.model.output.chunk_rows = chunk_rows
-        self.wrapper.load_state_dict(state)
-        if self.guard and state["guard"]:
-            window = state["guard"]["values"]
-            if window.shape == self.guard.values.shape:
-                self.guard.load_state(state["guard"])
-            else:
-                notes.append(
-                    f"note: training.outlier_window was {len(window)}: the window starts empty"
-                )
-        self.progress = Progress.from_saved(state["progress"])
-        return notes + self._continue_data(state)
+    def _load_state(self, checkpoint: Checkpoint) -> list[str]:
+        """Take over weights, moments and counters; returns which settings have changed."""
+        state = checkpoint.state
+        with state_file.understood(checkpoint.path):
+            notes = differences(state["config"], self.config.to_dict())
+            self.wrapper.load_state_dict(state)
+            if self.guard and state["guard"]:
+                window = state["guard"]["values"]
+                if window.shape == self.guard.values.shape:
+                    self.guard.load_state(state["guard"])
+                else:
+                    notes.append(
+                        f"note: training.outlier_window was {len(window)}: the window starts empty"
+                    )
+            self.progress = Progress.from_saved(state["progress"])
+        return notes
 
-    def _continue_data(self, state: dict[str, Any]) -> list[str]:
+    def _continue_data(self, checkpoint: Checkpoint) -> list[str]:
         """Lay out batches as the checkpoint's run did; CheckpointError if its tokens were others.
 
         Returns what has changed since it was saved.
         """
-        # Checkpoints had no such record while batches followed the first rule.
-        saved = state.get("data", {"batches": 1})
-        self.loader.follow(saved["batches"])
-        self._set_length()
-        notes = []
-        for split, ours in self.dataset.identity.items():
-            theirs = saved.get(split, ours)
-            if theirs == ours:
-                continue
-            other = f"{theirs['tokens']:,} {split} tokens ({theirs['checksum']:.8})"
-            found = f"{ours['tokens']:,} ({ours['checksum']:.8})"
-            if not self.allow_other_data:
-                changed = _changed(state["config"], self.config.to_dict(), "data")
-                raise CheckpointError(
-                    f"data: expected the checkpoint's {other}, got {found}: "
-                    f"{', '.join(changed) or 'the text has changed'}; "
-                    "to go on with these, add --allow-other-data"
+        state = checkpoint.state
+        with state_file.understood(checkpoint.path):
+            # Checkpoints had no such record while batches followed the first rule.
+            saved = state.get("data", {"batches": 1})
+            self.loader.follow(saved["batches"])
+            self._set_length()
+            notes = []
+            if self.loader.rule < RULE:
+                notes.append(
+                    "note: batches are those of an earlier version, with which the run began: the "
+                    "last tokens of the text may never be targets"
                 )
-            notes.append(f"note: {found} {split} tokens instead of the checkpoint's {other}")
-            if split == "validation":  # the lowest loss was another text's
-                self.progress.best_loss, self.progress.best_step = math.inf, 0
-        return notes
+            for split, ours in self.dataset.identity.items():
+                theirs = saved.get(split, ours)
+                if theirs == ours:
+                    continue
+                other = f"{theirs['tokens']:,} {split} tokens ({theirs['checksum']:.8})"
+                found = f"{ours['tokens']:,} ({ours['checksum']:.8})"
+                if not self.allow_other_data:
+                    changed = changed_settings(state["config"], self.config.to_dict(), "data")
+                    raise CheckpointError(
+                        f"data: expected the checkpoint's {other}, got {found}: "
+                        f"{', '.join(changed) or 'the text has changed'}; "
+                        "to go on with these, add --allow-other-data"
+                    )
+                notes.append(f"note: {found} {split} tokens instead of the checkpoint's {other}")
+                if split == "validation":  # the lowest loss was another text's
+                    self.progress.best_loss, self.progress.best_step = math.inf, 0
+            return [*notes, *self._rate_change(state["config"])]
+
+    def _rate_change(self, saved: dict[str, Any]) -> list[str]:
+        """Say if the next step's learning rate is not that of the checkpoint's run, which, if it
+        was at its end, had that of its last step."""
+        try:
+            before = Config.from_dict(saved).training
+        except ConfigError:  # of another version
+            return []
+        step, length = self.progress.step, self._length_of(before)
+        if not step < self.total_steps or length < 1:
+            return []
+        was, now = rate(before, min(step, length - 1), length), self.learning_rate(step)
+        if math.isclose(was, now, rel_tol=0.01):
+            return []
+        return [
+            f"note: the learning rate goes on at {now:.2e}; the checkpoint's run was at {was:.2e}"
+        ]
 
     # ------------------------------------------------------------------------------------- ending
 
@@ -493,7 +507,8 @@ class Trainer:
         self._save(best=False, must_succeed=True)
         self.logger.message(
             f"stopped at step {self.progress.step} of {self.total_steps}; "
-            "to resume, add --resume latest to the same command"
+            "to resume, add --resume latest to the same command, or give only "
+            f"--resume {self.folder.folder}"
         )
 
     def _give_up(self, step: int) -> None:
@@ -518,7 +533,8 @@ class Trainer:
         return (
             f"model    {info['parameters']:,} parameters, {dtype}, {info['backend']} kernels on "
             f"{info['device']}\n"
-            f"data     {self.config.data.dataset}: {len(self.dataset.train):,} tokens to train on, "
+            f"data     {self.config.data.dataset}: {self.dataset.usage()}; "
+            f"{len(self.dataset.train):,} tokens to train on, "
             f"{len(self.dataset.validation):,} to validate\n"
             f"run      {self.total_steps:,} steps of {self.config.tokens_per_step:,} tokens, "
             f"{self.total_steps / self.loader.batches_per_epoch:.2f} epochs"
@@ -540,6 +556,19 @@ class Trainer:
             )
         except selfcheck.KernelCheckError as wrong:
             raise MantransError(str(wrong)) from None
+
+
+def rate(training: TrainingConfig, step: int, total_steps: int) -> float:
+    """The learning rate of a step, counted from 0, in a run of `total_steps`."""
+    return scheduled_learning_rate(
+        step,
+        total_steps,
+        training.learning_rate,
+        minimum=training.min_learning_rate,
+        warmup_steps=training.warmup(total_steps),
+        decay=training.lr_decay,
+        decay_fraction=training.decay_fraction,
+    )
 
 
 def build_wrapper(config: Config, vocab_size: int) -> CustomTransformerWrapper:
@@ -568,67 +597,3 @@ def build_wrapper(config: Config, vocab_size: int) -> CustomTransformerWrapper:
         recompute=training.recompute,
         stochastic_rounding=training.stochastic_rounding,
     )
-
-
-class StepMemory(NamedTuple):
-    """A step's memory, and how it computes its logits to stay within it."""
-
-    bytes: int
-    chunk_rows: int | None  # rows of logits at a time; None for the backend's choice
-
-
-def require_memory(
-    config: Config, vocab_size: int, chunk_rows: int | Literal["auto"] | None = "auto"
-) -> StepMemory:
-    """The memory of a step; ConfigError if the device does not have it.
-
-    Without this check the system grants the memory and kills the process when it is used. On a GPU
-    the memory must be free now, with HEADROOM of it for what the allocator cannot fill.
-    chunk_rows: rows of logits at a time, None for the backend's choice, "auto" to choose by memory.
-    """
-    device = resolve_device(config.training.device)
-    model = config.model.model_copy(update={"vocab_size": vocab_size})
-    config = config.model_copy(update={"model": model})
-    dtype = resolve_dtype(model.dtype, device)
-    if device.type == "cuda":
-        ours = torch.cuda.memory_reserved(device)  # by the model, when a resumed run asks again
-        present = int((torch.cuda.mem_get_info(device)[0] + ours) / (1 + HEADROOM))
-        tokens = 0
-    else:
-        present = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        tokens = config.training.sequences_per_step * (config.sequence_length + 1)
-    if chunk_rows == "auto":
-        chunk_rows = memory.logits_chunk_rows(config, dtype, device, present)
-    needed = memory.predict(config, dtype, device, chunk_rows).total
-    needed += 3 * 8 * tokens  # a step's tokens on a CPU: three copies
-    if needed > present:
-        raise ConfigError(
-            f"model, training.batch_size: expected a step that fits into the "
-            f"{present / 2**30:,.1f} GiB of {device}, got one of {needed / 2**30:,.1f} GiB"
-        )
-    return StepMemory(needed, chunk_rows)
-
-
-def _differences(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """A note on settings that differ from those the checkpoint was trained with."""
-    changed = [
-        change for section in ("model", "data", "training")
-        for change in _changed(saved, now, section)
-    ]  # fmt: skip
-    return [f"note: changed since the checkpoint: {', '.join(changed)}"] if changed else []
-
-
-def _changed(saved: dict[str, Any], now: dict[str, Any], section: str) -> list[str]:
-    """A section's settings that are not those of the checkpoint, with both values."""
-    before = saved.get(section, {})
-    return [
-        f"{section}.{name} {before.get(name)!r} → {value!r}"
-        for name, value in now[section].items()
-        if before.get(name) != value
-    ]
-
-
-def _what_is_not_finite(record: StepRecord) -> str:
-    if not math.isfinite(record.loss):
-        return f"nan_detected (loss {record.loss})"
-    return f"nan_gradient (gradient norm {record.grad_norm})"

@@ -41,17 +41,22 @@ def attention_cases() -> Iterator[Case]:
         for D in (16, 24, 32, 64, 80, 96, 128, 160, 256):
             for T in (1, 127, 128, 1000) if dtype in LOW else (1, 33, 200):
                 yield "attention", dtype, STANDARD._replace(T=T, H=3, H_kv=3, D=D)
+    for D in (20, 100):  # heads that do not begin on 16 bytes
+        yield "attention", torch.bfloat16, STANDARD._replace(T=1000, H=3, H_kv=3, D=D)
     for D in (64, 128):
         yield "attention", torch.bfloat16, STANDARD._replace(B=1, T=4096, H=2, H_kv=2, D=D)
         for dtype in ALL:  # groups of three
             yield "attention", dtype, STANDARD._replace(T=300, H=6, H_kv=2, D=D)
             yield "decoding", dtype, STANDARD._replace(T=300, H=6, H_kv=2, D=D)
+    for D in (64, 128, 256):  # and of four
+        yield "attention", torch.bfloat16, STANDARD._replace(T=300, H=8, H_kv=2, D=D)
+    yield "decoding", torch.bfloat16, STANDARD._replace(T=16_384, H=8, H_kv=2)
 
 
 def row_cases() -> Iterator[Case]:
     """Each tile shape of LayerNorm and GELU, with fewer and with more rows than programs."""
     for dtype in ALL:
-        for C in (48, 64, 256, 768, 1000, 1024, 1280, 1600, 4096, 8192):
+        for C in (48, 64, 256, 512, 768, 1000, 1024, 1280, 1600, 4096, 8192):
             for N in (1, 5000):
                 yield "layer_norm", dtype, STANDARD._replace(C=C, N=N)
         for F in (64, 1000, 3072):
@@ -66,6 +71,7 @@ def vocabulary_cases() -> Iterator[Case]:
         for V, Vp in ((5, 128), (256, 256), (4096, 4096), (50_257, 50_304)):
             yield "loss", dtype, STANDARD._replace(V=V, Vp=Vp, N=301)
             yield "embedding", dtype, STANDARD._replace(V=V, Vp=Vp, T=255)
+        yield "embedding", dtype, STANDARD._replace(C=64)
 
 
 def other_cases() -> Iterator[Case]:
@@ -119,7 +125,7 @@ def sdpa_backward(
 
 
 def pytorch() -> types.SimpleNamespace:
-    """The baseline: `native`, which is PyTorch's kernels, but for attention, and there PyTorch's."""
+    """The baseline: `native`, which is PyTorch's kernels, and PyTorch's attention."""
     attention = {"attention_forward": sdpa_forward, "attention_backward": sdpa_backward}
     return types.SimpleNamespace(**{**vars(native), **attention})
 

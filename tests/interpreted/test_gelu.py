@@ -92,3 +92,12 @@ def test_refusals():
         gelu.bias_gelu_backward(h.half(), h)
     with pytest.raises(ValueError, match=r"dbias: expected dtype float32.*, got bfloat16"):
         gelu.bias_gelu_backward(h, h, None, torch.ones(4).bfloat16())
+
+
+def test_the_slope_keeps_its_digits_where_the_gate_is_open_or_closed() -> None:
+    """The slope is about 1 there, and u z' about 30: 1 - σ, which it is multiplied by, must be more
+    than a difference from 1."""
+    h = torch.linspace(-8, 8, 4001)[None]
+    dh = gelu.bias_gelu_backward(torch.ones_like(h), h)
+    expected = reference.bias_gelu_backward(torch.ones_like(h).double(), h.double())
+    assert ((dh - expected).abs() <= 4 * 2**-23).all()

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mantrans.kernels import native, reference, selfcheck, triton
 from mantrans.wrapper import CustomTransformerWrapper
+from tests.test_doors_step import BAD_STEPS, bad_step, everything, unchanged
 
 # Nothing is a power of two or a multiple of a block: D = 24, F = 80, V = 61 (stored as 128 rows).
 SHAPE: dict[str, Any] = {
@@ -122,6 +123,24 @@ def test_the_backend_passes_its_selfcheck(monkeypatch: pytest.MonkeyPatch) -> No
         "document_starts",
         "partial_rows",
     }
+
+
+@pytest.mark.parametrize(("optimizer", "stochastic"), [("adamw", False), ("sgd", True)])
+def test_a_step_that_is_not_finite_changes_nothing(optimizer: str, stochastic: bool) -> None:
+    """As tests/test_doors_step.py shows of the other backends, and of more numbers."""
+    wrapper = CustomTransformerWrapper(
+        5, 8, 1, 1, 8, 8, backend="triton", device="cpu", optimizer=optimizer,
+        stochastic_rounding=stochastic,
+    )  # fmt: skip
+    for moments in wrapper.optimizer.state().values():
+        moments.fill_(0.5)
+    before = everything(wrapper)
+    for name in ("rate nan", "largest gradient"):
+        bad = BAD_STEPS[name]
+        assert not bad_step(wrapper, bad).applied and unchanged(wrapper, before), name
+    wrapper.model.update_parameters(0.1)  # of the last gradient, whose square is infinite
+    assert unchanged(wrapper, before)
+    assert bad_step(wrapper, {}).applied and not unchanged(wrapper, before)
 
 
 def test_all_backends_offer_the_same_operations() -> None:

@@ -60,6 +60,15 @@ PROMISES = (
     ),
     Promise(
         "Exact resume",
+        "A checkpoint is not loaded as another function of its weights, even if every shape fits: "
+        "the field, what is expected and what was given are named.",
+        (
+            "tests/test_doors_step.py::test_a_checkpoint_of_another_function_is_refused",
+            "tests/test_doors_files.py::test_a_run_is_not_resumed_as_another_function",
+        ),
+    ),
+    Promise(
+        "Exact resume",
         "metrics.jsonl has every step once: no gap, no duplicate, no half line.",
         (
             HERE + "test_resume.py::test_every_step_and_every_validation_is_on_record_once",
@@ -121,6 +130,22 @@ PROMISES = (
             HERE + "test_corruption.py::test_with_nothing_intact_a_run_is_not_silently_begun_anew",
             "tests/test_checkpoint.py::"
             "test_the_newest_intact_checkpoint_is_found_behind_damaged_ones",
+        ),
+    ),
+    Promise(
+        "Corruption",
+        "Which checkpoint is newest, and which rotation removes, is decided by a counter inside "
+        "the files: copies, moves and wrong clocks change nothing. Resuming from an older one sets "
+        "the later ones aside, and says so; nothing newer is overwritten by something older.",
+        (
+            "tests/test_runs_order.py::test_times_do_not_decide",
+            "tests/test_runs_order.py::test_rotation_removes_what_was_saved_first",
+            "tests/test_runs_order.py::test_resuming_from_an_older_one_sets_the_later_ones_aside",
+            "tests/test_runs_order.py::test_any_history_loses_nothing_newer",
+            "tests/test_runs_order.py::"
+            "test_files_from_before_the_counter_are_ordered_by_their_steps",
+            "tests/test_runs_names.py::"
+            "test_from_an_older_checkpoint_the_records_and_the_rest_are_right",
         ),
     ),
     Promise(
@@ -202,13 +227,25 @@ PROMISES = (
     ),
     Promise(
         "Hostile files",
-        "Names that leave their folder are refused, in a configuration and as a tokenizer; planted "
-        "links are not written through.",
+        "A name of a run that leaves its folder is refused; a tokenizer of one's own may be "
+        "anywhere. Names in a downloaded model folder stay in it; planted links are not written "
+        "through.",
         (
             HERE + "test_hostile.py::test_names_that_leave_their_folder_are_refused",
             HERE + "test_hostile.py::test_a_link_in_the_checkpoint_folder_is_not_followed_out",
-            "tests/test_tokenizer.py::test_names_that_climb_are_refused",
+            "tests/test_tokenizer.py::test_names_without_a_tokenizer_are_refused",
+            "tests/test_tokenizer.py::test_a_path_of_ones_own_may_climb",
+            "tests/test_doors_files.py::test_an_index_names_only_readable_files_of_its_folder",
             "tests/test_tokenizer.py::test_a_link_out_of_the_shipped_folder_is_refused",
+        ),
+    ),
+    Promise(
+        "Hostile files",
+        "A FIFO, socket, device, folder or broken link where a run keeps a file is refused in a "
+        "line before the first step, or replaced; nothing hangs.",
+        (
+            HERE + "test_planted.py::"
+            "test_what_is_in_the_way_is_refused_before_the_first_step_or_replaced",
         ),
     ),
     Promise(
@@ -232,6 +269,51 @@ PROMISES = (
             "tests/test_config.py::test_a_mutated_configuration_is_valid_or_refused_in_one_line",
             "tests/test_config.py::test_any_text_is_yaml_or_refused_in_one_line",
             "tests/test_config.py::test_any_override_is_applied_or_refused_in_one_line",
+        ),
+    ),
+    Promise(
+        "Broken input",
+        "A number has the limits of the dtype in which it is used: what float32 rounds to 0, or to "
+        "a limit that is not accepted, is refused; sampling succeeds with all that is accepted.",
+        (
+            "tests/test_doors_arguments.py::test_a_number_that_float32_rounds_to_0_is_refused",
+            "tests/test_doors_arguments.py::"
+            "test_a_number_that_float32_rounds_to_its_limit_is_refused",
+            "tests/test_doors_arguments.py::test_sampling_cannot_fail",
+        ),
+    ),
+    Promise(
+        "Broken input",
+        "A wrong argument of a library function is a ValueError or TypeError that names it, what "
+        "is expected and what was given; a wrong option of a command is one line.",
+        (
+            "tests/test_doors_arguments.py::test_a_wrong_argument_is_named",
+            "tests/test_doors_arguments.py::test_what_is_no_batch_of_token_ids_is_refused",
+            "tests/test_doors_arguments.py::test_a_wrong_prompt_is_refused",
+            "tests/test_doors_commands.py::test_an_integer_out_of_range_is_one_line",
+            "tests/test_doors_commands.py::test_a_share_out_of_range_is_one_line",
+        ),
+    ),
+    Promise(
+        "Broken input",
+        "Text that a command's output lacks is printed escaped, and input that is closed or no "
+        "text is refused in one line.",
+        (
+            "tests/test_doors_commands.py::test_text_that_the_output_lacks_is_printed_escaped",
+            "tests/test_doors_commands.py::test_encode_with_any_standard_streams",
+        ),
+    ),
+    Promise(
+        "Broken input",
+        "Records, reports, indexes, tokenizers and configurations of any numbers, or nested any "
+        "depth, are used or refused in one line.",
+        (
+            "tests/test_doors_files.py::test_records_that_cannot_be_parsed_are_passed_over",
+            "tests/test_doors_files.py::test_files_that_cannot_be_parsed_are_refused_in_a_line",
+            "tests/test_doors_files.py::test_a_figure_of_any_numbers_is_drawn",
+            "tests/test_doors_files.py::test_a_page_of_any_numbers_is_written",
+            "tests/test_doors_files.py::"
+            "test_a_name_that_no_file_can_have_is_refused_by_every_reader",
         ),
     ),
     Promise(
@@ -261,12 +343,94 @@ PROMISES = (
         ),
     ),
     Promise(
+        "Broken input",
+        "What is no UTF-8 text is refused by its kind: UTF-16 and UTF-32 with or without a mark, "
+        "archives, PDF, binary data, with the command that converts it where there is one; pipes "
+        "and devices too. Text in .gz and .zst is read.",
+        (
+            "tests/test_data_files.py::"
+            "test_utf16_and_utf32_are_named_and_the_command_converts_them",
+            "tests/test_data_files.py::test_what_is_no_text_is_named_with_what_to_do",
+            "tests/test_data_files.py::test_what_is_no_file_is_refused_as_what_it_is",
+            "tests/test_data_files.py::test_compressed_text_is_read_as_it_is",
+            "tests/test_data_files.py::test_damaged_compressed_text_is_refused_in_one_line",
+        ),
+    ),
+    Promise(
+        "Broken input",
+        "Of Parquet only the column of text is read, whatever the others are; another type is "
+        "refused by its name, empty parts pass. A blank line is Unicode's, whatever ends it.",
+        (
+            "tests/test_data_parquet.py::test_other_columns_do_not_matter",
+            "tests/test_data_parquet.py::test_a_column_of_another_type_is_refused_by_its_name",
+            "tests/test_data_parquet.py::test_empty_parts_and_parts_without_text_pass",
+            "tests/test_data_text.py::test_a_blank_line_is_unicodes",
+        ),
+    ),
+    Promise(
+        "Broken input",
+        "A warm-up or decay that does not fit into the run is refused, whether its length is given "
+        "in steps or in epochs.",
+        ("tests/test_data_resume.py::test_a_schedule_longer_than_the_epochs_is_refused",),
+    ),
+    Promise(
+        "All of the text",
+        "Every token but the first is a target in any two successive epochs, for any length of "
+        "text and sequence; a run begun by an earlier rule goes on with its own batches.",
+        (
+            "tests/test_data_loader.py::test_any_two_successive_epochs_have_every_target",
+            "tests/test_data_loader.py::test_every_epoch_has_every_window_once",
+            "tests/test_data_loader.py::test_a_run_of_the_first_rule_keeps_its_batches",
+            "tests/test_data_resume.py::"
+            "test_a_run_begun_before_there_was_a_record_goes_on_with_its_batches",
+        ),
+    ),
+    Promise(
+        "All of the text",
+        "Each start says how many documents and bytes are used, of how many, and what was skipped: "
+        "rows without text, files of other kinds. One's own text is used whole under any shipped "
+        "configuration; linked folders are read, each once.",
+        (
+            "tests/test_data_dataset.py::test_what_is_used_of_how_much_is_known_at_each_start",
+            "tests/test_data_parquet.py::test_what_was_skipped_is_said_at_each_start",
+            "tests/test_data_parquet.py::test_rows_without_text_are_counted_or_refused_as_set",
+            "tests/test_config.py::"
+            "test_ones_own_text_is_used_whole_under_any_shipped_configuration",
+            "tests/test_data_files.py::test_linked_folders_are_followed_once_and_said",
+        ),
+    ),
+    Promise(
+        "All of the text",
+        "A run goes on with other tokens than its checkpoint's only where that is asked for; a "
+        "text to validate on is never trained on.",
+        (
+            "tests/test_data_resume.py::test_other_tokens_than_the_checkpoints_are_refused",
+            "tests/test_data_resume.py::test_the_same_tokens_under_another_name_are_the_same",
+            "tests/test_data_dataset.py::test_files_to_validate_on_are_never_trained_on",
+        ),
+    ),
+    Promise(
         "Numerical trouble",
         "NaN or infinity in weights, gradients or loss: the step is skipped, weights and moments "
         "keep their bits, it is counted and reported.",
         (
             HERE + "test_numerics.py::test_a_bad_step_changes_nothing_and_is_counted",
+            "tests/test_doors_step.py::test_a_step_that_is_not_finite_changes_nothing",
+            "tests/interpreted/test_triton_training.py::"
+            "test_a_step_that_is_not_finite_changes_nothing",
             "tests/test_step.py::test_a_step_that_is_not_finite_is_skipped_and_counted",
+        ),
+    ),
+    Promise(
+        "Numerical trouble",
+        "A learning rate or norm that cannot be is refused at the door. A batch without targets "
+        "changes nothing at all, is `ok`, and is a line in the log.",
+        (
+            "tests/test_doors_step.py::test_a_rate_that_cannot_be_is_refused_at_the_door",
+            "tests/test_doors_step.py::"
+            "test_plain_descent_along_a_gradient_that_is_not_finite_changes_nothing",
+            "tests/test_doors_step.py::test_a_batch_without_targets_changes_nothing_and_is_logged",
+            "tests/test_doors_step.py::test_a_training_step_without_targets_changes_nothing",
         ),
     ),
     Promise(
@@ -324,6 +488,38 @@ PROMISES = (
             HERE + "test_load.py::test_runs_of_other_names_share_folders",
             "tests/test_checkpoint.py::"
             "test_a_second_process_is_refused_and_a_dead_one_leaves_no_lock",
+        ),
+    ),
+    Promise(
+        "Names",
+        "A second run of a name keeps the first one whole, as NAME.1 (NAME.2, …), and says so; "
+        "another run's checkpoint does not go on over it; restarted by torchrun a run goes on.",
+        (
+            "tests/test_runs_names.py::test_a_second_run_keeps_the_first_whole",
+            "tests/test_runs_names.py::test_the_number_is_free_in_both_places",
+            "tests/test_runs_names.py::test_another_runs_checkpoint_does_not_go_on_over_this_run",
+            "tests/test_runs_names.py::test_restarted_by_torchrun_it_goes_on",
+        ),
+    ),
+    Promise(
+        "Names",
+        "A start that is refused leaves no file behind and moves none; a resume is refused before "
+        "anything is tokenized. A blank argument, an unset variable's, is refused.",
+        (
+            "tests/test_runs_names.py::test_a_refused_start_leaves_everything_as_it_was",
+            "tests/test_runs_names.py::test_a_resume_is_refused_before_anything_is_tokenized",
+            "tests/test_runs_arguments.py::test_a_blank_argument_is_refused",
+        ),
+    ),
+    Promise(
+        "Names",
+        "--resume takes a run's name, its folders or a checkpoint, and then its own settings; a "
+        "learning rate that jumps is announced.",
+        (
+            "tests/test_runs_names.py::"
+            "test_a_run_is_resumed_by_any_of_its_names_with_its_own_settings",
+            "tests/test_runs_names.py::test_a_moved_run_goes_on_where_it_is_now",
+            "tests/test_runs_names.py::test_a_jump_of_the_learning_rate_is_announced",
         ),
     ),
     Promise(

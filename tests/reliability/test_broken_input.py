@@ -235,7 +235,7 @@ def test_any_text_file_is_learnt_from_or_refused_in_one_line(tmp_path: Path, nam
     if is_good:
         data = prepared()
         assert len(data.train) > 40 and len(data.validation) > 0
-        assert ("broken lines skipped" in data.report) == ("broken" in name)
+        assert ("rows skipped" in str(data.notes)) == ("broken" in name)
         return
     with pytest.raises(DataError) as refused:
         prepared()
@@ -266,7 +266,7 @@ def test_broken_lines_are_skipped_or_refused_as_set(tmp_path: Path, setting: str
                                  cache_dir=tmp_path / "cache")  # fmt: skip
     if setting == "skip":
         prepared()
-        assert "40 broken lines skipped; the first: not JSON (a.jsonl, line 2)" in (
+        assert "40 of 120 rows skipped; the first: not JSON (a.jsonl, line 2)" in (
             capsys.readouterr().err
         )
     else:

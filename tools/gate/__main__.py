@@ -13,16 +13,7 @@ import triton
 from tools import gate
 from tools.gate import report
 from tools.gate.cards import CARDS
-from tools.gate.programs import programs, small
-from tools.gate.run import Result, gather
-
-
-def gather_all(capability: int) -> Result:
-    return gather(capability, programs(capability))
-
-
-def gather_small(capability: int) -> Result:
-    return gather(capability, small())
+from tools.gate.run import Result, gather_all, gather_small
 
 
 def main() -> int:
@@ -36,7 +27,7 @@ def main() -> int:
     if triton.knobs.runtime.interpret:
         parser.error("TRITON_INTERPRET is set: kernels that are interpreted cannot be compiled")
     if arguments.small:
-        return say(90, gather_small(90))
+        return say(90, gather_small())
 
     # A new process for each: spawned, for LLVM does not survive a fork with threads.
     workers = min(len(arguments.arch), os.cpu_count() or 1)

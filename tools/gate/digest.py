@@ -1,7 +1,8 @@
 """A digest of all that decides what the GPU gets: the kernels' sources, and the configs' shapes.
 
 Comments, docstrings and layout do not count, and neither does the version of Python, PyTorch or
-Triton at hand: the versions that the gate ran with are recorded beside it.
+Triton at hand: the versions that the gate ran with are recorded beside it. What layers launch is
+not in it either: a new use of a kernel is the gate's to see when it next runs.
 """
 
 from __future__ import annotations

@@ -135,7 +135,10 @@ def of_gpu_tests(dtypes: Sequence[torch.dtype]) -> Iterator[Program]:
         if dtype not in dtypes:
             continue
         draw, program = by_name[name]
-        yield Program(group, test_gpu_kernels.label(case), bound(program, draw, shapes, dtype))
+        label = test_gpu_kernels.label(case)
+        yield Program(group, label, bound(program, draw, shapes, dtype))
+        if name == "layer_norm":
+            yield Program(group, f"{label} without biases", bound_norm(dtype, shapes.N, shapes.C))
     for run, T in test_gpu_selfcheck.RUNS:
         for dtype in (torch.bfloat16, torch.float32):
             shapes = selfcheck.run_shapes(**run, sequence_length=T)
@@ -160,6 +163,7 @@ def small_models() -> Iterator[tuple[str, dict[str, Any]]]:
         {"optimizer": "sgd"}, {"bias": False, "tie_embeddings": False},
     ):  # fmt: skip
         yield str(change), {"model": change}
+    yield "float32, no bias", {"dtype": torch.float32, "model": {"bias": False}}
 
 
 def bound_step(**options: Any) -> Callable[[], object]:
@@ -167,6 +171,20 @@ def bound_step(**options: Any) -> Callable[[], object]:
         source = lambda _, device: Tokens(small_runs.B, small_runs.T)  # noqa: E731
         _, step = small_runs.build(CPU, source=source, micro_batches=2, **options)
         step.run(0, 1e-3)
+
+    return run
+
+
+def bound_norm(dtype: torch.dtype, N: int, C: int) -> Callable[[], object]:
+    """Layer norm without biases, as in a model with `bias: false`: no program has that."""
+
+    def run() -> None:
+        x, weight = torch.empty(N, C, dtype=dtype), torch.empty(C, dtype=dtype)
+        rows = torch.empty(ops.partial_rows(CPU), C)
+        y, mean, rstd = ops.layer_norm_forward(x, weight, None, selfcheck.EPS)
+        ops.add_layer_norm_forward(x, x, weight, None, selfcheck.EPS)
+        for residual in (None, x):
+            ops.layer_norm_backward(y, x, weight, mean, rstd, rows, None, residual)
 
     return run
 

@@ -69,7 +69,8 @@ def keep(entries: Sequence[dict[str, Any]], path: Path = RECORD) -> dict[str, An
         record = old
     new = {(entry["triton"], entry["capability"]): entry for entry in [*record["runs"], *entries]}
     record["runs"] = [new[key] for key in sorted(new)]
-    path.write_text(json.dumps(record, indent=1) + "\n")
+    runs = ",\n".join(json.dumps(run) for run in record["runs"])  # a line each
+    path.write_text(f'{{"digest": "{record["digest"]}", "runs": [\n{runs}\n]}}\n')
     return record
 
 
@@ -96,15 +97,15 @@ def page(record: dict[str, Any]) -> str:
         card = CARDS[run["capability"]]
         parts.append(
             f"\n## sm_{run['capability']}: {card.name}, Triton {run['triton']}\n\n"
-            "The most registers a thread, bytes of shared memory a program, and the fewest and "
-            "most programs that a multiprocessor holds, over all configurations of a kernel.\n"
+            "The most registers a thread, the most bytes of shared memory a program, the fewest "
+            "and most programs a multiprocessor, and how many configurations spill registers.\n"
         )
         parts.append(table(KERNEL_HEADINGS, map(kernel_cells, run["by_name"].items())))
     return "\n".join(parts) + "\n"
 
 
 RUN_HEADINGS = ("GPU", "architecture", "Triton", "kernels", "launches", "violations")
-KERNEL_HEADINGS = ("kernel", "configurations", "registers", "shared bytes", "programs")
+KERNEL_HEADINGS = ("kernel", "configurations", "registers", "shared bytes", "programs", "spill")
 
 
 def run_cells(run: dict[str, Any]) -> tuple[str, ...]:
@@ -120,7 +121,7 @@ def kernel_cells(item: tuple[str, dict[str, int]]) -> tuple[str, ...]:
         programs += f" to {most['most_programs']}"
     return (
         f"`{name}`", str(most["configurations"]), str(most["registers"]), f"{most['shared']:,}",
-        programs,
+        programs, str(most["spills"] or ""),
     )  # fmt: skip
 
 

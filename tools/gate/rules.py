@@ -11,7 +11,9 @@ from tools.gate.cards import LARGEST_GRID, LARGEST_PROGRAM, REGISTERS, Card, reg
 from tools.gate.driver import Kernel, Launch, TensorMap
 
 WIDE_PRODUCT_HEAD = 64  # from this head width on, Hopper's products must be those of warp groups
-WIDE_HEAD = 128  # bytes: a narrower head's rows may be shared by threads in other ways
+WIDE_HEAD, WARP = 128, 32  # bytes, lanes: shorter rows may be shared by threads in other ways
+FEW_SPILLED = 64  # bytes a thread
+FEW_ACCESSES = 4  # of a kernel that moves little
 MAP_ALIGNMENT = 16  # bytes
 LARGEST_BOX, MOST_AXES, LARGEST_STRIDE = 256, 5, 2**40
 SWIZZLE_SPAN = {1: 32, 2: 64, 3: 128}  # bytes of a row within which a map swizzles
@@ -80,13 +82,26 @@ def resources(kernel: Kernel, card: Card) -> Iterator[str]:
 
 
 def spills(kernel: Kernel, card: Card) -> Iterator[str]:
-    """Registers that are kept in memory are slow in an inner loop."""
+    """Registers kept in memory are slow in an inner loop: none on Hopper, where kernels were
+    measured, few where they have not run yet, or where lengths that 16 does not divide take more
+    registers for addresses."""
     code = kernel.code
-    if code.stack or code.local:
+    few = card.capability != 90 or not lengths_divide(kernel)
+    most = FEW_SPILLED if few else 0
+    if code.stack > most or (code.local and not most):
         yield (
-            f"spills: expected none, got a stack of {code.stack} bytes and {code.local} "
+            f"spills: expected at most {most} bytes, got a stack of {code.stack} and {code.local} "
             "instructions on local memory"
         )
+
+
+def lengths_divide(kernel: Kernel) -> bool:
+    """Whether the code relies on all addresses and row lengths being multiples of 16."""
+    return all(
+        name in kernel.multiples
+        for name, type_ in kernel.types.items()
+        if type_.startswith("*") or name in ("n", "n_columns") or name.startswith("stride")
+    )
 
 
 def products(kernel: Kernel, card: Card) -> Iterator[str]:
@@ -105,15 +120,11 @@ def products(kernel: Kernel, card: Card) -> Iterator[str]:
 
 def accesses(kernel: Kernel, card: Card) -> Iterator[str]:
     """Where addresses, row lengths and heads allow it, memory is accessed 16 bytes at a time."""
-    allowed = all(
-        name in kernel.multiples
-        for name, type_ in kernel.types.items()
-        if type_.startswith("*") or name in ("n", "n_columns") or name.startswith("stride")
-    )
     narrow = any(type_ in ("*bf16", "*fp16") for type_ in kernel.types.values())
     head = kernel.constants.get("D", WIDE_HEAD) * (2 if narrow else 4)
-    if not allowed or head % 16 or head < WIDE_HEAD:
+    short = head % 16 or head < WIDE_HEAD or kernel.constants.get("LANES", WARP) < WARP
+    if short or not lengths_divide(kernel):
         return
     code = kernel.code
-    if code.accesses and not code.wide_accesses and not code.bulk_copies:
+    if code.accesses > FEW_ACCESSES and not code.wide_accesses and not code.bulk_copies:
         yield f"16-byte accesses: expected some, got none of {code.accesses}"

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from tools.gate.cards import CARDS, resident_programs
 from tools.gate.driver import Kernel, Launch, launches_for
 from tools.gate.memory import ShapesOnly
-from tools.gate.programs import Program
+from tools.gate.programs import Program, programs, small
 from tools.gate.rules import violations
 
 CACHE = Path(__file__).parents[2] / ".cache/gate"
@@ -55,7 +55,7 @@ class Gathered:
         self.kernels: dict[int, Kernel] = {}
         self.groups: dict[int, dict[str, None]] = {}
         self.counts: dict[int, int] = {}
-        self.broken: dict[str, None] = {}
+        self.broken: dict[str, str] = {}
 
     def take(self, launch: Launch) -> None:
         key = id(launch.kernel)
@@ -64,7 +64,8 @@ class Gathered:
         self.groups.setdefault(key, {})[self.program.group] = None
         for line in violations(launch, self.card):
             where = f"{label(launch.kernel)}, sm_{self.card.capability}"
-            self.broken[f"{where}: {line} ({self.program.group}: {self.program.name})"] = None
+            first = f"first in {self.program.group}: {self.program.name}"
+            self.broken.setdefault(f"{where}: {line}", first)
 
     def run(self, program: Program) -> None:
         """An error that ends a program is a violation too."""
@@ -74,7 +75,7 @@ class Gathered:
         except Exception as error:
             first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
             where = f"{program.group}: {program.name}, sm_{self.card.capability}"
-            self.broken[f"{where}: {type(error).__name__}: {first_line}"] = None
+            self.broken[f"{where}: {type(error).__name__}"] = first_line
 
     def row(self, key: int) -> Row:
         kernel = self.kernels[key]
@@ -99,7 +100,18 @@ def gather(capability: int, programs: Iterable[Program], cache: Path = CACHE) ->
         for program in programs:
             gathered.run(program)
     rows = [gathered.row(key) for key in gathered.kernels]
-    return Result(rows, list(gathered.broken), sum(gathered.counts.values()))
+    broken = [f"{line} ({where})" for line, where in gathered.broken.items()]
+    return Result(rows, broken, sum(gathered.counts.values()))
+
+
+def gather_all(capability: int) -> Result:
+    """What the card of a capability is launched in all."""
+    return gather(capability, programs(capability))
+
+
+def gather_small() -> Result:
+    """What one small step launches on sm_90."""
+    return gather(90, small())
 
 
 def label(kernel: Kernel) -> str:
