@@ -29,9 +29,9 @@ INTRODUCTION = """\
 
 Training takes days; in that time processes are killed, disks fill up, files rot, and people
 mistype. This page says what then happens. It was written by the run of the suite that proves it:
-`make test-reliability` runs every test named here in its long form and writes the page anew; `make test` runs
-the short form. A figure is what the tests counted in that run, cases and figures of all forms of a
-test together.
+`make test-reliability` runs every test named here in its long form and writes the page anew; `make
+test` runs the short form. A figure is what the tests counted in that run, cases and figures of all
+forms of a test together.
 
 """
 
