@@ -1,7 +1,7 @@
 """Writes docs/reliability.md: every promise, the tests that prove it, and what they counted.
 
-    python -m tests.reliability.report                 run all of it, then write (make test-reliability)
-    python -m tests.reliability.report a.xml b.xml     write from runs that are over
+    python -m tests.reliability.report            run all of it, then write (make test-reliability)
+    python -m tests.reliability.report a.xml b.xml  write from runs that are over
 
 The results are pytest's own JUnit XML; a test adds a figure with `record_property(name, value)`.
 """
