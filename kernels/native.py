@@ -17,6 +17,7 @@ from mantrans.kernels import reference
 from mantrans.kernels.reference import (
     CHUNK_ROWS,
     IGNORE_INDEX,
+    attention_scale,
     document_starts,
     head_sizes,
     join_heads,
@@ -124,10 +125,13 @@ def bias_gradient(dy: Tensor, dbias: Tensor) -> None:
 def layer_norm_forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See `reference.layer_norm_forward`."""
-    weight, bias = _norm_weights(x, weight, bias)
-    y, mean, rstd = aten.native_layer_norm(x, [x.shape[-1]], weight, bias, eps)
-    return y, mean.view(-1), rstd.view(-1)
+    """See `reference.layer_norm_forward`, which also computes what PyTorch's kernel does not."""
+    wide_weight, wide_bias = _norm_weights(x, weight, bias)
+    y, mean, rstd = aten.native_layer_norm(x, [x.shape[-1]], wide_weight, wide_bias, eps)
+    mean, rstd = mean.view(-1), rstd.view(-1)
+    if _rows_far_from_zero(mean, rstd):
+        return reference.layer_norm_forward(x, weight, bias, eps)
+    return y, mean, rstd
 
 
 def add_layer_norm_forward(
@@ -150,7 +154,11 @@ def layer_norm_backward(
     dresidual: Tensor | None = None,
     dbranch_bias: Tensor | None = None,
 ) -> Tensor:
-    """See `reference.layer_norm_backward`."""
+    """See `reference.layer_norm_backward`, which also computes what PyTorch's kernel does not."""
+    if _rows_far_from_zero(mean, rstd):
+        return reference.layer_norm_backward(
+            dy, x, weight, mean, rstd, dweight, dbias, dresidual, dbranch_bias
+        )
     weight, bias = _norm_weights(x, weight, weight if dbias is not None else None)
     dtype = x.dtype
     if weight.dtype != dtype:
@@ -162,7 +170,7 @@ def layer_norm_backward(
         dy.contiguous(),
         x,
         [x.shape[-1]],
-        mean.view(statistics_shape),
+        mean.to(rstd.dtype).view(statistics_shape),
         rstd.view(statistics_shape),
         weight,
         bias,
@@ -175,6 +183,21 @@ def layer_norm_backward(
     if dbranch_bias is not None:
         bias_gradient(dx, dbranch_bias)
     return dx
+
+
+# |μ| / σ up to which PyTorch's kernel is right to 1e-6 (it loses as many bits as there are in this
+# quotient), and 1 / σ down to which its sum of squares stays finite in float32.
+LARGEST_OFFSET = 16.0
+SMALLEST_RSTD = 1e-16
+
+
+def _rows_far_from_zero(mean: Tensor, rstd: Tensor) -> bool:
+    """Whether some row is too far from zero, or too large, for PyTorch's layer norm. Only asked on
+    a CPU: a GPU would have to wait for the answer."""
+    if mean.is_cuda or not mean.numel():
+        return False
+    offset = torch.linalg.vector_norm(mean * rstd, torch.inf)  # NaN if one is
+    return not (offset <= LARGEST_OFFSET and rstd.amin() >= SMALLEST_RSTD)
 
 
 def _norm_weights(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -197,8 +220,12 @@ def attention_forward(
     document_start: Tensor | None = None,
     n_kv_heads: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """See `reference.attention_forward`; lse is empty where the backward cannot need it."""
+    """See `reference.attention_forward`. Its statistics: lse (B, H, T) = log Σ_j exp(score_ij) of
+    PyTorch's kernel, or nothing (0,) after batched products, which the backward repeats."""
+    qkv = _dense(qkv)
     heads = split_heads(qkv, n_heads, n_kv_heads)
+    if not qkv.numel():
+        return merge_heads(heads[0]), qkv.new_empty(0)
     if _flash_forward(qkv):
         mask = _additive_mask(qkv, document_start)
         out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
@@ -217,24 +244,40 @@ def attention_backward(
     dout: Tensor,
     qkv: Tensor,
     out: Tensor,
-    lse: Tensor,
+    statistics: Tensor,
     n_heads: int,
     document_start: Tensor | None = None,
     n_kv_heads: int | None = None,
 ) -> Tensor:
     """See `reference.attention_backward`."""
+    if not qkv.numel():
+        return torch.empty_like(qkv)
+    dout, qkv, out = _dense(dout), _dense(qkv), _dense(out)
+    if statistics.numel() and not _lse_is_exact(statistics):
+        # the forward's scores were float32, whatever the dtype of qkv
+        wide = wide_dtype(qkv.dtype)
+        dqkv = _batched_backward(dout.to(wide), qkv.to(wide), n_heads, document_start, n_kv_heads)
+        return dqkv.to(qkv.dtype)
+    if not _flash_backward(qkv, statistics):
+        return _batched_backward(dout, qkv, n_heads, document_start, n_kv_heads)
     B, T, _ = out.shape
     heads = split_heads(qkv, n_heads, n_kv_heads)
     do, o = (x.view(B, T, n_heads, -1).transpose(1, 2) for x in (dout, out))
-    if _flash_backward(qkv, lse):
-        mask = _additive_mask(qkv, document_start)
-        gradients = aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            do, *heads, o, lse, 0.0, mask is None, attn_mask=mask
-        )
-        return join_heads(gradients, n_kv_heads)
-    q, k, v = _stack_heads(*heads)
-    (do,) = _stack_heads(do)
-    scale = q.shape[-1] ** -0.5
+    mask = _additive_mask(qkv, document_start)
+    gradients = aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        do, *heads, o, statistics, 0.0, mask is None, attn_mask=mask
+    )
+    return join_heads(gradients, n_kv_heads)
+
+
+def _batched_backward(
+    dout: Tensor, qkv: Tensor, n_heads: int, document_start: Tensor | None, n_kv_heads: int | None
+) -> Tensor:
+    """The gradient by batched products over blocks of queries, with the forward's softmax again."""
+    B, T, _ = dout.shape
+    q, k, v = _stack_heads(*split_heads(qkv, n_heads, n_kv_heads))
+    (do,) = _stack_heads(dout.view(B, T, n_heads, -1).transpose(1, 2))
+    scale = attention_scale(q)
     dq, dk, dv = dqkv = q.new_empty(3, *q.shape)
     for rows, keys in reversed(list(_query_blocks(T))):
         beta = 0 if rows.stop == T else 1  # the last rows see all keys, and write; the others add
@@ -257,7 +300,7 @@ def decode_attention(
 ) -> Tensor:
     """See `reference.decode_attention`. On a CPU by PyTorch's blocked kernel, in float32 where that
     kernel is slow in q's dtype, a few rows at a time, so that the copies stay in the cache."""
-    if q.device.type != "cpu":
+    if q.device.type != "cpu" or not q.numel():
         return reference.decode_attention(q, k_cache, v_cache, lengths, n_heads, n_kv_heads)
     dtype = q.dtype if _flash_forward(q) else wide_dtype(q.dtype)
     longest, width = int(lengths.max()), k_cache.shape[2]
@@ -276,7 +319,7 @@ def _decode_rows(part: tuple[Tensor, ...], H_kv: int, dtype: torch.dtype) -> Ten
     """
     q, k_cache, v_cache, lengths = part
     shortest, longest = (int(n) for n in lengths.aminmax())
-    k, v = (x[:, :longest].to(dtype) for x in (k_cache, v_cache))
+    k, v = (_dense(x[:, :longest].to(dtype)) for x in (k_cache, v_cache))
     mask = None
     if shortest < longest:
         row, beyond = (torch.arange(longest) >= lengths[:, None]).nonzero(as_tuple=True)
@@ -284,11 +327,16 @@ def _decode_rows(part: tuple[Tensor, ...], H_kv: int, dtype: torch.dtype) -> Ten
         mask = q.new_zeros(len(q), 1, 1, longest, dtype=dtype)
         mask[row, 0, 0, beyond] = -torch.inf
     k, v = (x.unflatten(2, (H_kv, -1)).transpose(1, 2) for x in (k, v))
-    group = q.to(dtype).view(len(q), H_kv, -1, k.shape[3])  # of the queries that share keys
+    group = _dense(q.to(dtype)).view(len(q), H_kv, -1, k.shape[3])  # of the queries that share keys
     out, _ = aten._scaled_dot_product_flash_attention_for_cpu(
         group, k, v, 0.0, False, attn_mask=mask
     )
     return out.reshape(q.shape).to(q.dtype)
+
+
+def _dense(x: Tensor) -> Tensor:
+    """x with a last stride of 1, which PyTorch's blocked CPU kernel takes for granted."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _flash_forward(qkv: Tensor) -> bool:
@@ -305,6 +353,15 @@ def _flash_backward(qkv: Tensor, lse: Tensor) -> bool:
     beyond LONGEST_BATCHED positions."""
     short = qkv.shape[1] <= LONGEST_BATCHED and qkv.dtype == torch.bfloat16
     return bool(lse.numel()) and not short
+
+
+# |lse| up to which exp(score - lse) is right to 1e-5: the rounding of lse is all of its error.
+LARGEST_LSE = 128.0
+
+
+def _lse_is_exact(lse: Tensor) -> bool:
+    """Whether PyTorch's backward gets the forward's probabilities back. (On a CPU, as that is.)"""
+    return bool(torch.linalg.vector_norm(lse, torch.inf) <= LARGEST_LSE)
 
 
 def _additive_mask(qkv: Tensor, document_start: Tensor | None) -> Tensor | None:
@@ -346,7 +403,7 @@ def _probabilities(
         seen = seen & (position >= document_start[:, rows, None])
         seen = seen.repeat_interleave(n_heads, 0)
     mask = torch.zeros_like(seen, dtype=q.dtype).masked_fill_(~seen, -torch.inf)
-    scores = torch.baddbmm(mask, q[:, rows], k[:, keys].mT, alpha=q.shape[-1] ** -0.5)
+    scores = torch.baddbmm(mask, q[:, rows], k[:, keys].mT, alpha=attention_scale(q))
     return aten._softmax.out(scores, -1, False, out=scores)
 
 
@@ -519,6 +576,8 @@ def linear_cross_entropy_forward_backward(
         weight_gradient(logits, dx[rows], dweight, accumulate)
         torch.mm(logits, weight, out=dx[rows])
         accumulate = True
+    if not accumulate:  # there was no row
+        dweight.zero_()
     return losses.sum() * scale, dx
 
 

@@ -14,7 +14,11 @@ The contract of every update: weights, master and moments change in place, gradi
 
 Everything is computed in float32, or in float64 for float64 inputs, and rounded once at the end.
 Sums whose length grows with the batch or the model are float64: added one after the other in
-float32, the gradients of 65,536 equal tokens are off by 6e-4.
+float32, the gradients of 65,536 equal tokens are off by 6e-4. Norms are float64 too: no row is too
+far from zero for them.
+
+Without rows (B = 0 or T = 0) every operation, in every backend, returns tensors without rows and
+adds nothing to gradients; the loss of no row is 0. `CustomTransformerWrapper` refuses such a batch.
 
 Alphabet: B batch, T sequence, C model width, H heads (H_kv of keys and of values), D head width,
 F feed-forward width, V vocabulary (Vp: padded with rows that no token uses), N = B*T rows.
@@ -131,22 +135,36 @@ def sum_partials(partials: Tensor, gradients: Tensor) -> None:
 # --------------------------------------------------------------------------------- layer norm
 
 
+def centered_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x - μ and μ of every row of x (..., C), in float64: (N, C) and (N, 1).
+
+    The mean of large numbers is rounded to one of their neighbors, so that the deviations from it
+    have a mean of their own. Subtracting that too leaves exactly 0 of a constant row.
+    """
+    rows = x.double().reshape(-1, x.shape[-1])
+    mean = rows.mean(-1, keepdim=True)
+    rest = (rows - mean).mean(-1, keepdim=True)
+    return rows - mean - rest, mean + rest
+
+
 def layer_norm_forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y = γ x̂ + β with x̂ = (x - μ) / √(σ² + ε), over the last axis (Ba, Kiros & Hinton 2016).
 
-    x (..., C); weight γ (C,); bias β (C,) or None.
-    Returns y (..., C), and for the backward mean μ (N,) and rstd 1/√(σ² + ε) (N,).
+    x (..., C); weight γ (C,); bias β (C,) or None. Right for every finite row in float64; a float32
+    kernel is right up to deviations of 1e18, and gives NaN where their squares are not finite.
+    Returns y (..., C), and for the backward mean μ (N,), in float64, and rstd 1/√(σ² + ε) (N,).
     """
-    C = x.shape[-1]
-    rows = widen(x).reshape(-1, C)
-    mean = rows.mean(-1)
-    rstd = torch.rsqrt(rows.var(-1, correction=0) + eps)
-    y = (rows - mean[:, None]) * rstd[:, None] * widen(weight)
+    centered, mean = centered_rows(x)
+    # in units of the largest deviation no square overflows
+    unit = centered.abs().amax(-1, keepdim=True).clamp(min=1)
+    variance = (centered / unit).square().mean(-1, keepdim=True)
+    rstd = torch.rsqrt(variance + eps / unit / unit) / unit
+    y = centered * rstd * weight.double()
     if bias is not None:
-        y = y + widen(bias)
-    return y.reshape(x.shape).to(x.dtype), mean, rstd
+        y = y + bias.double()
+    return y.reshape(x.shape).to(x.dtype), mean[:, 0], rstd[:, 0].to(wide_dtype(x.dtype))
 
 
 def add_layer_norm_forward(
@@ -176,22 +194,22 @@ def layer_norm_backward(
     """With g = γ dy:  dx = rstd (g - mean(g) - x̂ mean(g x̂));  dγ += Σ dy x̂;  dβ += Σ dy.
 
     The two means are subtracted because μ and σ depend on every element of the row.
-    dy, x (..., C); mean, rstd (N,). Adds to dweight (C,), dbias (C,).
+    dy, x (..., C); mean, rstd (N,) as this backend's forward returned them. (Here x is centered
+    anew: in float64, too, a mean is rounded.) Adds to dweight (C,), dbias (C,).
     Returns dx (..., C), plus `dresidual` (..., C), the gradient around the norm, if given.
     dbranch_bias (C,): if x = residual + branch and the branch ends in a bias, Σ dx is added to it,
     because dx is also the gradient of the branch.
     """
-    C = x.shape[-1]
-    dy_rows = widen(dy).reshape(-1, C)
-    x_hat = (widen(x).reshape(-1, C) - mean[:, None]) * rstd[:, None]
-    g = dy_rows * widen(weight)
+    dy_rows = dy.double().reshape(-1, x.shape[-1])
+    x_hat = centered_rows(x)[0] * rstd[:, None]
+    g = dy_rows * weight.double()
     dx = rstd[:, None] * (g - g.mean(-1, keepdim=True) - x_hat * (g * x_hat).mean(-1, keepdim=True))
     dweight += (dy_rows * x_hat).sum(0)
     if dbias is not None:
         dbias += dy_rows.sum(0)
     dx = dx.reshape(x.shape)
     if dresidual is not None:
-        dx = dx + widen(dresidual)
+        dx = dx + dresidual
     dx = dx.to(x.dtype)
     if dbranch_bias is not None:
         bias_gradient(dx, dbranch_bias)
@@ -246,7 +264,7 @@ def merge_heads(x: Tensor) -> Tensor:
 
 
 def visible(T: int, document_start: Tensor | None, device: torch.device) -> Tensor:
-    """Which key j each query i may see: j <= i, and j in i's document.
+    """Which key j each query i may see: document_start[i] <= j <= i.
 
     document_start (B, T): where the document of each position begins, or None for one document.
     Returns a boolean mask, (T, T) or (B, 1, T, T).
@@ -256,6 +274,13 @@ def visible(T: int, document_start: Tensor | None, device: torch.device) -> Tens
     if document_start is None:
         return causal
     return causal & (position >= document_start[:, None, :, None])
+
+
+def masked_scores(q: Tensor, k: Tensor, document_start: Tensor | None) -> Tensor:
+    """q kᵀ, -inf where a key is not seen: (B, H, T, T). q is divided by √D already: that overflows
+    for no score that fits, and both passes have the same scores to the last bit."""
+    seen = visible(q.shape[-2], document_start, q.device)
+    return (q @ k.mT).masked_fill(~seen, -math.inf)
 
 
 def document_starts(tokens: Tensor, end_of_text: int) -> Tensor:
@@ -279,46 +304,60 @@ def attention_forward(
     """o = softmax(q kᵀ / √D + mask) v per head (Vaswani et al. 2017), causal.
 
     qkv (B, T, (H + 2 H_kv)·D): H heads of queries, H_kv of keys and H_kv of values side by side.
-    document_start (B, T) int32 or None: see `visible`. n_kv_heads: H_kv, which divides H; None: H.
-    Returns out (B, T, H·D), and for the backward lse (B, H, T) = log Σ_j exp(score_ij).
+    n_kv_heads: H_kv, which divides H; None: H.
+    document_start (B, T) int32, or None for one document: query i sees the keys
+    document_start[i] <= j <= i. It must not fall as i grows, and must be at most i, so that each
+    query sees itself. The beginnings of documents are one case; a window of the last W keys,
+    i - W + 1, is another, and so is the larger of both. Below 0 means 0.
+    Returns out (B, T, H·D), and `statistics` of each row's softmax for `attention_backward`. Their
+    form is the backend's own, and nobody else reads them. Here: (2, B, H, T), the largest score and
+    log Σ_j exp(score_ij - largest); beside a large score their sum would lose the second's digits.
     """
     q, k, v = (widen(x) for x in split_heads(qkv, n_heads, n_kv_heads))
-    T, D = q.shape[-2:]
-    scores = q @ k.mT / math.sqrt(D)  # (B,H,T,T)
-    scores = scores.masked_fill(~visible(T, document_start, qkv.device), -math.inf)
-    lse = torch.logsumexp(scores, -1)
-    p = torch.exp(scores - lse[..., None])
-    return merge_heads(p @ v).to(qkv.dtype), lse
+    if not qkv.numel():
+        return merge_heads(q).to(qkv.dtype), q.new_empty(2, *q.shape[:3])
+    scores = masked_scores(q * attention_scale(q), k, document_start)
+    largest = scores.amax(-1, keepdim=True)
+    log_sum = torch.exp(scores - largest).sum(-1, keepdim=True).log()
+    p = torch.exp(scores - largest - log_sum)
+    return merge_heads(p @ v).to(qkv.dtype), torch.stack((largest, log_sum))[..., 0]
+
+
+def attention_scale(q: Tensor) -> float:
+    """1/√D for heads (..., D): what scores are multiplied by in both directions."""
+    return q.shape[-1] ** -0.5
 
 
 def attention_backward(
     dout: Tensor,
     qkv: Tensor,
     out: Tensor,
-    lse: Tensor,
+    statistics: Tensor,
     n_heads: int,
     document_start: Tensor | None = None,
     n_kv_heads: int | None = None,
 ) -> Tensor:
-    """The probabilities come back from q, k and lse; only those rows need be remembered (Dao 2022).
+    """The probabilities come back from q, k and the statistics of each row (Dao 2022).
 
     dv = pᵀ do;  dp = do vᵀ;  ds = p (dp - δ) with δ_i = Σ_j p_ij dp_ij = do_i · o_i;
     dq = ds k / √D;  dk = dsᵀ q / √D.
 
-    dout, out (B, T, H·D); lse (B, H, T); the others as in the forward. Returns dqkv, as qkv.
+    dout, out (B, T, H·D); out and statistics from the forward, the others as there. Returns dqkv,
+    as qkv.
     """
-    B, T, _ = out.shape
+    B, T, C = dout.shape
     q, k, v = (widen(x) for x in split_heads(qkv, n_heads, n_kv_heads))
-    do, o = (widen(x).view(B, T, n_heads, -1).transpose(1, 2) for x in (dout, out))
-    scale = 1 / math.sqrt(q.shape[-1])
-    scores = (q @ k.mT * scale).masked_fill(~visible(T, document_start, qkv.device), -math.inf)
-    p = torch.exp(scores - lse[..., None])  # (B,H,T,T)
+    do = widen(dout).reshape(B, T, n_heads, C // n_heads).transpose(1, 2)
+    scale = attention_scale(q)
+    q = q * scale
+    largest, log_sum = statistics[..., None]
+    p = torch.exp(masked_scores(q, k, document_start) - largest - log_sum)  # (B,H,T,T)
     dv = p.mT @ do
     dp = do @ v.mT
-    delta = (do * o).sum(-1, keepdim=True)  # (B,H,T,1)
+    delta = (p * dp).sum(-1, keepdim=True)  # (B,H,T,1); do · o would see the rounding of out
     ds = p * (dp - delta)
     dq = ds @ k * scale
-    dk = ds.mT @ q * scale
+    dk = ds.mT @ q
     return join_heads((dq, dk, dv), n_kv_heads).to(qkv.dtype)
 
 
@@ -338,7 +377,8 @@ def decode_attention(
     B, T, width = k_cache.shape
     H_kv, D = head_sizes(q.shape[1] + 2 * width, n_heads, n_kv_heads)
     k, v = (widen(x).reshape(B, T, H_kv, D).transpose(1, 2) for x in (k_cache, v_cache))
-    scores = widen(q).reshape(B, H_kv, -1, D) @ k.mT / math.sqrt(D)  # (B,H_kv,H/H_kv,T)
+    q_groups = widen(q).reshape(B, H_kv, n_heads // H_kv, D)
+    scores = q_groups * attention_scale(q_groups) @ k.mT  # (B,H_kv,H/H_kv,T)
     past = torch.arange(T, device=q.device) < lengths[:, None, None, None]
     p = torch.softmax(scores.masked_fill(~past, -math.inf), -1)
     # what lies beyond `lengths` was never written: 0 * NaN must not reach the sum
@@ -502,6 +542,8 @@ def gradient_norm(gradients: Tensor) -> Tensor:
     scaled, as max |g| · √(Σ (g / max |g|)²), so that no square is too large or too small.
     """
     g = gradients.double().abs()
+    if not g.numel():
+        return g.sum()
     largest = torch.linalg.vector_norm(g, torch.inf)
     scale = largest.where((largest > 0) & largest.isfinite(), 1)
     return scale * (g / scale).square().sum().sqrt()

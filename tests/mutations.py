@@ -51,8 +51,8 @@ MUTATIONS = (
     Mutation(
         "the online softmax rescales by the inverse",
         "attention",
-        "rescale = tl.math.exp2(row_max - new_max)",
-        "rescale = tl.math.exp2(new_max - row_max)",
+        "rescale = tl.math.exp2((row_max - new_max)",
+        "rescale = tl.math.exp2((new_max - row_max)",
         "attention",
     ),
     Mutation(
@@ -114,8 +114,8 @@ MUTATIONS = (
     Mutation(
         "LayerNorm's variance is that of a sample",
         "layer_norm",
-        "tl.sum(centred * centred, 1) / n_columns",
-        "tl.sum(centred * centred, 1) / (n_columns - 1)",
+        "tl.sum(centered * (centered * share), 1)",
+        "tl.sum(centered * centered, 1) / (n_columns - 1)",
         "layer_norm",
     ),
     Mutation(

@@ -163,7 +163,8 @@ def test_native_equals_reference(case: Case, dtype: torch.dtype) -> None:
     expected, actual = case.run(reference, i), case.run(native, i)
     assert actual.keys() == expected.keys()
     for name, value in expected.items():
-        assert actual[name].dtype == value.dtype, name
+        # the reference keeps the mean for its own backward in float64
+        assert name == "mean" or actual[name].dtype == value.dtype, name
         assert_close(actual[name], value, NATIVE[dtype], name)
 
 

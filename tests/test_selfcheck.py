@@ -91,9 +91,9 @@ def attention_without_documents(qkv, n_heads, starts, n_kv_heads):
     return native.attention_forward(qkv, n_heads, None, n_kv_heads)
 
 
-def attention_with_a_block_off(dout, qkv, out, lse, n_heads, starts, n_kv_heads):
+def attention_with_a_block_off(dout, qkv, out, statistics, n_heads, starts, n_kv_heads):
     """Wrong in the last rows of dk only: what an off-by-one at the end of a sequence does."""
-    dqkv = native.attention_backward(dout, qkv, out, lse, n_heads, starts, n_kv_heads)
+    dqkv = native.attention_backward(dout, qkv, out, statistics, n_heads, starts, n_kv_heads)
     C = qkv.shape[-1] // 3
     dqkv[:, -1, C : 2 * C] = 0
     return dqkv

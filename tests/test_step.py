@@ -210,10 +210,10 @@ def attention_broken_when(breaks) -> types.SimpleNamespace:
     """`native`, but one value of attention's output is NaN where breaks(document_start)."""
 
     def attention_forward(qkv, n_heads, document_start, n_kv_heads):
-        out, lse = native.attention_forward(qkv, n_heads, document_start, n_kv_heads)
+        out, statistics = native.attention_forward(qkv, n_heads, document_start, n_kv_heads)
         if breaks(document_start):
             out[-1, -1, 0] = math.nan
-        return out, lse
+        return out, statistics
 
     return types.SimpleNamespace(**{**vars(native), "attention_forward": attention_forward})
 

@@ -1,7 +1,7 @@
 """Causal attention on a packed projection, forward and backward, without the (T, T) matrix.
 
 For each head, with q, k, v (T, D) side by side in the rows of qkv and s_ij = q_i · k_j / √D for the
-keys j that query i sees (j <= i and, with documents, j >= document_start_i):
+keys j that query i sees (document_start_i <= j <= i; document_start does not fall as i grows):
 
     forward     o_i = Σ_j p_ij v_j     with p_ij = exp(s_ij) / Σ_j exp(s_ij)
     backward    δ_i = do_i · o_i       ds_ij = p_ij (do_i · v_j - δ_i)
@@ -10,11 +10,14 @@ keys j that query i sees (j <= i and, with documents, j >= document_start_i):
 Keys come in blocks. Over the blocks seen so far the forward holds per row the largest score m, the
 sum l = Σ_j exp(s_ij - m) and the sum of exp(s_ij - m) v_j; a block with a larger score rescales the
 last two by exp(m_old - m_new) (online softmax: Milakov & Gimelshein 2018). What stays for the
-backward is lse = m + log l, one number a row, from which p_ij = exp(s_ij - lse_i) comes back
+backward are the statistics m and log l, from which p_ij = exp(s_ij - m_i - log l_i) comes back
 (FlashAttention: Dao et al. 2022; the work split over rows and columns: FlashAttention-2, Dao 2023).
+Their sum would be one number instead of two, but beside a large m the digits of log l are lost.
 
-All exponentials are to base 2, because that is the GPU's instruction: scores are multiplied by
-log2(e) / √D in float32 after the product, and what is kept is lse2 = lse · log2(e).
+All exponentials are to base 2, because that is the GPU's instruction: m is the largest product
+q · k, differences from it are multiplied by log2(e) / √D in float32, and what is kept is log2 l.
+The difference comes first, so that it is 0 for the largest score whatever its size: s·c - m·c is
+one instruction, which rounds m·c but not s·c, and what lies between the two grows with m.
 
 The backward is three kernels in a fixed order of summation, so its bits repeat: δ; then dk and dv,
 one program per block of keys; then dq, one program per block of queries. The scores are computed
@@ -49,7 +52,7 @@ from torch import Tensor
 from mantrans.kernels.triton.attention_tiles import (
     Problem,
     check_documents,
-    empty_row_statistic,
+    empty_row_statistics,
     problem_of,
     row_statistics,
     tiles_of,
@@ -62,7 +65,7 @@ from mantrans.kernels.triton.launch import (
 )
 
 LOG2_E = tl.constexpr(math.log2(math.e))
-LOWEST = tl.constexpr(-1e30)  # below any score, and finite: -inf - -inf would be NaN
+LOWEST = tl.constexpr(-3.4028234663852886e38)  # no number is less; -inf - -inf would be NaN
 
 # ------------------------------------------------------------------------------- shared pieces
 
@@ -109,7 +112,8 @@ def load_tile(
         rows = tl.arange(0, ROWS)[:, None]
         columns = tl.arange(0, BLOCK_D)[None, :]
         inside = (row + rows < T) & (columns < D)
-        return tl.load(corner + rows * stride_t + columns, mask=inside, other=0.0)
+        offsets = rows.to(tl.int64) * stride_t + columns
+        return tl.load(corner + offsets, mask=inside, other=0.0)
 
 
 @triton.jit
@@ -121,7 +125,7 @@ def key_head(head, n_heads, GROUP: tl.constexpr):
 @triton.jit
 def value_head(head, n_heads, GROUP: tl.constexpr):
     """Which head of a packed qkv holds the values that query head `head` reads."""
-    return n_heads * (GROUP + 1) // GROUP + head // GROUP
+    return n_heads + n_heads // GROUP + head // GROUP
 
 
 @triton.jit
@@ -142,20 +146,28 @@ def store_tile(
     rows = tl.arange(0, ROWS)[:, None]
     columns = tl.arange(0, BLOCK_D)[None, :]
     inside = (row + rows < T) & (columns < D)
-    tl.store(corner + rows * width + columns, tile.to(target.dtype.element_ty), mask=inside)
+    offsets = rows.to(tl.int64) * width + columns
+    tl.store(corner + offsets, tile.to(target.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def load_row_statistic(source, pair, row, T, stride, ROWS: tl.constexpr, TMA: tl.constexpr):
-    """lse2 or delta of the queries row .. row + ROWS, (ROWS,) float32; zero beyond T.
+    """One number of each of the queries row .. row + ROWS, (ROWS,) float32; zero beyond T.
 
-    A zero lse2 is harmless there: q and do are zero too, so p = 1 meets do = 0 and ds = 0.
+    source: rows of T numbers, of which this is row `pair`. Zero is harmless beyond T: q and do are
+    zero there too, so p = 1 meets do = 0 and ds = 0.
     """
     if TMA:
         return tl.reshape(source.load([pair, row]), (ROWS,))
     else:
         rows = row + tl.arange(0, ROWS)
         return tl.load(source + pair.to(tl.int64) * stride + rows, mask=rows < T, other=0.0)
+
+
+@triton.jit
+def probabilities(products, largest, log2_sum, to_log2):
+    """p of the forward again, from q · k and the two statistics of each row, which broadcast."""
+    return tl.math.exp2((products - largest) * to_log2 - log2_sum)
 
 
 @triton.jit
@@ -216,23 +228,23 @@ def key_range(row, document_start, T, M: tl.constexpr, N: tl.constexpr):
     clear = row * 0
     diagonal = row // N * N
     if document_start is not None:
-        first = tl.load(document_start + row) // N * N
-        clear = tl.cdiv(tl.load(document_start + tl.minimum(row + M, T) - 1), N) * N
-        clear = tl.minimum(clear, diagonal)
+        first = tl.maximum(tl.load(document_start + row), 0) // N * N
+        last_start = tl.load(document_start + tl.minimum(row + M, T) - 1)
+        clear = tl.minimum(tl.cdiv(tl.maximum(last_start, 0), N) * N, diagonal)
     return first, clear, diagonal, tl.minimum(row + M, T)
 
 
 @triton.jit(do_not_specialize=["T", "n_pairs", "pairs_together"])
 def forward_kernel(
     out,
-    lse2,
+    statistics,
     q_tiles,
     kv_tiles,
     document_start,
     T,
     stride_b,
     stride_t,
-    stride_lse2,
+    stride_statistics,
     n_heads,
     n_pairs,
     pairs_together,
@@ -247,8 +259,8 @@ def forward_kernel(
 ):
     """One program: M queries of one pair against the keys they see.
 
-    out (B, T, H·D) dtype of qkv, written; lse2 (B·H, T) float32, rows stride_lse2 apart, written:
-    log2 Σ_j 2^(s_ij log2 e).
+    out (B, T, H·D) dtype of qkv, written; statistics (2·B·H, T) float32, rows stride_statistics
+    apart, written: the largest q · k of each query, for all pairs, and then log2 of the sum l.
     q_tiles, kv_tiles: qkv (B, T, P) 16 or 32-bit float, batches stride_b and positions stride_t
     apart, as `load_tile` takes it, in tiles of M and N rows.
     document_start (B, T) int32 or None. GROUP = H / H_kv.
@@ -280,9 +292,9 @@ def forward_kernel(
                 keys = n + tl.arange(0, N)
                 seen = visible(rows[:, None], keys[None, :], document_start, T)
                 s = tl.where(seen, s, -float("inf"))
-            new_max = tl.maximum(row_max, tl.max(s, 1) * to_log2)
-            p = tl.math.exp2(s * to_log2 - new_max[:, None])
-            rescale = tl.math.exp2(row_max - new_max)
+            new_max = tl.maximum(row_max, tl.max(s, 1))
+            p = tl.math.exp2((s - new_max[:, None]) * to_log2)
+            rescale = tl.math.exp2((row_max - new_max) * to_log2)
             row_sum = row_sum * rescale + tl.sum(p, 1)
             row_max = new_max
             kv_head = value_head(head, n_heads, GROUP)
@@ -292,8 +304,10 @@ def forward_kernel(
             acc = wait_for_product(acc, WAIT)
 
     store_tile(out, acc / row_sum[:, None], batch, head, row, T, n_heads * D, M, D, BLOCK_D)
-    lse2 += pair.to(tl.int64) * stride_lse2
-    tl.store(lse2 + rows, row_max + tl.math.log2(row_sum), mask=rows < T)
+    statistics += pair.to(tl.int64) * stride_statistics
+    tl.store(statistics + rows, row_max, mask=rows < T)
+    statistics += tl.cast(n_pairs, tl.int64) * stride_statistics
+    tl.store(statistics + rows, tl.math.log2(row_sum), mask=rows < T)
 
 
 # ------------------------------------------------------------------------------------ backward
@@ -302,7 +316,7 @@ def forward_kernel(
 @triton.jit(do_not_specialize=["T"])
 def delta_kernel(
     delta,
-    document_end,
+    seen_until,
     out,
     dout,
     document_start,
@@ -313,11 +327,11 @@ def delta_kernel(
     BLOCK_D: tl.constexpr,
     M: tl.constexpr,
 ):
-    """One program: δ = do · o of M rows of one pair; the first head also notes document ends.
+    """One program: δ = do · o of M rows of one pair; the first head also finds `seen_until`.
 
     delta (B·H, T) float32, rows stride_delta apart, written.
-    document_end (B, T) int32, written at the first position of each document only: the position
-    after its last. None without documents.
+    seen_until (B, T) int32, written: the first query after key j that does not see it, or T. None
+    without documents.
     out, dout (B, T, H·D) float; document_start (B, T) int32 or None.
     """
     pair = tl.program_id(0)  # on the axis that has room for 2³¹ programs, not 65,535
@@ -326,32 +340,39 @@ def delta_kernel(
     row = tl.program_id(1) * M
     rows = row + tl.arange(0, M)
     C = n_heads * D
-    o = load_tile(out, batch, head, row, T, T * C, C, M, D, BLOCK_D, False)
-    do = load_tile(dout, batch, head, row, T, T * C, C, M, D, BLOCK_D, False)
+    stride_b = tl.cast(T, tl.int64) * C
+    o = load_tile(out, batch, head, row, T, stride_b, C, M, D, BLOCK_D, False)
+    do = load_tile(dout, batch, head, row, T, stride_b, C, M, D, BLOCK_D, False)
     products = o.to(tl.float32) * do.to(tl.float32)
     delta += pair.to(tl.int64) * stride_delta
     tl.store(delta + rows, tl.sum(products, 1), mask=rows < T)
     if document_start is not None:  # noqa: SIM102 - decided when compiling, the next when running
         if head == 0:
             document_start += batch.to(tl.int64) * T
-            document_end += batch.to(tl.int64) * T
-            here = tl.load(document_start + rows, mask=rows < T, other=0)
-            after = tl.load(document_start + rows + 1, mask=rows + 1 < T, other=-1)
-            tl.store(document_end + here, rows + 1, mask=(rows < T) & (after != here))
+            low = tl.minimum(rows + 1, T)
+            high = tl.full((M,), 0, tl.int32) + T
+            left = T
+            while left > 0:  # halve low .. high, T at most, until nothing is left
+                middle = low + (high - low) // 2
+                start = tl.load(document_start + middle, mask=low < high, other=0)
+                sees = (low < high) & (start <= rows)
+                low = tl.where(sees, middle + 1, low)
+                high = tl.where(sees, high, middle)
+                left = left // 2
+            tl.store(seen_until + batch.to(tl.int64) * T + rows, low, mask=rows < T)
 
 
 @triton.jit
-def query_range(key, document_start, document_end, T, M: tl.constexpr, N: tl.constexpr):
+def query_range(key, seen_until, T, M: tl.constexpr, N: tl.constexpr):
     """Of the keys key .. key + N: where the queries that see them begin, have passed the diagonal,
     do no longer see all of them, and stop. Multiples of M, or the end. From `below` to `clear` no
     mask is due.
     """
     stop = T
     clear = T
-    if document_start is not None:
-        last_key = tl.minimum(key + N, T) - 1
-        stop = tl.load(document_end + tl.load(document_start + last_key))
-        clear = tl.load(document_end + tl.load(document_start + key))
+    if seen_until is not None:
+        stop = tl.load(seen_until + tl.minimum(key + N, T) - 1)
+        clear = tl.load(seen_until + key)
         clear = tl.where(clear == T, T, clear // M * M)
     below = tl.minimum(tl.cdiv(key + N, M) * M, stop)
     return key // M * M, below, tl.maximum(below, clear), stop
@@ -381,14 +402,14 @@ def dkdv_kernel(
     q_tiles,
     kv_tiles,
     do_tiles,
-    lse2,
+    statistics,
     delta,
     document_start,
-    document_end,
+    seen_until,
     T,
     stride_b,
     stride_t,
-    stride_lse2,
+    stride_statistics,
     n_heads,
     n_pairs,
     pairs_together,
@@ -405,8 +426,9 @@ def dkdv_kernel(
 
     dqkv (B, T, P) dtype of qkv; its columns of keys and values are written.
     q_tiles, kv_tiles: qkv (B, T, P) as in `forward_kernel`; do_tiles: dout (B, T, H·D) in tiles of
-    M rows; lse2, delta (B·H, T) float32, rows stride_lse2 apart: see `load_row_statistic`.
-    document_start, document_end (B, T) int32, the latter from `delta_kernel`, or None.
+    M rows; statistics (2·B·H, T), as `forward_kernel` wrote them, and delta (B·H, T) float32, rows
+    stride_statistics apart: see `load_row_statistic`.
+    document_start, seen_until (B, T) int32, the latter from `delta_kernel`, or None.
     n_pairs: B·H_kv; GROUP = H / H_kv.
     """
     rank, pair = heaviest_first(tl.cdiv(T, N), n_pairs, pairs_together)
@@ -416,9 +438,11 @@ def dkdv_kernel(
     key = rank * N
     keys = key + tl.arange(0, N)
     C = n_heads * D
+    stride_do = tl.cast(T, tl.int64) * C
+    to_log2 = scale * LOG2_E
     if document_start is not None:
         document_start += batch.to(tl.int64) * T
-        document_end += batch.to(tl.int64) * T
+        seen_until += batch.to(tl.int64) * T
 
     kv_head = key_head(head, n_heads, GROUP)
     k = load_tile(kv_tiles, batch, kv_head, key, T, stride_b, stride_t, N, D, BLOCK_D, TMA)
@@ -427,7 +451,7 @@ def dkdv_kernel(
     dk = tl.zeros((N, BLOCK_D), tl.float32)
     dv = tl.zeros((N, BLOCK_D), tl.float32)
 
-    first, below, clear, stop = query_range(key, document_start, document_end, T, M, N)
+    first, below, clear, stop = query_range(key, seen_until, T, M, N)
     # three loops: on the diagonal (masked), in full view, where documents end (masked)
     for part in tl.static_range(3 if document_start is not None else 2):
         begin = first if part == 0 else (below if part == 1 else clear)
@@ -436,16 +460,20 @@ def dkdv_kernel(
             m, g = block_and_head(i, M, GROUP)
             q = load_tile(q_tiles, batch, head + g, m, T, stride_b, stride_t, M, D, BLOCK_D, TMA)
             s_t = rows_times_rows(k, q)  # (N,D)(D,M) -> (N,M)
-            lse2_m = load_row_statistic(lse2, pair * GROUP + g, m, T, stride_lse2, M, TMA)
-            p_t = tl.math.exp2(s_t * (scale * LOG2_E) - lse2_m[None, :])
+            of_row = pair * GROUP + g
+            largest = load_row_statistic(statistics, of_row, m, T, stride_statistics, M, TMA)
+            of_row += n_pairs * GROUP
+            log2_sum = load_row_statistic(statistics, of_row, m, T, stride_statistics, M, TMA)
+            p_t = probabilities(s_t, largest[None, :], log2_sum[None, :], to_log2)
             if part != 1:
                 rows = m + tl.arange(0, M)
                 seen = visible(rows[None, :], keys[:, None], document_start, T)
                 p_t = tl.where(seen, p_t, 0.0)
-            do = load_tile(do_tiles, batch, head + g, m, T, T * C, C, M, D, BLOCK_D, TMA)
+            do = load_tile(do_tiles, batch, head + g, m, T, stride_do, C, M, D, BLOCK_D, TMA)
             dv = tl.dot(p_t.to(do.dtype), do, dv, input_precision="ieee")  # (N,M)(M,D) -> (N,D)
             dp_t = rows_times_rows(v, do)  # (N,D)(D,M) -> (N,M)
-            delta_m = load_row_statistic(delta, pair * GROUP + g, m, T, stride_lse2, M, TMA)
+            of_row = pair * GROUP + g
+            delta_m = load_row_statistic(delta, of_row, m, T, stride_statistics, M, TMA)
             ds_t = p_t * (dp_t - delta_m[None, :])
             dk = tl.dot(ds_t.to(q.dtype), q, dk, input_precision="ieee")  # (N,M)(M,D) -> (N,D)
             dv = wait_for_product(dv, WAIT)
@@ -453,7 +481,7 @@ def dkdv_kernel(
 
     dk *= scale
     kv_head = key_head(head, n_heads, GROUP)
-    width = C * (GROUP + 2) // GROUP
+    width = C + 2 * (C // GROUP)
     store_tile(dqkv, dk, batch, kv_head, key, T, width, N, D, BLOCK_D)
     kv_head = value_head(head, n_heads, GROUP)
     store_tile(dqkv, dv, batch, kv_head, key, T, width, N, D, BLOCK_D)
@@ -465,13 +493,13 @@ def dq_kernel(
     q_tiles,
     kv_tiles,
     do_tiles,
-    lse2,
+    statistics,
     delta,
     document_start,
     T,
     stride_b,
     stride_t,
-    stride_lse2,
+    stride_statistics,
     n_heads,
     n_pairs,
     pairs_together,
@@ -486,8 +514,8 @@ def dq_kernel(
 ):
     """One program: dq of M queries of one pair, over the keys they see.
 
-    dqkv (B, T, P) dtype of qkv; its first H·D columns are written. lse2, delta (B·H, T) float32,
-    pointers, rows stride_lse2 apart; n_pairs: B·H. The other arguments as in `dkdv_kernel`.
+    dqkv (B, T, P) dtype of qkv; its first H·D columns are written. statistics and delta come as
+    pointers; n_pairs: B·H. The other arguments as in `dkdv_kernel`.
     """
     rank, pair = heaviest_first(tl.cdiv(T, M), n_pairs, pairs_together)
     batch = pair // n_heads
@@ -495,13 +523,16 @@ def dq_kernel(
     row = (tl.cdiv(T, M) - 1 - rank) * M
     rows = row + tl.arange(0, M)
     C = n_heads * D
+    to_log2 = scale * LOG2_E
     if document_start is not None:
         document_start += batch.to(tl.int64) * T
 
     q = load_tile(q_tiles, batch, head, row, T, stride_b, stride_t, M, D, BLOCK_D, TMA)
-    do = load_tile(do_tiles, batch, head, row, T, T * C, C, M, D, BLOCK_D, TMA)
-    lse2_m = load_row_statistic(lse2, pair, row, T, stride_lse2, M, False)
-    delta_m = load_row_statistic(delta, pair, row, T, stride_lse2, M, False)
+    stride_do = tl.cast(T, tl.int64) * C
+    do = load_tile(do_tiles, batch, head, row, T, stride_do, C, M, D, BLOCK_D, TMA)
+    largest = load_row_statistic(statistics, pair, row, T, stride_statistics, M, False)
+    log2_sum = load_row_statistic(statistics, n_pairs + pair, row, T, stride_statistics, M, False)
+    delta_m = load_row_statistic(delta, pair, row, T, stride_statistics, M, False)
     dq = tl.zeros((M, BLOCK_D), tl.float32)
 
     first, clear, diagonal, stop = key_range(row, document_start, T, M, N)
@@ -512,7 +543,7 @@ def dq_kernel(
             kv_head = key_head(head, n_heads, GROUP)
             k = load_tile(kv_tiles, batch, kv_head, n, T, stride_b, stride_t, N, D, BLOCK_D, TMA)
             s = rows_times_rows(q, k)  # (M,D)(D,N) -> (M,N)
-            p = tl.math.exp2(s * (scale * LOG2_E) - lse2_m[:, None])
+            p = probabilities(s, largest[:, None], log2_sum[:, None], to_log2)
             if part != 1:
                 keys = n + tl.arange(0, N)
                 seen = visible(rows[:, None], keys[None, :], document_start, T)
@@ -524,7 +555,7 @@ def dq_kernel(
             dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")  # (M,N)(N,D) -> (M,D)
             dq = wait_for_product(dq, WAIT)
 
-    store_tile(dqkv, dq * scale, batch, head, row, T, C * (GROUP + 2) // GROUP, M, D, BLOCK_D)
+    store_tile(dqkv, dq * scale, batch, head, row, T, C + 2 * (C // GROUP), M, D, BLOCK_D)
 
 
 # ------------------------------------------------------------------------------------- launchers
@@ -543,18 +574,19 @@ def attention_forward(
 
     qkv (B, T, (H + 2 H_kv)·D) float32, float16 or bfloat16, last stride 1: H heads of queries, H_kv
     of keys and H_kv of values side by side, each of width D <= 256. document_start (B, T) int32, or
-    None for one document: where each position's document begins; query i sees the keys j with
-    document_start[i] <= j <= i. n_kv_heads: H_kv, which divides H; None for H.
-    Returns out (B, T, H·D), and for the backward lse2 (B, H, T) float32 in log2 units.
+    None for one document: query i sees the keys document_start[i] <= j <= i; it may not fall as i
+    grows, and document_start[i] <= i (not checked: that would wait for the GPU). n_kv_heads: H_kv,
+    which divides H; None for H. Right where q · k and score · log2(e) are finite in float32.
+    Returns out (B, T, H·D), and for the backward statistics (2, B, H, T) float32.
     ValueError, before any launch, names an argument whose device, dtype, shape or stride is wrong.
     """
     problem = problem_of(qkv, n_heads, n_kv_heads)
     check_documents(document_start, problem, qkv.device)
     shape = (problem.B, problem.T, n_heads * problem.D)
     out = torch.empty(shape, dtype=qkv.dtype, device=qkv.device)
-    lse2 = empty_row_statistic(qkv, problem)
+    statistics = empty_row_statistics(2, qkv, problem)
     if not qkv.numel():
-        return out, lse2
+        return out, statistics
     documents = document_start is not None
     tiles = problem.tiles("forward", documents)
     grid, n_pairs, pairs_together = problem.schedule(tiles.M, n_heads)
@@ -562,47 +594,47 @@ def attention_forward(
         forward_kernel,
         grid,
         out,
-        lse2,
+        statistics,
         tiles_of(qkv, problem, tiles.M),
         tiles_of(qkv, problem, tiles.N),
         document_start,
         problem.T,
         qkv.stride(0),
         qkv.stride(1),
-        lse2.stride(1),
+        statistics.stride(2),
         n_heads,
         n_pairs,
         pairs_together,
         problem.scale,
         **problem.constants("forward", documents),
     )
-    return out, lse2
+    return out, statistics
 
 
 def attention_backward(
     dout: Tensor,
     qkv: Tensor,
     out: Tensor,
-    lse2: Tensor,
+    statistics: Tensor,
     n_heads: int,
     document_start: Tensor | None = None,
     n_kv_heads: int | None = None,
 ) -> Tensor:
     """dqkv, from what `attention_forward` took and gave (the file's docstring has the equations).
 
-    dout, out (B, T, H·D) contiguous, dtype of qkv; lse2 (B, H, T) float32 as the forward returned
-    it; the rest as there. Returns dqkv, of qkv's shape, contiguous. Same bits whenever called
+    dout, out (B, T, H·D) contiguous, dtype of qkv; out and statistics as the forward returned them;
+    the rest as there. Returns dqkv, of qkv's shape, contiguous. Same bits whenever called
     again. ValueError as `attention_forward`.
     """
     problem = problem_of(qkv, n_heads, n_kv_heads)
-    check_backward(dout, qkv, out, lse2, document_start, problem)
+    check_backward(dout, qkv, out, statistics, document_start, problem)
     dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
     if not qkv.numel():
         return dqkv
     if dout.data_ptr() % 16:
         dout = dout.clone()
-    delta, document_end = output_gradient_statistics(dout, out, document_start, problem)
-    sizes = (problem.T, qkv.stride(0), qkv.stride(1), lse2.stride(1), n_heads)
+    delta, seen_until = output_gradient_statistics(dout, out, document_start, problem)
+    sizes = (problem.T, qkv.stride(0), qkv.stride(1), statistics.stride(2), n_heads)
 
     documents = document_start is not None
     tiles = problem.tiles("dkdv", documents)
@@ -614,10 +646,10 @@ def attention_backward(
         tiles_of(qkv, problem, tiles.M),
         tiles_of(qkv, problem, tiles.N),
         tiles_of(dout, problem, tiles.M),
-        row_statistics(lse2, problem, tiles.M),
+        row_statistics(statistics, problem, tiles.M),
         row_statistics(delta, problem, tiles.M),
         document_start,
-        document_end,
+        seen_until,
         *sizes,
         n_pairs,
         pairs_together,
@@ -634,7 +666,7 @@ def attention_backward(
         tiles_of(qkv, problem, tiles.M),
         tiles_of(qkv, problem, tiles.N),
         tiles_of(dout, problem, tiles.M),
-        lse2,
+        statistics,
         delta,
         document_start,
         *sizes,
@@ -650,7 +682,7 @@ def check_backward(
     dout: Tensor,
     qkv: Tensor,
     out: Tensor,
-    lse2: Tensor,
+    statistics: Tensor,
     document_start: Tensor | None,
     problem: Problem,
 ) -> None:
@@ -659,12 +691,19 @@ def check_backward(
     for name, x in (("dout", dout), ("out", out)):
         check_tensor(name, x, shape=(B, T, H * D), dtype=qkv.dtype, device=qkv.device)
     check_tensor(
-        "lse2", lse2, shape=(B, H, T), dtype=torch.float32, device=qkv.device, contiguous=False
+        "statistics",
+        statistics,
+        shape=(2, B, H, T),
+        dtype=torch.float32,
+        device=qkv.device,
+        contiguous=False,
     )
-    expected = empty_row_statistic(lse2.new_empty(0, device="meta"), problem).stride()
-    if lse2.numel() and lse2.stride() != expected:
+    expected = empty_row_statistics(2, statistics.new_empty(0, device="meta"), problem).stride()
+    if statistics.numel() and statistics.stride() != expected:
         refuse(
-            "lse2", f"strides {lse2.stride()}", f"strides {expected}, as attention_forward made it"
+            "statistics",
+            f"strides {statistics.stride()}",
+            f"strides {expected}, as attention_forward made them",
         )
     check_documents(document_start, problem, qkv.device)
 
@@ -672,24 +711,24 @@ def check_backward(
 def output_gradient_statistics(
     dout: Tensor, out: Tensor, document_start: Tensor | None, problem: Problem
 ) -> tuple[Tensor, Tensor | None]:
-    """delta (B, H, T) = do · o, and where each document ends (B, T), see `delta_kernel`."""
-    delta = empty_row_statistic(out, problem)
+    """delta (1, B, H, T) = do · o, and seen_until (B, T): see `delta_kernel`."""
+    delta = empty_row_statistics(1, out, problem)
     rows = min(64, DELTA_ELEMENTS // problem.BLOCK_D)
-    document_end = None if document_start is None else torch.empty_like(document_start)
+    seen_until = None if document_start is None else torch.empty_like(document_start)
     launch(
         delta_kernel,
         (problem.B * problem.H, cdiv(problem.T, rows)),
         delta,
-        document_end,
+        seen_until,
         out,
         dout,
         document_start,
         problem.T,
-        delta.stride(1),
+        delta.stride(2),
         problem.H,
         D=problem.D,
         BLOCK_D=problem.BLOCK_D,
         M=rows,
         num_warps=4,
     )
-    return delta, document_end
+    return delta, seen_until

@@ -25,6 +25,11 @@ from mantrans.kernels.triton.launch import (
 MAX_HEAD_WIDTH = 256
 
 
+# Positions, rows of statistics and columns are int32 in the kernels (products with strides are
+# not), and a tile may reach beyond the last.
+LARGEST_INDEX = 2**31 - 2**12
+
+
 class Tiles(NamedTuple):
     """How a kernel is cut: M queries and N keys a block, warps a program, depth of the pipeline."""
 
@@ -210,6 +215,13 @@ def problem_of(qkv: Tensor, n_heads: int, n_kv_heads: int | None) -> Problem:
     if qkv.stride(2) != 1:
         refuse("qkv", f"strides {qkv.stride()}", "a last stride of 1")
     H_kv, D = accepted_head_sizes(width, n_heads, n_kv_heads)
+    for what, n in (
+        ("T · n_heads / n_kv_heads", T * n_heads // H_kv),
+        ("2 · B · n_heads", 2 * B * n_heads),
+        ("width", width),
+    ):
+        if n > LARGEST_INDEX:
+            refuse("qkv", f"shape {tuple(qkv.shape)}", f"{what} of at most {LARGEST_INDEX:,}")
     arch = architecture(qkv.device)
     size = qkv.element_size()
     aligned = qkv.data_ptr() % 16 == 0 and all(s * size % 16 == 0 for s in qkv.stride()[:2])
@@ -248,17 +260,18 @@ def tiles_of(x: Tensor, problem: Problem, rows: int) -> Tensor | TensorDescripto
 
 
 def row_statistics(x: Tensor, problem: Problem, rows: int) -> Tensor | TensorDescriptor:
-    """x (B, H, T) float32 as `load_row_statistic` reads it, `rows` at a time."""
+    """x (n, B, H, T) float32 as `load_row_statistic` reads it, `rows` at a time."""
     if not problem.TMA:
         return x
-    return TensorDescriptor(x, [problem.B * problem.H, problem.T], [x.stride(1), 1], [1, rows])
+    return TensorDescriptor(x, [x[..., 0].numel(), problem.T], [x.stride(2), 1], [1, rows])
 
 
-def empty_row_statistic(like: Tensor, problem: Problem) -> Tensor:
-    """(B, H, T) float32, unwritten; rows start on 64 bytes: the copy engine wants 16, and a stride
-    of a multiple of 16 elements whatever T is makes Triton compile once for all T."""
+def empty_row_statistics(n: int, like: Tensor, problem: Problem) -> Tensor:
+    """(n, B, H, T) float32, unwritten. Rows start on 64 bytes: the copy engine wants 16, and a
+    stride that is a multiple of 16 elements whatever T is makes Triton compile once for all T."""
     B, T, H = problem.B, problem.T, problem.H
-    return torch.empty((B, H, cdiv(T, 16) * 16), dtype=torch.float32, device=like.device)[..., :T]
+    shape = (n, B, H, cdiv(T, 16) * 16)
+    return torch.empty(shape, dtype=torch.float32, device=like.device)[..., :T]
 
 
 def check_documents(document_start: Tensor | None, problem: Problem, device: torch.device) -> None:

@@ -52,14 +52,14 @@ def column_sums_kernel(
               (ACCUMULATE) or overwrites it
     """
     program = tl.program_id(1)
-    columns = tl.program_id(0) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    columns = tl.program_id(0).to(tl.int64) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     in_columns = columns < n_columns
     sums_ptrs = sums_ptr + program.to(tl.int64) * stride + columns
     sums = tl.zeros((BLOCK_COLUMNS,), tl.float32)
     lost = tl.zeros_like(sums)
-    for first in range(program * BLOCK_ROWS, n_rows, n_programs * BLOCK_ROWS):
-        rows = first + tl.arange(0, BLOCK_ROWS)
-        offsets = rows.to(tl.int64)[:, None] * n_columns + columns[None, :]
+    for tile in range(program, tl.cdiv(n_rows, BLOCK_ROWS), n_programs):
+        rows = tl.cast(tile, tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+        offsets = rows[:, None] * n_columns + columns[None, :]
         mask = (rows < n_rows)[:, None] & in_columns[None, :]
         dy = tl.load(dy_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         sums, lost = compensated(sums, lost, tl.sum(dy, 0))

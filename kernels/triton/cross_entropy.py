@@ -533,4 +533,6 @@ def linear_cross_entropy_forward_backward(
         weight_gradient(dlogits, dx[rows], dweight, accumulate)
         torch.mm(dlogits, weight, out=dx[rows])
         accumulate = True
+    if not accumulate:  # there was no row
+        dweight.zero_()
     return losses.sum() * scale, dx

@@ -7,10 +7,10 @@ For each head, with the newest query q (D,) and the cached k_j, v_j (D,) of 0 <=
 There is one row of scores, so nothing here is a matrix product: the time is that of reading the
 cache once. Few sequences alone would leave most of the GPU idle, therefore the keys of a sequence
 are split among programs, each with an online softmax over its share (Milakov & Gimelshein 2018). A
-share ends as its normalised output o_s and lse_s = log Σ_{j in s} exp(s_j), and a second kernel
-merges the shares in a fixed order:
+share ends as its largest score m_s, l_s = Σ_{j in s} exp(s_j - m_s) and a_s = Σ_{j in s} exp(s_j -
+m_s) v_j, and a second kernel merges the shares in a fixed order:
 
-    o = Σ_s w_s o_s     with w_s = exp(lse_s) / Σ_s exp(lse_s)
+    o = Σ_s w_s a_s / Σ_s w_s l_s     with w_s = exp(m_s - m), m the largest of all m_s
 
 How a sequence is split depends on its length and the sizes of the call alone: the same call gives
 the same bits. Exponentials are to base 2 as in `attention`.
@@ -40,7 +40,7 @@ from mantrans.kernels.triton.launch import (
 )
 
 LOG2_E = tl.constexpr(math.log2(math.e))
-LOWEST = tl.constexpr(-1e30)  # below any score, and finite: -inf - -inf would be NaN
+LOWEST = tl.constexpr(-3.4028234663852886e38)  # no number is less; -inf - -inf would be NaN
 
 BLOCK_ELEMENTS = 4096  # of a block of keys: 32 registers a thread for keys, as many for values
 SMALLEST_SHARE = 256  # keys; less work than this is not worth a program
@@ -51,7 +51,7 @@ NUM_WARPS = 4
 @triton.jit(do_not_specialize=["T", "shares"])
 def share_kernel(
     partial,
-    partial_lse,
+    statistics,
     q,
     k_cache,
     v_cache,
@@ -72,8 +72,8 @@ def share_kernel(
 ):
     """One program: one pair's query against one share of its keys.
 
-    partial (B·H, S, D) float32, written: o_s, zero where the share is empty.
-    partial_lse (B·H, S) float32, written: log2 Σ_j 2^(s_j log2 e), about LOWEST where it is empty.
+    partial (B·H, S, D) float32, written: a_s, zero where the share is empty.
+    statistics (B·H, S, 2) float32, written: m_s, LOWEST where the share is empty, and l_s.
     q (B, H·D), rows stride_q apart; k_cache, v_cache (B, Tmax, H_kv·D), batches stride_?b and
     positions stride_?t apart: float32, float16 or bfloat16. GROUP = H / H_kv.
     lengths (B,) int64: how many positions of each cache row count; at most T = Tmax are read.
@@ -84,13 +84,12 @@ def share_kernel(
     head = pair % n_heads
     columns = tl.arange(0, BLOCK_D)
     inside = columns < D
-    to_log2 = scale * LOG2_E
 
     query = tl.load(q + batch * stride_q + head * D + columns, mask=inside, other=0.0)
-    query = query.to(tl.float32) * to_log2
+    query = query.to(tl.float32) * scale
     k_cache += batch * stride_kb + head // GROUP * D
     v_cache += batch * stride_vb + head // GROUP * D
-    length = tl.minimum(tl.load(lengths + batch), T).to(tl.int32)
+    length = tl.minimum(tl.load(lengths + batch), T)
     size = tl.cdiv(tl.cdiv(length, shares), N) * N
     begin = share * size
     end = tl.minimum(begin + size, length)
@@ -103,32 +102,30 @@ def share_kernel(
         keys = n + tl.arange(0, N)
         there = keys < end
         tile = there[:, None] & inside[None, :]
-        rows = keys.to(tl.int64)[:, None]
+        rows = keys[:, None]
         k = tl.load(k_cache + rows * stride_kt + columns[None, :], mask=tile, other=0.0)
         v = tl.load(v_cache + rows * stride_vt + columns[None, :], mask=tile, other=0.0)
         s = tl.where(there, tl.sum(k.to(tl.float32) * query[None, :], 1), -float("inf"))
         new_max = tl.maximum(place_max, s)
-        p = tl.math.exp2(s - new_max)
-        rescale = tl.math.exp2(place_max - new_max)
+        p = tl.math.exp2((s - new_max) * LOG2_E)
+        rescale = tl.math.exp2((place_max - new_max) * LOG2_E)
         acc = acc * rescale[:, None] + p[:, None] * v.to(tl.float32)
         place_sum = place_sum * rescale + p
         place_max = new_max
 
     largest = tl.max(place_max, 0)
-    weight = tl.math.exp2(place_max - largest)
-    total = tl.sum(place_sum * weight, 0)
-    total = tl.where(total == 0.0, 1.0, total)  # an empty share
-    output = tl.sum(acc * weight[:, None], 0) / total
+    weight = tl.math.exp2((place_max - largest) * LOG2_E)
     slot = pair * shares + share
-    tl.store(partial + slot * D + columns, output, mask=inside)
-    tl.store(partial_lse + slot, largest + tl.math.log2(total))
+    tl.store(partial + slot * D + columns, tl.sum(acc * weight[:, None], 0), mask=inside)
+    tl.store(statistics + slot * 2, largest)
+    tl.store(statistics + slot * 2 + 1, tl.sum(place_sum * weight, 0))
 
 
 @triton.jit(do_not_specialize=["shares"])
 def merge_kernel(
     out,
     partial,
-    partial_lse,
+    statistics,
     shares,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -137,7 +134,7 @@ def merge_kernel(
     """One program: the shares of one pair become its output.
 
     out (B·H, D), which is (B, H·D), in the dtype of the cache, written.
-    partial (B·H, S, D) and partial_lse (B·H, S) float32, from `share_kernel`; S <= BLOCK_S.
+    partial (B·H, S, D) and statistics (B·H, S, 2) float32, from `share_kernel`; S <= BLOCK_S.
     """
     pair = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK_D)
@@ -145,12 +142,12 @@ def merge_kernel(
     share = tl.arange(0, BLOCK_S)
     there = share < shares
     slots = pair * shares + share
-    lse = tl.load(partial_lse + slots, mask=there, other=-float("inf"))
-    weight = tl.math.exp2(lse - tl.max(lse, 0))
-    weight = weight / tl.sum(weight, 0)
+    largest = tl.load(statistics + slots * 2, mask=there, other=-float("inf"))
+    total = tl.load(statistics + slots * 2 + 1, mask=there, other=0.0)
+    weight = tl.math.exp2((largest - tl.max(largest, 0)) * LOG2_E)
     tile = there[:, None] & inside[None, :]
     o = tl.load(partial + slots[:, None] * D + columns[None, :], mask=tile, other=0.0)
-    output = tl.sum(o * weight[:, None], 0)
+    output = tl.sum(o * weight[:, None], 0) / tl.sum(total * weight, 0)
     tl.store(out + pair * D + columns, output.to(out.dtype.element_ty), mask=inside)
 
 
@@ -199,12 +196,12 @@ def decode_attention(
         return out
     BLOCK_D, N, shares = split(pairs, T, D, q.device)
     partial = torch.empty((pairs, shares, D), dtype=torch.float32, device=q.device)
-    partial_lse = torch.empty((pairs, shares), dtype=torch.float32, device=q.device)
+    statistics = torch.empty((pairs, shares, 2), dtype=torch.float32, device=q.device)
     launch(
         share_kernel,
         (pairs, shares),
         partial,
-        partial_lse,
+        statistics,
         q,
         k_cache,
         v_cache,
@@ -227,7 +224,7 @@ def decode_attention(
         (pairs,),
         out,
         partial,
-        partial_lse,
+        statistics,
         shares,
         D=D,
         BLOCK_D=BLOCK_D,

@@ -80,8 +80,9 @@ def embedding_forward_kernel(
     exists = (tokens >= 0) & (tokens < n_tokens)
     token_ptrs = token_table_ptr + tokens[:, None] * n_columns + columns[None, :]
     token = tl.load(token_ptrs, mask=mask & exists[:, None], other=float("nan"))
-    place = (tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)) % sequence_length  # in int32
-    position_offsets = place[:, None] * n_columns + columns[None, :]
+    first = tl.program_id(0).to(tl.int64) * BLOCK_ROWS % sequence_length  # one 64-bit remainder
+    place = (first.to(tl.int32) + tl.arange(0, BLOCK_ROWS)) % sequence_length
+    position_offsets = place.to(tl.int64)[:, None] * n_columns + columns[None, :]
     position = tl.load(position_table_ptr + position_offsets, mask=mask, other=0.0)
     x = token.to(tl.float32) + position.to(tl.float32)
     x_offsets = rows[:, None] * n_columns + columns[None, :]
@@ -125,7 +126,7 @@ def sum_pieces_kernel(
     dtable_ptr    (n_tokens, n_columns) float32: whole runs are added
     partials_ptr  (chunks, 2, n_columns) float32: pieces of longer runs, head and tail, are written
     """
-    i = tl.program_id(0)
+    i = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     token = token_at(sorted_ptr, i, n)
     starts_run = token_at(sorted_ptr, i - 1, n) != token
@@ -150,7 +151,7 @@ def sum_pieces_kernel(
             add_to_row(dtable_ptr, token, sums, columns, n_columns)
         else:
             # the first piece of a run is the tail of its chunk, any other piece the head
-            slot = chunk.to(tl.int64) * 2 + starts_run.to(tl.int64)
+            slot = chunk * 2 + starts_run.to(tl.int64)
             tl.store(partials_ptr + slot * n_columns + columns, sums, mask=columns < n_columns)
 
 
@@ -172,7 +173,7 @@ def join_pieces_kernel(
     dtable_ptr    (n_tokens, n_columns) float32: added to
     partials_ptr  (chunks, 2, n_columns) float32: heads and tails from `sum_pieces_kernel`
     """
-    chunk = tl.program_id(0)
+    chunk = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     in_columns = columns < n_columns
     begin = chunk * CHUNK
@@ -182,7 +183,7 @@ def join_pieces_kernel(
     starts_here = token_at(sorted_ptr, begin - 1, n) != token
     exists = (token >= 0) & (token < n_tokens)
     if starts_here & goes_on & exists:
-        tail_ptrs = partials_ptr + (chunk.to(tl.int64) * 2 + 1) * n_columns + columns
+        tail_ptrs = partials_ptr + (chunk * 2 + 1) * n_columns + columns
         sums = tl.load(tail_ptrs, mask=in_columns, other=0.0)
         lost = tl.zeros_like(sums)
         first = chunk + 1
@@ -190,7 +191,7 @@ def join_pieces_kernel(
         while more:
             chunks = first + tl.arange(0, ROWS)
             in_run = token_at(sorted_ptr, chunks * CHUNK, n) == token
-            offsets = chunks.to(tl.int64)[:, None] * 2 * n_columns + columns[None, :]
+            offsets = chunks[:, None] * 2 * n_columns + columns[None, :]
             mask = in_run[:, None] & in_columns[None, :]
             pieces = tl.load(partials_ptr + offsets, mask=mask, other=0.0)
             sums, lost = compensated(sums, lost, tl.sum(pieces, 0))
@@ -278,8 +279,9 @@ def add_token_gradients(dx: Tensor, tokens: Tensor, dtable: Tensor) -> None:
     dx (N, C), tokens (N,), dtable (Vp, C).
     """
     N, C = dx.shape
-    # int32 keys halve the passes of the radix sort
-    in_order, order = torch.sort(tokens.to(torch.int32), stable=True)
+    # int32 keys halve the passes of the radix sort; a token outside the table must not wrap into it
+    keys = tokens.clamp(-1, len(dtable)).to(torch.int32)
+    in_order, order = torch.sort(keys, stable=True)
     n_chunks = cdiv(N, CHUNK)
     partials = dtable.new_empty(n_chunks, 2, C)
     shape = columns_and_warps(C)

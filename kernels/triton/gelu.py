@@ -117,13 +117,13 @@ def bias_gelu_backward_kernel(
                   db to row p; or None
     """
     program = tl.program_id(1)
-    columns = tl.program_id(0) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    columns = tl.program_id(0).to(tl.int64) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     in_columns = columns < n_columns
     bias = load_bias(bias_ptr, columns, in_columns)
     dbias = tl.zeros((BLOCK_COLUMNS,), tl.float32)
-    for first in range(program * BLOCK_ROWS, n_rows, n_programs * BLOCK_ROWS):
-        rows = first + tl.arange(0, BLOCK_ROWS)
-        offsets = rows.to(tl.int64)[:, None] * n_columns + columns[None, :]
+    for tile in range(program, tl.cdiv(n_rows, BLOCK_ROWS), n_programs):
+        rows = tl.cast(tile, tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+        offsets = rows[:, None] * n_columns + columns[None, :]
         mask = (rows < n_rows)[:, None] & in_columns[None, :]
         u = tl.load(h_ptr + offsets, mask=mask, other=0.0).to(tl.float32) + bias
         dy = tl.load(dy_ptr + offsets, mask=mask, other=0.0).to(tl.float32)

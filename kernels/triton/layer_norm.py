@@ -11,10 +11,11 @@
 db is the gradient of the branch's last bias: x = residual + branch, so dx is the branch's gradient.
 
 Both directions read whole rows once into registers, in tiles of several rows so that many loads are
-in flight at a time. Statistics and sums are float32. The backward runs a fixed number of programs,
-each with many rows: its share of dγ, dβ and db stays in registers, one sum per element of the tile,
-until its last row, then is added to one row of partial sums (see `partials`). So the gradient has
-the same bits in every run, and the number of rows changes nothing but the grid.
+in flight at a time. Sums are float32. The mean is kept in float64: a large one, rounded to
+float32, would shift all deviations from it. The backward runs a fixed number of programs, each with
+many rows: its share of dγ, dβ and db stays in registers, one sum per element of the tile, until its
+last row, then is added to one row of partial sums (see `partials`). So the gradient has the same
+bits in every run, and the number of rows changes nothing but the grid.
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ def layer_norm_forward_kernel(
     weight_ptr    (n_columns,) any float: γ
     bias_ptr      (n_columns,) any float: β, or None
     y_ptr         (n_rows, n_columns) like x: written
-    mean_ptr      (n_rows,) float32: μ, written
+    mean_ptr      (n_rows,) float64: μ, written
     rstd_ptr      (n_rows,) float32: r, written
     eps           ε
     """
@@ -98,16 +99,22 @@ def layer_norm_forward_kernel(
         tl.store(x_ptr + offsets, rounded, mask=mask)
         x = rounded.to(tl.float32)  # normalize the rounded x, which the backward reads
 
-    mean = tl.sum(x, 1) / n_columns
-    centred = tl.where(mask, x - mean[:, None], 0.0)
-    variance = tl.sum(centred * centred, 1) / n_columns
+    share = 1.0 / n_columns
+    mean = tl.sum(x * share, 1)
+    centered = tl.where(mask, x - mean[:, None], 0.0)
+    # What the rounding of the mean left. Of a constant row it is a few units of the last place, so
+    # that sum and (exactly rounded) quotient are exact, and the difference is 0.
+    rest = tl.div_rn(tl.sum(centered, 1), n_columns * 1.0)
+    centered = tl.where(mask, centered - rest[:, None], 0.0)
+    variance = tl.sum(centered * (centered * share), 1)
     rstd = 1.0 / tl.sqrt(variance + eps)
-    y = centred * rstd[:, None] * load_row_vector(weight_ptr, columns, in_columns)
+    rstd = tl.where(variance < float("inf"), rstd, float("nan"))  # 1 / inf would make y 0
+    y = centered * rstd[:, None] * load_row_vector(weight_ptr, columns, in_columns)
     if bias_ptr is not None:
         y += load_row_vector(bias_ptr, columns, in_columns)
 
     tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=mask)
-    tl.store(mean_ptr + rows, mean, mask=in_rows)
+    tl.store(mean_ptr + rows, mean.to(tl.float64) + rest, mask=in_rows)
     tl.store(rstd_ptr + rows, rstd, mask=in_rows)
 
 
@@ -146,7 +153,7 @@ def layer_norm_backward_kernel(
     dy_ptr         (n_rows, n_columns) any float: the gradient of y
     x_ptr          (n_rows, n_columns) like dy: what was normalized
     weight_ptr     (n_columns,) any float: γ
-    mean_ptr       (n_rows,) float32: μ
+    mean_ptr       (n_rows,) float64: μ
     rstd_ptr       (n_rows,) float32: r
     dresidual_ptr  (n_rows, n_columns) like dy: added to dx, or None
     dx_ptr         (n_rows, n_columns) like dy: written
@@ -161,21 +168,24 @@ def layer_norm_backward_kernel(
     dbias = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
     dbranch_bias = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
 
-    for first in range(program * BLOCK_ROWS, n_rows, n_programs * BLOCK_ROWS):
-        rows = first + tl.arange(0, BLOCK_ROWS)
+    for tile in range(program, tl.cdiv(n_rows, BLOCK_ROWS), n_programs):
+        rows = tl.cast(tile, tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
         in_rows = rows < n_rows
-        offsets = rows.to(tl.int64)[:, None] * n_columns + columns[None, :]
+        offsets = rows[:, None] * n_columns + columns[None, :]
         mask = in_rows[:, None] & in_columns[None, :]
         x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         dy = tl.load(dy_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         mean = tl.load(mean_ptr + rows, mask=in_rows, other=0.0)[:, None]
         rstd = tl.load(rstd_ptr + rows, mask=in_rows, other=0.0)[:, None]
 
-        x_hat = (x - mean) * rstd  # masked elements are multiplied by dy = 0 below
+        rounded_mean = mean.to(tl.float32)
+        centered = x - rounded_mean - (mean - rounded_mean).to(tl.float32)
+        x_hat = centered * rstd
         g = dy * weight
         mean_g = tl.sum(g, 1) / n_columns
-        mean_gx = tl.sum(g * x_hat, 1) / n_columns
-        dx = rstd * (g - mean_g[:, None] - x_hat * mean_gx[:, None])
+        # of g x_hat; beyond the columns g = 0, where x_hat may be infinite
+        mean_gx = (tl.sum(g * centered, 1) / n_columns)[:, None] * rstd
+        dx = rstd * (g - mean_g[:, None] - x_hat * mean_gx)
         if dresidual_ptr is not None:
             dx += tl.load(dresidual_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         rounded = dx.to(dx_ptr.dtype.element_ty)
@@ -235,8 +245,8 @@ def normalize(
     N = x.numel() // C
     block_rows, block_columns, warps = tile(C)
     y = torch.empty_like(x)
-    mean = torch.empty(N, dtype=torch.float32, device=x.device)
-    rstd = torch.empty_like(mean)
+    mean = torch.empty(N, dtype=torch.float64, device=x.device)
+    rstd = torch.empty(N, dtype=torch.float32, device=x.device)
     launch(
         layer_norm_forward_kernel,
         (cdiv(N, block_rows),),
@@ -264,7 +274,9 @@ def layer_norm_forward(
     """y = γ x̂ + β.
 
     x (..., C), weight (C,), bias (C,) or None: float32, float16 or bfloat16, C up to 8192.
-    Returns y (..., C), mean (N,), rstd (N,), the last two float32.
+    Returns y (..., C), mean (N,) float64, rstd (N,) float32. A row that is far from zero, or of
+    equal elements, is as exact as any other. Deviations may be as large as 1e18; where their
+    squares are not finite y is NaN.
     Raises ValueError for another dtype, shape, stride or device.
     """
     check_width("x", x)
@@ -302,7 +314,7 @@ def layer_norm_backward(
     """The gradient of x, plus `dresidual`; adds those of γ and β to dweight and dbias, and the
     column sums of what it returns to dbranch_bias.
 
-    dy, x, dresidual (..., C) of one dtype; weight (C,); mean, rstd (N,) float32 from the forward;
+    dy, x, dresidual (..., C) of one dtype; weight (C,); mean, rstd (N,) from the forward;
     dweight, dbias, dbranch_bias (C,) float32, or partial sums (P, C), all of one row stride.
     Returns dx (..., C). Raises ValueError for another dtype, shape, stride or device.
     """
@@ -351,8 +363,9 @@ def check_backward(
     check_activation = partial(check_tensor, shape=x.shape, dtype=x.dtype, device=device)
     check_activation("dy", dy)
     check_tensor("weight", weight, shape=(C,), device=device)
-    for name, statistic in (("mean", mean), ("rstd", rstd)):
-        check_tensor(name, statistic, shape=(x.numel() // C,), dtype=torch.float32, device=device)
+    rows = (x.numel() // C,)
+    check_tensor("mean", mean, shape=rows, dtype=torch.float64, device=device)
+    check_tensor("rstd", rstd, shape=rows, dtype=torch.float32, device=device)
     if dresidual is not None:
         check_activation("dresidual", dresidual)
 

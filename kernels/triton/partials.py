@@ -57,7 +57,7 @@ def sum_partials_kernel(
     partials_ptr   (n_rows, n_columns) float32, rows `stride` apart
     gradients_ptr  (n_columns,) float32
     """
-    columns = tl.program_id(0) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    columns = tl.program_id(0).to(tl.int64) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     in_columns = columns < n_columns
     sums = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
     for first in range(0, n_rows, BLOCK_ROWS):

@@ -26,7 +26,7 @@ class Attention:
         x: Tensor  # (B,T,C)     input of the packed projection
         qkv: Tensor  # (B,T,M)
         out: Tensor  # (B,T,HD)  the heads' outputs, input of the second projection
-        lse: Tensor  # (B,H,T) log Σ exp(scores), in the unit of the backend that reads it again
+        statistics: Tensor  # of the softmax, in the form of the backend that reads them again
 
     def __init__(
         self,
@@ -55,17 +55,19 @@ class Attention:
 
     def forward(self, x: Tensor, document_start: Tensor | None) -> tuple[Tensor, Saved]:
         qkv = self.qkv.forward(x)
-        out, lse = self.ops.attention_forward(qkv, self.n_heads, document_start, self.n_kv_heads)
+        out, statistics = self.ops.attention_forward(
+            qkv, self.n_heads, document_start, self.n_kv_heads
+        )
         y = self.projection.forward(out)
-        return y, self.Saved(x, qkv, out, lse)
+        return y, self.Saved(x, qkv, out, statistics)
 
     def backward(
         self, dy: Tensor, saved: Saved, document_start: Tensor | None, accumulate: bool = True
     ) -> Tensor:
-        x, qkv, out, lse = saved
+        x, qkv, out, statistics = saved
         dout = self.projection.backward(dy, out, accumulate)
         dqkv = self.ops.attention_backward(
-            dout, qkv, out, lse, self.n_heads, document_start, self.n_kv_heads
+            dout, qkv, out, statistics, self.n_heads, document_start, self.n_kv_heads
         )
         return self.qkv.backward(dqkv, x, accumulate)
 
@@ -90,7 +92,7 @@ class Attention:
 
     def kept(self) -> Elements:
         M, C = self.qkv.weight.shape
-        return Elements(narrow=C + M + self.widths[0], wide=self.n_heads)
+        return Elements(narrow=C + M + self.widths[0], wide=2 * self.n_heads)
 
     def workspace(self) -> int:
         """dy, dout, dqkv, and the three inputs of the kernels that are copies, of H heads each."""

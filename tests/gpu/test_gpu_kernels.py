@@ -113,7 +113,7 @@ def sdpa_backward(
     dout: Tensor,
     qkv: Tensor,
     out: Tensor,
-    lse: None,
+    statistics: None,
     n_heads: int,
     document_start: Tensor | None,
     n_kv_heads: int,
@@ -196,8 +196,10 @@ def test_offsets_beyond_int32_in_attention(triton: types.ModuleType, device: tor
     qkv = torch.zeros(B, T, 3 * H * D, dtype=torch.bfloat16, device=device)
     qkv[-1] = torch.randn(T, 3 * H * D, device=device, generator=generator).bfloat16()
     last = qkv[-1:].clone()
-    out, lse = triton.attention_forward(qkv, H)
-    alone, lse_alone = triton.attention_forward(last, H)
+    out, statistics = triton.attention_forward(qkv, H)
+    alone, statistics_alone = triton.attention_forward(last, H)
     assert torch.equal(out[-1:], alone)
-    dqkv = triton.attention_backward(out, qkv, out, lse, H)
-    assert torch.equal(dqkv[-1:], triton.attention_backward(alone, last, alone, lse_alone, H))
+    dqkv = triton.attention_backward(out, qkv, out, statistics, H)
+    assert torch.equal(
+        dqkv[-1:], triton.attention_backward(alone, last, alone, statistics_alone, H)
+    )

@@ -52,6 +52,12 @@ def documents(B: int, T: int, *beginnings: int) -> Tensor:
     return starts
 
 
+def log_sum_exp(statistics: Tensor, D: int) -> Tensor:
+    """log Σ_j exp(score_ij) from what the kernel keeps: the largest q · k, and a log2 of a sum."""
+    largest, log2_sum = statistics
+    return largest * D**-0.5 + log2_sum * LN_2
+
+
 def check(
     B: int,
     T: int,
@@ -61,23 +67,23 @@ def check(
     starts: Tensor | None = None,
     H_kv: int | None = None,
 ) -> None:
-    """Forward, backward and lse of random inputs agree with the reference."""
+    """Forward, backward and statistics of random inputs agree with the reference."""
     generator = torch.Generator().manual_seed(T * D + H)
     widths = (H * D, (H_kv or H) * D, (H_kv or H) * D)
     qkv = torch.randn(B, T, sum(widths), generator=generator).to(dtype)
     dout = torch.randn(B, T, H * D, generator=generator).to(dtype)
     heads = (H, starts, H_kv)
-    want_out, want_lse = reference.attention_forward(qkv.double(), *heads)
-    want = reference.attention_backward(dout.double(), qkv.double(), want_out, want_lse, *heads)
+    want_out, exact = reference.attention_forward(qkv.double(), *heads)
+    want = reference.attention_backward(dout.double(), qkv.double(), want_out, exact, *heads)
 
-    out, lse = attention_forward(qkv, *heads)
-    dqkv = attention_backward(dout, qkv, out, lse, *heads)
+    out, statistics = attention_forward(qkv, *heads)
+    dqkv = attention_backward(dout, qkv, out, statistics, *heads)
 
     tolerance = TOLERANCE[dtype]
-    assert out.dtype == dqkv.dtype == dtype and lse.shape == (B, H, T)
+    assert out.dtype == dqkv.dtype == dtype and statistics.shape == (2, B, H, T)
     assert_close(out, want_out, tolerance, "out")
     # |lse| is a few units and float32 throughout, whatever the inputs' dtype
-    assert_close(lse * LN_2, want_lse, 1e-6, "lse")
+    assert_close(log_sum_exp(statistics, D), exact.sum(0), 1e-6, "lse")
     for name, got, wanted in zip(
         ("dq", "dk", "dv"), dqkv.split(widths, -1), want.split(widths, -1), strict=True
     ):
@@ -167,25 +173,25 @@ def test_wholly_masked_blocks_are_not_read(other_ways: int) -> None:
     """NaN in an earlier document, a block away, must not even be multiplied by zero."""
     qkv = torch.randn(1, 384, 3 * 32).bfloat16()
     starts = documents(1, 384, 256)
-    out, lse = attention_forward(qkv, 1, starts)
+    out, statistics = attention_forward(qkv, 1, starts)
     dout = torch.randn(1, 384, 32).bfloat16()
-    dqkv = attention_backward(dout, qkv, out, lse, 1, starts)
+    dqkv = attention_backward(dout, qkv, out, statistics, 1, starts)
 
     qkv[:, :256] = float("nan")
-    broken_out, broken_lse = attention_forward(qkv, 1, starts)
+    broken_out, broken_statistics = attention_forward(qkv, 1, starts)
     assert torch.equal(broken_out[:, 256:], out[:, 256:])
-    broken = attention_backward(dout, qkv, broken_out, broken_lse, 1, starts)
+    broken = attention_backward(dout, qkv, broken_out, broken_statistics, 1, starts)
     assert torch.equal(broken[:, 256:], dqkv[:, 256:])
 
 
 def test_later_documents_do_not_reach_the_gradient_of_earlier_keys(other_ways: int) -> None:
     qkv = torch.randn(1, 384, 3 * 32).bfloat16()
     starts = documents(1, 384, 128)
-    out, lse = attention_forward(qkv, 1, starts)
+    out, statistics = attention_forward(qkv, 1, starts)
     dout = torch.randn(1, 384, 32).bfloat16()
-    dqkv = attention_backward(dout, qkv, out, lse, 1, starts)
+    dqkv = attention_backward(dout, qkv, out, statistics, 1, starts)
     dout[:, 128:] = float("nan")
-    broken = attention_backward(dout, qkv, out, lse, 1, starts)
+    broken = attention_backward(dout, qkv, out, statistics, 1, starts)
     assert torch.equal(broken[:, :128], dqkv[:, :128])
 
 
@@ -193,12 +199,12 @@ def test_strided_qkv_is_read_in_place(other_ways: int) -> None:
     B, T, H, D = 2, 50, 2, 32
     wide = torch.randn(B, 2 * T, 3 * H * D + 16).bfloat16()
     qkv = wide[:, ::2, : 3 * H * D]
-    out, lse = attention_forward(qkv, H)
-    want, want_lse = attention_forward(qkv.contiguous(), H)
-    assert torch.equal(out, want) and torch.equal(lse, want_lse)
+    out, statistics = attention_forward(qkv, H)
+    want, want_statistics = attention_forward(qkv.contiguous(), H)
+    assert torch.equal(out, want) and torch.equal(statistics, want_statistics)
     dout = torch.randn(B, T, H * D).bfloat16()
-    got = attention_backward(dout, qkv, out, lse, H)
-    assert torch.equal(got, attention_backward(dout, qkv.contiguous(), out, lse, H))
+    got = attention_backward(dout, qkv, out, statistics, H)
+    assert torch.equal(got, attention_backward(dout, qkv.contiguous(), out, statistics, H))
 
 
 def test_pairs_in_groups_cover_every_pair(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,17 +217,18 @@ def test_pairs_in_groups_cover_every_pair(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_large_scores_do_not_overflow() -> None:
     qkv = 30 * torch.randn(1, 100, 3 * 32)
-    want, want_lse = reference.attention_forward(qkv.double(), 1)
-    out, lse = attention_forward(qkv, 1)
+    want, exact = reference.attention_forward(qkv.double(), 1)
+    out, statistics = attention_forward(qkv, 1)
     # scores of ±5000 carry an absolute error of 5000 · 2^-24 = 3e-4, which exp makes relative
     assert_close(out, want, 1e-3, "out")
-    assert_close(lse * LN_2, want_lse, 1e-6, "lse")
+    assert_close(log_sum_exp(statistics, 32), exact.sum(0), 1e-6, "lse")
 
 
 def test_empty_batch() -> None:
-    out, lse = attention_forward(torch.randn(0, 8, 3 * 16), 1)
-    assert out.shape == (0, 8, 16) and lse.shape == (0, 1, 8)
-    dqkv = attention_backward(torch.randn(0, 8, 16), torch.randn(0, 8, 48), out, lse, 1)
+    out, statistics = attention_forward(torch.randn(0, 8, 3 * 16), 1)
+    assert out.shape == (0, 8, 16) and statistics.shape == (2, 0, 1, 8)
+    empty = torch.randn(0, 8, 48)
+    dqkv = attention_backward(torch.randn(0, 8, 16), empty, out, statistics, 1)
     assert dqkv.shape == (0, 8, 48)
 
 
@@ -269,6 +276,7 @@ def test_decode_reads_slices_of_a_packed_projection() -> None:
 # ---------------------------------------------------------------------------------------- errors
 
 QKV = torch.zeros(2, 8, 3 * 32)
+STATISTICS = torch.zeros(2, 2, 8, 2).mT  # of the right shape
 
 
 @pytest.mark.parametrize(
@@ -316,16 +324,23 @@ def test_key_heads_that_do_not_divide_the_query_heads_are_refused() -> None:
         ({"dout": torch.zeros(2, 8, 32).half()}, "dout: expected dtype float32.*, got float16"),
         ({"dout": torch.zeros(2, 32, 8).mT}, "dout: expected .*, got strides"),
         ({"out": torch.zeros(2, 8, 32).double()}, "out: expected dtype .*, got float64"),
-        ({"lse2": torch.zeros(2, 8)}, r"lse2: expected shape .*, got \(2, 8\)"),
-        ({"lse2": torch.zeros(2, 2, 8).double()}, "lse2: expected dtype .*, got float64"),
-        ({"lse2": torch.zeros(2, 8, 2).mT}, "lse2: expected strides .*, as attention_forward"),
+        ({"statistics": torch.zeros(2, 8)}, r"statistics: expected shape .*, got \(2, 8\)"),
+        ({"statistics": STATISTICS.double()}, "statistics: expected dtype .*, got float64"),
+        ({"statistics": STATISTICS}, "statistics: .* strides .*, as attention_forward"),
         ({"n_heads": 5}, "q, k and v: expected a width of .* = 15·D together, got 96"),
         ({"n_kv_heads": 1}, r"dout: expected shape \(2, 8, 48\), got \(2, 8, 32\)"),
     ],
 )
 def test_backward_refuses(changed: dict[str, object], message: str) -> None:
-    out, lse = attention_forward(QKV, 2)
-    arguments = {"dout": out, "qkv": QKV, "out": out, "lse2": lse, "n_heads": 2, **changed}
+    out, statistics = attention_forward(QKV, 2)
+    arguments = {
+        "dout": out,
+        "qkv": QKV,
+        "out": out,
+        "statistics": statistics,
+        "n_heads": 2,
+        **changed,
+    }
     with pytest.raises(ValueError, match=message):
         attention_backward(**arguments)
 
@@ -366,11 +381,11 @@ def test_wide_float32_heads_go_by_batched_products() -> None:
     qkv, dout = (torch.randn(2, 17, n * 200, generator=generator) for n in (3, 1))
     assert triton._attention_of(qkv, 1, None) is native
     assert triton._attention_of(qkv.bfloat16(), 1, None) is not native
-    out, lse = triton.attention_forward(qkv, 1)
-    expected, expected_lse = reference.attention_forward(qkv, 1)
+    out, statistics = triton.attention_forward(qkv, 1)
+    expected, expected_statistics = reference.attention_forward(qkv, 1)
     assert_close(out, expected, TOLERANCE[torch.float32], "out")
-    dqkv = triton.attention_backward(dout, qkv, out, lse, 1)
-    expected = reference.attention_backward(dout, qkv, expected, expected_lse, 1)
+    dqkv = triton.attention_backward(dout, qkv, out, statistics, 1)
+    expected = reference.attention_backward(dout, qkv, expected, expected_statistics, 1)
     assert_close(dqkv, expected, TOLERANCE[torch.float32], "dqkv")
     with pytest.raises(ValueError, match="1 to 256"):
         triton.attention_forward(torch.randn(1, 4, 3 * 300), 1)

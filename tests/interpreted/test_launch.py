@@ -54,8 +54,8 @@ def test_as_many_heads_as_there_may_be(
         monkeypatch.setattr(module, "launch", recorded)
     qkv = torch.zeros(B, T, 3 * H * D, dtype=torch.bfloat16)
     start = torch.zeros(B, T, dtype=torch.int32) if documents else None
-    out, lse = attention.attention_forward(qkv, H, start)
-    attention.attention_backward(torch.zeros_like(out), qkv, out, lse, H, start)
+    out, statistics = attention.attention_forward(qkv, H, start)
+    attention.attention_backward(torch.zeros_like(out), qkv, out, statistics, H, start)
     cache = torch.zeros(B, T, H * D, dtype=torch.bfloat16)
     lengths = torch.full((B,), T)
     decode_attention(cache[:, 0].contiguous(), cache, cache, lengths, H)

@@ -49,7 +49,7 @@ def test_forward(N, C, dtype, with_bias):
 @each_shape
 def test_forward_with_addition(N, C, dtype):
     source = generator(N, C, 1)
-    branch, residual = (normal(source, N, C, dtype=dtype) for _ in range(2))
+    branch, residual = (normal(source, N, C, dtype=dtype) + i for i in (0, 3))
     weight, bias = (normal(source, C, dtype=dtype) for _ in range(2))
     actual = layer_norm.add_layer_norm_forward(branch, residual, weight, bias, EPS)
     expected = reference.add_layer_norm_forward(branch, residual, weight, bias, EPS)
@@ -99,7 +99,7 @@ def test_one_column():
     weight, bias = torch.tensor([2.0]), torch.tensor([0.25])
     y, mean, rstd = layer_norm.layer_norm_forward(x, weight, bias, EPS)
     assert torch.equal(y, torch.full((3, 1), 0.25))
-    assert torch.equal(mean, x[:, 0])
+    assert torch.equal(mean, x[:, 0].double())
     dweight, dbias = torch.ones(1), torch.ones(1)
     dx = layer_norm.layer_norm_backward(dy, x, weight, mean, rstd, dweight, dbias)
     assert torch.equal(dx, torch.zeros(3, 1))
@@ -175,9 +175,9 @@ def test_forward_refuses(x, message):
 
 
 def test_backward_refuses_a_low_precision_gradient():
-    x, statistic, vector = torch.ones(2, 4), torch.ones(2), torch.ones(4)
+    x, mean, rstd, vector = torch.ones(2, 4), torch.ones(2).double(), torch.ones(2), torch.ones(4)
     with pytest.raises(ValueError, match=r"dbias: expected dtype float32.*, got float16"):
-        layer_norm.layer_norm_backward(x, x, vector, statistic, statistic, vector, vector.half())
+        layer_norm.layer_norm_backward(x, x, vector, mean, rstd, vector, vector.half())
 
 
 def test_addition_refuses_two_dtypes():

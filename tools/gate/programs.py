@@ -197,8 +197,8 @@ def many_logits(N: int, V: int) -> None:
 
 def long_attention(B: int, T: int, H: int, D: int) -> None:
     qkv = torch.empty(B, T, 3 * H * D, dtype=torch.bfloat16)
-    out, lse = ops.attention_forward(qkv, H)
-    ops.attention_backward(out, qkv, out, lse, H)
+    out, statistics = ops.attention_forward(qkv, H)
+    ops.attention_backward(out, qkv, out, statistics, H)
 
 
 # -------------------------------------------------------------------------------- the grids' ends
