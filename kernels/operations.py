@@ -124,7 +124,7 @@ class Embedding(Operation):
     """Token plus position; the gradient of both tables."""
 
     name, dims = "embedding", ("B", "T", "C", "V")
-    calls = ("embedding_forward", "embedding_backward")
+    calls: ClassVar[tuple[str, ...]] = ("embedding_forward", "embedding_backward")
     leaves, upstream = ("token_table", "position_table"), {"x": "dx"}
 
     def inputs(self, s: Shapes, draw: Draw) -> Inputs:
@@ -163,9 +163,9 @@ class Linear(Operation):
     """y = x Wᵀ + b; backward adds the weight gradient into a float32 buffer."""
 
     name, dims = "linear", ("N", "C", "F")
-    calls = ("linear_forward", "linear_backward")
+    calls: ClassVar[tuple[str, ...]] = ("linear_forward", "linear_backward")
     leaves, upstream = ("x", "weight", "bias"), {"y": "dy"}
-    vectors = ("dbias",)
+    vectors: ClassVar[tuple[str, ...]] = ("dbias",)
 
     def inputs(self, s: Shapes, draw: Draw) -> Inputs:
         return {
@@ -201,9 +201,9 @@ class AddLayerNorm(Operation):
     """x = residual + branch, y = layer norm of x; backward adds what x gets from elsewhere."""
 
     name, dims = "add_layer_norm", ("N", "C")
-    calls = ("add_layer_norm_forward", "layer_norm_backward")
+    calls: ClassVar[tuple[str, ...]] = ("add_layer_norm_forward", "layer_norm_backward")
     leaves, upstream = ("branch", "weight", "bias"), {"y": "dy", "x": "dx"}
-    vectors = ("dweight", "dbias")
+    vectors: ClassVar[tuple[str, ...]] = ("dweight", "dbias")
 
     def inputs(self, s: Shapes, draw: Draw) -> Inputs:
         return {
@@ -245,9 +245,9 @@ class LayerNorm(AddLayerNorm):
     gradient, the sum of dx over the rows."""
 
     name = "layer_norm"
-    calls = ("layer_norm_forward", "layer_norm_backward")
+    calls: ClassVar[tuple[str, ...]] = ("layer_norm_forward", "layer_norm_backward")
     leaves = ("residual", "weight", "bias")
-    vectors = ("dweight", "dbias", "dbranch_bias")
+    vectors: ClassVar[tuple[str, ...]] = ("dweight", "dbias", "dbranch_bias")
 
     def inputs(self, s: Shapes, draw: Draw) -> Inputs:
         return {**super().inputs(s, draw), "dbranch_bias": draw.buffer(s.C)}
@@ -265,7 +265,7 @@ class Attention(Operation):
     """Causal attention on a packed projection, as the model calls it."""
 
     name, dims = "attention", ("B", "T", "H", "D")
-    calls = ("attention_forward", "attention_backward")
+    calls: ClassVar[tuple[str, ...]] = ("attention_forward", "attention_backward")
     leaves, upstream = ("qkv",), {"out": "dout"}
 
     def inputs(self, s: Shapes, draw: Draw) -> Inputs:
@@ -335,7 +335,7 @@ class DecodeAttention(Operation):
     """One new position per row against its cached keys, all of them in use."""
 
     name, dims = "decode_attention", ("B", "T", "H", "D")
-    calls = ("decode_attention",)
+    calls: ClassVar[tuple[str, ...]] = ("decode_attention",)
 
     def inputs(self, s: Shapes, draw: Draw) -> Inputs:
         return {
@@ -378,9 +378,9 @@ class BiasGelu(Operation):
     """gelu(h + b), tanh form; backward with the bias gradient."""
 
     name, dims = "bias_gelu", ("N", "F")
-    calls = ("bias_gelu_forward", "bias_gelu_backward")
+    calls: ClassVar[tuple[str, ...]] = ("bias_gelu_forward", "bias_gelu_backward")
     leaves, upstream = ("h", "bias"), {"y": "dy"}
-    vectors = ("dbias",)
+    vectors: ClassVar[tuple[str, ...]] = ("dbias",)
 
     def inputs(self, s: Shapes, draw: Draw) -> Inputs:
         return {
@@ -410,7 +410,7 @@ class CrossEntropy(Operation):
     """Softmax cross-entropy in two calls; the gradient is written over the logits."""
 
     name, dims = "cross_entropy in two calls", ("N", "V")
-    calls = ("cross_entropy_forward", "cross_entropy_backward")
+    calls: ClassVar[tuple[str, ...]] = ("cross_entropy_forward", "cross_entropy_backward")
     leaves, upstream = ("logits",), {"loss": "scale"}
 
     def inputs(self, s: Shapes, draw: Draw) -> Inputs:
@@ -444,7 +444,7 @@ class FusedCrossEntropy(CrossEntropy):
     """The loss and, over the logits, its gradient in one call, as in training."""
 
     name = "cross_entropy"
-    calls = ("cross_entropy_forward_backward",)
+    calls: ClassVar[tuple[str, ...]] = ("cross_entropy_forward_backward",)
 
     def forward(self, ops: Any, i: Inputs) -> Results:
         losses = ops.cross_entropy_forward_backward(i["logits"], i["targets"], i["scale"], i["V"])
@@ -459,7 +459,7 @@ class LinearCrossEntropy(Operation):
     """Output projection and loss, with the gradients of x and of the weight, in one call."""
 
     name, dims = "linear_cross_entropy", ("N", "C", "V")
-    calls = ("linear_cross_entropy_forward_backward",)
+    calls: ClassVar[tuple[str, ...]] = ("linear_cross_entropy_forward_backward",)
     leaves, upstream = ("x", "weight"), {"loss": "scale"}
 
     def inputs(self, s: Shapes, draw: Draw) -> Inputs:
@@ -491,7 +491,7 @@ class GradientNorm(Operation):
     """The L2 norm over one flat buffer."""
 
     name, dims = "gradient_norm", ("P",)
-    calls = ("gradient_norm",)
+    calls: ClassVar[tuple[str, ...]] = ("gradient_norm",)
 
     def inputs(self, s: Shapes, draw: Draw) -> Inputs:
         return {"gradients": draw.normal(s.P, dtype=draw.wide)}
