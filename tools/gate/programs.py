@@ -132,8 +132,9 @@ def of_gpu_tests(dtypes: Sequence[torch.dtype]) -> Iterator[Program]:
     by_name = {program.__name__: (draw, program) for draw, program in selfcheck.PROGRAMS}
     for case in test_gpu_kernels.CASES:
         name, dtype, shapes = case
-        if dtype not in dtypes:
-            continue
+        by_products = dtype == torch.float32 and shapes.D > ops.WIDEST_FLOAT32_HEAD
+        if dtype not in dtypes or (name == "attention" and by_products):
+            continue  # the latter launches no kernel of ours
         draw, program = by_name[name]
         label = test_gpu_kernels.label(case)
         yield Program(group, label, bound(program, draw, shapes, dtype))
