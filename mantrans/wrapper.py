@@ -450,13 +450,23 @@ class CustomTransformerWrapper:
         return wrapper
 
     @checked(directory=FilePath)
-    def save_pretrained(self, directory: str | Path) -> None:
+    def save_pretrained(
+        self, directory: str | Path, tokenizer: huggingface.SavedTokenizer | None = None
+    ) -> None:
         """Write the weights (the masters if there are any) in transformers' GPT-2 format.
 
-        Raises CheckpointError if the folder cannot be written.
+        tokenizer: of `load_tokenizer`, to be written beside them. Raises ValueError for one with
+        another number of tokens, CheckpointError if the folder cannot be written.
         """
+        if tokenizer is not None:
+            found = getattr(tokenizer, "vocab_size", None)
+            if found != self.config.vocab_size or not hasattr(tokenizer, "library"):
+                raise ValueError(
+                    f"tokenizer: expected one of {self.config.vocab_size} tokens from "
+                    f"load_tokenizer, got {show(tokenizer)}"
+                )
         p = self.model.parameters
-        huggingface.save(directory, self.config, dict(p.named(p.best_weights())))
+        huggingface.save(directory, self.config, dict(p.named(p.best_weights())), tokenizer)
 
     # -------------------------------------------------------------------------------- information
 

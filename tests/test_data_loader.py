@@ -80,9 +80,9 @@ def test_every_epoch_has_every_window_once(
     targets = starts[:, :, None] + 1 + np.arange(length)
     assert targets.min() >= 1 and targets.max() < len(stream)
     for epoch in targets.reshape(3, -1):
-        assert len(set(epoch.tolist())) == epoch.size  # no target twice
+        assert len(np.unique(epoch)) == epoch.size  # no target twice
     for two in (targets[:2], targets[1:]):
-        assert set(two.ravel().tolist()) == set(range(1, len(stream)))
+        assert len(np.unique(two)) == len(stream) - 1  # each at least once
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 7, 64, 1024])

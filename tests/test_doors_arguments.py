@@ -17,7 +17,8 @@ from mantrans import CustomTransformerWrapper
 from mantrans.config import SECTIONS, Config, ModelConfig
 from mantrans.config.arguments import ADAMW, BUILD, OPTIMIZER, SAMPLING, SHAPE
 from mantrans.config.section import SMALLEST_NORMAL, kinds
-from mantrans.errors import ConfigError
+from mantrans.data.tokenizer import load_tokenizer
+from mantrans.errors import ConfigError, DataError
 from mantrans.evaluation.evaluator import evaluate
 from mantrans.models import generation
 from mantrans.optim import SGD, AdamW
@@ -86,7 +87,7 @@ POSITIVE = st.floats(SMALLEST_NORMAL, 1.0) | st.floats(-126, 0).map(lambda power
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float64]),
     seed=st.integers(0, 2**64 - 1),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_sampling_cannot_fail(temperature, top_p, top_k, scale, dtype, seed) -> None:
     """Any setting that a config accepts, finite logits of any size."""
     values = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
@@ -349,10 +350,10 @@ def test_the_dtype_is_bfloat16_unless_another_is_given(folder) -> None:
 
 
 @pytest.mark.parametrize("backend", ["native", "reference"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32], ids=str)
 def test_greedy_tokens_with_and_without_cache_are_equal(backend: str, dtype: torch.dtype) -> None:
     """In bfloat16 they need not be: `generate` says why."""
-    for seed in range(6):
+    for seed in range(4):
         model = build(backend=backend, dtype=dtype, seed=seed, initializer_range=0.3)
         prompts = [IDS[0, :4], IDS[1, :7], IDS[1, :1]]
         options = {"max_length": 40, "temperature": 0}
@@ -399,3 +400,22 @@ def test_a_model_without_gradients_says_so() -> None:
     ):  # fmt: skip
         with pytest.raises(RuntimeError, match="expected a model with gradients, got inference"):
             call()
+
+
+@pytest.mark.parametrize("wrong", [1.0, None, "x", [1.0], torch.ones(2), torch.ones(1, 1)])
+def test_an_optimizer_wants_0_d_tensors(model, wrong: Any) -> None:
+    one = torch.tensor(1.0)
+    for name, arguments in (("loss", (wrong, one)), ("learning_rate", (one, wrong))):
+        with pytest.raises(TypeError, match=f"^{name}: expected a 0-d tensor, got "):
+            model.optimizer.step(*arguments)
+
+
+@pytest.mark.parametrize(
+    "ids", [[1.7], ["a"], "ab", 5, None, [None], [[1]], torch.ones(2), np.ones(2), [-1], [2**70]]
+)
+def test_decoding_what_is_no_token_id_is_refused(ids: Any) -> None:
+    tokenizer = load_tokenizer("tinystories_bpe_4096")
+    with pytest.raises(DataError, match="expected token ids"):
+        tokenizer.decode(ids)
+    for good in ([300, 301], torch.tensor([300, 301]), np.array([300, 301]), (300, np.uint16(301))):
+        assert tokenizer.decode(good) == tokenizer.decode([300, 301])

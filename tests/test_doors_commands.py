@@ -121,7 +121,18 @@ def test_text_that_the_output_lacks_is_printed_escaped(
 
 @pytest.mark.parametrize(
     ("redirection", "status"),
-    [("<&-", 2), (">&-", None), ("< /dev/null", 0), ("<<< 'é →'", 0), ("< /bin/true", 2)],
+    [
+        ("<&-", 2),
+        *(
+            pytest.param(redirection, status, marks=pytest.mark.slow)
+            for redirection, status in (
+                (">&-", None),
+                ("< /dev/null", 0),
+                ("<<< 'é →'", 0),
+                ("< /bin/true", 2),
+            )
+        ),
+    ],
 )
 def test_encode_with_any_standard_streams(redirection: str, status: int | None) -> None:
     """Closed, empty, text, or bytes that are no text."""
@@ -144,7 +155,7 @@ def test_a_profile_of_no_steps_is_refused(tmp_path, steps: int) -> None:
         StepProfiler(steps, tmp_path, torch.device("cpu"), torch.float32, print)
 
 
-@pytest.mark.parametrize("before", [0, 1, WARM_UP_STEPS - 1, WARM_UP_STEPS, WARM_UP_STEPS + 1])
+@pytest.mark.parametrize("before", [0, WARM_UP_STEPS - 1, WARM_UP_STEPS + 1])
 def test_no_recording_outlives_its_end(tmp_path, before: int) -> None:
     """PyTorch's profiler crashes the process that exits while it records."""
     profiler = StepProfiler(3, tmp_path, torch.device("cpu"), torch.float32, lambda text: None)

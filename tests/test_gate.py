@@ -161,6 +161,8 @@ def test_shapes_only_makes_memory_and_views_but_no_values() -> None:
         total = weight.add_(1)
         weight[::2] = 7
         values, order = torch.sort(torch.empty(5, dtype=torch.int32), stable=True)
+        with pytest.raises(RuntimeError, match="item"):
+            weight.sum().item()
     assert product.shape == (1 << 20, 8) and product.device.type == "cpu"
     assert view.data_ptr() == weight.data_ptr() + 24 and total is weight
     assert (weight == 1).all()
@@ -200,8 +202,10 @@ def test_digest_is_of_what_reaches_the_gpu(
 
 def test_stale_says_what_to_do(sources: Path) -> None:
     record = sources / "record.json"
-    record.write_text(f'{{"digest": "{digest(sources)}"}}')
-    assert stale(record, sources) is None
+    for broken, complaint in ((0, "None"), (3, "violations")):
+        runs = f'[{{"violations": 0}}, {{"violations": {broken}}}]'
+        record.write_text(f'{{"digest": "{digest(sources)}", "runs": {runs}}}')
+        assert complaint in str(stale(record, sources))
     (sources / "kernels/triton/sgd.py").write_text("x = 1\n")
     assert "make gate" in str(stale(record, sources))
     record.unlink()

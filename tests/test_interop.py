@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from mantrans import CustomTransformerWrapper
+from mantrans.data.tokenizer import load_tokenizer
 from mantrans.errors import CheckpointError
 from mantrans.interop import huggingface
 from mantrans.interop.huggingface import oriented, their_name
@@ -166,6 +167,32 @@ def test_what_older_and_other_readers_rely_on(tmp_path) -> None:
     config = transformers.GPT2Config.from_pretrained(tmp_path)
     assert config.bos_token_id is None and config.eos_token_id is None
     assert config.architectures == ["GPT2LMHeadModel"]
+
+
+def test_the_tokenizer_goes_along_and_transformers_loads_both(tmp_path) -> None:
+    """`Auto` classes need nothing but the folder; our own tokens of a text are theirs."""
+    tokenizer = load_tokenizer(Path(__file__).parent / "golden/tokenizer")
+    ours = build(vocab_size=tokenizer.vocab_size)
+    ours.save_pretrained(tmp_path, tokenizer)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    text = "Once upon a time, Mia’s cat said “no”.\n"
+    assert theirs(text)["input_ids"] == tokenizer.encode(text)
+    assert theirs.decode(tokenizer.encode(text)) == text and len(theirs) == tokenizer.vocab_size
+    assert theirs.eos_token_id == tokenizer.eot_id and theirs.model_max_length == 20
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert model.config.eos_token_id == tokenizer.eot_id == model.generation_config.eos_token_id
+    fields = json.loads((tmp_path / "config.json").read_text())
+    assert fields["n_ctx"] == fields["n_positions"] == 20
+    assert load_tokenizer(tmp_path).hash == tokenizer.hash
+    assert_same_bits(weights_of(load(tmp_path)), weights_of(ours))
+
+
+@pytest.mark.parametrize("wrong", ["small", "text", 3])
+def test_a_tokenizer_that_is_not_the_models_is_refused_and_nothing_written(tmp_path, wrong) -> None:
+    other = load_tokenizer(Path(__file__).parent / "golden/tokenizer")
+    with pytest.raises(ValueError, match=r"^tokenizer: expected one of 61 tokens"):
+        build().save_pretrained(tmp_path / "new", other if wrong == "small" else wrong)
+    assert not (tmp_path / "new").exists()
 
 
 def test_weights_without_masters_keep_their_dtype(tmp_path) -> None:

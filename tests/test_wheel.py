@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.installed import ROOT, Environment, build, copy_sources, run
+from tests.support.readme import own_text_commands, write_own_texts
 
 NAME = "tinystories_bpe_4096"
 
@@ -57,28 +58,54 @@ def test_a_wheel_made_from_the_source_archive_is_the_same(
     assert contents(build(sources, tmp_path)) == contents(wheel)
 
 
-def test_the_quickstart_trains_outside_the_clone(wheel: Path, tmp_path: Path) -> None:
-    environment = Environment(tmp_path / "environment")
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Environment:
+    environment = Environment(tmp_path_factory.mktemp("installed") / "environment")
     environment.install_ours(wheel)
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir()
+    return environment
+
+
+def test_the_quickstart_trains_outside_the_clone(installed: Environment, tmp_path: Path) -> None:
     settings = [
         "--set=training.max_steps=20", "--set=training.log_every=10", "--set=training.device=cpu",
         "--set=training.eval_batches=2", "--set=evaluation.max_generation_length=30",
     ]  # fmt: skip
-    command = environment.folder / "bin" / "mantrans"
-    run(command, "train", *settings, cwd=elsewhere, OMP_NUM_THREADS="1")
-    records = (elsewhere / "runs/quickstart/metrics.jsonl").read_text().splitlines()
+    command = installed.folder / "bin" / "mantrans"
+    run(command, "train", *settings, cwd=tmp_path, OMP_NUM_THREADS="1")
+    records = (tmp_path / "runs/quickstart/metrics.jsonl").read_text().splitlines()
     losses = [row["loss"] for row in map(json.loads, records) if "loss" in row]
     assert losses[-1] < losses[0]
-    report = json.loads((elsewhere / "runs/quickstart/report.json").read_text())
+    report = json.loads((tmp_path / "runs/quickstart/report.json").read_text())
     assert report["run"]["step"] == 20
 
     loaded = "import sys, mantrans.training.trainer as t, mantrans.kernels.native as n"
-    places = run(
-        environment.python, "-c", f"{loaded}; print(t.__file__, n.__file__)", cwd=elsewhere
-    )
-    assert all(Path(place).is_relative_to(environment.packages) for place in places.split())
+    places = run(installed.python, "-c", f"{loaded}; print(t.__file__, n.__file__)", cwd=tmp_path)
+    assert all(Path(place).is_relative_to(installed.packages) for place in places.split())
+
+
+EXPORT = """
+from mantrans import CustomTransformerWrapper
+from mantrans.data.tokenizer import load_tokenizer
+model = CustomTransformerWrapper.from_checkpoint("checkpoints/local/best.pt", device="cpu")
+model.save_pretrained("folder", load_tokenizer("tokenizers/mine"))
+from transformers import AutoModelForCausalLM, AutoTokenizer
+theirs, tokenizer = (x.from_pretrained("folder") for x in (AutoModelForCausalLM, AutoTokenizer))
+ids = tokenizer("Once upon a time", return_tensors="pt").input_ids
+print(tokenizer.decode(theirs.generate(ids, max_length=12)[0]))
+"""
+
+
+@pytest.mark.slow
+def test_a_text_of_ones_own_is_learnt_outside_the_clone(
+    installed: Environment, tmp_path: Path
+) -> None:
+    """The README's commands; then the model and its tokenizer as a folder for transformers."""
+    write_own_texts(tmp_path)
+    command = installed.folder / "bin" / "mantrans"
+    said = [run(command, *line, cwd=tmp_path, OMP_NUM_THREADS="1") for line in own_text_commands()]
+    assert "bits per byte" in said[-2] and said[-1].startswith("Once upon a time")
+    exported = run(installed.python, "-c", EXPORT, cwd=tmp_path, OMP_NUM_THREADS="1")
+    assert exported.startswith("Once upon a time")
 
 
 def test_uninstalling_leaves_nothing(sources: Path, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ reference page say the same.
 from __future__ import annotations
 
 import difflib
+import functools
 from collections.abc import Mapping
 from operator import attrgetter
 from types import MappingProxyType
@@ -87,7 +88,7 @@ def refusal(
     elif rest:
         name = path(section, rest[0])
         where = sources.get(name, f"{source}: {name}")
-        expected, got = _field(holder.model_json_schema()["properties"][rest[0]], error["input"])
+        expected, got = _field(_properties(holder)[rest[0]], error["input"])
         expected = error["msg"] if error["type"] == "home" else expected
         got += f" as item {rest[1] + 1}" if isinstance(rest[-1], int) else ""
         got += ", which float32 does not hold" if error["type"] == "float32" else ""
@@ -97,6 +98,12 @@ def refusal(
         expected = f"the sections {inside}" if inside else "a mapping of its fields"
         got = show(error["input"])
     return ConfigError(f"{where}: expected {expected}, got {got}")
+
+
+@functools.cache
+def _properties(kind: type[BaseModel]) -> dict[str, Any]:
+    """The JSON schemas of the fields of `kind`."""
+    return kind.model_json_schema()["properties"]
 
 
 def _sections(kind: type[BaseModel]) -> dict[str, Any]:

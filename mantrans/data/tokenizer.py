@@ -15,6 +15,7 @@ import json
 import os
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
+from operator import index
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,12 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`; bytes that are not UTF-8 become U+FFFD. DataError out of range."""
-        numbers = [int(i) for i in ids]
+        try:
+            numbers = [index(i) for i in ids]
+        except TypeError:
+            raise DataError(
+                f"tokenizer {self.name!r}: expected token ids, got {ids!r:.60}"
+            ) from None
         for number in numbers:
             if not 0 <= number < self.vocab_size:
                 raise DataError(

@@ -8,7 +8,7 @@ Two things differ: the names, and their Conv1D, which stores a block's matrices 
 (in, out). Their GPT-2 always has biases: a model without them is written with zeros, which gives
 the same outputs, and becomes a model with biases when it is read again. We have no dropout: its
 fields are ignored when reading and written as 0. Ids of special tokens belong to the tokenizer:
-they are ignored when reading and written as null.
+they are ignored when reading and written as null, unless the tokenizer is written too.
 
 Source: GPT2LMHeadModel of transformers 5.24, and the safetensors format as its README describes it.
 """
@@ -22,7 +22,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -298,35 +298,74 @@ def _shown(path: str | Path) -> str:
 # --------------------------------------------------------------------------------------- writing
 
 
-def save(directory: str | Path, config: ModelConfig, weights: dict[str, Tensor]) -> None:
+class SavedTokenizer(Protocol):
+    """What is written of a tokenizer: `mantrans.data.tokenizer.Tokenizer` has it."""
+
+    library: Any  # of the package tokenizers
+    vocab_size: int
+    eot_id: int
+
+
+def save(
+    directory: str | Path,
+    config: ModelConfig,
+    weights: dict[str, Tensor],
+    tokenizer: SavedTokenizer | None = None,
+) -> None:
     """Write a model as the folder that `GPT2LMHeadModel.from_pretrained` reads.
 
     weights: all parameters by our names, on any device; they keep their dtype, which config.json
-    records. Each file is replaced atomically: the weights first, the config last. Files of other
-    names in the folder stay.
+    records. tokenizer: written as `AutoTokenizer.from_pretrained` reads it. Each file is replaced
+    atomically: the weights first, the config last. Files of other names in the folder stay.
 
     Raises CheckpointError if a file cannot be written; the earlier file then stays.
     """
     folder = Path(directory)
     tensors = _theirs(weights)
     dtype = next(iter(tensors.values())).dtype
-    text = json.dumps(_their_config(config, dtype), indent=2) + "\n"
+    texts = _tokenizer_files(tokenizer, config)
+    texts[CONFIG] = _text(_their_config(config, dtype, tokenizer))
     path = folder
     try:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / WEIGHTS
         with replacing(path) as file:
             _write_tensors(file, tensors)
-        path = folder / CONFIG
-        with replacing(path) as file:
-            write_all(file, text.encode())
+        for name, text in texts.items():
+            path = folder / name
+            with replacing(path) as file:
+                write_all(file, text.encode())
     except (OSError, ValueError) as error:
         cause = single_line(reason(error))
         raise CheckpointError(f"{_shown(path)}: could not be written ({cause})") from None
 
 
-def _their_config(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
-    """config.json: the shape, the accepted values, no dropout, no special tokens."""
+def _tokenizer_files(tokenizer: SavedTokenizer | None, config: ModelConfig) -> dict[str, str]:
+    """{name: text}; none without a tokenizer."""
+    if tokenizer is None:
+        return {}
+    end = tokenizer.library.id_to_token(tokenizer.eot_id)
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": end,
+        "eos_token": end,
+        "model_max_length": config.max_seq_len,
+        "clean_up_tokenization_spaces": False,
+    }
+    return {
+        "tokenizer.json": tokenizer.library.to_str(pretty=True) + "\n",
+        "tokenizer_config.json": _text(settings),
+    }
+
+
+def _text(values: dict[str, Any]) -> str:
+    return json.dumps(values, indent=2) + "\n"
+
+
+def _their_config(
+    config: ModelConfig, dtype: torch.dtype, tokenizer: SavedTokenizer | None
+) -> dict[str, Any]:
+    """config.json: the shape, the accepted values, no dropout, the tokenizer's end of text."""
     return {
         "architectures": ["GPT2LMHeadModel"],
         **{theirs: getattr(config, ours) for ours, theirs in FIELDS.items()},
@@ -335,8 +374,9 @@ def _their_config(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
         "attn_pdrop": 0.0,
         "embd_pdrop": 0.0,
         "resid_pdrop": 0.0,
-        "bos_token_id": None,
-        "eos_token_id": None,
+        "n_ctx": config.max_seq_len,  # read by older programs
+        "bos_token_id": tokenizer and tokenizer.eot_id,
+        "eos_token_id": tokenizer and tokenizer.eot_id,
     }
 
 

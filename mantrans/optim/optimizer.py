@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from mantrans.config.arguments import OPTIMIZER, GradNorm, checked
+from mantrans.errors import show
 from mantrans.optim.guards import Guard
 from mantrans.parameters import Parameters
 
@@ -62,6 +63,9 @@ class Optimizer:
         the loss is of any target; None: it is. If the update is refused, by the check, by one of
         `guards`, or for want of targets, weights, moments and the count stay unchanged.
         """
+        for name, number in (("loss", loss), ("learning_rate", learning_rate)):
+            if not isinstance(number, Tensor) or number.dim():
+                raise TypeError(f"{name}: expected a 0-d tensor, got {show(number)}")
         p = self.parameters
         norm = self.ops.gradient_norm(p.gradients)
         clip = torch.ones_like(norm)
@@ -71,8 +75,8 @@ class Optimizer:
         # No element of the clipped gradient is longer than all of it, which moments square and
         # rates multiply. Infinity times 0 is NaN, so norm, clip and rate are checked with it.
         length = (clip * norm).to(p.wide)
-        applied = (length * length).isfinite() & loss.isfinite()
-        applied = applied & (learning_rate * (length + self.weight_decay)).isfinite()
+        pace = learning_rate * (length + self.weight_decay)
+        applied = torch.stack([loss, length * length, pace]).isfinite().all()
         for guard in guards:
             applied = applied & guard.allows(loss, norm)
         if has_targets is not None:

@@ -523,6 +523,46 @@ PROMISES = (
         ),
     ),
     Promise(
+        "Evaluation",
+        "A text of one's own is measured whole, every token once, from the checkpoint and its "
+        "tokenizer alone; samples need no data. A prompt that leaves no room is said.",
+        (
+            "tests/test_evaluation.py::test_a_text_of_ones_own_is_measured_whole_and_needs_no_data",
+            "tests/test_evaluation.py::test_samples_need_no_data",
+            "tests/test_evaluation.py::test_a_text_that_cannot_be_measured_is_refused_in_a_line",
+            "tests/test_evaluation.py::test_a_prompt_without_room_is_said",
+        ),
+    ),
+    Promise(
+        "Evaluation",
+        "Runs of several tokenizers are compared by bits per byte only, and the page says what "
+        "differs between them.",
+        ("tests/test_report.py::test_runs_of_several_tokenizers_are_compared_by_bits_per_byte",),
+    ),
+    Promise(
+        "Evaluation",
+        "Decoding on a CPU has the reference's exactness in every dtype, for rows of equal and "
+        "unequal length, and reads nothing that was never written.",
+        (
+            "tests/test_operations.py::"
+            "test_native_decoding_is_as_exact_as_the_reference_and_does_not_go_by_it",
+        ),
+    ),
+    Promise(
+        "Own text",
+        "The README's commands lead from a text of one's own to a tokenizer, a trained and resumed "
+        "model, its measure and its words; so they do outside the clone.",
+        (
+            "tests/test_use_own_text.py::test_the_readmes_commands_for_a_text_of_ones_own",
+            "tests/test_wheel.py::test_a_text_of_ones_own_is_learnt_outside_the_clone",
+        ),
+    ),
+    Promise(
+        "Own text",
+        "A model saved with its tokenizer is loaded by transformers' Auto classes.",
+        ("tests/test_interop.py::test_the_tokenizer_goes_along_and_transformers_loads_both",),
+    ),
+    Promise(
         "Reproducibility",
         "The same seed gives the same bits, in one process and in another.",
         (

@@ -32,15 +32,14 @@ def main() -> int:
     # A new process for each: spawned, for LLVM does not survive a fork with threads.
     workers = min(len(arguments.arch), os.cpu_count() or 1)
     context = multiprocessing.get_context("spawn")
-    failed, entries = 0, []
+    failed = 0
     with ProcessPoolExecutor(workers, context, max_tasks_per_child=1) as pool:
         results = pool.map(gather_all, arguments.arch)
         for capability, result in zip(arguments.arch, results, strict=True):
             failed |= say(capability, result)
             report.full_list(capability, result)
-            entries.append(report.summary(capability, result))
-    if arguments.write:
-        report.PAGE.write_text(report.page(report.keep(entries)))
+            if arguments.write:
+                report.write(capability, result)
     return failed
 
 

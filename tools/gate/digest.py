@@ -48,8 +48,10 @@ def form(node: Any) -> Any:
 
 
 def stale(record: Path = RECORD, root: Path = ROOT) -> str | None:
-    """What to do if the kernels are no longer those that the gate passed; else None."""
-    recorded = json.loads(record.read_text())["digest"] if record.exists() else None
-    if recorded == digest(root):
-        return None
-    return "kernels or configs have changed since the gate last passed: run `make gate`, commit"
+    """What to do if the gate has not passed these kernels; None if it has."""
+    found = json.loads(record.read_text()) if record.exists() else {"digest": None}
+    if found["digest"] != digest(root):
+        return "kernels or configs have changed since the gate last ran: run `make gate`, commit"
+    if any(run["violations"] for run in found["runs"]):
+        return "the gate has found violations: see docs/kernels.md, mend them, run `make gate`"
+    return None

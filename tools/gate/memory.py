@@ -17,7 +17,8 @@ class ShapesOnly(TorchDispatchMode):
 
     Views are made as always, with their strides and addresses. An operation that writes to an
     argument returns it unchanged. Any other returns new memory, unwritten, of the shape, strides
-    and dtype that it would have. What an operation writes must not decide what is launched.
+    and dtype that it would have. What an operation writes must not decide what is launched: a
+    number that the host reads, which would wait for a GPU, is a RuntimeError.
     """
 
     def __torch_dispatch__(

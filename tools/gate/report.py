@@ -62,16 +62,17 @@ def first_steps(rows: Iterable[Row]) -> dict[str, list[Row]]:
     return dict(sorted(found.items()))
 
 
-def keep(entries: Sequence[dict[str, Any]], path: Path = RECORD) -> dict[str, Any]:
-    """Put entries into the record, beside those that hold for the same sources."""
+def write(capability: int, result: Result) -> None:
+    """Put a run into the record, beside those of the same sources, and write the page anew."""
     record: dict[str, Any] = {"digest": digest(), "runs": []}
-    if path.exists() and (old := json.loads(path.read_text()))["digest"] == record["digest"]:
+    if RECORD.exists() and (old := json.loads(RECORD.read_text()))["digest"] == record["digest"]:
         record = old
-    new = {(entry["triton"], entry["capability"]): entry for entry in [*record["runs"], *entries]}
+    entries = [*record["runs"], summary(capability, result)]
+    new = {(entry["triton"], entry["capability"]): entry for entry in entries}
     record["runs"] = [new[key] for key in sorted(new)]
     runs = ",\n".join(json.dumps(run) for run in record["runs"])  # a line each
-    path.write_text(f'{{"digest": "{record["digest"]}", "runs": [\n{runs}\n]}}\n')
-    return record
+    RECORD.write_text(f'{{"digest": "{record["digest"]}", "runs": [\n{runs}\n]}}\n')
+    PAGE.write_text(page(record))
 
 
 # ------------------------------------------------------------------------------------ the page

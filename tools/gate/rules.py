@@ -13,7 +13,7 @@ from tools.gate.driver import Kernel, Launch, TensorMap
 WIDE_PRODUCT_HEAD = 64  # from this head width on, Hopper's products must be those of warp groups
 WIDE_HEAD, WARP = 128, 32  # bytes, lanes: shorter rows may be shared by threads in other ways
 FEW_SPILLED = 64  # bytes a thread
-FEW_ACCESSES = 4  # of a kernel that moves little
+FEW_ACCESSES = 8  # of a kernel that moves little
 MAP_ALIGNMENT = 16  # bytes
 LARGEST_BOX, MOST_AXES, LARGEST_STRIDE = 256, 5, 2**40
 SWIZZLE_SPAN = {1: 32, 2: 64, 3: 128}  # bytes of a row within which a map swizzles
@@ -90,8 +90,8 @@ def spills(kernel: Kernel, card: Card) -> Iterator[str]:
     most = FEW_SPILLED if few else 0
     if code.stack > most or (code.local and not most):
         yield (
-            f"spills: expected at most {most} bytes, got a stack of {code.stack} and {code.local} "
-            "instructions on local memory"
+            f"spills: expected at most {most} bytes, got a stack of {code.stack} bytes and "
+            f"{code.local} instructions on local memory"
         )
 
 
