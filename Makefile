@@ -9,7 +9,7 @@ PY := $(VENV)/bin/python
 TRITON_PINNED := 3.6.0
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: train test test-slow test-versions check gate bench soak clean
+.PHONY: train test test-slow test-versions check gate bench docs test-reliability clean
 
 # PASSIVE: threads that wait for each other sleep. On a machine that is busy with other work too,
 # spinning ones were measured to be five times slower.
@@ -54,8 +54,12 @@ bench: $(VENV)/.installed-test
 	$(PY) -m benchmarks report
 
 # Every promise of docs/reliability.md in its long form; writes that page anew.
-soak: $(VENV)/.installed-test
+test-reliability: $(VENV)/.installed-test
 	OMP_NUM_THREADS=1 $(PY) -m tests.reliability.report
+
+# The site in build/docs. A broken link is an error.
+docs: $(VENV)/.installed-test
+	$(PY) -m sphinx -q -W --keep-going docs build/docs
 
 clean:
 	rm -rf $(VENV) .cache .pytest_cache .ruff_cache .mypy_cache build *.egg-info

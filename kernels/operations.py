@@ -86,14 +86,18 @@ class Draw:
 class Operation:
     """What is common. A subclass describes one operation.
 
+    calls       the backend's functions that `forward` and `backward` call
     leaves      names of the inputs that have a gradient; `backward` gives "d" + name for each
     upstream    name of a result of `plain` -> name of the input that holds its gradient
+    vectors     names of the gradients that training collects in partial sums
     """
 
     name: ClassVar[str]
     dims: ClassVar[tuple[str, ...]]
+    calls: ClassVar[tuple[str, ...]]
     leaves: ClassVar[tuple[str, ...]] = ()
     upstream: ClassVar[Mapping[str, str]] = {}
+    vectors: ClassVar[tuple[str, ...]] = ()
 
     def inputs(self, s: Shapes, draw: Draw) -> Inputs:
         """The tensors of one call by name, upstream gradients and gradient buffers included."""
@@ -120,6 +124,7 @@ class Embedding(Operation):
     """Token plus position; the gradient of both tables."""
 
     name, dims = "embedding", ("B", "T", "C", "V")
+    calls: ClassVar[tuple[str, ...]] = ("embedding_forward", "embedding_backward")
     leaves, upstream = ("token_table", "position_table"), {"x": "dx"}
 
     def inputs(self, s: Shapes, draw: Draw) -> Inputs:
@@ -158,7 +163,9 @@ class Linear(Operation):
     """y = x Wᵀ + b; backward adds the weight gradient into a float32 buffer."""
 
     name, dims = "linear", ("N", "C", "F")
+    calls: ClassVar[tuple[str, ...]] = ("linear_forward", "linear_backward")
     leaves, upstream = ("x", "weight", "bias"), {"y": "dy"}
+    vectors: ClassVar[tuple[str, ...]] = ("dbias",)
 
     def inputs(self, s: Shapes, draw: Draw) -> Inputs:
         return {
@@ -191,10 +198,12 @@ class Linear(Operation):
 
 
 class AddLayerNorm(Operation):
-    """x = residual + branch, y = layer norm of x; backward with the residual's gradient added."""
+    """x = residual + branch, y = layer norm of x; backward adds what x gets from elsewhere."""
 
     name, dims = "add_layer_norm", ("N", "C")
-    leaves, upstream = ("branch", "weight", "bias"), {"y": "dy", "x": "dresidual"}
+    calls: ClassVar[tuple[str, ...]] = ("add_layer_norm_forward", "layer_norm_backward")
+    leaves, upstream = ("branch", "weight", "bias"), {"y": "dy", "x": "dx"}
+    vectors: ClassVar[tuple[str, ...]] = ("dweight", "dbias")
 
     def inputs(self, s: Shapes, draw: Draw) -> Inputs:
         return {
@@ -203,7 +212,7 @@ class AddLayerNorm(Operation):
             "weight": draw.normal(s.C),
             "bias": draw.normal(s.C),
             "dy": draw.normal(s.N, s.C),
-            "dresidual": draw.normal(s.N, s.C),
+            "dx": draw.normal(s.N, s.C),
             "dweight": draw.buffer(s.C),
             "dbias": draw.buffer(s.C),
         }
@@ -215,12 +224,12 @@ class AddLayerNorm(Operation):
         return dict(zip(("y", "x", "mean", "rstd"), results, strict=True))
 
     def backward(self, ops: Any, i: Inputs, saved: Results) -> Results:
-        dweight, dbias = i["dweight"], i["dbias"]
+        vectors = {name: i[name] for name in self.vectors}
         dx = ops.layer_norm_backward(
             i["dy"], saved["x"], i["weight"], saved["mean"], saved["rstd"],
-            dweight, dbias, i["dresidual"],
+            i["dweight"], i["dbias"], i["dx"], vectors.get("dbranch_bias"),
         )  # fmt: skip
-        return {"dbranch": dx, "dweight": dweight, "dbias": dbias}
+        return {f"d{self.leaves[0]}": dx, **vectors}
 
     def plain(self, i: Inputs) -> Results:
         x = i["residual"] + i["branch"]
@@ -231,10 +240,32 @@ class AddLayerNorm(Operation):
         return {"forward": Cost(9 * n, 4 * n * size), "backward": Cost(15 * n, 4 * n * size)}
 
 
+class LayerNorm(AddLayerNorm):
+    """Without a branch, as a model begins. Backward also gives the bias that ended the branch its
+    gradient, the sum of dx over the rows."""
+
+    name = "layer_norm"
+    calls: ClassVar[tuple[str, ...]] = ("layer_norm_forward", "layer_norm_backward")
+    leaves = ("residual", "weight", "bias")
+    vectors: ClassVar[tuple[str, ...]] = ("dweight", "dbias", "dbranch_bias")
+
+    def inputs(self, s: Shapes, draw: Draw) -> Inputs:
+        return {**super().inputs(s, draw), "dbranch_bias": draw.buffer(s.C)}
+
+    def forward(self, ops: Any, i: Inputs) -> Results:
+        y, mean, rstd = ops.layer_norm_forward(i["residual"], i["weight"], i["bias"], EPS)
+        return {"y": y, "x": i["residual"], "mean": mean, "rstd": rstd}
+
+    def plain(self, i: Inputs) -> Results:
+        x = i["residual"]
+        return {"y": F.layer_norm(x, x.shape[-1:], i["weight"], i["bias"], EPS), "x": x}
+
+
 class Attention(Operation):
     """Causal attention on a packed projection, as the model calls it."""
 
     name, dims = "attention", ("B", "T", "H", "D")
+    calls: ClassVar[tuple[str, ...]] = ("attention_forward", "attention_backward")
     leaves, upstream = ("qkv",), {"out": "dout"}
 
     def inputs(self, s: Shapes, draw: Draw) -> Inputs:
@@ -304,6 +335,7 @@ class DecodeAttention(Operation):
     """One new position per row against its cached keys, all of them in use."""
 
     name, dims = "decode_attention", ("B", "T", "H", "D")
+    calls: ClassVar[tuple[str, ...]] = ("decode_attention",)
 
     def inputs(self, s: Shapes, draw: Draw) -> Inputs:
         return {
@@ -346,7 +378,9 @@ class BiasGelu(Operation):
     """gelu(h + b), tanh form; backward with the bias gradient."""
 
     name, dims = "bias_gelu", ("N", "F")
+    calls: ClassVar[tuple[str, ...]] = ("bias_gelu_forward", "bias_gelu_backward")
     leaves, upstream = ("h", "bias"), {"y": "dy"}
+    vectors: ClassVar[tuple[str, ...]] = ("dbias",)
 
     def inputs(self, s: Shapes, draw: Draw) -> Inputs:
         return {
@@ -364,7 +398,8 @@ class BiasGelu(Operation):
         return {"dh": dh, "dbias": i["dbias"]}
 
     def plain(self, i: Inputs) -> Results:
-        return {"y": F.gelu(i["h"] + i["bias"], approximate="tanh")}
+        h = i["h"] if i["bias"] is None else i["h"] + i["bias"]
+        return {"y": F.gelu(h, approximate="tanh")}
 
     def cost(self, s: Shapes, size: int) -> dict[str, Cost]:
         n = s.N * s.F
@@ -375,6 +410,7 @@ class CrossEntropy(Operation):
     """Softmax cross-entropy in two calls; the gradient is written over the logits."""
 
     name, dims = "cross_entropy in two calls", ("N", "V")
+    calls: ClassVar[tuple[str, ...]] = ("cross_entropy_forward", "cross_entropy_backward")
     leaves, upstream = ("logits",), {"loss": "scale"}
 
     def inputs(self, s: Shapes, draw: Draw) -> Inputs:
@@ -408,6 +444,7 @@ class FusedCrossEntropy(CrossEntropy):
     """The loss and, over the logits, its gradient in one call, as in training."""
 
     name = "cross_entropy"
+    calls: ClassVar[tuple[str, ...]] = ("cross_entropy_forward_backward",)
 
     def forward(self, ops: Any, i: Inputs) -> Results:
         losses = ops.cross_entropy_forward_backward(i["logits"], i["targets"], i["scale"], i["V"])
@@ -422,6 +459,7 @@ class LinearCrossEntropy(Operation):
     """Output projection and loss, with the gradients of x and of the weight, in one call."""
 
     name, dims = "linear_cross_entropy", ("N", "C", "V")
+    calls: ClassVar[tuple[str, ...]] = ("linear_cross_entropy_forward_backward",)
     leaves, upstream = ("x", "weight"), {"loss": "scale"}
 
     def inputs(self, s: Shapes, draw: Draw) -> Inputs:
@@ -453,6 +491,7 @@ class GradientNorm(Operation):
     """The L2 norm over one flat buffer."""
 
     name, dims = "gradient_norm", ("P",)
+    calls: ClassVar[tuple[str, ...]] = ("gradient_norm",)
 
     def inputs(self, s: Shapes, draw: Draw) -> Inputs:
         return {"gradients": draw.normal(s.P, dtype=draw.wide)}
@@ -468,11 +507,7 @@ class GradientNorm(Operation):
 
 
 class Update(Operation):
-    """What the two optimizers' updates have in common.
-
-    `step of X` is a change: beside the weights a wrong change would look small. Weights with a
-    master are compared themselves, for a step is smaller than their rounding.
-    """
+    """What the two optimizers' updates have in common."""
 
     dims = ("P",)
     moments: ClassVar[tuple[str, ...]] = ()
@@ -503,7 +538,7 @@ class Update(Operation):
 class Sgd(Update):
     """One SGD update of P weights; for bfloat16 weights with their float32 masters."""
 
-    name = "sgd"
+    name, calls = "sgd", ("sgd_update",)
 
     def update(self, ops: Any, i: Inputs, gradients: Tensor) -> None:
         ops.sgd_update(i["weights"], i["master"], gradients, *i["rates"], i["finite"], WEIGHT_DECAY)
@@ -518,7 +553,7 @@ class AdamW(Update):
     PyTorch's fused AdamW updates float32 weights and leaves the bfloat16 copy to autocast.
     """
 
-    name = "adamw"
+    name, calls = "adamw", ("adamw_update",)
     moments = ("exp_avg", "exp_avg_sq")
 
     def update(self, ops: Any, i: Inputs, gradients: Tensor) -> None:

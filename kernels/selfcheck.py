@@ -15,14 +15,14 @@ from __future__ import annotations
 import contextlib
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from mantrans.kernels import reference
-from mantrans.kernels.reference import IGNORE_INDEX
+from mantrans.kernels import operations, reference
+from mantrans.kernels.operations import Draw, Inputs, Operation, Shapes
 
 # Largest allowed root mean square of the error, relative to that of the exact result.
 BOUNDS = {
@@ -36,7 +36,6 @@ BOUNDS = {
 }
 WORST_ROW = 8  # factor for the worst row: rounding errors are spread evenly, bugs are not
 
-EPS = 1e-5
 MAX_ROWS = 512
 MAX_LOGITS = 2**23  # logits of the loss; 64 MiB in float64
 MAX_SCORES = 2**24  # scores of attention, rows x keys x heads
@@ -56,361 +55,200 @@ class Result(NamedTuple):
     bound: float
 
 
-class Shapes(NamedTuple):
-    """The run's sizes, with the fewest rows that reach every branch."""
-
-    B: int
-    T: int
-    H: int
-    H_kv: int
-    D: int
-    C: int
-    F: int
-    V: int
-    Vp: int
-    N: int  # rows of everything but attention
-
-    @classmethod
-    def of_run(
-        cls,
-        d_model: int,
-        n_heads: int,
-        d_ffn: int,
-        vocab_size: int,
-        sequence_length: int,
-        n_kv_heads: int | None = None,
-    ) -> Shapes:
-        """Widths are the run's. Only rows, sequences and (beyond MAX_SCORES) T are reduced."""
-        T = min(sequence_length, math.isqrt(MAX_SCORES // n_heads))
-        return cls(
-            B=2 if 2 * n_heads * T * T <= MAX_SCORES else 1,
-            T=T,
-            H=n_heads,
-            H_kv=n_kv_heads or n_heads,
-            D=d_model // n_heads,
-            C=d_model,
-            F=d_ffn,
-            V=vocab_size,
-            Vp=reference.padded_vocabulary(vocab_size),
-            N=max(3, min(MAX_ROWS, MAX_LOGITS // vocab_size) - 1),  # odd: no multiple of a block
-        )
-
-
-Outputs = dict[tuple[str, str], Tensor]  # (operation, output) -> value
-Inputs = Mapping[str, Any]
-
-
-class Draw:
-    """Random inputs, the same at every call of `check`: normal numbers unless said otherwise."""
-
-    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
-        self.dtype, self.device = dtype, device
-        self.wide = reference.wide_dtype(dtype)
-        self.generator = torch.Generator(device).manual_seed(20201)
-
-    def normal(self, *shape: int, std: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
-        x = torch.randn(*shape, device=self.device, dtype=self.wide, generator=self.generator)
-        return (x * std).to(dtype or self.dtype)
-
-    def integers(self, high: int, *shape: int) -> Tensor:
-        return torch.randint(high, shape, device=self.device, generator=self.generator)
-
-    def number(self, value: float) -> Tensor:
-        return torch.tensor(value, device=self.device, dtype=self.wide)
-
-    def targets(self, high: int, n: int) -> Tensor:
-        """Labels, every fifth of them ignored."""
-        targets = self.integers(high, n)
-        targets[::5] = IGNORE_INDEX
-        return targets
+Outputs = dict[tuple[str, str], Tensor]  # (function of the backend, output) -> value
 
 
 # ---------------------------------------------------------------------------------- the programs
-# Each draws its inputs and is then run by a backend: see `compare`. Gradients of weights start at
-# 1, so that overwriting one instead of adding to it is found.
+# Each draws its inputs and is then run by a backend: see `compare`. Operations are described in
+# `operations`; what is added here is how training uses them besides.
 
 Program = Callable[[Any, Inputs], Outputs]
 
 
-def by_partial_sums(
-    ops: Any, backward: Callable[..., object], *vectors: Tensor
-) -> tuple[Tensor, ...]:
-    """What backward(*vectors) adds to gradients of one length, through partial sums as in training
-    if the backend uses them: vectors are 64 elements apart, and start at 1."""
-    n_rows, width = ops.partial_rows(vectors[0].device), len(vectors[0])
-    totals = vectors[0].new_ones(len(vectors), -(-width // 64) * 64)
+def outputs_of(operation: Operation, ops: Any, i: Inputs, suffix: str = "") -> Outputs:
+    """All results of an operation that backends share, by the function that computes them."""
+    results = operation.forward(ops, i)
+    by_call = [results]
+    if len(operation.calls) > 1:
+        by_call.append(operation.backward(ops, i, results))
+    return {
+        (call, f"{name}{suffix}"): value
+        for call, values in zip(operation.calls, by_call, strict=True)
+        for name, value in values.items()
+        if name != "saved"
+    }
+
+
+def by_partial_sums(operation: Operation, ops: Any, i: Inputs) -> Outputs:
+    """The gradients of vectors, through partial sums as in training if the backend uses them.
+
+    They are 64 elements apart, and start at 1.
+    """
+    i = {name: x.clone() if isinstance(x, Tensor) else x for name, x in i.items()}
+    saved, first = operation.forward(ops, i), i[operation.vectors[0]]
+    n_rows, width = ops.partial_rows(first.device), len(first)
+    totals = first.new_ones(len(operation.vectors), -(-width // 64) * 64)
+    sums = totals.new_zeros(n_rows, *totals.shape)
+    columns = sums.transpose(0, 1) if n_rows else totals
+    i |= dict(zip(operation.vectors, columns[..., :width], strict=True))
+    operation.backward(ops, i, saved)
     if n_rows:
-        rows = totals.new_zeros(n_rows, *totals.shape)
-        backward(*rows[..., :width].unbind(1))
-        ops.sum_partials(rows.flatten(1), totals.flatten())
-    else:
-        backward(*totals[:, :width])
-    return totals[:, :width].unbind()
+        ops.sum_partials(sums.flatten(1), totals.flatten())
+    return {
+        (operation.calls[1], f"{name} by partial sums"): total[:width]
+        for name, total in zip(operation.vectors, totals, strict=True)
+    }
 
 
 def embedding_inputs(s: Shapes, draw: Draw) -> Inputs:
-    return {
-        "tokens": draw.integers(s.V, s.B, s.T) % 97,  # few, so that tokens occur more than once
-        "table": draw.normal(s.Vp, s.C),
-        "positions": draw.normal(s.T, s.C),
-        "dx": draw.normal(s.B, s.T, s.C),
-        "dtable": draw.number(1).repeat(s.Vp, s.C),
-        "dpositions": draw.number(1).repeat(s.T, s.C),
-    }
+    i = operations.Embedding().inputs(s, draw)
+    return {**i, "tokens": i["tokens"] % 97}  # few, so that tokens occur more than once
 
 
 def embedding(ops: Any, i: Inputs) -> Outputs:
-    x = ops.embedding_forward(i["tokens"], i["table"], i["positions"])
-    ops.embedding_backward(i["dx"], i["tokens"], i["dtable"], i["dpositions"])
-    return {
-        ("embedding_forward", "x"): x,
-        ("embedding_backward", "dtoken_table"): i["dtable"],
-        ("embedding_backward", "dposition_table"): i["dpositions"],
-    }
+    return outputs_of(operations.Embedding(), ops, i)
 
 
 def linear_inputs(s: Shapes, draw: Draw) -> Inputs:
     return {
-        "x": draw.normal(s.N, s.C),
-        "weight": draw.normal(s.F, s.C, std=s.C**-0.5),
-        "bias": draw.normal(s.F),
-        "dy": draw.normal(s.N, s.F),
-        "dweight": draw.number(1).repeat(s.F, s.C),
-        "dbias": draw.number(1).repeat(s.F),
-        "sums": draw.number(1).repeat(s.F),
-        "overwritten": draw.number(1).repeat(s.F, s.C),
+        **operations.Linear().inputs(s, draw),
+        "sums": draw.buffer(s.F),
+        "overwritten": draw.buffer(s.F, s.C),
         "partials": draw.normal(37, s.F, dtype=draw.wide),
-        "total": draw.number(1).repeat(s.F),
+        "total": draw.buffer(s.F),
     }
 
 
 def linear(ops: Any, i: Inputs) -> Outputs:
-    y = ops.linear_forward(i["x"], i["weight"], i["bias"])
-    dx = ops.linear_backward(i["dy"], i["x"], i["weight"], i["dweight"], i["dbias"])
+    outputs = outputs_of(operations.Linear(), ops, i)
+    outputs |= by_partial_sums(operations.Linear(), ops, i)
+    ops.linear_backward(i["dy"], i["x"], i["weight"], i["overwritten"], accumulate=False)
     ops.bias_gradient(i["dy"], i["sums"])
-    (dbias,) = by_partial_sums(
-        ops,
-        lambda dbias: ops.linear_backward(
-            i["dy"], i["x"], i["weight"], i["overwritten"], dbias, accumulate=False
-        ),
-        i["dbias"],
-    )
     ops.sum_partials(i["partials"], i["total"])
-    return {
-        ("linear_forward", "y"): y,
-        ("linear_backward", "dx"): dx,
-        ("linear_backward", "dweight"): i["dweight"],
-        ("linear_backward", "dbias"): i["dbias"],
+    return outputs | {
         ("linear_backward", "dweight, overwritten"): i["overwritten"],
-        ("linear_backward", "dbias by partial sums"): dbias,
         ("bias_gradient", "dbias"): i["sums"],
         ("sum_partials", "gradients"): i["total"],
         ("sum_partials", "partials"): i["partials"],
     }
 
 
-def layer_norm_inputs(s: Shapes, draw: Draw) -> Inputs:
-    return {
-        "branch": draw.normal(s.N, s.C),
-        "residual": draw.normal(s.N, s.C) + 1,
-        "weight": draw.normal(s.C),
-        "bias": draw.normal(s.C),
-        "dy": draw.normal(s.N, s.C),
-        "dresidual": draw.normal(s.N, s.C),
-        "dweight": draw.number(1).repeat(s.C),
-        "dbias": draw.number(1).repeat(s.C),
-        "dbranch_bias": draw.number(1).repeat(s.C),
-    }
-
-
 def layer_norm(ops: Any, i: Inputs) -> Outputs:
-    weight, bias = i["weight"], i["bias"]
-    y, mean, rstd = ops.layer_norm_forward(i["residual"], weight, bias, EPS)
-    added = ops.add_layer_norm_forward(i["branch"], i["residual"], weight, bias, EPS)
-    dx = ops.layer_norm_backward(
-        i["dy"], i["residual"], weight, mean, rstd,
-        i["dweight"], i["dbias"], i["dresidual"], i["dbranch_bias"],
-    )  # fmt: skip
-    summed = by_partial_sums(
-        ops,
-        lambda dweight, dbias, dbranch_bias: ops.layer_norm_backward(
-            i["dy"], i["residual"], weight, mean, rstd, dweight, dbias, None, dbranch_bias
-        ),
-        i["dweight"], i["dbias"], i["dbranch_bias"],
-    )  # fmt: skip
-    names = ("dweight", "dbias", "dbranch_bias")
-    return {
-        ("layer_norm_forward", "y"): y,
-        ("layer_norm_forward", "mean"): mean,
-        ("layer_norm_forward", "rstd"): rstd,
-        ("add_layer_norm_forward", "y"): added[0],
-        ("add_layer_norm_forward", "x"): added[1],
-        ("layer_norm_backward", "dx"): dx,
-        ("layer_norm_backward", "dweight"): i["dweight"],
-        ("layer_norm_backward", "dbias"): i["dbias"],
-        ("layer_norm_backward", "dbranch_bias"): i["dbranch_bias"],
-        **{
-            ("layer_norm_backward", f"{name} by partial sums"): x
-            for name, x in zip(names, summed, strict=True)
-        },
-    }
+    after_branch = {name: x.clone() for name, x in i.items()}
+    outputs = outputs_of(operations.LayerNorm(), ops, i)
+    outputs |= outputs_of(operations.AddLayerNorm(), ops, after_branch, " after a branch")
+    return outputs | by_partial_sums(operations.LayerNorm(), ops, i)
 
 
 def attention_inputs(s: Shapes, draw: Draw) -> Inputs:
-    starts = torch.zeros(s.B, s.T, dtype=torch.int32, device=draw.device)
-    starts[:, s.T // 3 :] = s.T // 3
-    starts[:, s.T // 2 :] = s.T // 2
-    return {
-        "qkv": draw.normal(s.B, s.T, (s.H + 2 * s.H_kv) * s.D),
-        "dout": draw.normal(s.B, s.T, s.H * s.D),
-        "heads": (s.H, s.H_kv),
-        "starts": starts,
-    }
+    return operations.DocumentAttention().inputs(s, draw)
 
 
 def attention(ops: Any, i: Inputs) -> Outputs:
-    outputs = {}
+    outputs = outputs_of(operations.Attention(), ops, {**i, "starts": None})
+    outputs |= outputs_of(operations.DocumentAttention(), ops, i, " with documents")
+    # all heads have one scale, so each is compared with all: alone, dq of one token is 0
     H, H_kv = i["heads"]
-    for suffix, starts in (("", None), (" with documents", i["starts"])):
-        out, lse = ops.attention_forward(i["qkv"], H, starts, H_kv)
-        dqkv = ops.attention_backward(i["dout"], i["qkv"], out, lse, H, starts, H_kv)
-        outputs["attention_forward", f"out{suffix}"] = out
-        # all heads have one scale, so each is compared with all: alone, dq of one token is 0
-        outputs["attention_backward", f"dqkv{suffix}"] = dqkv.unflatten(-1, (H + 2 * H_kv, -1))
-    return outputs
+    return {
+        key: value.unflatten(-1, (H + 2 * H_kv, -1)) if key[0] == "attention_backward" else value
+        for key, value in outputs.items()
+    }
 
 
 def decoding_inputs(s: Shapes, draw: Draw) -> Inputs:
-    lengths = draw.integers(s.T, 3) + 1
-    lengths[0], lengths[1] = 1, s.T
-    past = torch.arange(s.T, device=draw.device) < lengths[:, None]
-    cache = {name: draw.normal(3, s.T, s.H_kv * s.D) for name in ("k", "v")}
-    for tensor in cache.values():
-        tensor[~past] = math.nan  # what lies beyond a row's length was never written
-    q = draw.normal(3, s.H * s.D)
-    return {"q": q, **cache, "lengths": lengths, "heads": (s.H, s.H_kv)}
+    return operations.RaggedDecodeAttention().inputs(s._replace(B=3), draw)
 
 
 def decoding(ops: Any, i: Inputs) -> Outputs:
-    out = ops.decode_attention(i["q"], i["k"], i["v"], i["lengths"], *i["heads"])
-    return {("decode_attention", "out"): out}
-
-
-def gelu_inputs(s: Shapes, draw: Draw) -> Inputs:
-    return {
-        "h": draw.normal(s.N, s.F),
-        "bias": draw.normal(s.F),
-        "dy": draw.normal(s.N, s.F),
-        "dbias": draw.number(1).repeat(s.F),
-    }
+    return outputs_of(operations.RaggedDecodeAttention(), ops, i)
 
 
 def gelu(ops: Any, i: Inputs) -> Outputs:
-    y = ops.bias_gelu_forward(i["h"], i["bias"])
-    dh = ops.bias_gelu_backward(i["dy"], i["h"], i["bias"], i["dbias"])
-    (dbias,) = by_partial_sums(
-        ops, lambda x: ops.bias_gelu_backward(i["dy"], i["h"], i["bias"], x), i["dbias"]
-    )
-    return {
-        ("bias_gelu_forward", "y"): y,
-        ("bias_gelu_backward", "dh"): dh,
-        ("bias_gelu_backward", "dbias"): i["dbias"],
-        ("bias_gelu_backward", "dbias by partial sums"): dbias,
-    }
+    outputs = outputs_of(operations.BiasGelu(), ops, i)
+    return outputs | by_partial_sums(operations.BiasGelu(), ops, i)
 
 
 def loss_inputs(s: Shapes, draw: Draw) -> Inputs:
-    return {
-        "logits": draw.normal(s.N, s.Vp, std=2.0),
-        "targets": draw.targets(s.V, s.N),
-        "scale": draw.number(1 / s.N),
-        "V": s.V,
-        "x": draw.normal(s.N, s.C),
-        "weight": draw.normal(s.Vp, s.C, std=s.C**-0.5),
-        "dweight": draw.number(1 / s.N).repeat(s.Vp, s.C),
-    }
+    apart, together = operations.CrossEntropy(), operations.LinearCrossEntropy()
+    return {**apart.inputs(s, draw), **together.inputs(s, draw)}
 
 
 def loss(ops: Any, i: Inputs) -> Outputs:
-    targets, scale, V = i["targets"], i["scale"], i["V"]
-    apart, together = i["logits"].clone(), i["logits"].clone()
-    losses, normalizer = ops.cross_entropy_forward(apart, targets, V)
-    dlogits = ops.cross_entropy_backward(apart, targets, normalizer, scale, V)
-    both = ops.cross_entropy_forward_backward(together, targets, scale, V)
-    projected = ops.linear_cross_entropy_forward(i["x"], i["weight"], targets, V)
-    total, dx = ops.linear_cross_entropy_forward_backward(
-        i["x"], i["weight"], targets, scale, i["dweight"], V,
+    in_two_calls = {**i, "logits": i["logits"].clone()}
+    outputs = outputs_of(operations.CrossEntropy(), ops, in_two_calls)
+    outputs |= outputs_of(operations.FusedCrossEntropy(), ops, i)
+    outputs |= outputs_of(operations.LinearCrossEntropy(), ops, i)
+    x, weight, targets = i["x"], i["weight"], i["targets"]
+    losses = ops.linear_cross_entropy_forward(x, weight, targets, i["V"])
+    overwritten = torch.ones_like(i["dweight"])
+    ops.linear_cross_entropy_forward_backward(
+        x, weight, targets, i["scale"], overwritten, i["V"],
         accumulate=False, chunk_rows=len(targets) // 2 + 1,  # overwrites, then adds
     )  # fmt: skip
-    return {
-        ("cross_entropy_forward", "losses"): losses,
-        ("cross_entropy_backward", "dlogits"): dlogits,
-        ("cross_entropy_forward_backward", "losses"): both,
-        ("cross_entropy_forward_backward", "dlogits"): together,
-        ("linear_cross_entropy_forward", "losses"): projected,
-        ("linear_cross_entropy_forward_backward", "loss"): total,
-        ("linear_cross_entropy_forward_backward", "dx"): dx,
-        ("linear_cross_entropy_forward_backward", "dweight"): i["dweight"],
+    return outputs | {
+        ("linear_cross_entropy_forward", "losses"): losses,
+        ("linear_cross_entropy_forward_backward", "dweight, overwritten"): overwritten,
     }
 
 
 def steps_inputs(s: Shapes, draw: Draw) -> Inputs:
-    P = 4 * s.C * s.C + 3  # no multiple of a block
-    low = draw.dtype in (torch.bfloat16, torch.float16)
-    master = draw.normal(P, std=0.02, dtype=draw.wide)
-    return {
-        "weights": master.to(draw.dtype),
-        "master": master if low else None,
-        "gradients": draw.normal(P, std=0.1, dtype=draw.wide),
-        "m": draw.normal(P, std=0.1, dtype=draw.wide),
-        "v": draw.normal(P, std=0.1, dtype=draw.wide).square(),
-        "step": draw.number(3),
-        "learning_rate": draw.number(1e-2),
-        "clip": draw.number(0.5),
-        "finite": torch.tensor(True, device=draw.device),
-    }
+    return operations.AdamW().inputs(s._replace(P=4 * s.C * s.C + 3), draw)  # no block divides it
 
 
 def steps(ops: Any, i: Inputs) -> Outputs:
     """Compares the changes, not the new weights: beside the weights a wrong change looks small."""
-    outputs: Outputs = {("gradient_norm", "norm"): ops.gradient_norm(i["gradients"])}
-    for name, moments in (("sgd_update", ()), ("adamw_update", ("m", "v"))):
-        before = [i["weights"], i["master"], *(i[moment] for moment in moments)]
-        state = [None if tensor is None else tensor.clone() for tensor in before]
+    outputs = outputs_of(operations.GradientNorm(), ops, i)
+    for operation in (operations.Sgd(), operations.AdamW()):
         for finite in (False, True):
-            take_step(getattr(ops, name), state, i, finite)
-            for label, old, new in zip(("weights", "master", *moments), before, state, strict=True):
-                if new is None or old is None:
+            state = {name: x.clone() if isinstance(x, Tensor) else x for name, x in i.items()}
+            state["finite"] = i["finite"] & finite
+            operation.update(ops, state, state["gradients"])
+            for name in ("weights", "master", *operation.moments):
+                if state[name] is None:
                     continue
-                if label == "weights" and i["master"] is not None:
-                    # a step is smaller than the rounding of these weights
-                    outputs[name, f"weights, finite={finite}"] = new
-                else:
-                    outputs[name, f"step of {label}, finite={finite}"] = new - old
+                # of weights with a master: a step is smaller than their rounding
+                whole = name == "weights" and i["master"] is not None
+                label = f"{name if whole else f'step of {name}'}, finite={finite}"
+                value = state[name] if whole else state[name] - i[name]
+                outputs[operation.calls[0], label] = value
     return outputs
-
-
-def take_step(update: Callable[..., None], state: list[Any], i: Inputs, finite: bool) -> None:
-    """One `sgd_update` or, if the state has moments, `adamw_update` of state in place."""
-    weights, master, *moments = state
-    gradients = i["gradients"]
-    rates = (i["learning_rate"], i["clip"], i["finite"] if finite else ~i["finite"])
-    if not moments:
-        update(weights, master, gradients, *rates, 0.1)
-        return
-    update(weights, master, gradients, *moments, i["step"], *rates, 0.9, 0.95, 1e-8, 0.1)
 
 
 PROGRAMS: list[tuple[Callable[[Shapes, Draw], Inputs], Program]] = [
     (embedding_inputs, embedding),
     (linear_inputs, linear),
-    (layer_norm_inputs, layer_norm),
+    (operations.LayerNorm().inputs, layer_norm),
     (attention_inputs, attention),
     (decoding_inputs, decoding),
-    (gelu_inputs, gelu),
+    (operations.BiasGelu().inputs, gelu),
     (loss_inputs, loss),
     (steps_inputs, steps),
 ]
+
+
+def run_shapes(
+    d_model: int,
+    n_heads: int,
+    d_ffn: int,
+    vocab_size: int,
+    sequence_length: int,
+    n_kv_heads: int | None = None,
+) -> Shapes:
+    """A run's sizes, with the fewest rows that reach every branch. Widths are the run's. Only rows,
+    sequences and (beyond MAX_SCORES) T are reduced."""
+    T = min(sequence_length, math.isqrt(MAX_SCORES // n_heads))
+    return Shapes(
+        B=2 if 2 * n_heads * T * T <= MAX_SCORES else 1,
+        T=T,
+        H=n_heads,
+        H_kv=n_kv_heads or n_heads,
+        D=d_model // n_heads,
+        C=d_model,
+        F=d_ffn,
+        V=vocab_size,
+        Vp=reference.padded_vocabulary(vocab_size),
+        N=max(3, min(MAX_ROWS, MAX_LOGITS // vocab_size) - 1),  # odd: no multiple of a block
+    )
 
 
 # --------------------------------------------------------------------------------- the comparison
@@ -434,7 +272,7 @@ def check(
     Raises KernelCheckError at the first wrong output: one line with the operation, the output and
     its shape.
     """
-    shapes = Shapes.of_run(d_model, n_heads, d_ffn, vocab_size, sequence_length, n_kv_heads)
+    shapes = run_shapes(d_model, n_heads, d_ffn, vocab_size, sequence_length, n_kv_heads)
     results = []
     for draw_inputs, program in PROGRAMS:
         inputs = draw_inputs(shapes, Draw(dtype, device))

@@ -1,6 +1,6 @@
 """Are the kernels' tests able to fail?  Breaks kernels on purpose, and sees whether they notice.
 
-    python -m tests.mutations [--only WORD] [--write docs/mutations.md]
+    python -m tests.mutations [--only WORD] [--write tests/mutations.md]
 
 Each mutation replaces one piece of one line of a kernel in a copy of the tree, by a mistake that
 people make. Then the interpreter tests of that kernel run on the copy. A mutation that they do not
@@ -330,7 +330,7 @@ def document(verdicts: Sequence[Verdict]) -> str:
     caught = sum(bool(verdict.caught_by) for verdict in verdicts)
     return (
         "# Deliberate mistakes, and whether the tests notice\n\n"
-        "Written by `python -m tests.mutations --write docs/mutations.md`: each row is a mistake "
+        "Written by `python -m tests.mutations --write tests/mutations.md`: each row is a mistake "
         "in one line of a kernel, and the first of its interpreter tests (`tests/interpreted`) "
         f"that failed on it. {caught} of {len(verdicts)} were caught.\n\n"
         "| mistake | in | caught by |\n|---|---|---|\n" + "\n".join(rows) + "\n"

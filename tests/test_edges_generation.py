@@ -191,13 +191,12 @@ def test_masked_logits_are_not_broken() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_no_temperature_breaks_finite_logits(kept, dtype) -> None:
+def test_no_accepted_temperature_breaks_finite_logits(kept, dtype) -> None:
     logits = torch.tensor([[3e38, -3e38, 1.0], [-5.0, 2.0, 1.5], [0.0, 1e-30, 0.0]], dtype=dtype)
-    for temperature in (5e-324, 1e-300, 1e-45, 1e-38, 1e-9, 1.0, 1e9, 1.7e308):
+    for temperature in (1e-37, 1e-30, 1e-9, 1.0, 100.0):
         drawn(logits, temperature=temperature)
-    for temperature in (5e-324, 1e-45):
-        assert kept(logits, temperature=temperature) == [[0], [1], [1]]
-    assert kept(logits[1:2], temperature=1e300) == [[0, 1, 2]]
+    assert kept(logits, temperature=1e-37) == [[0], [1], [1]]
+    assert kept(logits[1:2], temperature=100) == [[0, 1, 2]]
 
 
 def break_weight(ours: CustomTransformerWrapper, value: float) -> None:

@@ -17,7 +17,6 @@ from torch import Tensor
 from mantrans.kernels import native, reference, selfcheck
 from mantrans.kernels.selfcheck import (
     KernelCheckError,
-    Shapes,
     check,
     poisoned_memory,
     relative_error,
@@ -158,7 +157,7 @@ def linear_in_tf32(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
         ("attention_forward", attention_without_documents, "out with documents"),
         ("attention_backward", attention_with_a_block_off, "dqkv (2, 37, 9, 16)"),
         ("bias_gelu_forward", gelu_that_forgets_a_row, "never written"),
-        ("layer_norm_backward", layer_norm_backward_without_residual, "dx"),
+        ("layer_norm_backward", layer_norm_backward_without_residual, "dresidual"),
         ("bias_gradient", overwriting_bias_gradient, "dbias (80,)"),
         ("cross_entropy_forward_backward", loss_that_leaves_the_padding, "dlogits"),
         ("adamw_update", adamw_that_never_skips, "finite=False"),
@@ -194,12 +193,12 @@ def test_sums_in_rows_that_are_wrong_are_named() -> None:
 
 
 def test_long_runs_are_cut_to_what_takes_seconds() -> None:
-    shapes = Shapes.of_run(2048, 16, 8192, 50_257, 32_768)
+    shapes = selfcheck.run_shapes(2048, 16, 8192, 50_257, 32_768)
     assert (shapes.C, shapes.H, shapes.D, shapes.F) == (2048, 16, 128, 8192)
     assert shapes.B * shapes.H * shapes.T**2 <= selfcheck.MAX_SCORES
     assert shapes.N * shapes.V <= selfcheck.MAX_LOGITS
     assert shapes.Vp % 128 == 0 and shapes.Vp >= shapes.V
-    assert Shapes.of_run(768, 12, 3072, 50_257, 512).T == 512
+    assert selfcheck.run_shapes(768, 12, 3072, 50_257, 512).T == 512
 
 
 def test_the_error_measure() -> None:

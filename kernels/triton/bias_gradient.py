@@ -57,7 +57,7 @@ def column_sums_kernel(
     sums_ptrs = sums_ptr + program.to(tl.int64) * stride + columns
     sums = tl.zeros((BLOCK_COLUMNS,), tl.float32)
     lost = tl.zeros_like(sums)
-    for tile in range(program, tl.cdiv(n_rows, BLOCK_ROWS), n_programs):
+    for tile in range(program, (n_rows - 1) // BLOCK_ROWS + 1, n_programs):  # cdiv can wrap
         rows = tl.cast(tile, tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
         offsets = rows[:, None] * n_columns + columns[None, :]
         mask = (rows < n_rows)[:, None] & in_columns[None, :]

@@ -121,7 +121,7 @@ def bias_gelu_backward_kernel(
     in_columns = columns < n_columns
     bias = load_bias(bias_ptr, columns, in_columns)
     dbias = tl.zeros((BLOCK_COLUMNS,), tl.float32)
-    for tile in range(program, tl.cdiv(n_rows, BLOCK_ROWS), n_programs):
+    for tile in range(program, (n_rows - 1) // BLOCK_ROWS + 1, n_programs):  # cdiv can wrap
         rows = tl.cast(tile, tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
         offsets = rows[:, None] * n_columns + columns[None, :]
         mask = (rows < n_rows)[:, None] & in_columns[None, :]

@@ -168,7 +168,7 @@ def layer_norm_backward_kernel(
     dbias = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
     dbranch_bias = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
 
-    for tile in range(program, tl.cdiv(n_rows, BLOCK_ROWS), n_programs):
+    for tile in range(program, (n_rows - 1) // BLOCK_ROWS + 1, n_programs):  # cdiv can wrap
         rows = tl.cast(tile, tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
         in_rows = rows < n_rows
         offsets = rows[:, None] * n_columns + columns[None, :]

@@ -125,7 +125,7 @@ def sdpa_backward(
 
 
 def pytorch() -> types.SimpleNamespace:
-    """The rival: `native`, which is PyTorch's kernels, but for attention, and there PyTorch's."""
+    """The baseline: `native`, which is PyTorch's kernels, and PyTorch's attention."""
     attention = {"attention_forward": sdpa_forward, "attention_backward": sdpa_backward}
     return types.SimpleNamespace(**{**vars(native), **attention})
 
@@ -155,8 +155,8 @@ def test_error_is_at_most_pytorchs(
     ours, theirs = run(program, triton, inputs), run(program, pytorch(), inputs)
     for key, value in exact.items():
         error = selfcheck.relative_error(ours[key], value)
-        rival = selfcheck.relative_error(theirs[key], value)
-        assert error <= FACTOR * rival + FLOOR, f"{key}: {error:.2e}, PyTorch {rival:.2e}"
+        baseline = selfcheck.relative_error(theirs[key], value)
+        assert error <= FACTOR * baseline + FLOOR, f"{key}: {error:.2e}, PyTorch {baseline:.2e}"
 
 
 @pytest.mark.parametrize("case", CASES, ids=label)

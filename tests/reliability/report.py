@@ -1,7 +1,7 @@
 """Writes docs/reliability.md: every promise, the tests that prove it, and what they counted.
 
-    python -m tests.reliability.report                 run all of it, then write (make soak)
-    python -m tests.reliability.report a.xml b.xml     write from runs that are over
+    python -m tests.reliability.report            run all of it, then write (make test-reliability)
+    python -m tests.reliability.report a.xml b.xml  write from runs that are over
 
 The results are pytest's own JUnit XML; a test adds a figure with `record_property(name, value)`.
 """
@@ -29,9 +29,9 @@ INTRODUCTION = """\
 
 Training takes days; in that time processes are killed, disks fill up, files rot, and people
 mistype. This page says what then happens. It was written by the run of the suite that proves it:
-`make soak` runs every test named here in its long form and writes the page anew; `make test` runs
-the short form. A figure is what the tests counted in that run, cases and figures of all forms of a
-test together.
+`make test-reliability` runs every test named here in its long form and writes the page anew; `make
+test` runs the short form. A figure is what the tests counted in that run, cases and figures of all
+forms of a test together.
 
 """
 

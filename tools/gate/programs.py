@@ -65,7 +65,7 @@ def of_config(path: Path) -> Iterator[Program]:
     vocabulary = GPT2_VOCABULARY if name == "gpt2" else load_tokenizer(name).vocab_size
     group = f"config {path.stem}"
     model = config.model
-    shapes = Shapes.of_run(
+    shapes = selfcheck.run_shapes(
         model.d_model, model.n_heads, model.feed_forward_width, vocabulary, config.sequence_length
     )
     yield from selfcheck_programs(group, shapes, torch.bfloat16)
@@ -142,7 +142,7 @@ def of_gpu_tests(dtypes: Sequence[torch.dtype]) -> Iterator[Program]:
             yield Program(group, f"{label} without biases", bound_norm(dtype, shapes.N, shapes.C))
     for run, T in test_gpu_selfcheck.RUNS:
         for dtype in (torch.bfloat16, torch.float32):
-            shapes = Shapes.of_run(**run, sequence_length=T)
+            shapes = selfcheck.run_shapes(**run, sequence_length=T)
             yield from selfcheck_programs(group, shapes, dtype)
     for shapes, dtype in small_shapes.PARTS.values():
         yield from selfcheck_programs(group, shapes, dtype)
