@@ -36,7 +36,7 @@ from mantrans.parameters import Parameter, numel
 from mantrans.runtime import available_memory, resolve_device, resolve_dtype
 
 CUBLAS_WORKSPACE = 32 << 20
-CPU_LIBRARIES = 64 << 20
+CPU_LIBRARIES = 96 << 20
 # The share of a GPU's memory that the allocator's blocks and libraries take beside a step: 2% were
 # missing at 252 sequences of GPT-2 124M on an H100.
 HEADROOM = 0.02
