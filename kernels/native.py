@@ -306,9 +306,12 @@ def decode_attention(
     longest, width = int(lengths.max()), k_cache.shape[2]
     H_kv, _ = head_sizes(q.shape[1] + 2 * width, n_heads, n_kv_heads)
     rows = len(q) if dtype == q.dtype else max(1, CACHED_ELEMENTS // (longest * width))
-    parts = (x.split(rows) for x in (q, k_cache, v_cache, lengths))
+    whole = (q, k_cache, v_cache, lengths)
+    if rows >= len(q):
+        return _decode_rows(whole, H_kv, dtype)
+    parts = (x.split(rows) for x in whole)
     outs = [_decode_rows(part, H_kv, dtype) for part in zip(*parts, strict=True)]
-    return outs[0] if len(outs) == 1 else torch.cat(outs)
+    return torch.cat(outs)
 
 
 def _decode_rows(part: tuple[Tensor, ...], H_kv: int, dtype: torch.dtype) -> Tensor:

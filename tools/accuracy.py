@@ -436,8 +436,8 @@ Written by `python -m tools.accuracy --write docs/accuracy.md`; do not edit.
 The exact result is that of PyTorch's operation with autograd in float64, on the same, already
 rounded inputs. An error is measured in eps of the dtype (1.2e-7 in float32, 7.8e-3 in bfloat16)
 times the largest magnitude of its row of the exact result: rounding that result costs half an eps
-at most. For vectors and for the gradients of attention it is the whole tensor's magnitude, for a
-loss, a norm or a moment its own. ∞: not finite.
+at most. For vectors, for the gradients of attention and for that of the output table it is the
+whole tensor's magnitude, for a loss, a norm or a moment its own. ∞: not finite.
 
 In bfloat16 our gradients of weights are float32, PyTorch's are bfloat16; masters, moments and the
 norm are float32 in both. In float64 the yardstick is PyTorch's own result in float64, so that the
