@@ -82,8 +82,9 @@ def reserve_standard_streams() -> None:
 def escape_what_encodings_lack() -> None:
     """Print a character that a stream's encoding lacks as \\u2192, instead of failing."""
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+        with contextlib.suppress(OSError, ValueError):  # it flushes, which can fail as any write
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")
 
 
 def discard_unwritten() -> None:

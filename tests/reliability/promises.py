@@ -48,10 +48,10 @@ PROMISES = (
     Promise(
         "Exact resume",
         "A checkpoint of the first format is converted with every bit, and training goes on from "
-        "it with the bits that the code of its time gave; configs and run folders are read.",
+        "it with the losses that the code of its time gave; configs and run folders are read.",
         (
             "tests/test_first_format.py::"
-            "test_training_goes_on_from_a_converted_checkpoint_with_the_bits_of_the_old_code",
+            "test_training_goes_on_from_a_converted_checkpoint_with_the_losses_of_the_old_code",
             "tests/test_first_format.py::"
             "test_a_converted_checkpoint_has_every_value_of_the_old_one",
             "tests/test_first_format.py::"
