@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import os
+from pathlib import Path
 
 import torch
 
@@ -64,6 +67,48 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
         isinstance(error, RuntimeError) and _CPU_ALLOCATOR in str(error)
     )
+
+
+def available_memory(root: Path = Path("/")) -> int:
+    """Bytes that this process could still take on the host without swapping.
+
+    The least of what the system has (Linux's MemAvailable, elsewhere all memory) and what each
+    control group that the process is in leaves of its limit, as in a container.
+    root: where the system's files are.
+    """
+    lines = _lines(root / "proc/meminfo")
+    found = [int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")]
+    found += [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for line in _lines(root / "proc/self/cgroup"):
+        _, controllers, group = line.split(":", 2)
+        if controllers not in ("", "memory"):
+            continue
+        top = root / "sys/fs/cgroup" / controllers
+        path = top / group.strip("/")
+        found += [left for folder in (path, *path.parents) if (left := _left(folder)) is not None]
+    return max(0, min(found))
+
+
+def _left(group: Path) -> int | None:
+    """What a control group leaves of its memory limit, pages of files that it can drop counted as
+    free; None without a limit. Both versions of its files are read."""
+    for limit, usage, files in (
+        ("memory.max", "memory.current", "inactive_file"),
+        ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ):
+        with contextlib.suppress(IndexError, ValueError):  # "max" is not a number
+            most, used = (int(_lines(group / name)[0]) for name in (limit, usage))
+            stat = dict(line.split() for line in _lines(group / "memory.stat"))
+            return most - used + int(stat.get(files, 0))
+    return None
+
+
+def _lines(file: Path) -> list[str]:
+    """A file's lines; none if it cannot be read."""
+    try:
+        return file.read_text().splitlines()
+    except OSError:
+        return []
 
 
 def disable_malloc_trim() -> bool:

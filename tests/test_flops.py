@@ -171,7 +171,7 @@ def test_recomputing_saves_activations_in_order_and_sgd_its_moments() -> None:
         memory.predict(configured(GPT2, recompute=mode), torch.bfloat16, "cpu").total
         for mode in ("none", "gelu", "block")
     ]
-    assert totals == sorted(totals, reverse=True) and totals[0] > 1.5 * totals[2]
+    assert totals == sorted(totals, reverse=True) and totals[0] > 1.4 * totals[2]
     assert memory.predict(configured(GPT2, optimizer="sgd"), torch.bfloat16, "cpu").moments == 0
     rounded = configured(GPT2, stochastic_rounding=True)
     assert memory.predict(rounded, torch.bfloat16, "cpu").masters == 0
@@ -356,5 +356,7 @@ def test_memory_that_the_model_holds_already_counts_as_free(
     assert answers[0] == answers[1]
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (total // 2, total))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 0)  # another process holds it
-    with pytest.raises(ConfigError, match=r"expected a step that fits into the .* GiB of cuda"):
+    with pytest.raises(
+        ConfigError, match=r"expected a step that fits into the .* GiB free of cuda"
+    ):
         memory.require_memory(config, 50257, None)

@@ -21,6 +21,60 @@ from mantrans.errors import ConfigError, show, single_line
 Names = Mapping[str, str]
 NO_NAMES: Names = MappingProxyType({})
 
+# What other trainers call our fields.
+ELSEWHERE = {
+    "lr": "training.learning_rate",
+    "max_lr": "training.learning_rate",
+    "min_lr": "training.min_learning_rate",
+    "lr_scheduler": "training.lr_decay",
+    "lr_scheduler_type": "training.lr_decay",
+    "scheduler": "training.lr_decay",
+    "warmup": "training.warmup_steps",
+    "warmup_iters": "training.warmup_steps",
+    "epochs": "training.num_epochs",
+    "num_train_epochs": "training.num_epochs",
+    "steps": "training.max_steps",
+    "max_iters": "training.max_steps",
+    "num_steps": "training.max_steps",
+    "batch": "training.batch_size",
+    "per_device_train_batch_size": "training.batch_size",
+    "accumulate": "training.gradient_accumulation_steps",
+    "grad_clip": "training.max_grad_norm",
+    "clip": "training.max_grad_norm",
+    "wd": "training.weight_decay",
+    "eps": "training.epsilon",
+    "name": "training.experiment_name",
+    "run_name": "training.experiment_name",
+    "eval_interval": "training.eval_every",
+    "eval_steps": "training.eval_every",
+    "log_interval": "training.log_every",
+    "logging_steps": "training.log_every",
+    "save_steps": "training.save_every",
+    "n_layer": "model.n_blocks",
+    "n_layers": "model.n_blocks",
+    "num_layers": "model.n_blocks",
+    "num_hidden_layers": "model.n_blocks",
+    "depth": "model.n_blocks",
+    "n_head": "model.n_heads",
+    "num_heads": "model.n_heads",
+    "num_attention_heads": "model.n_heads",
+    "n_embd": "model.d_model",
+    "hidden_size": "model.d_model",
+    "dim": "model.d_model",
+    "width": "model.d_model",
+    "d_ff": "model.d_ffn",
+    "intermediate_size": "model.d_ffn",
+    "block_size": "model.max_seq_len",
+    "context_length": "model.max_seq_len",
+    "n_positions": "model.max_seq_len",
+    "n_ctx": "model.max_seq_len",
+    "seq_len": "data.max_length",
+    "sequence_length": "data.max_length",
+    "file": "data.path",
+    "max_new_tokens": "evaluation.max_generation_length",
+    "prompts": "evaluation.generation_prompts",
+}
+
 _UNKNOWN = ("extra_forbidden", "invalid_key")
 _WORDS = {
     "integer": "an integer",
@@ -118,6 +172,7 @@ def _known(kind: type[BaseModel], holder: type[BaseModel], section: str, name: A
     what = "a section" if _sections(holder) else "a field" + (section and f" of {section}")
     if isinstance(name, str):
         near = [f"{home}.{name}" for home, model in inner.items() if name in model.model_fields]
+        near += [ELSEWHERE[name.lower()]] if name.lower() in ELSEWHERE else []
         close = difflib.get_close_matches(name[:100], holder.model_fields, n=1)
         near += [f"{section}.{match}" if section else match for match in close]
         if near:

@@ -43,6 +43,17 @@ def sample(
     Of equally likely tokens the lowest ids are kept or taken. A logit of -inf is never drawn.
     Raises ModelError where a logit is NaN or +inf, or all of a row are -inf.
     """
+    return _draw(logits, generator, temperature, top_k, top_p)
+
+
+def _draw(
+    logits: Tensor,
+    generator: torch.Generator,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+) -> Tensor:
+    """`sample` with arguments that were checked before."""
     _refuse_broken(logits)
     if temperature == 0:
         return logits.argmax(-1)  # of several the first
@@ -65,8 +76,11 @@ def sample(
 
 
 def _most_likely(logits: Tensor, k: int) -> Tensor:
-    """The k largest of each row of logits (B, V), exactly k: their ids (B, k), in order."""
-    smallest = logits.topk(k).values[:, -1:]
+    """The k < V largest of each row of logits (B, V), exactly k: their ids (B, k), in order."""
+    values, ids = logits.topk(k + 1)
+    if (values[:, -2] > values[:, -1]).all():
+        return ids[:, :k].sort(-1).values
+    smallest = values[:, -2:-1]  # others are equal to it
     above, equal = logits > smallest, logits == smallest
     kept = above | (equal & (equal.cumsum(-1) <= k - above.sum(-1, keepdim=True)))
     return kept.nonzero()[:, 1].view(-1, k)
@@ -150,7 +164,7 @@ def stream(
     generator = torch.Generator(model.parameters.weights.device).manual_seed(seed)
     open_rows = [len(s) < max_length for s in sequences]
     while any(open_rows):
-        drawn = sample(decoder.next_logits(), generator, temperature, top_k, top_p).tolist()
+        drawn = _draw(decoder.next_logits(), generator, temperature, top_k, top_p).tolist()
         yield [token if is_open else None for token, is_open in zip(drawn, open_rows, strict=True)]
         for row, token in enumerate(drawn):
             sequences[row].append(

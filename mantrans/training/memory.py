@@ -10,7 +10,9 @@ Counted are the tensors that are alive at the peak:
     during a block's backward               its temporary tensors (`workspace`), and with recompute:
                                             block also its recomputed activations
     while the loss is computed              its gradient, and the logits of one chunk
-    library                                 cuBLAS's workspace on a GPU, 32 MiB a stream
+    library                                 cuBLAS's workspace on a GPU, 32 MiB a stream; on a CPU
+                                            the copies that PyTorch's kernels make, and its
+                                            libraries (`_on_cpu`, measured)
 
 The peak is the sum of these, with only the larger of "during a block's backward" and "while the
 loss is computed". It does not include CUDA's context and the fragmentation of PyTorch's allocator:
@@ -19,7 +21,6 @@ compare it with `torch.cuda.max_memory_allocated()`.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -27,13 +28,15 @@ import torch
 
 from mantrans.config import Config, ModelConfig
 from mantrans.errors import ConfigError
+from mantrans.kernels.native import QUERY_BLOCK
 from mantrans.kernels.reference import wide_dtype
 from mantrans.models import build
 from mantrans.models.network import Network
 from mantrans.parameters import Parameter, numel
-from mantrans.runtime import resolve_device, resolve_dtype
+from mantrans.runtime import available_memory, resolve_device, resolve_dtype
 
 CUBLAS_WORKSPACE = 32 << 20
+CPU_LIBRARIES = 96 << 20
 # The share of a GPU's memory that the allocator's blocks and libraries take beside a step: 2% were
 # missing at 252 sequences of GPT-2 124M on an H100.
 HEADROOM = 0.02
@@ -110,8 +113,51 @@ def predict(
         backward_workspace=tokens * backward,
         loss_workspace=tokens * loss + _logits_chunk(config, network, dtype, on_gpu, chunk_rows),
         # one for the stream that warms up, one for that of the capture
-        library=CUBLAS_WORKSPACE * (1 + training.compile_step) if on_gpu else 0,
+        library=CUBLAS_WORKSPACE * (1 + training.compile_step)
+        if on_gpu
+        else _on_cpu(config, dtype),
     )
+
+
+def _on_cpu(config: Config, dtype: torch.dtype) -> int:
+    """Bytes that a step takes on a CPU beside what the layers count.
+
+    Measured in float32 and bfloat16: copies of width C in the wide dtype, three for each token, and
+    six where bfloat16 is converted; with bfloat16 also four blocks of attention scores; and once
+    what the libraries of matrix products keep.
+    """
+    B, T, C = config.training.batch_size, config.sequence_length, config.model.d_model
+    narrow, wide = dtype.itemsize, wide_dtype(dtype).itemsize
+    copies = (6 if narrow < wide else 3) * B * T * C * wide
+    scores = 4 * B * config.model.n_heads * min(T, QUERY_BLOCK) * T * narrow
+    mask = 0 if config.data.attend_across_documents else B * T * T * narrow
+    return CPU_LIBRARIES + copies + mask + (scores if narrow < wide else 0)
+
+
+def predict_evaluation(
+    config: Config, dtype: torch.dtype, device: torch.device, windows: int, prompts: int
+) -> int:
+    """Return the bytes of validation's and the samples' largest batch, beside the model's.
+
+    windows: of the validation data, which bound a batch. prompts: that are continued at once.
+    """
+    model, T = config.model, config.sequence_length
+    narrow, wide = dtype.itemsize, wide_dtype(dtype).itemsize
+    network = _network(model)
+    rows = min(config.evaluation_batch, windows)
+    block = network.blocks[0].kept().bytes(narrow, wide) + network.blocks[0].workspace() * narrow
+    batch = config.training.model_copy(update={"batch_size": rows})
+    logits = _logits_chunk(
+        config.model_copy(update={"training": batch}), network, dtype, device.type == "cuda", None
+    )
+    validation = rows * T * (block + 5 * 8) + logits
+    length = min(config.evaluation.max_generation_length, model.max_seq_len)
+    cached = 2 * len(network.blocks) * model.d_model * narrow
+    padded = network.output.weight.stored_shape[0]
+    samples = min(prompts, config.evaluation_batch) * (
+        length * (cached + block) + 4 * padded * wide
+    )
+    return max(validation, samples)
 
 
 def logits_chunk_rows(
@@ -194,30 +240,62 @@ class StepMemory(NamedTuple):
 def require_memory(
     config: Config, vocab_size: int, chunk_rows: int | Literal["auto"] | None = "auto"
 ) -> StepMemory:
-    """The memory of a step; ConfigError if the device does not have it.
+    """The memory of a step; ConfigError if the device does not have it free now.
 
     Without this check the system grants the memory and kills the process when it is used. On a GPU
-    the memory must be free now, with HEADROOM of it for what the allocator cannot fill.
+    HEADROOM of it is left for what the allocator cannot fill.
     chunk_rows: rows of logits at a time, None for the backend's choice, "auto" to choose by memory.
     """
-    device = resolve_device(config.training.device)
-    model = config.model.model_copy(update={"vocab_size": vocab_size})
-    config = config.model_copy(update={"model": model})
-    dtype = resolve_dtype(model.dtype, device)
-    if device.type == "cuda":
-        ours = torch.cuda.memory_reserved(device)  # by the model, when a resumed run asks again
-        present = int((torch.cuda.mem_get_info(device)[0] + ours) / (1 + HEADROOM))
-        tokens = 0
-    else:
-        present = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        tokens = config.training.sequences_per_step * (config.sequence_length + 1)
+    config, dtype, device = _resolved(config, vocab_size)
+    present = _present(device)
+    # a step's tokens on a CPU: the loader's, the source's, inputs and targets
+    tokens = config.training.sequences_per_step * (config.sequence_length + 1)
+    tokens *= 5 * 8 if device.type == "cpu" else 0
     if chunk_rows == "auto":
         chunk_rows = logits_chunk_rows(config, dtype, device, present)
-    needed = predict(config, dtype, device, chunk_rows).total
-    needed += 3 * 8 * tokens  # a step's tokens on a CPU: three copies
+    needed = predict(config, dtype, device, chunk_rows).total + tokens
     if needed > present:
         raise ConfigError(
-            f"model, training.batch_size: expected a step that fits into the "
-            f"{present / 2**30:,.1f} GiB of {device}, got one of {needed / 2**30:,.1f} GiB"
+            "model, training.batch_size: expected a step that fits into the "
+            f"{_gib(present)} free of {device}, got one of {_gib(needed)}"
         )
     return StepMemory(needed, chunk_rows)
+
+
+def require_evaluation_memory(config: Config, vocab_size: int, windows: int) -> None:
+    """ConfigError if validating and sampling take more memory than there is.
+
+    windows: in the validation data. What a step takes beside the model is free by then.
+    """
+    config, dtype, device = _resolved(config, vocab_size)
+    step = predict(config, dtype, device)
+    kept = step.weights + step.masters + step.gradients + step.moments
+    prompts = len(config.evaluation.generation_prompts)
+    if config.training.eval_batches is not None:
+        windows = min(windows, config.training.eval_batches * config.evaluation_batch)
+    needed = kept + predict_evaluation(config, dtype, device, windows, prompts)
+    present = _present(device)
+    if needed > present:
+        raise ConfigError(
+            "evaluation.batch_size, evaluation.max_generation_length: expected batches that fit "
+            f"into the {_gib(present)} free of {device}, got {_gib(needed)}"
+        )
+
+
+def _resolved(config: Config, vocab_size: int) -> tuple[Config, torch.dtype, torch.device]:
+    device = resolve_device(config.training.device)
+    model = config.model.model_copy(update={"vocab_size": vocab_size})
+    dtype = resolve_dtype(model.dtype, device)
+    return config.model_copy(update={"model": model}), dtype, device
+
+
+def _present(device: torch.device) -> int:
+    """Bytes free for a run; what this process already holds on a GPU counts as free."""
+    if device.type != "cuda":
+        return available_memory()
+    ours = torch.cuda.memory_reserved(device)
+    return int((torch.cuda.mem_get_info(device)[0] + ours) / (1 + HEADROOM))
+
+
+def _gib(count: int) -> str:
+    return f"{count / 2**30:,.1f} GiB"

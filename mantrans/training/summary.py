@@ -55,7 +55,12 @@ def _work(config: Config, tokens_per_epoch: int | None) -> str:
         ("FLOPs per token", f"{per_token:.4g}"),
         ("FLOPs per step", f"{per_token * per_step:.4g}"),
         ("tokens per epoch", epoch),
-        ("epochs", "by steps" if training.num_epochs is None else str(training.num_epochs)),
+        (
+            "epochs",
+            "as many as training.max_steps needs"
+            if training.num_epochs is None
+            else str(training.num_epochs),
+        ),
         ("steps", unknown if steps is None else f"{steps:,}"),
         ("tokens in all", unknown if steps is None else f"{steps * per_step:,}"),
         ("FLOPs in all", unknown if steps is None else f"{steps * per_step * per_token:.4g}"),

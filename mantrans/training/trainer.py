@@ -27,7 +27,6 @@ from mantrans.inference.trained import refuse_other_tokenizer
 from mantrans.kernels import selfcheck
 from mantrans.optim.guards import OutlierGuard
 from mantrans.optim.schedule import scheduled_learning_rate
-from mantrans.report.page import write_page
 from mantrans.runtime import disable_malloc_trim
 from mantrans.training import flops, memory
 from mantrans.training.batches import token_source
@@ -119,6 +118,8 @@ class Trainer:
         if checkpoint:
             notes += self._load_state(checkpoint)
         self._load_data(quiet)
+        windows = -(-len(self.dataset.validation) // self.config.sequence_length)
+        memory.require_evaluation_memory(self.config, self.tokenizer.vocab_size, windows)
         if checkpoint:
             notes += self._continue_data(checkpoint)
         self._make_step()
@@ -460,6 +461,8 @@ class Trainer:
         report = self._evaluate()
         about = {"step": self.progress.step, **self.wrapper.get_model_info()}
         self._write_report({"run": about} | report)
+        from mantrans.report.page import write_page  # its templates are needed only here
+
         try:
             write_page(self.directory)
         except MantransError as failure:

@@ -98,7 +98,7 @@ def test_one_score_above_the_others(ops: ModuleType, dtype: torch.dtype, largest
 
 
 @each_backend
-@pytest.mark.parametrize("score", [9.5e6, -1e32, -3e38, 3e38])
+@pytest.mark.parametrize("score", [9.5e6, -1e32, -1e38, 1e38])
 def test_decoding_with_scores_of_any_size(
     ops: ModuleType, dtype: torch.dtype, score: float
 ) -> None:

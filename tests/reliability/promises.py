@@ -481,6 +481,17 @@ PROMISES = (
     ),
     Promise(
         "Load",
+        "A run whose step, validation or samples do not fit into the free memory is refused with "
+        "both numbers; a container's limit counts.",
+        (
+            "tests/test_runs_memory.py::test_each_size_is_refused_where_it_no_longer_fits",
+            "tests/test_runs_memory.py::test_batches_of_evaluation_are_refused_too",
+            "tests/test_runs_memory.py::test_a_step_takes_no_more_than_is_counted",
+            "tests/test_runs_memory.py::test_available_memory_is_the_least_of_system_and_groups",
+        ),
+    ),
+    Promise(
+        "Load",
         "A second process on a run's folder, or on its checkpoints, is refused; a dead one leaves "
         "no lock. Runs of other names share folders undisturbed.",
         (
