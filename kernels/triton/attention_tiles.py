@@ -114,7 +114,10 @@ TILES: dict[tuple[str, int, int], dict[int, Tiles]] = {
 # measured on a GPU.
 TILES_WITH_DOCUMENTS = {("dkdv", 90, 2): {128: Tiles(32, 64, 4, 2)}}
 # 16-bit tiles by plain loads have the rows of 80 on newer GPUs too, where nothing spills but these.
-TILES_BY_LOADS = {("dkdv", 100): {128: Tiles(32, 64, 8, 1)}}
+TILES_BY_LOADS = {
+    ("dq", 90): {128: Tiles(64, 16, 8, 2)},
+    ("dkdv", 100): {128: Tiles(32, 64, 8, 1)},
+}
 FLOAT32_TILES = {
     "forward": {
         16: Tiles(32, 16, 4, 1),

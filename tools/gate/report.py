@@ -87,6 +87,7 @@ def page(record: dict[str, Any]) -> str:
         INTRODUCTION.read_text(),
         "## What was run\n",
         table(RUN_HEADINGS, map(run_cells, runs)),
+        not_run(runs),
         "\n## Until the first step\n\n"
         "Kernels that a run compiles for its self-check and its first step, and the seconds of one "
         "CPU core (a two-core Xeon's) that Triton takes to compile them, one after the other. On a "
@@ -103,6 +104,12 @@ def page(record: dict[str, Any]) -> str:
         )
         parts.append(table(KERNEL_HEADINGS, map(kernel_cells, run["by_name"].items())))
     return "\n".join(parts) + "\n"
+
+
+def not_run(runs: Sequence[dict[str, Any]]) -> str:
+    """A line on the GPUs that the gate has not compiled these sources for."""
+    missing = [f"sm_{n}" for n in CARDS if n not in {run["capability"] for run in runs}]
+    return f"\nNot run with these sources: {', '.join(missing)}." if missing else ""
 
 
 RUN_HEADINGS = ("GPU", "architecture", "Triton", "kernels", "launches", "violations")
