@@ -19,6 +19,7 @@ from mantrans.kernels.reference import (
     IGNORE_INDEX,
     attention_scale,
     document_starts,
+    flat_rows,
     head_sizes,
     join_heads,
     merge_heads,
@@ -84,12 +85,11 @@ def linear_backward(
     accumulate: bool = True,
 ) -> Tensor:
     """See `reference.linear_backward`."""
-    M, K = weight.shape
-    rows = dy.reshape(-1, M)
-    weight_gradient(rows, x.reshape(-1, K), dweight, accumulate)
+    dy_rows = flat_rows(dy)
+    weight_gradient(dy_rows, flat_rows(x), dweight, accumulate)
     if dbias is not None:
-        bias_gradient(rows, dbias)
-    return torch.mm(rows, weight).view(x.shape)
+        bias_gradient(dy_rows, dbias)
+    return torch.mm(dy_rows, weight).view(x.shape)
 
 
 def weight_gradient(dy: Tensor, x: Tensor, dweight: Tensor, accumulate: bool) -> None:
@@ -106,7 +106,7 @@ def weight_gradient(dy: Tensor, x: Tensor, dweight: Tensor, accumulate: bool) ->
     elif x.is_cuda:
         torch.mm(dy.T, x, out_dtype=dweight.dtype, out=dweight)
     else:
-        rows = max(1, CACHED_ELEMENTS // x.shape[1])
+        rows = max(1, CACHED_ELEMENTS // max(1, x.shape[1]))
         for total, part in zip(dweight.split(rows), torch.mm(dy.T, x).split(rows), strict=True):
             total.add_(part) if accumulate else total.copy_(part)
 

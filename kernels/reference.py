@@ -82,6 +82,11 @@ def embedding_backward(
 # ------------------------------------------------------------------------------------- linear
 
 
+def flat_rows(x: Tensor) -> Tensor:
+    """(..., C) -> (N, C); where C is 0 too, which -1 in a shape cannot tell."""
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
 def linear_forward(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """y = x Wᵀ + b.   x (..., K); weight (M, K); bias (M,) or None. Returns y (..., M)."""
     y = widen(x) @ widen(weight).T
@@ -103,10 +108,9 @@ def linear_backward(
     dy (..., M); x (..., K); weight (M, K). Adds to dweight (M, K) and dbias (M,); without
     `accumulate` dweight is overwritten. Returns dx (..., K).
     """
-    M, K = weight.shape
     if not accumulate:
         dweight.zero_()
-    dweight += widen(dy).reshape(-1, M).T @ widen(x).reshape(-1, K)
+    dweight += flat_rows(widen(dy)).T @ flat_rows(widen(x))
     if dbias is not None:
         bias_gradient(dy, dbias)
     return (widen(dy) @ widen(weight)).to(x.dtype)

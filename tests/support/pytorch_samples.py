@@ -143,6 +143,7 @@ def attention(
     attn_mask=None,
     dropout_p: float = 0.0,
     is_causal: bool = False,
+    enable_gqa: bool = False,
 ) -> tuple[Tensor, Gradients]:
     """Ours is causal, over as many queries as keys. Missing queries are put there as zeros. Without
     a causal mask each query is the last of a sequence of its own, whose position sees all keys."""
@@ -152,21 +153,22 @@ def attention(
         raise NotOurs("a mask of real numbers")
     leaves = q, k, v
     k, v = (x if x.dim() == 4 else x[None] for x in (k, v))
-    B, H, S, D = k.shape
-    L = q.shape[-2]
+    B, H_kv, S, D = k.shape
+    H, L = q.shape[-3] if enable_gqa else H_kv, q.shape[-2]
     q, dout = (x.expand(B, H, L, D) for x in (q, dy))
     if not is_causal:  # (B, H, L, D) -> (B·L, H, 1, D)
         q, dout = (x.transpose(1, 2).reshape(B * L, H, 1, D) for x in (q, dout))
         k, v = (x.repeat_interleave(L, 0) for x in (k, v))
     place = slice(0, L) if is_causal else slice(S - 1, S)
-    whole_q, whole_dout = k.new_zeros(2, *k.shape)
+    whole_q, whole_dout = k.new_zeros(2, len(k), H, S, D)
     whole_q[:, :, place], whole_dout[:, :, place] = q, dout
     qkv = torch.cat([x.transpose(1, 2).flatten(2) for x in (whole_q, k, v)], -1)
     whole_dout = whole_dout.transpose(1, 2).flatten(2).contiguous()
-    out, lse = ops.attention_forward(qkv, H)
-    dqkv = ops.attention_backward(whole_dout, qkv, out, lse, H)
+    out, saved = ops.attention_forward(qkv, H, None, H_kv)
+    dqkv = ops.attention_backward(whole_dout, qkv, out, saved, H, None, H_kv)
     y = out.unflatten(2, (H, D)).transpose(1, 2)[:, :, place]
-    dq, dk, dv = (x.unflatten(2, (H, D)).transpose(1, 2) for x in dqkv.chunk(3, -1))
+    heads = dqkv.unflatten(2, (H + 2 * H_kv, D)).transpose(1, 2)
+    dq, dk, dv = heads.split([H, H_kv, H_kv], 1)
     dq = dq[:, :, place]
     if not is_causal:
         y, dq = (x.reshape(B, L, H, D).transpose(1, 2) for x in (y, dq))
