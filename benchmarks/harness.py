@@ -19,11 +19,11 @@ import dataclasses
 import json
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -31,6 +31,7 @@ from torch import Tensor
 from benchmarks import machine
 from mantrans.training.profile import without_native_messages
 
+Case = TypeVar("Case")
 RESULTS = Path(__file__).parent / "results"
 SAMPLE_SECONDS = 0.005
 MIN_ROUNDS, MAX_ROUNDS = 5, 40
@@ -278,21 +279,17 @@ def input_sets(make: Callable[[int], object], bytes_of_one: int, at_most: int = 
     return [make(i) for i in range(min(at_most, max(2, wanted)))]
 
 
-class Budget:
-    """How much of a stage's time is left, and how it is shared among the cases still to come.
-
-    end: when it is over, on `time.monotonic`'s clock.
-    """
-
-    def __init__(self, seconds: float, cases: int) -> None:
-        self.end, self.cases = time.monotonic() + seconds, cases
-
-    def next_share(self) -> float:
-        """Seconds for the next case; 0: do not start it."""
-        left = self.end - time.monotonic()
-        share = left / max(1, self.cases)
-        self.cases -= 1
-        return max(0.0, share)
+def within(
+    cases: Sequence[Case], end: float, title: Callable[[Case], str]
+) -> Iterator[tuple[Case, float]]:
+    """Each case with its share of the seconds that are left until `end`, on `time.monotonic`'s
+    clock. One that comes too late is named and left out."""
+    for place, case in enumerate(cases):
+        left = end - time.monotonic()
+        if left > 0:
+            yield case, left / (len(cases) - place)
+        else:
+            print(f"{title(case)}: not measured, the time is over")
 
 
 # --------------------------------------------------------------------------------------- memory

@@ -17,6 +17,7 @@ from __future__ import annotations
 import gc
 import importlib
 import importlib.util
+import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -294,13 +295,9 @@ def main(arguments: Namespace) -> int:
     todo = [case for case in cases(arguments.quick) if arguments.only in case.title]
     machine_peaks = peaks.known(arguments.output, arguments.quick)
     recorder = Recorder(arguments.output, "operations", arguments.quick)
-    budget = harness.Budget(arguments.seconds, len(todo))
     failed = False
-    for case in todo:
-        share = budget.next_share()
-        if not share:
-            print(f"{case.title}: not measured, the time is over")
-            continue
+    end = time.monotonic() + arguments.seconds
+    for case, share in harness.within(todo, end, lambda case: case.title):
         seconds = min(share, MAX_SECONDS)
         failed |= measure(case, seconds, machine_peaks, recorder, arguments.against)
     return int(failed)

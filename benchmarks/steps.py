@@ -112,15 +112,11 @@ def main(arguments: Namespace) -> int:
     todo = [case for case in cases(arguments.quick) if arguments.only in case.title]
     limits = peaks.known(arguments.output, arguments.quick)
     recorder = Recorder(arguments.output, "steps", arguments.quick)
-    budget = harness.Budget(arguments.seconds, len(todo))
     failed = False
-    for case in todo:
-        share = budget.next_share()
-        if not share:
-            print(f"{case.title}: not measured, the time is over")
-            continue
+    end = time.monotonic() + arguments.seconds
+    for case, share in harness.within(todo, end, lambda case: case.title):
         case = case._replace(candidates=wanted(case.candidates, arguments.against))
-        failed |= measure(case, share / 3, limits, recorder, budget.end)
+        failed |= measure(case, share / 3, limits, recorder, end)
     return int(failed)
 
 
@@ -274,13 +270,9 @@ def scaling(arguments: Namespace) -> int:
     dtype = "bfloat16" if machine.has_native_bfloat16() else "float32"
     names = ["triton captured" if machine.on_gpu() else "native", JUDGE]
     recorder = Recorder(arguments.output, "scaling", arguments.quick)
-    budget = harness.Budget(arguments.seconds, len(todo))
-    for dimension, shape in todo:
-        share = budget.next_share()
-        if share:
-            measure_size(dimension, shape, dtype, names, share / 2, recorder)
-        else:
-            print(f"{dimension} {shape}: not measured, the time is over")
+    end = time.monotonic() + arguments.seconds
+    for (dimension, shape), share in harness.within(todo, end, str):
+        measure_size(dimension, shape, dtype, names, share / 2, recorder)
     return 0
 
 

@@ -373,6 +373,17 @@ class RaggedDecodeAttention(DecodeAttention):
         i["k"][unwritten] = i["v"][unwritten] = math.nan
         return i
 
+    def plain(self, i: Inputs) -> Results:
+        T = i["k"].shape[1]
+        written = torch.arange(T, device=i["lengths"].device) < i["lengths"][:, None]
+        k, v = (i[name].masked_fill(~written[..., None], 0) for name in "kv")
+        (H, H_kv), q = i["heads"], i["q"]
+        k, v = (x.unflatten(-1, (H_kv, -1)).transpose(1, 2) for x in (k, v))
+        out = F.scaled_dot_product_attention(
+            q.unflatten(-1, (H, 1, -1)), k, v, written[:, None, None], enable_gqa=H_kv != H
+        )
+        return {"out": out.flatten(1)}
+
 
 class BiasGelu(Operation):
     """gelu(h + b), tanh form; backward with the bias gradient."""
@@ -526,12 +537,12 @@ class Update(Operation):
             "finite": torch.tensor(True, device=draw.device),
         }
 
-    def update(self, ops: Any, i: Inputs, gradients: Tensor) -> None:
+    def update(self, ops: Any, i: Inputs) -> None:
         """One update in place."""
         raise NotImplementedError
 
     def forward(self, ops: Any, i: Inputs) -> Results:
-        self.update(ops, i, i["gradients"])
+        self.update(ops, i)
         return {"weights": i["weights"] if i["master"] is None else i["master"]}
 
 
@@ -540,8 +551,10 @@ class Sgd(Update):
 
     name, calls = "sgd", ("sgd_update",)
 
-    def update(self, ops: Any, i: Inputs, gradients: Tensor) -> None:
-        ops.sgd_update(i["weights"], i["master"], gradients, *i["rates"], i["finite"], WEIGHT_DECAY)
+    def update(self, ops: Any, i: Inputs) -> None:
+        ops.sgd_update(
+            i["weights"], i["master"], i["gradients"], *i["rates"], i["finite"], WEIGHT_DECAY
+        )
 
     def cost(self, s: Shapes, size: int) -> dict[str, Cost]:
         return {"update": Cost(4 * s.P, (12 if size == 4 else 14) * s.P)}
@@ -556,9 +569,9 @@ class AdamW(Update):
     name, calls = "adamw", ("adamw_update",)
     moments = ("exp_avg", "exp_avg_sq")
 
-    def update(self, ops: Any, i: Inputs, gradients: Tensor) -> None:
+    def update(self, ops: Any, i: Inputs) -> None:
         ops.adamw_update(
-            i["weights"], i["master"], gradients, i["exp_avg"], i["exp_avg_sq"], i["step"],
+            i["weights"], i["master"], i["gradients"], i["exp_avg"], i["exp_avg_sq"], i["step"],
             *i["rates"], i["finite"], *BETAS, ADAM_EPS, WEIGHT_DECAY,
         )  # fmt: skip
 

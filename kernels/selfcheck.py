@@ -202,7 +202,7 @@ def steps(ops: Any, i: Inputs) -> Outputs:
         for finite in (False, True):
             state = {name: x.clone() if isinstance(x, Tensor) else x for name, x in i.items()}
             state["finite"] = i["finite"] & finite
-            operation.update(ops, state, state["gradients"])
+            operation.update(ops, state)
             for name in ("weights", "master", *operation.moments):
                 if state[name] is None:
                     continue

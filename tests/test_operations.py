@@ -141,6 +141,20 @@ def test_reference_equals_pytorch_under_autograd(case: Case) -> None:
         assert_close(actual[name], value.detach(), 1e-12, name)
 
 
+@pytest.mark.parametrize(
+    "operation",
+    [described.DecodeAttention(), described.RaggedDecodeAttention()],
+    ids=lambda o: o.name,
+)
+@pytest.mark.parametrize("H_kv", [6, 2])
+def test_decoding_equals_pytorch(operation: described.Operation, H_kv: int) -> None:
+    case = Case(operation, Shapes(B=3, T=11, H=6, H_kv=H_kv, D=5))
+    i = case.inputs()
+    expected = operation.plain(i)["out"]
+    assert expected.isfinite().all()
+    assert_close(operation.forward(reference, i)["out"], expected, 1e-12)
+
+
 def test_backward_equals_finite_differences(case: Case) -> None:
     """Along a random direction of all inputs at once: (L(x + hv) - L(x - hv)) / 2h = dL·v."""
     h, i = 1e-5, case.inputs()

@@ -18,12 +18,20 @@ import pytest
 import torch
 from torch import Tensor
 
+from mantrans.kernels import native, reference, triton
 from mantrans.kernels.triton import partials
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SUM_TOLERANCE = 2e-6
 TOLERANCE = {torch.float32: SUM_TOLERANCE, torch.float16: 5e-5, torch.bfloat16: 4e-4}
 
+BACKENDS = [
+    pytest.param(ops, dtype, id=f"{ops.__name__.rpartition('.')[2]}-{str(dtype)[6:]}")
+    for ops in (reference, native, triton)
+    for dtype in (torch.float64, torch.float32, torch.bfloat16)
+    if not (ops is triton and dtype == torch.float64)
+]
+each_backend = pytest.mark.parametrize(("ops", "dtype"), BACKENDS)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "fp16", "bf16"])
 
 

@@ -9,20 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from mantrans.kernels import native, reference, triton
+from mantrans.kernels import reference, triton
 from mantrans.kernels.triton import attention_tiles
-from tests.interpreted.common import generator
+from tests.interpreted.common import each_backend, generator
 from tests.support.compare import assert_close
 
 # Two roundings of 16 bits, in which probabilities enter products too; else a few of float32 sums
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 8e-3}
-BACKENDS = [
-    pytest.param(ops, dtype, id=f"{ops.__name__.rpartition('.')[2]}-{str(dtype)[6:]}")
-    for ops in (reference, native, triton)
-    for dtype in TOLERANCE
-    if not (ops is triton and dtype == torch.float64)
-]
-each_backend = pytest.mark.parametrize(("ops", "dtype"), BACKENDS)
 WIDTHS = [1, 40, 64, 80, 96, 128, 160, 256]
 SCORES = [1e3, 9.5e6, -1e32, 1e32]
 

@@ -13,21 +13,13 @@ import torch
 from torch import Tensor
 
 from mantrans.kernels import native, reference, triton
-from tests.interpreted.common import generator
+from tests.interpreted.common import each_backend, generator
 from tests.support.compare import assert_close
 
 EPS = 1e-5
 # One rounding of a result, a few of float32 sums
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-6, torch.bfloat16: 4e-3}
 GRADIENT_TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-6, torch.bfloat16: 1e-6}
-
-BACKENDS = [
-    pytest.param(ops, dtype, id=f"{ops.__name__.rpartition('.')[2]}-{str(dtype)[6:]}")
-    for ops in (reference, native, triton)
-    for dtype in TOLERANCE
-    if not (ops is triton and dtype == torch.float64)
-]
-each_backend = pytest.mark.parametrize(("ops", "dtype"), BACKENDS)
 
 
 class Results:
