@@ -272,7 +272,7 @@ class TrainingConfig(Section):
     max_grad_norm: float | None = setting(
         1.0, "longer gradients are scaled down to this; null: never", gt=0.0, le=1e9
     )
-    max_nan_count: Count = setting(10, "skipped steps in a row before the run stops")
+    max_consecutive_skips: Count = setting(10, "skipped steps in a row before the run stops")
     outlier_z_score: ZScore | None = setting(
         None, "skip steps this many standard deviations above the mean; null: off"
     )
@@ -295,6 +295,15 @@ class TrainingConfig(Section):
     )
     output_dir: FilePath = setting("runs", "folder of metrics, logs and samples")
     checkpoint_dir: FilePath = setting("checkpoints", "folder of checkpoints")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_old_name(cls, values: Any) -> Any:
+        """max_consecutive_skips was max_nan_count in the first runs and checkpoints."""
+        old, new = "max_nan_count", "max_consecutive_skips"
+        if isinstance(values, dict) and old in values and new not in values:
+            values = {new if name == old else name: value for name, value in values.items()}
+        return values
 
     @property
     def sequences_per_step(self) -> int:
