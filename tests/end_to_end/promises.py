@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-HERE = "tests/reliability/"
+HERE = "tests/end_to_end/"
 
 
 class Promise(NamedTuple):
