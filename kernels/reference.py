@@ -54,19 +54,23 @@ def widen(x: Tensor) -> Tensor:
 # ---------------------------------------------------------------------------------- embedding
 
 
-def embedding_forward(tokens: Tensor, token_table: Tensor, position_table: Tensor) -> Tensor:
+def embedding_forward(
+    tokens: Tensor, token_table: Tensor, position_table: Tensor | None = None
+) -> Tensor:
     """x[b, t] = token_table[tokens[b, t]] + position_table[t].
 
-    tokens (B, T) int64; token_table (Vp, C); position_table (T_max, C), T <= T_max.
-    Returns x (B, T, C) in the tables' dtype.
+    tokens (B, T) int64; token_table (Vp, C); position_table (T_max, C), T <= T_max, or None where
+    positions are not learned. Returns x (B, T, C) in the tables' dtype.
     """
+    x = token_table[tokens]
+    if position_table is None:
+        return x
     T = tokens.shape[1]
-    x = widen(token_table[tokens]) + widen(position_table[:T])  # (B,T,C) + (T,C)
-    return x.to(token_table.dtype)
+    return (widen(x) + widen(position_table[:T])).to(x.dtype)  # (B,T,C) + (T,C)
 
 
 def embedding_backward(
-    dx: Tensor, tokens: Tensor, dtoken_table: Tensor, dposition_table: Tensor
+    dx: Tensor, tokens: Tensor, dtoken_table: Tensor, dposition_table: Tensor | None = None
 ) -> None:
     """The gradient of a row is the sum of the gradients of all positions that read it.
 
@@ -76,7 +80,8 @@ def embedding_backward(
     dx = dx.double()
     sums = torch.zeros_like(dtoken_table, dtype=dx.dtype)
     dtoken_table += sums.index_add_(0, tokens.reshape(-1), dx.reshape(-1, C))
-    dposition_table[:T] += dx.sum(0)
+    if dposition_table is not None:
+        dposition_table[:T] += dx.sum(0)
 
 
 # ------------------------------------------------------------------------------------- linear
@@ -220,6 +225,190 @@ def layer_norm_backward(
     return dx
 
 
+# ----------------------------------------------------------------------------------- RMS norm
+
+
+def rms_norm_forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """y = γ x̂ with x̂ = x / √(mean(x²) + ε), over the last axis (Zhang & Sennrich 2019).
+
+    x (..., C); weight γ (C,). Right for every finite row in float64; a float32 kernel is right up
+    to elements of 1e18, and gives NaN where their squares are not finite.
+    Returns y (..., C), and for the backward rstd 1/√(mean(x²) + ε) (N,).
+    """
+    rows = x.double().reshape(-1, x.shape[-1])
+    # in units of the largest element no square overflows
+    unit = rows.abs().amax(-1, keepdim=True).clamp(min=1)
+    mean_square = (rows / unit).square().mean(-1, keepdim=True)
+    rstd = torch.rsqrt(mean_square + eps / unit / unit) / unit
+    y = rows * rstd * weight.double()
+    return y.reshape(x.shape).to(x.dtype), rstd[:, 0].to(wide_dtype(x.dtype))
+
+
+def add_rms_norm_forward(
+    branch: Tensor, residual: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x = residual + branch, then y = rms_norm(x), as in `add_layer_norm_forward`.
+
+    branch, residual (..., C). Returns y (..., C), x (..., C), rstd (N,).
+    """
+    x = (widen(residual) + widen(branch)).to(residual.dtype)
+    y, rstd = rms_norm_forward(x, weight, eps)
+    return y, x, rstd
+
+
+def rms_norm_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    rstd: Tensor,
+    dweight: Tensor,
+    dresidual: Tensor | None = None,
+    dbranch_bias: Tensor | None = None,
+) -> Tensor:
+    """With g = γ dy:  dx = rstd (g - x̂ mean(g x̂));  dγ += Σ dy x̂.
+
+    One mean is subtracted, because the root depends on every element of the row.
+    dy, x (..., C); rstd (N,) as this backend's forward returned it. Adds to dweight (C,).
+    Returns dx (..., C), plus `dresidual` if given; dbranch_bias: as in `layer_norm_backward`.
+    """
+    dy_rows = dy.double().reshape(-1, x.shape[-1])
+    x_hat = x.double().reshape(-1, x.shape[-1]) * rstd[:, None]
+    g = dy_rows * weight.double()
+    dx = rstd[:, None] * (g - x_hat * (g * x_hat).mean(-1, keepdim=True))
+    dweight += (dy_rows * x_hat).sum(0)
+    dx = dx.reshape(x.shape)
+    if dresidual is not None:
+        dx = dx + dresidual
+    dx = dx.to(x.dtype)
+    if dbranch_bias is not None:
+        bias_gradient(dx, dbranch_bias)
+    return dx
+
+
+# --------------------------------------------------------------------- rotary position embedding
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn each pair (x_i, x_{i + D/2}) of a head by its angle, in the layout of halves:
+
+    y_i = x_i cos_i - x_{i+D/2} sin_i;  y_{i+D/2} = x_{i+D/2} cos_i + x_i sin_i.
+
+    x (..., D); cos, sin (..., D/2), which broadcast. Its transpose turns back: sin with a minus.
+    """
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+def rotary_heads(qkv: Tensor, n_heads: int, n_kv_heads: int | None) -> tuple[Tensor, Tensor]:
+    """(B, T, (H + 2 H_kv)·D) -> the heads that are rotated, of q and k (B, T, H + H_kv, D), and the
+    others, of v (B, T, H_kv, D); in the dtype in which they are computed with."""
+    H_kv, D = head_sizes(qkv.shape[-1], n_heads, n_kv_heads)
+    heads = widen(qkv).unflatten(-1, (n_heads + 2 * H_kv, D))
+    turned, rest = heads.split((n_heads + H_kv, H_kv), dim=2)
+    return turned, rest
+
+
+def angles_at(positions: Tensor | None, T: int, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin of each position, (T, 1, D/2) or (B, T, 1, D/2): the same for all heads."""
+    rows = slice(0, T) if positions is None else positions
+    return cos[rows].unsqueeze(-2), sin[rows].unsqueeze(-2)
+
+
+def rotary_forward(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    n_heads: int,
+    n_kv_heads: int | None = None,
+    positions: Tensor | None = None,
+) -> Tensor:
+    """The heads of q and k, each pair turned by an angle that grows with its position, so that
+    q · k depends on how far apart the two are (RoPE: Su et al. 2021). v stays.
+
+    qkv (B, T, (H + 2 H_kv)·D) as in `attention_forward`, in the layout of halves (`rotate`): it is
+    that of transformers; the original has neighbors (x_2i, x_2i+1) as pairs. D is even.
+    cos, sin (T_max, D/2), float32 (float64 for a float64 model). positions (B, T) int64, the rows
+    of cos and sin to use; None: 0 .. T-1 in each row.
+    Returns the rotated qkv. Backends may write it over `qkv`, which is not read again.
+    """
+    turned, v = rotary_heads(qkv, n_heads, n_kv_heads)
+    turned = rotate(turned, *angles_at(positions, qkv.shape[1], cos, sin))
+    return torch.cat((turned, v), dim=2).flatten(2).to(qkv.dtype)
+
+
+def rotary_backward(
+    dqkv: Tensor, cos: Tensor, sin: Tensor, n_heads: int, n_kv_heads: int | None = None
+) -> Tensor:
+    """A rotation's transpose is the rotation back. Positions are 0 .. T-1.
+
+    dqkv (B, T, (H + 2 H_kv)·D), of the rotated qkv. Returns that of qkv, possibly written over it.
+    """
+    turned, v = rotary_heads(dqkv, n_heads, n_kv_heads)
+    turned = rotate(turned, *angles_at(None, dqkv.shape[1], cos, -sin))
+    return torch.cat((turned, v), dim=2).flatten(2).to(dqkv.dtype)
+
+
+def norm_rotary_forward(
+    qkv: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    eps: float,
+    n_heads: int,
+    n_kv_heads: int | None = None,
+    positions: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """RMS norm of each head of q and of k over its D elements (Henry et al. 2020), then the
+    rotation of `rotary_forward`, in one pass.
+
+    q_weight, k_weight (D,): the gains of all heads of q, and of k. The rest as in `rotary_forward`;
+    qkv is kept for the backward, and not written to.
+    Returns the rotated qkv, and rstd (N, H + H_kv) of the heads of q, then k.
+    """
+    raw, v = rotary_heads(qkv, n_heads, n_kv_heads)
+    q, k = raw.split((n_heads, raw.shape[2] - n_heads), dim=2)
+    q, q_rstd = rms_norm_forward(q, q_weight, eps)
+    k, k_rstd = rms_norm_forward(k, k_weight, eps)
+    angles = angles_at(positions, qkv.shape[1], cos, sin)
+    rotated = torch.cat((rotate(q, *angles), rotate(k, *angles), v), dim=2)
+    rows = math.prod(qkv.shape[:2])
+    rstd = torch.cat((q_rstd.view(rows, q.shape[2]), k_rstd.view(rows, k.shape[2])), dim=1)
+    return rotated.flatten(2).to(qkv.dtype), rstd
+
+
+def norm_rotary_backward(
+    dqkv: Tensor,
+    qkv: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    rstd: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    dq_weight: Tensor,
+    dk_weight: Tensor,
+    n_heads: int,
+    n_kv_heads: int | None = None,
+) -> Tensor:
+    """The rotation back, then the backward of each head's RMS norm. Positions are 0 .. T-1.
+
+    dqkv (B, T, (H + 2 H_kv)·D), of the rotated qkv; qkv and rstd from the forward. Adds to
+    dq_weight, dk_weight (D,). Returns the gradient of qkv, possibly written over dqkv.
+    """
+    turned, dv = rotary_heads(dqkv, n_heads, n_kv_heads)
+    raw, _ = rotary_heads(qkv, n_heads, n_kv_heads)
+    turned = rotate(turned, *angles_at(None, qkv.shape[1], cos, -sin))
+    sizes = (n_heads, raw.shape[2] - n_heads)
+    (dq, dk), (q, k), (q_rstd, k_rstd) = (
+        turned.split(sizes, 2),
+        raw.split(sizes, 2),
+        rstd.split(sizes, 1),
+    )
+    dq = rms_norm_backward(dq, q, q_weight, q_rstd.flatten(), dq_weight)
+    dk = rms_norm_backward(dk, k, k_weight, k_rstd.flatten(), dk_weight)
+    return torch.cat((dq, dk, dv), dim=2).flatten(2).to(qkv.dtype)
+
+
 # ---------------------------------------------------------------------------------- attention
 
 
@@ -285,6 +474,17 @@ def masked_scores(q: Tensor, k: Tensor, document_start: Tensor | None) -> Tensor
     for no score that fits, and both passes have the same scores to the last bit."""
     seen = visible(q.shape[-2], document_start, q.device)
     return (q @ k.mT).masked_fill(~seen, -math.inf)
+
+
+def window_starts(tokens: Tensor, window: int, document_start: Tensor | None = None) -> Tensor:
+    """For each position, the first key of a window of `window` keys that ends with it, or its
+    document's first token if that is later: a `document_start` for `attention_forward`.
+
+    tokens (B, T), of which only the shape counts; document_start (B, T) int32. Returns one such.
+    """
+    first = torch.arange(tokens.shape[1], device=tokens.device, dtype=torch.int32) - (window - 1)
+    first = first.clamp(min=0).expand(tokens.shape)
+    return first.contiguous() if document_start is None else first.maximum(document_start)
 
 
 def document_starts(tokens: Tensor, end_of_text: int) -> Tensor:
@@ -372,18 +572,23 @@ def decode_attention(
     lengths: Tensor,
     n_heads: int,
     n_kv_heads: int | None = None,
+    window: int | None = None,
 ) -> Tensor:
     """Attention of one new position per row over its cached keys 0 .. lengths[b]-1. No backward.
 
     q (B, H·D); k_cache, v_cache (B, T_max, H_kv·D); lengths (B,) int64 in 1..T_max; n_kv_heads as
-    in `attention_forward`. The queries of a group are rows of one product. Returns out (B, H·D).
+    in `attention_forward`. window: only the last `window` of these keys are seen; None: all.
+    The queries of a group are rows of one product. Returns out (B, H·D).
     """
     B, T, width = k_cache.shape
     H_kv, D = head_sizes(q.shape[1] + 2 * width, n_heads, n_kv_heads)
     k, v = (widen(x).reshape(B, T, H_kv, D).transpose(1, 2) for x in (k_cache, v_cache))
     q_groups = widen(q).reshape(B, H_kv, n_heads // H_kv, D)
     scores = q_groups * attention_scale(q_groups) @ k.mT  # (B,H_kv,H/H_kv,T)
-    past = torch.arange(T, device=q.device) < lengths[:, None, None, None]
+    position, length = torch.arange(T, device=q.device), lengths[:, None, None, None]
+    past = position < length
+    if window is not None:
+        past = past & (position >= length - window)
     p = torch.softmax(scores.masked_fill(~past, -math.inf), -1)
     # what lies beyond `lengths` was never written: 0 * NaN must not reach the sum
     v = v.masked_fill(~past.mT, 0)
@@ -420,6 +625,30 @@ def bias_gelu_backward(
     if dbias is not None:
         bias_gradient(dh, dbias)
     return dh.to(h.dtype)
+
+
+# -------------------------------------------------------------------------------------- SwiGLU
+
+
+def swiglu_forward(h: Tensor) -> Tensor:
+    """y = silu(g) u with silu(g) = g σ(g), for a gate g and a value u (Shazeer 2020).
+
+    h (..., 2F): g in the first F columns, u in the last. Returns y (..., F).
+    """
+    gate, up = widen(h).chunk(2, dim=-1)
+    return (gate * torch.sigmoid(gate) * up).to(h.dtype)
+
+
+def swiglu_backward(dy: Tensor, h: Tensor) -> Tensor:
+    """With s = σ(g):  dg = dy u s (1 + g (1 - s));  du = dy g s.
+
+    dy (..., F); h (..., 2F). Returns dh (..., 2F).
+    """
+    gate, up = widen(h).chunk(2, dim=-1)
+    s = torch.sigmoid(gate)
+    dgate = widen(dy) * up * s * (1 + gate * (1 - s))
+    dup = widen(dy) * gate * s
+    return torch.cat((dgate, dup), dim=-1).to(h.dtype)
 
 
 # -------------------------------------------------------------------- softmax cross-entropy

@@ -48,8 +48,8 @@ _log = logging.getLogger(__name__)
 class CustomTransformerWrapper:
     """A decoder-only transformer with its optimizer.
 
-    vocab_size, d_model, n_blocks, n_heads, d_ffn (None: 4 · d_model), max_seq_len, tie_embeddings,
-        bias, layer_norm_epsilon, initializer_range: as in `mantrans.config.ModelConfig`.
+    vocab_size, d_model, n_blocks, n_heads, d_ffn, max_seq_len, and the keywords from tie_embeddings
+        to mlp_bias: as in `mantrans.config.ModelConfig`; by default a GPT-2.
     dtype: torch.bfloat16, torch.float32, torch.float64, or "auto": bfloat16 where the processor
         multiplies it, else float32, which is faster there (see `mantrans.runtime`).
     device: "cpu", "cuda", "cuda:1", or "auto" (a GPU if there is one).
@@ -84,24 +84,29 @@ class CustomTransformerWrapper:
         bias: bool = True,
         layer_norm_epsilon: float = 1e-5,
         initializer_range: float = 0.02,
+        norm: str = "layer_norm",
+        position: str = "learned",
+        rope_theta: float = 10_000.0,
+        rope_scaling_factor: float | None = None,
+        rope_low_freq_factor: float = 1.0,
+        rope_high_freq_factor: float = 4.0,
+        rope_original_length: int = 8192,
+        mlp: str = "gelu",
+        n_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        qk_norm: bool = False,
+        attention_window: int | None = None,
+        qkv_bias: bool | None = None,
+        projection_bias: bool | None = None,
+        mlp_bias: bool | None = None,
         recompute: str = "none",
         stochastic_rounding: bool = False,
         inference: bool = False,
     ) -> None:
+        given = locals()
         resolved = resolve_device(device)
-        shape = {
-            "vocab_size": vocab_size,
-            "d_model": d_model,
-            "n_blocks": n_blocks,
-            "n_heads": n_heads,
-            "d_ffn": d_ffn,
-            "max_seq_len": max_seq_len,
-            "tie_embeddings": tie_embeddings,
-            "bias": bias,
-            "layer_norm_epsilon": layer_norm_epsilon,
-            "initializer_range": initializer_range,
-            "dtype": _name(resolve_dtype(dtype, resolved)),
-        }
+        shape = {name: given[name] for name in SHAPE}
+        shape["dtype"] = _name(resolve_dtype(dtype, resolved))
         self._build(
             ModelConfig.complete(shape, "CustomTransformer"),
             device=resolved,
@@ -471,10 +476,9 @@ class CustomTransformerWrapper:
     # -------------------------------------------------------------------------------- information
 
     def __repr__(self) -> str:
-        shape = self.config.model_dump(exclude=set(_OF_NO_FUNCTION))
-        shape["d_ffn"] = self.config.feed_forward_width
+        shape = self.config.resolved()
         facts = {
-            **shape,
+            **{name: shape[name] for name in shape if name not in _OF_NO_FUNCTION},
             "parameters": f"{self.count_parameters():,}",
             "dtype": self.config.dtype,
             "device": self.device,
@@ -494,8 +498,7 @@ class CustomTransformerWrapper:
         if self.optimizer is not None:
             buffers += [p.gradients, *self.optimizer.state().values()]
         return {
-            **self.config.model_dump(),
-            "d_ffn": self.config.feed_forward_width,
+            **self.config.resolved(),
             "parameters": self.count_parameters(),
             "device": str(self.device),
             "backend": self.model.ops.__name__.rpartition(".")[2],
@@ -586,13 +589,11 @@ def mean_scale(targets: Tensor, dtype: torch.dtype) -> Tensor:
 
 def check_same_function(found: dict[str, Any], own: ModelConfig) -> None:
     """Raise CheckpointError if the checkpoint's config makes another function of the weights."""
-    theirs = ModelConfig.complete(dict(found), "checkpoint")
-    for name in ModelConfig.model_fields.keys() - _OF_NO_FUNCTION:
-        attribute = "feed_forward_width" if name == "d_ffn" else name
-        expected, got = getattr(theirs, attribute), getattr(own, attribute)
-        if expected != got:
+    expected = ModelConfig.complete(dict(found), "checkpoint").resolved()
+    for name, got in own.resolved().items():
+        if name not in _OF_NO_FUNCTION and expected[name] != got:
             raise CheckpointError(
-                f"{name}: expected {show(expected)}, as in the checkpoint, got {show(got)}"
+                f"{name}: expected {show(expected[name])}, as in the checkpoint, got {show(got)}"
             )
 
 

@@ -55,17 +55,51 @@ _OF_A_DATASET = ("subset_size", "val_subset_size", "path", "val_path", "text_fie
 
 
 class ModelConfig(Section):
-    """The network's shape: GPT-2's architecture."""
+    """The network's shape. The defaults are GPT-2's architecture; Llama's and Qwen's blocks have
+    norm: rms_norm, position: rope, mlp: swiglu and bias: false."""
 
     d_model: int = setting(256, "width C of the residual stream", ge=1, le=65_536)
     n_blocks: int = setting(4, "transformer blocks", ge=1, le=1_024)
-    n_heads: int = setting(4, "attention heads H; d_model must be a multiple", ge=1, le=65_536)
-    d_ffn: Size | None = setting(None, "inner width F of the MLP; null: 4 * d_model")
+    n_heads: int = setting(4, "attention heads H", ge=1, le=65_536)
+    n_kv_heads: int | None = setting(
+        None, "heads of keys and values, shared by groups of heads; null: n_heads", ge=1, le=65_536
+    )
+    head_dim: int | None = setting(
+        None, "width D of a head; null: d_model / n_heads", ge=1, le=8192
+    )
+    d_ffn: Size | None = setting(
+        None, "inner width F of the MLP; null: 4 * d_model, with swiglu 8/3 (a multiple of 64)"
+    )
     max_seq_len: Size = setting(256, "number of positions: the longest context the model can see")
     vocab_size: Vocabulary | None = setting(None, "token ids; null: the tokenizer's count")
     tie_embeddings: bool = setting(True, "output projection shares the token embedding's weights")
+    norm: Literal["layer_norm", "rms_norm"] = setting("layer_norm", "before each branch")
+    position: Literal["learned", "rope"] = setting(
+        "learned", "a table of positions, or rotary position embeddings (RoPE) of q and k"
+    )
+    rope_theta: float = setting(10_000.0, "RoPE: base of the frequencies", gt=1.0, le=1e9)
+    rope_scaling_factor: float | None = setting(
+        None, "RoPE: slow frequencies are divided by this, as Llama 3's; null: none", ge=1.0, le=1e4
+    )
+    rope_low_freq_factor: float = setting(
+        1.0, "scaled RoPE: slow is fewer turns than this in the original context", gt=0.0, le=1e4
+    )
+    rope_high_freq_factor: float = setting(
+        4.0, "scaled RoPE: fast, and not scaled, is more turns than this", gt=0.0, le=1e4
+    )
+    rope_original_length: Size = setting(8192, "scaled RoPE: tokens of the original context")
+    mlp: Literal["gelu", "swiglu"] = setting("gelu", "GPT-2's feed-forward branch, or Llama's")
+    qk_norm: bool = setting(False, "RMS norm of each head of q and k, as in Qwen3")
+    attention_window: Size | None = setting(
+        None, "keys that a query sees, its own included; null: all before it"
+    )
     bias: bool = setting(True, "linear layers and layer norms have biases")
-    layer_norm_epsilon: Share = setting(1e-5, "added to the variance before its root")
+    qkv_bias: bool | None = setting(None, "the projection to q, k and v has one; null: as bias")
+    projection_bias: bool | None = setting(None, "attention's second projection; null: as bias")
+    mlp_bias: bool | None = setting(None, "the MLP's linear layers; null: as bias")
+    layer_norm_epsilon: Share = setting(
+        1e-5, "added to the variance before its root; with rms_norm to the mean square"
+    )
     initializer_range: Share = setting(
         0.02, "standard deviation of initial matrices; GPT-2's: 0.02"
     )
@@ -76,8 +110,34 @@ class ModelConfig(Section):
 
     @property
     def feed_forward_width(self) -> int:
-        """F with its default resolved."""
-        return 4 * self.d_model if self.d_ffn is None else self.d_ffn
+        """F with its default resolved: the same number of weights for both kinds of MLP."""
+        if self.d_ffn is not None:
+            return self.d_ffn
+        return 4 * self.d_model if self.mlp == "gelu" else -(-self.d_model // 24) * 64
+
+    @property
+    def head_width(self) -> int:
+        """D with its default resolved."""
+        return self.d_model // self.n_heads if self.head_dim is None else self.head_dim
+
+    @property
+    def key_value_heads(self) -> int:
+        """H_kv with its default resolved."""
+        return self.n_heads if self.n_kv_heads is None else self.n_kv_heads
+
+    def resolved(self) -> dict[str, Any]:
+        """All fields, with the defaults that depend on other fields resolved."""
+        return {
+            **self.model_dump(),
+            "d_ffn": self.feed_forward_width,
+            "n_kv_heads": self.key_value_heads,
+            "head_dim": self.head_width,
+            "bias": self.bias and self.norm == "layer_norm",
+            **{
+                name: self.bias if getattr(self, name) is None else getattr(self, name)
+                for name in ("qkv_bias", "projection_bias", "mlp_bias")
+            },
+        }
 
     @classmethod
     def complete(cls, values: Any, source: str, names: Names = NO_NAMES) -> Self:
@@ -90,8 +150,17 @@ class ModelConfig(Section):
 
     @model_validator(mode="after")
     def _agree(self) -> Self:
-        if self.d_model % self.n_heads:
+        if self.head_dim is None and self.d_model % self.n_heads:
             raise clash(self, "d_model", "a multiple of {} ({})", "n_heads")
+        if self.n_heads % self.key_value_heads:
+            raise clash(self, "n_heads", "a multiple of {} ({})", "n_kv_heads")
+        if self.position == "rope" and self.head_width % 2:
+            field = "d_model" if self.head_dim is None else "head_dim"
+            raise clash(self, field, "an even width of a head, since {} is {}", "position")
+        if self.position == "learned" and self.rope_scaling_factor is not None:
+            raise clash(self, "rope_scaling_factor", "null, since {} is {}", "position")
+        if self.rope_high_freq_factor <= self.rope_low_freq_factor:
+            raise clash(self, "rope_high_freq_factor", "more than {} ({})", "rope_low_freq_factor")
         return self
 
 
@@ -203,7 +272,7 @@ class TrainingConfig(Section):
     max_grad_norm: float | None = setting(
         1.0, "longer gradients are scaled down to this; null: never", gt=0.0, le=1e9
     )
-    max_nan_count: Count = setting(10, "skipped steps in a row before the run stops")
+    max_consecutive_skips: Count = setting(10, "skipped steps in a row before the run stops")
     outlier_z_score: ZScore | None = setting(
         None, "skip steps this many standard deviations above the mean; null: off"
     )
@@ -226,6 +295,15 @@ class TrainingConfig(Section):
     )
     output_dir: FilePath = setting("runs", "folder of metrics, logs and samples")
     checkpoint_dir: FilePath = setting("checkpoints", "folder of checkpoints")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_old_name(cls, values: Any) -> Any:
+        """max_consecutive_skips was max_nan_count in the first runs and checkpoints."""
+        old, new = "max_nan_count", "max_consecutive_skips"
+        if isinstance(values, dict) and old in values and new not in values:
+            values = {new if name == old else name: value for name, value in values.items()}
+        return values
 
     @property
     def sequences_per_step(self) -> int:
