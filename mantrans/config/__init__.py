@@ -125,6 +125,20 @@ class ModelConfig(Section):
         """H_kv with its default resolved."""
         return self.n_heads if self.n_kv_heads is None else self.n_kv_heads
 
+    def resolved(self) -> dict[str, Any]:
+        """All fields, with the defaults that depend on other fields resolved."""
+        return {
+            **self.model_dump(),
+            "d_ffn": self.feed_forward_width,
+            "n_kv_heads": self.key_value_heads,
+            "head_dim": self.head_width,
+            "bias": self.bias and self.norm == "layer_norm",
+            **{
+                name: self.bias if getattr(self, name) is None else getattr(self, name)
+                for name in ("qkv_bias", "projection_bias", "mlp_bias")
+            },
+        }
+
     @classmethod
     def complete(cls, values: Any, source: str, names: Names = NO_NAMES) -> Self:
         """Like `checked`, but vocab_size must be given."""
@@ -258,7 +272,7 @@ class TrainingConfig(Section):
     max_grad_norm: float | None = setting(
         1.0, "longer gradients are scaled down to this; null: never", gt=0.0, le=1e9
     )
-    max_nan_count: Count = setting(10, "skipped steps in a row before the run stops")
+    max_consecutive_skips: Count = setting(10, "skipped steps in a row before the run stops")
     outlier_z_score: ZScore | None = setting(
         None, "skip steps this many standard deviations above the mean; null: off"
     )
@@ -281,6 +295,15 @@ class TrainingConfig(Section):
     )
     output_dir: FilePath = setting("runs", "folder of metrics, logs and samples")
     checkpoint_dir: FilePath = setting("checkpoints", "folder of checkpoints")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_old_name(cls, values: Any) -> Any:
+        """max_consecutive_skips was max_nan_count in the first runs and checkpoints."""
+        old, new = "max_nan_count", "max_consecutive_skips"
+        if isinstance(values, dict) and old in values and new not in values:
+            values = {new if name == old else name: value for name, value in values.items()}
+        return values
 
     @property
     def sequences_per_step(self) -> int:
