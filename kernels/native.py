@@ -220,8 +220,7 @@ def rotary_forward(
     """See `reference.rotary_forward`. Written over qkv, in the layout of halves."""
     for part, angles in _pieces((qkv,), cos, sin, positions):
         turned, _ = rotary_heads(part[0], n_heads, n_kv_heads)
-        first, second = turned.chunk(2, dim=-1)
-        _turn(first, second, *angles, out=(first, second))
+        _turn(turned, *angles, out=turned)
     return qkv
 
 
@@ -295,7 +294,7 @@ def norm_rotary_backward(
         raw, _ = rotary_heads(part[1], n_heads, n_kv_heads)
         r = part[2][..., None]
         dy = torch.empty(d_heads.shape, dtype=r.dtype, device=r.device)  # of the normalized heads
-        _turn(*d_heads.chunk(2, dim=-1), angles[0], -angles[1], out=dy.chunk(2, dim=-1))
+        _turn(d_heads, angles[0], -angles[1], out=dy)
         x_hat = raw * r
         weights = _queries_and_keys(n_heads, q_weight, k_weight)
         for total, (who, weight) in zip(sums, weights, strict=True):
@@ -320,14 +319,13 @@ def _queries_and_keys(n_heads: int, of_q: Tensor, of_k: Tensor) -> tuple[tuple[s
     return (slice(0, n_heads), of_q), (slice(n_heads, None), of_k)
 
 
-def _turn(
-    first: Tensor, second: Tensor, cos: Tensor, sin: Tensor, out: tuple[Tensor, Tensor]
-) -> None:
-    """`reference.rotate` of two halves into two others, which may be the same, in cos's dtype."""
-    x1, x2 = first.to(cos.dtype), second.to(cos.dtype)
-    y1 = (x1 * cos).addcmul_(x2, sin, value=-1)
-    out[1].copy_((x2 * cos).addcmul_(x1, sin))
-    out[0].copy_(y1)
+def _turn(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
+    """out = `reference.rotate` of heads x (..., D), computed in cos's dtype; they may be the same."""
+    x1, x2 = x.to(cos.dtype).chunk(2, dim=-1)
+    y1, y2 = out.chunk(2, dim=-1)
+    turned = (x1 * cos).addcmul_(x2, sin, value=-1)
+    y2.copy_((x2 * cos).addcmul_(x1, sin))
+    y1.copy_(turned)
 
 
 def _pieces(

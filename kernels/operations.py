@@ -266,7 +266,8 @@ class Rotary(Operation):
 
     name, dims = "rotary", ("B", "T", "H", "D")
     calls: ClassVar[tuple[str, ...]] = ("rotary_forward", "rotary_backward")
-    leaves, upstream = ("qkv",), {"rotated": "drotated"}
+    leaves: ClassVar[tuple[str, ...]] = ("qkv",)
+    upstream: ClassVar[Mapping[str, str]] = {"rotated": "drotated"}
 
     def inputs(self, s: Shapes, draw: Draw) -> Inputs:
         cos, sin = rotations(s.T, s.D, draw)
