@@ -320,7 +320,7 @@ def _queries_and_keys(n_heads: int, of_q: Tensor, of_k: Tensor) -> tuple[tuple[s
 
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
-    """out = `reference.rotate` of heads x (..., D), computed in cos's dtype; they may be the same."""
+    """`reference.rotate` of heads x (..., D) in cos's dtype, into `out`, which may be x itself."""
     x1, x2 = x.to(cos.dtype).chunk(2, dim=-1)
     y1, y2 = out.chunk(2, dim=-1)
     turned = (x1 * cos).addcmul_(x2, sin, value=-1)
