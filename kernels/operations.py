@@ -261,6 +261,108 @@ class LayerNorm(AddLayerNorm):
         return {"y": F.layer_norm(x, x.shape[-1:], i["weight"], i["bias"], EPS), "x": x}
 
 
+class Rotary(Operation):
+    """RoPE of the heads of q and k in a packed projection, which it may overwrite; v stays."""
+
+    name, dims = "rotary", ("B", "T", "H", "D")
+    calls: ClassVar[tuple[str, ...]] = ("rotary_forward", "rotary_backward")
+    leaves: ClassVar[tuple[str, ...]] = ("qkv",)
+    upstream: ClassVar[Mapping[str, str]] = {"rotated": "drotated"}
+
+    def inputs(self, s: Shapes, draw: Draw) -> Inputs:
+        cos, sin = rotations(s.T, s.D, draw)
+        return {
+            "qkv": draw.normal(s.B, s.T, (s.H + 2 * s.H_kv) * s.D),
+            "drotated": draw.normal(s.B, s.T, (s.H + 2 * s.H_kv) * s.D),
+            "cos": cos,
+            "sin": sin,
+            "heads": (s.H, s.H_kv),
+        }
+
+    def forward(self, ops: Any, i: Inputs) -> Results:
+        return {"rotated": ops.rotary_forward(i["qkv"], i["cos"], i["sin"], *i["heads"])}
+
+    def backward(self, ops: Any, i: Inputs, saved: Results) -> Results:
+        return {"dqkv": ops.rotary_backward(i["drotated"], i["cos"], i["sin"], *i["heads"])}
+
+    def plain(self, i: Inputs) -> Results:
+        q, k, v = split_heads(i["qkv"], *i["heads"])
+        return {"rotated": rotated_and_packed(q, k, v, i)}
+
+    def cost(self, s: Shapes, size: int) -> dict[str, Cost]:
+        n, table = s.B * s.T * (s.H + s.H_kv) * s.D, 4 * s.T * s.D
+        cost = Cost(3 * n, 2 * n * size + table)
+        return {"forward": cost, "backward": cost}
+
+
+class NormRotary(Rotary):
+    """RMS norm of each head of q and k, then RoPE, in one pass; v is copied."""
+
+    name = "norm_rotary"
+    calls: ClassVar[tuple[str, ...]] = ("norm_rotary_forward", "norm_rotary_backward")
+    leaves = ("qkv", "q_weight", "k_weight")
+    vectors: ClassVar[tuple[str, ...]] = ("dq_weight", "dk_weight")
+
+    def inputs(self, s: Shapes, draw: Draw) -> Inputs:
+        return {
+            **super().inputs(s, draw),
+            "q_weight": draw.normal(s.D),
+            "k_weight": draw.normal(s.D),
+            "dq_weight": draw.buffer(s.D),
+            "dk_weight": draw.buffer(s.D),
+        }
+
+    def forward(self, ops: Any, i: Inputs) -> Results:
+        weights, angles = (i["q_weight"], i["k_weight"]), (i["cos"], i["sin"])
+        rotated, rstd = ops.norm_rotary_forward(i["qkv"], *weights, *angles, EPS, *i["heads"])
+        return {"rotated": rotated, "rstd": rstd}
+
+    def backward(self, ops: Any, i: Inputs, saved: Results) -> Results:
+        dqkv = ops.norm_rotary_backward(
+            i["drotated"], i["qkv"], i["q_weight"], i["k_weight"], saved["rstd"],
+            i["cos"], i["sin"], i["dq_weight"], i["dk_weight"], *i["heads"],
+        )  # fmt: skip
+        return {"dqkv": dqkv, "dq_weight": i["dq_weight"], "dk_weight": i["dk_weight"]}
+
+    def plain(self, i: Inputs) -> Results:
+        q, k, v = split_heads(i["qkv"], *i["heads"])
+        q, k = (
+            F.rms_norm(x, x.shape[-1:], weight, EPS)
+            for x, weight in ((q, i["q_weight"]), (k, i["k_weight"]))
+        )
+        return {"rotated": rotated_and_packed(q, k, v, i)}
+
+    def cost(self, s: Shapes, size: int) -> dict[str, Cost]:
+        turned, table = s.B * s.T * (s.H + s.H_kv) * s.D, 4 * s.T * s.D
+        v = s.B * s.T * s.H_kv * s.D
+        rstd = 4 * turned // s.D
+        return {
+            "forward": Cost(7 * turned, 2 * (turned + v) * size + table + rstd),
+            # written over the upstream gradient, in which that of v lies already
+            "backward": Cost(13 * turned, 3 * turned * size + table + rstd),
+        }
+
+
+def rotations(T: int, D: int, draw: Draw) -> tuple[Tensor, Tensor]:
+    """cos and sin (T, D/2) of position · 10,000^(-2i/D), in the dtype in which sums are formed."""
+    frequency = 10_000.0 ** -(torch.arange(0, D, 2, dtype=torch.float64) / D)
+    angle = torch.arange(T, dtype=torch.float64)[:, None] * frequency
+    cos, sin = (f(angle).to(draw.device, draw.wide) for f in (torch.cos, torch.sin))
+    return cos, sin
+
+
+def rotated_and_packed(q: Tensor, k: Tensor, v: Tensor, i: Inputs) -> Tensor:
+    """RoPE as PyTorch programs write it, in the layout of halves: x cos + (-x_2, x_1) sin.
+    q, k, v (B, heads, T, D) -> (B, T, (H + 2 H_kv)·D)."""
+    cos, sin = (torch.cat([i[name]] * 2, -1).to(q.dtype) for name in ("cos", "sin"))
+
+    def turned(x: Tensor) -> Tensor:
+        first, second = x.chunk(2, -1)
+        return x * cos + torch.cat([-second, first], -1) * sin
+
+    return torch.cat([turned(q), turned(k), v], 1).transpose(1, 2).flatten(2)
+
+
 class Attention(Operation):
     """Causal attention on a packed projection, as the model calls it."""
 
@@ -316,6 +418,28 @@ class DocumentAttention(Attention):
         starts[:, s.T // 3 :] = s.T // 3
         starts[:, s.T // 2 :] = s.T // 2
         return {**super().inputs(s, draw), "starts": starts}
+
+
+class WindowAttention(Attention):
+    """Attention to the last few keys, a quarter of the sequence."""
+
+    name = "attention with a window"
+
+    def inputs(self, s: Shapes, draw: Draw) -> Inputs:
+        tokens = torch.zeros(s.B, s.T, dtype=torch.int64, device=draw.device)
+        starts = reference.window_starts(tokens, self.window(s))
+        return {**super().inputs(s, draw), "starts": starts}
+
+    def window(self, s: Shapes) -> int:
+        return max(1, s.T // 4)
+
+    def cost(self, s: Shapes, size: int) -> dict[str, Cost]:
+        W = self.window(s)
+        seen = (W * s.T - W * (W - 1) / 2) / (s.T * (s.T + 1) / 2)  # of the causal scores
+        return {
+            direction: Cost(cost.flops * seen, cost.n_bytes)
+            for direction, cost in super().cost(s, size).items()
+        }
 
 
 def split_heads(qkv: Tensor, H: int, H_kv: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -374,15 +498,50 @@ class RaggedDecodeAttention(DecodeAttention):
         return i
 
     def plain(self, i: Inputs) -> Results:
-        T = i["k"].shape[1]
-        written = torch.arange(T, device=i["lengths"].device) < i["lengths"][:, None]
-        k, v = (i[name].masked_fill(~written[..., None], 0) for name in "kv")
-        (H, H_kv), q = i["heads"], i["q"]
-        k, v = (x.unflatten(-1, (H_kv, -1)).transpose(1, 2) for x in (k, v))
-        out = F.scaled_dot_product_attention(
-            q.unflatten(-1, (H, 1, -1)), k, v, written[:, None, None], enable_gqa=H_kv != H
+        position = torch.arange(i["k"].shape[1], device=i["lengths"].device)
+        return {"out": masked_decode(i, position < i["lengths"][:, None])}
+
+
+class WindowDecodeAttention(DecodeAttention):
+    """Rows of every length that see a quarter of the cache; beyond it nothing is finite."""
+
+    name = "decode_attention with a window"
+
+    def inputs(self, s: Shapes, draw: Draw) -> Inputs:
+        i = {**super().inputs(s, draw), "lengths": draw.integers(s.T, s.B) + 1}
+        i["lengths"][0], i["lengths"][-1] = 1, s.T
+        i["window"] = max(1, s.T // 4)
+        i["k"][~self.seen(i)] = i["v"][~self.seen(i)] = math.nan
+        return i
+
+    def seen(self, i: Inputs) -> Tensor:
+        """(B, T) bool: the positions that a row sees."""
+        lengths = i["lengths"][:, None]
+        position = torch.arange(i["k"].shape[1], device=lengths.device)
+        return (position < lengths) & (position >= lengths - i["window"])
+
+    def forward(self, ops: Any, i: Inputs) -> Results:
+        out = ops.decode_attention(
+            i["q"], i["k"], i["v"], i["lengths"], *i["heads"], window=i["window"]
         )
-        return {"out": out.flatten(1)}
+        return {"out": out}
+
+    def plain(self, i: Inputs) -> Results:
+        return {"out": masked_decode(i, self.seen(i))}
+
+    def cost(self, s: Shapes, size: int) -> dict[str, Cost]:
+        return super().cost(s._replace(T=max(1, s.T // 4)), size)
+
+
+def masked_decode(i: Inputs, seen: Tensor) -> Tensor:
+    """PyTorch's own way to decode rows that see some positions and not others: seen (B, T) bool."""
+    k, v = (i[name].masked_fill(~seen[..., None], 0) for name in "kv")
+    (H, H_kv), q = i["heads"], i["q"]
+    k, v = (x.unflatten(-1, (H_kv, -1)).transpose(1, 2) for x in (k, v))
+    out = F.scaled_dot_product_attention(
+        q.unflatten(-1, (H, 1, -1)), k, v, seen[:, None, None], enable_gqa=H_kv != H
+    )
+    return out.flatten(1)
 
 
 class BiasGelu(Operation):
