@@ -46,6 +46,10 @@ class Family:
     repeated: Mapping[str, str] = field(default_factory=dict)
     whole_heads: bool = False
 
+    def describes(self, config: ModelConfig) -> bool:
+        """Whether a model of this config is one of the family."""
+        return not self.misfits(config)
+
     def misfits(self, config: ModelConfig) -> dict[str, Any]:
         """Our fields in which a model of this config is none of the family -> what they would be;
         {} for a model of the family."""
