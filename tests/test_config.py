@@ -461,3 +461,14 @@ def test_any_override_is_applied_or_refused_in_one_line(
             Config.load(path, [override])
         except ConfigError as error:
             assert str(error).isprintable()
+
+
+def test_max_consecutive_skips_old_name() -> None:
+    """It was max_nan_count in the first runs: files, checkpoints and --set may still say so."""
+    old = {"training": {"max_nan_count": 3, "max_steps": 1}}
+    assert Config.from_dict(old).training.max_consecutive_skips == 3
+    replaced = Config.from_dict({"training": {"max_steps": 1}}, "", ["training.max_nan_count=4"])
+    assert replaced.training.max_consecutive_skips == 4
+    old["training"]["max_consecutive_skips"] = 4
+    with pytest.raises(ConfigError, match="got max_nan_count"):
+        Config.from_dict(old)

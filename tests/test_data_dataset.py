@@ -24,7 +24,7 @@ from mantrans.data.dataset import TokenDataset, prepare
 from mantrans.data.holdout import held_out
 from mantrans.data.known import KnownFiles
 from mantrans.data.registry import find_source
-from mantrans.data.shards import ShardWriter, TokenStream
+from mantrans.data.shards import TokenFileWriter, TokenStream
 from mantrans.data.text import ReadReport
 from mantrans.data.tokenizer import Tokenizer, load_tokenizer
 from mantrans.errors import DataError
@@ -475,7 +475,7 @@ def test_a_cache_of_another_tokenizer_is_refused(tmp_path: Path, tokenizer: Toke
         ),
         ({"tokenizer_hash": tokenizer.hash}, "got 5000: it was written with another tokenizer"),
     ):
-        with ShardWriter(path, 6000, facts) as writer:
+        with TokenFileWriter(path, 6000, facts) as writer:
             writer.write([1, 5000 if "5000" in message else 1], 1, 1)
         with pytest.raises(DataError, match=message):
             prepare(config, tokenizer, cache_dir=tmp_path, quiet=True)
@@ -490,7 +490,7 @@ def test_a_disk_that_refuses_is_one_line_and_leaves_nothing(
 
     config = local(numbered(tmp_path / "a.txt", 100))
     with monkeypatch.context() as patch:
-        patch.setattr(ShardWriter, "write", refuse)
+        patch.setattr(TokenFileWriter, "write", refuse)
         with pytest.raises(DataError, match=f"{os.strerror(code)}.*data.cache_dir"):
             prepare(config, tokenizer, cache_dir=tmp_path / "cache", quiet=True)
     assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".lock"]
@@ -514,16 +514,16 @@ WORKER = """
     import os, signal, sys
     from mantrans.config import DataConfig
     from mantrans.data.dataset import prepare
-    from mantrans.data.shards import ShardWriter
+    from mantrans.data.shards import TokenFileWriter
     from mantrans.data.tokenizer import load_tokenizer
 
     if sys.argv[3] == "die":
-        whole = ShardWriter.write
+        whole = TokenFileWriter.write
         def write(self, *arguments):
             whole(self, *arguments)
             self._file.flush()
             os.kill(os.getpid(), signal.SIGKILL)
-        ShardWriter.write = write
+        TokenFileWriter.write = write
     config = DataConfig(dataset="local", path=sys.argv[1])
     tokenizer = load_tokenizer("tinystories_bpe_4096")
     data = prepare(config, tokenizer, cache_dir=sys.argv[2], quiet=True)

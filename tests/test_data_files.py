@@ -34,7 +34,7 @@ def documents(*files: Path) -> list[str]:
     found, text = [], ""
     for piece in read_files(files, "eot", "text", True, ReadReport()):
         text += piece.text
-        if piece.ends:
+        if piece.is_last:
             found.append(text)
             text = ""
     return found

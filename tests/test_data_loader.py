@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mantrans.data.loader import BatchLoader, shuffled
-from mantrans.data.shards import ShardWriter, TokenStream
+from mantrans.data.shards import TokenFileWriter, TokenStream
 from mantrans.errors import DataError
 
 
@@ -25,7 +25,7 @@ def counting(folder: Path, count: int) -> TokenStream:
     """The stream 0, 1, 2, …: a token says where it stands."""
     path = folder / f"{count}.tokens"
     if not path.exists():
-        with ShardWriter(path, vocab_size=2**17) as writer:
+        with TokenFileWriter(path, vocab_size=2**17) as writer:
             writer.write(np.arange(count), n_bytes=count, n_documents=0)
     return TokenStream(path)
 

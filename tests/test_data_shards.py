@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mantrans.data.shards import HEADER_BYTES, MAGIC, ShardWriter, TokenStream, token_dtype
+from mantrans.data.shards import HEADER_BYTES, MAGIC, TokenFileWriter, TokenStream, token_dtype
 from mantrans.errors import DataError
 
 
 def written(path: Path, tokens: Any = range(1000), vocab_size: int = 4096) -> Path:
-    with ShardWriter(path, vocab_size, {"note": "hello"}) as writer:
+    with TokenFileWriter(path, vocab_size, {"note": "hello"}) as writer:
         writer.write(list(tokens), n_bytes=3 * len(tokens), n_documents=2)
     return path
 
@@ -124,7 +124,7 @@ def test_a_token_outside_the_vocabulary_is_refused(tmp_path: Path) -> None:
         stream.require_vocabulary(4095)
     for wrong in (-1, 4096, 2**40):
         with (
-            ShardWriter(tmp_path / "b.tokens", 4096) as writer,
+            TokenFileWriter(tmp_path / "b.tokens", 4096) as writer,
             pytest.raises(DataError, match="expected tokens 0 to 4095, got"),
         ):
             writer.write([5, wrong], n_bytes=1, n_documents=0)
@@ -132,7 +132,7 @@ def test_a_token_outside_the_vocabulary_is_refused(tmp_path: Path) -> None:
 
 def test_an_unfinished_file_is_never_taken_for_a_whole_one(tmp_path: Path) -> None:
     path = tmp_path / "a.tokens"
-    with pytest.raises(KeyboardInterrupt), ShardWriter(path, 4096) as writer:
+    with pytest.raises(KeyboardInterrupt), TokenFileWriter(path, 4096) as writer:
         writer.write(np.arange(100_000) % 4096, n_bytes=1, n_documents=0)
         raise KeyboardInterrupt
     with pytest.raises(DataError, match="does not start like a token file"):

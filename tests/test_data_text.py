@@ -29,7 +29,7 @@ def documents(pieces: list[Piece]) -> list[str]:
     found, open_text = [], ""
     for piece in pieces:
         open_text += piece.text
-        if piece.ends:
+        if piece.is_last:
             found.append(open_text)
             open_text = ""
     assert open_text == ""

@@ -193,7 +193,7 @@ def test_real_stories_are_learnt(tmp_path: Path) -> None:
 
 
 def test_steps_that_are_not_finite_end_the_run_with_a_report(tmp_path: Path) -> None:
-    trainer = Trainer(small(tmp_path, max_nan_count=3, log_every=1), quiet=True)
+    trainer = Trainer(small(tmp_path, max_consecutive_skips=3, log_every=1), quiet=True)
     advance = trainer._advance
 
     def poison() -> None:

@@ -125,6 +125,20 @@ class ModelConfig(Section):
         """H_kv with its default resolved."""
         return self.n_heads if self.n_kv_heads is None else self.n_kv_heads
 
+    def resolved(self) -> dict[str, Any]:
+        """All fields, with the defaults that depend on other fields resolved."""
+        return {
+            **self.model_dump(),
+            "d_ffn": self.feed_forward_width,
+            "n_kv_heads": self.key_value_heads,
+            "head_dim": self.head_width,
+            "bias": self.bias and self.norm == "layer_norm",
+            **{
+                name: self.bias if getattr(self, name) is None else getattr(self, name)
+                for name in ("qkv_bias", "projection_bias", "mlp_bias")
+            },
+        }
+
     @classmethod
     def complete(cls, values: Any, source: str, names: Names = NO_NAMES) -> Self:
         """Like `checked`, but vocab_size must be given."""
@@ -140,9 +154,10 @@ class ModelConfig(Section):
             raise clash(self, "d_model", "a multiple of {} ({})", "n_heads")
         if self.n_heads % self.key_value_heads:
             raise clash(self, "n_heads", "a multiple of {} ({})", "n_kv_heads")
-        if self.position == "rope" and self.head_width % 2:
-            field = "d_model" if self.head_dim is None else "head_dim"
-            raise clash(self, field, "an even width of a head, since {} is {}", "position")
+        for other, needs in (("position", self.position == "rope"), ("qk_norm", self.qk_norm)):
+            if needs and self.head_width % 2:
+                field = "d_model" if self.head_dim is None else "head_dim"
+                raise clash(self, field, "an even width of a head, since {} is {}", other)
         if self.position == "learned" and self.rope_scaling_factor is not None:
             raise clash(self, "rope_scaling_factor", "null, since {} is {}", "position")
         if self.rope_high_freq_factor <= self.rope_low_freq_factor:
@@ -258,7 +273,7 @@ class TrainingConfig(Section):
     max_grad_norm: float | None = setting(
         1.0, "longer gradients are scaled down to this; null: never", gt=0.0, le=1e9
     )
-    max_nan_count: Count = setting(10, "skipped steps in a row before the run stops")
+    max_consecutive_skips: Count = setting(10, "skipped steps in a row before the run stops")
     outlier_z_score: ZScore | None = setting(
         None, "skip steps this many standard deviations above the mean; null: off"
     )
@@ -274,13 +289,23 @@ class TrainingConfig(Section):
     )
     compile_step: bool = setting(True, "GPU: capture the step as one CUDA graph")
     recompute: Literal["none", "gelu", "block"] = setting(
-        "none", "activations recomputed in the backward pass to save memory"
+        "none",
+        "recomputed in the backward pass to save memory; gelu: the MLP's activation function",
     )
     stochastic_rounding: bool = setting(
         False, "bfloat16 weights without fp32 masters, rounded stochastically"
     )
     output_dir: FilePath = setting("runs", "folder of metrics, logs and samples")
     checkpoint_dir: FilePath = setting("checkpoints", "folder of checkpoints")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_old_name(cls, values: Any) -> Any:
+        """max_consecutive_skips was max_nan_count in the first runs and checkpoints."""
+        old, new = "max_nan_count", "max_consecutive_skips"
+        if isinstance(values, dict) and old in values and new not in values:
+            values = {new if name == old else name: value for name, value in values.items()}
+        return values
 
     @property
     def sequences_per_step(self) -> int:

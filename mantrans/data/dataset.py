@@ -31,7 +31,7 @@ from mantrans.data.files import kind_of
 from mantrans.data.holdout import held_out
 from mantrans.data.known import KnownFiles, content_hash
 from mantrans.data.registry import Source, Splits, find_source
-from mantrans.data.shards import ShardWriter, TokenStream
+from mantrans.data.shards import TokenFileWriter, TokenStream
 from mantrans.data.text import Piece, ReadReport, read_txt
 from mantrans.data.tokenizer import Tokenizer
 from mantrans.errors import DataError, single_line
@@ -152,7 +152,7 @@ def tokenized(
         pieces, notes, size = source.open(report).train, source.notes, source.n_bytes
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "text.tokens"
-        writer = ShardWriter(file, tokenizer.vocab_size, {})
+        writer = TokenFileWriter(file, tokenizer.vocab_size, {})
         with writer, terminal.Progress(size, f"tokenizing {path.name}", "B") as bar:
             encoder = _Encoder(tokenizer, writer, bar.update)
             for piece in pieces:
@@ -228,8 +228,8 @@ def _write_splits(
         "tokenizer": tokenizer.name[:_LONGEST_NAME],
         "tokenizer_hash": tokenizer.hash,
     }
-    train = ShardWriter(aside / "train.tokens", tokenizer.vocab_size, facts)
-    validation = ShardWriter(aside / "validation.tokens", tokenizer.vocab_size, facts)
+    train = TokenFileWriter(aside / "train.tokens", tokenizer.vocab_size, facts)
+    validation = TokenFileWriter(aside / "validation.tokens", tokenizer.vocab_size, facts)
     with train, validation:
         into_train = _Encoder(tokenizer, train, advance)
         into_validation = _Encoder(tokenizer, validation, advance)
@@ -250,7 +250,7 @@ def _write_splits(
 def _counted(pieces: Iterable[Piece], report: ReadReport) -> Iterator[Piece]:
     """The pieces, their documents and bytes counted in `report`."""
     for piece in pieces:
-        report.documents += piece.ends
+        report.documents += piece.is_last
         report.bytes += len(piece.text.encode())
         yield piece
 
@@ -278,7 +278,11 @@ def _record(
 
 
 def _require_documents(
-    source: Source, splits: Splits, train: ShardWriter, validation: ShardWriter, report: ReadReport
+    source: Source,
+    splits: Splits,
+    train: TokenFileWriter,
+    validation: TokenFileWriter,
+    report: ReadReport,
 ) -> None:
     """DataError without any token, or in a split of its own without one."""
     empty = [name for name, split in (("train", train), ("validate", validation))
@@ -298,7 +302,7 @@ def _take(pieces: Iterable[Piece], encoder: _Encoder, size: int | None) -> None:
         if size is not None and taken >= size:
             return
         encoder.add(piece)
-        taken += piece.ends
+        taken += piece.is_last
 
 
 def _share_out(pieces: Iterable[Piece], train: _Encoder, validation: _Encoder, plan: _Plan) -> None:
@@ -310,8 +314,8 @@ def _share_out(pieces: Iterable[Piece], train: _Encoder, validation: _Encoder, p
         size = sizes[id(encoder)]
         if size is None or taken[id(encoder)] < size:
             encoder.add(piece)
-            taken[id(encoder)] += piece.ends
-        if piece.ends:
+            taken[id(encoder)] += piece.is_last
+        if piece.is_last:
             if _enough(taken[id(train)], taken[id(validation)], plan):
                 return
             index += 1
@@ -336,7 +340,7 @@ def _split_by_tokens(aside: Path, tokenizer: Tokenizer, plan: _Plan, facts: dict
         )
     cut = len(whole) - min(max(2, round(len(whole) * plan.fraction)), len(whole) - 2)
     for name, start, stop in ((names[0], 0, cut), (names[1], cut, len(whole))):
-        with ShardWriter(aside / f"part-{name}", tokenizer.vocab_size, facts) as writer:
+        with TokenFileWriter(aside / f"part-{name}", tokenizer.vocab_size, facts) as writer:
             for first in range(start, stop, _COPY):
                 part = whole.read(first, min(first + _COPY, stop))
                 n_bytes = int(tokenizer.token_bytes[part].sum())
@@ -349,7 +353,7 @@ class _Encoder:
     """Collects pieces, tokenizes many at once, and ends each document with end-of-text."""
 
     def __init__(
-        self, tokenizer: Tokenizer, writer: ShardWriter, advance: Callable[[int], Any]
+        self, tokenizer: Tokenizer, writer: TokenFileWriter, advance: Callable[[int], Any]
     ) -> None:
         self._tokenizer, self._writer, self._advance = tokenizer, writer, advance
         self._pieces: list[Piece] = []
@@ -366,11 +370,11 @@ class _Encoder:
         encoded = self._tokenizer.encode_batch([piece.text for piece in self._pieces])
         for ids, piece in zip(encoded, self._pieces, strict=True):
             tokens += ids
-            if piece.ends:
+            if piece.is_last:
                 tokens.append(self._tokenizer.eot_id)
         array = np.asarray(tokens, dtype=np.int64)
         n_bytes = int(self._tokenizer.token_bytes[array].sum())
-        self._writer.write(array, n_bytes, sum(piece.ends for piece in self._pieces))
+        self._writer.write(array, n_bytes, sum(piece.is_last for piece in self._pieces))
         self._advance(n_bytes)
         self._pieces, self._characters = [], 0
 

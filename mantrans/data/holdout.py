@@ -45,7 +45,7 @@ def part_of(
     for piece in read():
         if held_out(index, fraction) == held:
             yield piece
-        index += piece.ends
+        index += piece.is_last
 
 
 def _length_of_one_side(pieces: Iterable[Piece], fraction: float) -> int | None:
@@ -56,7 +56,7 @@ def _length_of_one_side(pieces: Iterable[Piece], fraction: float) -> int | None:
         if len(sides) > 1:
             return None
         length += len(piece.text)
-        index += piece.ends
+        index += piece.is_last
     return length
 
 

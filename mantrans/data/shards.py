@@ -43,7 +43,7 @@ def token_dtype(vocab_size: int) -> np.dtype[Any]:
     return _DTYPES["uint16" if vocab_size <= 2**16 else "uint32"]
 
 
-class ShardWriter:
+class TokenFileWriter:
     """Writes one token file, which is complete after `close`.
 
     Use as a context manager. `facts` (small, JSON) are kept in the header.
@@ -97,7 +97,7 @@ class ShardWriter:
         os.fsync(self._file.fileno())
         self._file.close()
 
-    def __enter__(self) -> ShardWriter:
+    def __enter__(self) -> TokenFileWriter:
         return self
 
     def __exit__(

@@ -43,10 +43,10 @@ _RARE_SPACE = "".join(c for c in map(chr, range(0x3001)) if c.isspace() and c no
 
 
 class Piece(NamedTuple):
-    """A part of a document; `ends`: the document ends with it."""
+    """A part of a document; `is_last`: the document ends with it."""
 
     text: str
-    ends: bool
+    is_last: bool
 
 
 @dataclass

@@ -130,7 +130,7 @@ def analyze(tokenizer: Tokenizer, pieces: Iterable[Piece]) -> Analysis:
     counts = np.zeros(tokenizer.vocab_size, dtype=np.int64)
     documents = 0
     for batch in _batches(pieces):
-        documents += sum(piece.ends for piece in batch)
+        documents += sum(piece.is_last for piece in batch)
         ids = list(chain.from_iterable(tokenizer.encode_batch([piece.text for piece in batch])))
         counts += np.bincount(np.asarray(ids, dtype=np.int64), minlength=tokenizer.vocab_size)
     n_tokens, n_bytes = int(counts.sum()), int(counts @ tokenizer.token_bytes)
@@ -309,7 +309,7 @@ def _first(pieces: Iterable[Piece], documents: int | None) -> Iterator[Piece]:
         if documents is not None and taken >= documents:
             return
         yield piece
-        taken += piece.ends
+        taken += piece.is_last
 
 
 def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:

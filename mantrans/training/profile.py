@@ -37,7 +37,7 @@ class StepProfiler:
     while it records. So none begins after `finish`, and an end without a beginning is impossible.
 
     steps: how many to record, at least 1. directory: where profile.json goes. device, dtype: the
-    run's, for the ceiling. say: shows the table.
+    run's, for the peak. say: shows the table.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class StepProfiler:
             return
         self.profile.export_chrome_trace(str(self.path))
         events = self.profile.key_averages()
-        self.say(f"{table(events, recorded, self.device, self.ceiling)}\ntrace  {self.path}")
+        self.say(f"{table(events, recorded, self.device, self.peak)}\ntrace  {self.path}")
 
     def _stop(self, profile: torch.profiler.profile) -> None:
         if self.device.type == "cuda":
@@ -87,7 +87,7 @@ class StepProfiler:
             profile.stop()
 
     def _begin(self) -> None:
-        self.ceiling = product_ceiling(self.device, self.dtype)
+        self.peak = product_peak(self.device, self.dtype)
         activities = [torch.profiler.ProfilerActivity.CPU]
         if self.device.type == "cuda":
             activities.append(torch.profiler.ProfilerActivity.CUDA)
@@ -96,10 +96,10 @@ class StepProfiler:
             self.profile.start()
 
 
-def table(events: Any, steps: int, device: torch.device, ceiling: float) -> str:
+def table(events: Any, steps: int, device: torch.device, peak: float) -> str:
     """The ten most expensive operations as text.
 
-    events: the profiler's averages over `steps` steps. ceiling: operations per second of a large
+    events: the profiler's averages over `steps` steps. peak: operations per second of a large
     matrix product.
     """
     on_gpu = device.type == "cuda"
@@ -109,14 +109,14 @@ def table(events: Any, steps: int, device: torch.device, ceiling: float) -> str:
     lines = [f"{'operation':{NAME_WIDTH}}  calls/step  ms/step  of step  of roofline"]
     for event in costly[:ROWS]:
         seconds = cost(event) / 1e6
-        roofline = f"{event.flops / seconds / ceiling:>11.0%}" if event.flops else f"{'–':>11}"
+        roofline = f"{event.flops / seconds / peak:>11.0%}" if event.flops else f"{'–':>11}"
         lines.append(
             f"{event.key[:NAME_WIDTH]:{NAME_WIDTH}}  {event.count / steps:>10.1f}  "
             f"{1e3 * seconds / steps:>7.3f}  {cost(event) / total:>7.1%}  {roofline}"
         )
     lines.append(
         f"{steps} steps, {total / steps / 1e3:.2f} ms of operations each; "
-        f"the roofline is a matrix product's {ceiling / 1e12:.3g} TFLOP/s, measured here"
+        f"the roofline is a matrix product's {peak / 1e12:.3g} TFLOP/s, measured here"
     )
     return "\n".join(lines)
 
@@ -131,7 +131,7 @@ def _own_device_time(event: Any) -> float:
     return event.self_device_time_total if is_kernel else 0.0
 
 
-def product_ceiling(device: torch.device, dtype: torch.dtype) -> float:
+def product_peak(device: torch.device, dtype: torch.dtype) -> float:
     """Operations per second of a large square matrix product, the best of a few runs."""
     size = 8192 if device.type == "cuda" else 1024
     a, b = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(2))

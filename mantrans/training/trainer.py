@@ -274,7 +274,10 @@ class Trainer:
                 continue
             progress.not_finite_in_a_row += 1
             self.logger.message(f"step {step + 1} was skipped: {record.trouble}")
-            if self.debug_nan or progress.not_finite_in_a_row >= self.config.training.max_nan_count:
+            if (
+                self.debug_nan
+                or progress.not_finite_in_a_row >= self.config.training.max_consecutive_skips
+            ):
                 self._give_up(step)
 
     def _log(self) -> None:

@@ -435,7 +435,7 @@ PROMISES = (
     ),
     Promise(
         "Numerical trouble",
-        "max_nan_count in a row, counted across a resume, stop the run with a good checkpoint; "
+        "max_consecutive_skips, counted across a resume, stop the run with a good checkpoint; "
         "broken weights are never saved; good ones are, whatever the last step was.",
         (
             HERE + "test_numerics.py::test_too_many_in_a_row_end_the_run",

@@ -43,7 +43,7 @@ def test_a_bad_step_changes_nothing_and_is_counted(
     tmp_path: Path, tokens: Path, dtype: str, where: str, capsys, record_property: Callable
 ) -> None:
     """NaN, +inf and -inf in turn at steps 4, 7 and 10: three skipped, none of them in a row."""
-    config = small(tmp_path, tokens, log_every=1, model={"dtype": dtype}, max_nan_count=2)
+    config = small(tmp_path, tokens, log_every=1, model={"dtype": dtype}, max_consecutive_skips=2)
     trainer = Trainer(config)
     bad = dict(zip((4, 7, 10), VALUES, strict=True))
     for step, value in bad.items():
@@ -74,7 +74,7 @@ def test_a_bad_step_changes_nothing_and_is_counted(
 @pytest.mark.parametrize("where", PLACES)
 def test_too_many_in_a_row_end_the_run(tmp_path: Path, tokens: Path, where: str) -> None:
     """From step 6 on every step is bad: the third stops the run, whose checkpoints are good."""
-    config = small(tmp_path, tokens, log_every=1, max_nan_count=3)
+    config = small(tmp_path, tokens, log_every=1, max_consecutive_skips=3)
     with pytest.raises(MantransError) as stopped:
         finish(config, lambda trainer: poison(trainer, range(5, 12), where, math.nan))
     assert "3 steps in a row not finite" in str(stopped.value)
@@ -87,7 +87,7 @@ def test_too_many_in_a_row_end_the_run(tmp_path: Path, tokens: Path, where: str)
 
 def test_the_count_in_a_row_goes_on_after_a_resume(tmp_path: Path, tokens: Path) -> None:
     """Stopped after the second of three bad steps: the first one after the resume is the third."""
-    config = small(tmp_path, tokens, log_every=1, max_nan_count=3)
+    config = small(tmp_path, tokens, log_every=1, max_consecutive_skips=3)
 
     def prepared(trainer: Trainer) -> None:
         poison(trainer, range(5, 12), "loss", math.nan)
