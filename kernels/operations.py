@@ -125,7 +125,8 @@ class Embedding(Operation):
 
     name, dims = "embedding", ("B", "T", "C", "V")
     calls: ClassVar[tuple[str, ...]] = ("embedding_forward", "embedding_backward")
-    leaves, upstream = ("token_table", "position_table"), {"x": "dx"}
+    leaves: ClassVar[tuple[str, ...]] = ("token_table", "position_table")
+    upstream: ClassVar[Mapping[str, str]] = {"x": "dx"}
 
     def inputs(self, s: Shapes, draw: Draw) -> Inputs:
         return {
