@@ -152,6 +152,7 @@ def test_what_older_and_other_readers_rely_on(tmp_path) -> None:
     assert config.architectures == ["GPT2LMHeadModel"]
 
 
+@pytest.mark.promise("Auto classes")
 def test_the_tokenizer_goes_along_and_transformers_loads_both(tmp_path) -> None:
     """`Auto` classes need nothing but the folder; our own tokens of a text are theirs."""
     tokenizer = load_tokenizer(Path(__file__).parents[2] / "golden/tokenizer")
