@@ -476,10 +476,9 @@ class CustomTransformerWrapper:
     # -------------------------------------------------------------------------------- information
 
     def __repr__(self) -> str:
-        shape = self.config.model_dump(exclude=set(_OF_NO_FUNCTION))
-        shape["d_ffn"] = self.config.feed_forward_width
+        shape = self.config.resolved()
         facts = {
-            **shape,
+            **{name: shape[name] for name in shape if name not in _OF_NO_FUNCTION},
             "parameters": f"{self.count_parameters():,}",
             "dtype": self.config.dtype,
             "device": self.device,
@@ -499,8 +498,7 @@ class CustomTransformerWrapper:
         if self.optimizer is not None:
             buffers += [p.gradients, *self.optimizer.state().values()]
         return {
-            **self.config.model_dump(),
-            "d_ffn": self.config.feed_forward_width,
+            **self.config.resolved(),
             "parameters": self.count_parameters(),
             "device": str(self.device),
             "backend": self.model.ops.__name__.rpartition(".")[2],
@@ -591,13 +589,11 @@ def mean_scale(targets: Tensor, dtype: torch.dtype) -> Tensor:
 
 def check_same_function(found: dict[str, Any], own: ModelConfig) -> None:
     """Raise CheckpointError if the checkpoint's config makes another function of the weights."""
-    theirs = ModelConfig.complete(dict(found), "checkpoint")
-    for name in ModelConfig.model_fields.keys() - _OF_NO_FUNCTION:
-        attribute = "feed_forward_width" if name == "d_ffn" else name
-        expected, got = getattr(theirs, attribute), getattr(own, attribute)
-        if expected != got:
+    expected = ModelConfig.complete(dict(found), "checkpoint").resolved()
+    for name, got in own.resolved().items():
+        if name not in _OF_NO_FUNCTION and expected[name] != got:
             raise CheckpointError(
-                f"{name}: expected {show(expected)}, as in the checkpoint, got {show(got)}"
+                f"{name}: expected {show(expected[name])}, as in the checkpoint, got {show(got)}"
             )
 
 

@@ -125,6 +125,20 @@ class ModelConfig(Section):
         """H_kv with its default resolved."""
         return self.n_heads if self.n_kv_heads is None else self.n_kv_heads
 
+    def resolved(self) -> dict[str, Any]:
+        """All fields, with the defaults that depend on other fields resolved."""
+        return {
+            **self.model_dump(),
+            "d_ffn": self.feed_forward_width,
+            "n_kv_heads": self.key_value_heads,
+            "head_dim": self.head_width,
+            "bias": self.bias and self.norm == "layer_norm",
+            **{
+                name: self.bias if getattr(self, name) is None else getattr(self, name)
+                for name in ("qkv_bias", "projection_bias", "mlp_bias")
+            },
+        }
+
     @classmethod
     def complete(cls, values: Any, source: str, names: Names = NO_NAMES) -> Self:
         """Like `checked`, but vocab_size must be given."""

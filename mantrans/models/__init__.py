@@ -6,12 +6,17 @@ from types import ModuleType
 
 from mantrans.config import ModelConfig
 from mantrans.kernels import reference
-from mantrans.models import gpt2
+from mantrans.models import composition
+from mantrans.models.family import Family
+from mantrans.models.gpt2 import GPT2
+from mantrans.models.llama import LLAMA, QWEN2, QWEN3
 from mantrans.models.network import Network
+
+FAMILIES: tuple[Family, ...] = (GPT2, LLAMA, QWEN2, QWEN3)
 
 
 def build(
     config: ModelConfig, ops: ModuleType = reference, recompute_gelu: bool = False
 ) -> Network:
     """The network that `config` describes; it has no memory until `Parameters` allocates it."""
-    return gpt2.network(config, ops, recompute_gelu)
+    return composition.network(config, ops, recompute_gelu)
