@@ -16,13 +16,15 @@ export TOKENIZERS_PARALLELISM ?= false
 train: $(VENV)/.installed
 	OMP_WAIT_POLICY=PASSIVE $(PY) train.py
 
-# One thread a process: pytest-xdist starts a process a core.
+# One thread a process: pytest-xdist starts a process a core. A process interprets kernels or compiles
+# them (tests/conftest.py), hence two runs.
 test: $(VENV)/.installed-test
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto
-	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(PY) -m pytest -n auto tests/interpreted
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto tests/gate tests/gpu
 
 test-slow: $(VENV)/.installed-test
 	$(PY) -m pytest -m slow
+	$(PY) -m pytest -m slow tests/gate tests/gpu
 
 # The fast tests with the oldest torch that pyproject.toml allows and with the newest there is, each
 # in an environment that is thrown away. TORCH_FROM= (empty) takes PyPI's builds instead of CPU ones.
@@ -53,9 +55,9 @@ bench: $(VENV)/.installed-test
 	$(PY) -m pytest benchmarks/test_bench.py --benchmark-autosave --record benchmarks/results
 	$(PY) -m benchmarks report
 
-# Every promise of docs/reliability.md in its long form; writes that page anew.
+# Every promise of docs/reliability.md in its long form; writes what was counted to tests/reliability.md.
 test-reliability: $(VENV)/.installed-test
-	OMP_NUM_THREADS=1 $(PY) -m tests.reliability.report
+	OMP_NUM_THREADS=1 $(PY) -m tests.support.promises
 
 # The site in build/docs. A broken link is an error.
 docs: $(VENV)/.installed-test

@@ -26,7 +26,6 @@ from mantrans.kernels.reference import (
     partial_rows,
     split_heads,
     sum_partials,
-    visible,
     wide_dtype,
 )
 
@@ -41,13 +40,16 @@ HAS_ONEDNN = torch.backends.mkldnn.is_available()
 # ---------------------------------------------------------------------------------- embedding
 
 
-def embedding_forward(tokens: Tensor, token_table: Tensor, position_table: Tensor) -> Tensor:
+def embedding_forward(
+    tokens: Tensor, token_table: Tensor, position_table: Tensor | None = None
+) -> Tensor:
     """See `reference.embedding_forward`."""
-    return aten.embedding(token_table, tokens).add_(position_table[: tokens.shape[1]])
+    x = aten.embedding(token_table, tokens)
+    return x if position_table is None else x.add_(position_table[: tokens.shape[1]])
 
 
 def embedding_backward(
-    dx: Tensor, tokens: Tensor, dtoken_table: Tensor, dposition_table: Tensor
+    dx: Tensor, tokens: Tensor, dtoken_table: Tensor, dposition_table: Tensor | None = None
 ) -> None:
     """See `reference.embedding_backward`. Deterministic: on a CPU `index_add_` adds the rows in
     order, in float64 to those of the tokens that occur. On CUDA it does not, so
@@ -61,7 +63,8 @@ def embedding_backward(
         used, row = torch.unique(tokens, return_inverse=True)
         sums = wide.new_zeros(len(used), C).index_add_(0, row.view(-1), wide.reshape(-1, C))
         dtoken_table.index_add_(0, used, sums.to(dtoken_table.dtype))
-    dposition_table[:T] += wide.sum(0)
+    if dposition_table is not None:
+        dposition_table[:T] += wide.sum(0)
 
 
 # ------------------------------------------------------------------------------------- linear
@@ -207,6 +210,244 @@ def _norm_weights(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tenso
     return weight.float(), None if bias is None else bias.float()
 
 
+# ----------------------------------------------------------------------------------- RMS norm
+
+
+def rms_norm_forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """See `reference.rms_norm_forward`, which also computes rows too large for float32 squares."""
+    y, _, rstd = _rms_norm(x, None, weight, eps)
+    return y, rstd
+
+
+def add_rms_norm_forward(
+    branch: Tensor, residual: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `reference.add_rms_norm_forward`."""
+    return _rms_norm(residual, branch, weight, eps)
+
+
+def _rms_norm(
+    x: Tensor, branch: Tensor | None, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y, x and rstd; a branch is added to x first.
+
+    PyTorch has one kernel for this on CUDA alone. These operations take a few rows at a time, so
+    that on a CPU what one writes is still in the cache for the next.
+    """
+    rows_in, C = flat_rows(x), x.shape[-1]
+    wide = wide_dtype(x.dtype)
+    total = rows_in if branch is None else torch.empty_like(rows_in)
+    y, rstd = torch.empty_like(rows_in), rows_in.new_empty(len(rows_in), dtype=wide)
+    gain = weight.to(wide)
+    for rows in _cached_rows(rows_in):
+        if branch is not None:
+            torch.add(rows_in[rows], flat_rows(branch)[rows], out=total[rows])
+        part = total[rows].to(wide)
+        mean_square = torch.linalg.vector_norm(part, dim=-1).square_().div_(C)
+        root = mean_square.add(eps).rsqrt_()  # of an infinite square it is 0, which would hide that
+        rstd[rows] = torch.where(mean_square < torch.inf, root, torch.nan)
+        normed = y[rows] if y.dtype == wide else part
+        torch.mul(part, rstd[rows, None], out=normed).mul_(gain)
+        _write_part(y, rows, normed)
+    y, total = y.view(x.shape), x if branch is None else total.view(x.shape)
+    if _too_large_to_square(rstd):
+        y, rstd = reference.rms_norm_forward(total, weight, eps)
+    return y, total, rstd
+
+
+def rms_norm_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    rstd: Tensor,
+    dweight: Tensor,
+    dresidual: Tensor | None = None,
+    dbranch_bias: Tensor | None = None,
+) -> Tensor:
+    """See `reference.rms_norm_backward`. Both sums are products with p = dy x:
+    Σ_rows dy x̂ = pᵀ rstd and Σ_columns g x = p γ."""
+    if _too_large_to_square(rstd):
+        return reference.rms_norm_backward(dy, x, weight, rstd, dweight, dresidual, dbranch_bias)
+    dy_rows, x_rows, C = flat_rows(dy), flat_rows(x), x.shape[-1]
+    dx, gain = torch.empty_like(x_rows), weight.to(rstd.dtype)
+    for rows in _cached_rows(dx):
+        part, upstream, r = x_rows[rows].to(gain), dy_rows[rows].to(gain), rstd[rows]
+        p = upstream * part
+        dweight.addmv_(p.T, r)
+        slope = torch.mv(p, gain).mul_(r).div_(C).mul_(r).mul_(r)  # r³ alone could be too small
+        g, out = torch.mul(upstream, gain, out=p), _wide_part(dx, rows)
+        torch.mul(g, r[:, None], out=out).addcmul_(part, slope[:, None], value=-1)
+        if dresidual is not None:
+            out += flat_rows(dresidual)[rows]
+        _write_part(dx, rows, out)
+    if dbranch_bias is not None:
+        bias_gradient(dx, dbranch_bias)
+    return dx.view(x.shape)
+
+
+def _cached_rows(x: Tensor) -> Iterator[slice]:
+    """Slices of the rows of x (N, C) whose float32 copies stay in a CPU's cache; a GPU has no use
+    for them."""
+    return row_chunks(len(x), len(x) if x.is_cuda else max(1, CACHED_ELEMENTS // x.shape[1]))
+
+
+def _wide_part(out: Tensor, rows: slice) -> Tensor:
+    """Where to compute these rows of `out`: there, or in float32 if it is 16 bits wide."""
+    part, wide = out[rows], wide_dtype(out.dtype)
+    return part if part.dtype == wide else torch.empty_like(part, dtype=wide)
+
+
+def _write_part(out: Tensor, rows: slice, part: Tensor) -> None:
+    """Round what was computed in `_wide_part`, once."""
+    if part.dtype != out.dtype:
+        out[rows] = part
+
+
+# --------------------------------------------------------------------- rotary position embedding
+
+
+def rotary_forward(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    n_heads: int,
+    n_kv_heads: int | None = None,
+    positions: Tensor | None = None,
+) -> Tensor:
+    """See `reference.rotary_forward`. Written over qkv, in the layout of halves."""
+    for part, angles in _pieces((qkv,), cos, sin, positions):
+        turned, _ = rotary_heads(part[0], n_heads, n_kv_heads)
+        _turn(turned, *angles, out=turned)
+    return qkv
+
+
+def rotary_backward(
+    dqkv: Tensor, cos: Tensor, sin: Tensor, n_heads: int, n_kv_heads: int | None = None
+) -> Tensor:
+    """See `reference.rotary_backward`. Written over dqkv."""
+    return rotary_forward(dqkv, cos, -sin, n_heads, n_kv_heads)
+
+
+def norm_rotary_forward(
+    qkv: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    eps: float,
+    n_heads: int,
+    n_kv_heads: int | None = None,
+    positions: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """See `reference.norm_rotary_forward`, which also computes what float32 squares cannot.
+
+    The gains are multiplied into the angles first: each head is then read once for its root and
+    once for its rotation."""
+    B, T, width = qkv.shape
+    H_kv, D = head_sizes(width, n_heads, n_kv_heads)
+    rotated = torch.empty_like(qkv)
+    wide = wide_dtype(qkv.dtype)
+    rstd = torch.empty(B, T, n_heads + H_kv, dtype=wide, device=qkv.device)
+    for part, angles in _pieces((qkv, rotated, rstd), cos, sin, positions):
+        heads, v = rotary_heads(part[0], n_heads, H_kv)
+        out, v_out = rotary_heads(part[1], n_heads, H_kv)
+        v_out.copy_(v)
+        heads = heads.to(wide)
+        r = torch.linalg.vector_norm(heads, dim=-1).square_().div_(D).add_(eps).rsqrt_()
+        part[2].copy_(r)
+        heads = heads * r[..., None]
+        for who, weight in _queries_and_keys(n_heads, q_weight, k_weight):
+            (w1, w2), (cos_t, sin_t) = weight.to(wide).chunk(2), angles
+            x1, x2 = heads[:, :, who].chunk(2, dim=-1)
+            y1, y2 = out[:, :, who].chunk(2, dim=-1)
+            y1.copy_((x1 * (w1 * cos_t)).addcmul_(x2, w2 * sin_t, value=-1))
+            y2.copy_((x2 * (w2 * cos_t)).addcmul_(x1, w1 * sin_t))
+    if _too_large_to_square(rstd):
+        return reference.norm_rotary_forward(
+            qkv, q_weight, k_weight, cos, sin, eps, n_heads, n_kv_heads, positions
+        )
+    return rotated, rstd.flatten(0, 1)
+
+
+def norm_rotary_backward(
+    dqkv: Tensor,
+    qkv: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    rstd: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    dq_weight: Tensor,
+    dk_weight: Tensor,
+    n_heads: int,
+    n_kv_heads: int | None = None,
+) -> Tensor:
+    """See `reference.norm_rotary_backward`. Written over dqkv."""
+    B, T, _ = qkv.shape
+    whole = (dqkv, qkv, rstd.unflatten(0, (B, T)))
+    sums = torch.zeros(2, q_weight.shape[0], dtype=torch.float64, device=qkv.device)
+    for part, angles in _pieces(whole, cos, sin, None):
+        d_heads, _ = rotary_heads(part[0], n_heads, n_kv_heads)
+        raw, _ = rotary_heads(part[1], n_heads, n_kv_heads)
+        r = part[2][..., None]
+        dy = torch.empty(d_heads.shape, dtype=r.dtype, device=r.device)  # of the normalized heads
+        _turn(d_heads, angles[0], -angles[1], out=dy)
+        x_hat = raw * r
+        weights = _queries_and_keys(n_heads, q_weight, k_weight)
+        for total, (who, weight) in zip(sums, weights, strict=True):
+            total += (dy[:, :, who] * x_hat[:, :, who]).sum((0, 1, 2))
+            dy[:, :, who] *= weight.to(dy.dtype)
+        mean = (dy * x_hat).mean(-1, keepdim=True)
+        d_heads.copy_(dy.addcmul_(x_hat, mean, value=-1).mul_(r))
+    dq_weight += sums[0]
+    dk_weight += sums[1]
+    return dqkv
+
+
+def rotary_heads(qkv: Tensor, n_heads: int, n_kv_heads: int | None) -> tuple[Tensor, Tensor]:
+    """Views of the heads that are rotated, (B, T, H + H_kv, D), and of those of v."""
+    H_kv, D = head_sizes(qkv.shape[-1], n_heads, n_kv_heads)
+    turned, rest = qkv.unflatten(-1, (-1, D)).split((n_heads + H_kv, H_kv), dim=2)
+    return turned, rest
+
+
+def _queries_and_keys(n_heads: int, of_q: Tensor, of_k: Tensor) -> tuple[tuple[slice, Tensor], ...]:
+    """The rotated heads that are queries, and those that are keys, each with its vector."""
+    return (slice(0, n_heads), of_q), (slice(n_heads, None), of_k)
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
+    """`reference.rotate` of heads x (..., D) in cos's dtype, into `out`, which may be x itself."""
+    x1, x2 = x.to(cos.dtype).chunk(2, dim=-1)
+    y1, y2 = out.chunk(2, dim=-1)
+    turned = (x1 * cos).addcmul_(x2, sin, value=-1)
+    y2.copy_((x2 * cos).addcmul_(x1, sin))
+    y1.copy_(turned)
+
+
+def _pieces(
+    tensors: tuple[Tensor, ...], cos: Tensor, sin: Tensor, positions: Tensor | None
+) -> Iterator[tuple[tuple[Tensor, ...], tuple[Tensor, Tensor]]]:
+    """Tensors (B, T, ...) a few positions at a time, so that a CPU's temporaries stay in its cache,
+    with cos and sin of these positions, (rows, 1, D/2) or (B, rows, 1, D/2)."""
+    B, T, width = tensors[0].shape
+    rows = T if cos.is_cuda else max(1, CACHED_ELEMENTS // max(1, B * width))
+    for begin in range(0, T, rows):
+        piece = slice(begin, min(begin + rows, T))
+        at = piece if positions is None else positions[:, piece]
+        angles = cos[at].unsqueeze(-2), sin[at].unsqueeze(-2)
+        yield tuple(x[:, piece] for x in tensors), angles
+
+
+def _too_large_to_square(rstd: Tensor) -> bool:
+    """Whether some squares of an RMS norm may be too large for float32, or too small. Only asked on
+    a CPU: a GPU would have to wait for the answer."""
+    if rstd.is_cuda or not rstd.numel():
+        return False
+    smallest, largest = rstd.aminmax()  # NaN if one is
+    return not (smallest >= SMALLEST_RSTD and largest <= 1 / SMALLEST_RSTD)
+
+
 # ---------------------------------------------------------------------------------- attention
 
 # Query rows worked on at a time: none of them looks at a key that the block's last row cannot see.
@@ -227,14 +468,11 @@ def attention_forward(
     if not qkv.numel():
         return merge_heads(heads[0]), qkv.new_empty(0)
     if _flash_forward(qkv):
-        mask = _additive_mask(qkv, document_start)
-        out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
-            *heads, 0.0, mask is None, attn_mask=mask
-        )
+        out, lse = _flash(heads, document_start)
         return merge_heads(out), lse
     q, k, v = _stack_heads(*heads)
     out = torch.empty_like(q)
-    for rows, keys in _query_blocks(qkv.shape[1]):
+    for rows, keys in _query_blocks(qkv.shape[1], document_start):
         p = _probabilities(q, k, rows, keys, n_heads, document_start)
         torch.bmm(p, v[:, keys], out=out[:, rows])
     return merge_heads(out.unflatten(0, (-1, n_heads))), qkv.new_empty(0)
@@ -263,11 +501,50 @@ def attention_backward(
     B, T, _ = out.shape
     heads = split_heads(qkv, n_heads, n_kv_heads)
     do, o = (x.view(B, T, n_heads, -1).transpose(1, 2) for x in (dout, out))
-    mask = _additive_mask(qkv, document_start)
-    gradients = aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        do, *heads, o, statistics, 0.0, mask is None, attn_mask=mask
-    )
-    return join_heads(gradients, n_kv_heads)
+    gradients = _flash_gradients(do, heads, o, statistics, document_start)
+    return join_heads(gradients, n_kv_heads).to(qkv.dtype)
+
+
+def _flash(
+    heads: tuple[Tensor, Tensor, Tensor], document_start: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """out (B, H, T, D) and lse (B, H, T) by PyTorch's blocked CPU kernel. Its own blocks skip what
+    lies right of the diagonal, but with a mask nothing: then blocks of queries are given to it."""
+    kernel = aten._scaled_dot_product_flash_attention_for_cpu
+    if document_start is None:
+        return kernel(*heads, 0.0, True)
+    q, k, v = heads
+    parts = []
+    for rows, keys in _query_blocks(q.shape[2], document_start):
+        mask = _additive_mask(rows, keys, document_start, q)[:, None]
+        some = q[:, :, rows], k[:, :, keys], v[:, :, keys]
+        parts.append(kernel(*some, 0.0, False, attn_mask=mask))
+    outs, lses = zip(*parts, strict=True)
+    return torch.cat(outs, 2), torch.cat(lses, 2)
+
+
+def _flash_gradients(
+    do: Tensor,
+    heads: tuple[Tensor, Tensor, Tensor],
+    o: Tensor,
+    lse: Tensor,
+    document_start: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk, dv by the backward of that kernel, in blocks as there. dk and dv of several blocks
+    are added up in float32."""
+    kernel = aten._scaled_dot_product_flash_attention_for_cpu_backward
+    if document_start is None:
+        return kernel(do, *heads, o, lse, 0.0, True)
+    q, k, v = heads
+    dq, dk, dv = (torch.zeros_like(x, dtype=wide_dtype(x.dtype)) for x in heads)
+    for rows, keys in _query_blocks(q.shape[2], document_start):
+        mask = _additive_mask(rows, keys, document_start, q)[:, None]
+        some = q[:, :, rows], k[:, :, keys], v[:, :, keys], o[:, :, rows], lse[..., rows]
+        parts = kernel(do[:, :, rows], *some, 0.0, False, attn_mask=mask)
+        dq[:, :, rows], part_k, part_v = parts
+        dk[:, :, keys] += part_k
+        dv[:, :, keys] += part_v
+    return dq, dk, dv
 
 
 def _batched_backward(
@@ -279,8 +556,11 @@ def _batched_backward(
     (do,) = _stack_heads(dout.view(B, T, n_heads, -1).transpose(1, 2))
     scale = attention_scale(q)
     dq, dk, dv = dqkv = q.new_empty(3, *q.shape)
-    for rows, keys in reversed(list(_query_blocks(T))):
-        beta = 0 if rows.stop == T else 1  # the last rows see all keys, and write; the others add
+    written = T  # where the keys begin to which a block has written
+    for rows, keys in reversed(list(_query_blocks(T, document_start))):
+        beta = 0 if rows.stop == T else 1  # the last rows write to all the keys they see
+        dk[:, keys.start : written * beta] = dv[:, keys.start : written * beta] = 0
+        written = keys.start
         p = _probabilities(q, k, rows, keys, n_heads, document_start)
         dv[:, keys].baddbmm_(p.mT, do[:, rows], beta=beta)
         dp = torch.bmm(do[:, rows], v[:, keys].mT)
@@ -297,11 +577,15 @@ def decode_attention(
     lengths: Tensor,
     n_heads: int,
     n_kv_heads: int | None = None,
+    window: int | None = None,
 ) -> Tensor:
     """See `reference.decode_attention`. On a CPU by PyTorch's blocked kernel, in float32 where that
     kernel is slow in q's dtype, a few rows at a time, so that the copies stay in the cache."""
     if q.device.type != "cpu" or not q.numel():
-        return reference.decode_attention(q, k_cache, v_cache, lengths, n_heads, n_kv_heads)
+        return reference.decode_attention(q, k_cache, v_cache, lengths, n_heads, n_kv_heads, window)
+    if window is not None and window < lengths.max():
+        k_cache, v_cache = (_last_positions(x, lengths, window) for x in (k_cache, v_cache))
+        lengths = lengths.clamp(max=window)
     dtype = q.dtype if _flash_forward(q) else wide_dtype(q.dtype)
     longest, width = int(lengths.max()), k_cache.shape[2]
     H_kv, _ = head_sizes(q.shape[1] + 2 * width, n_heads, n_kv_heads)
@@ -312,6 +596,17 @@ def decode_attention(
     parts = (x.split(rows) for x in whole)
     outs = [_decode_rows(part, H_kv, dtype) for part in zip(*parts, strict=True)]
     return torch.cat(outs)
+
+
+def _last_positions(cache: Tensor, lengths: Tensor, window: int) -> Tensor:
+    """The last `window` of each row's positions, or its first ones where it has fewer: (B, window,
+    width), a view of the cache (B, T_max, width) if all rows are of one length."""
+    first = (lengths - window).clamp(min=0)
+    begin, last = (int(n) for n in first.aminmax())
+    if begin == last:
+        return cache[:, begin : begin + window]
+    positions = first[:, None] + torch.arange(window)
+    return cache[torch.arange(len(cache))[:, None], positions]
 
 
 def _decode_rows(part: tuple[Tensor, ...], H_kv: int, dtype: torch.dtype) -> Tensor:
@@ -367,12 +662,15 @@ def _lse_is_exact(lse: Tensor) -> bool:
     return bool(torch.linalg.vector_norm(lse, torch.inf) <= LARGEST_LSE)
 
 
-def _additive_mask(qkv: Tensor, document_start: Tensor | None) -> Tensor | None:
-    """0 where a key may be seen and -inf elsewhere, (B, 1, T, T); None for plain causal."""
-    if document_start is None:
-        return None
-    seen = visible(qkv.shape[1], document_start, qkv.device)
-    return torch.zeros_like(seen, dtype=qkv.dtype).masked_fill_(~seen, -torch.inf)
+def _additive_mask(rows: slice, keys: slice, document_start: Tensor | None, like: Tensor) -> Tensor:
+    """0 where a key may be seen and -inf elsewhere, in the dtype of `like`: (rows, keys), or (B,
+    rows, keys) with documents."""
+    position = torch.arange(keys.stop, device=like.device)
+    key = position[keys]
+    seen = key <= position[rows, None]
+    if document_start is not None:
+        seen = seen & (key >= document_start[:, rows, None])
+    return torch.zeros_like(seen, dtype=like.dtype).masked_fill_(~seen, -torch.inf)
 
 
 def _stack_heads(*heads: Tensor) -> Tensor:
@@ -380,11 +678,17 @@ def _stack_heads(*heads: Tensor) -> Tensor:
     return torch.stack(heads).flatten(1, 2)
 
 
-def _query_blocks(T: int) -> Iterator[tuple[slice, slice]]:
-    """Query rows, a block at a time, and the keys that some row of the block may see."""
-    for start in range(0, T, QUERY_BLOCK):
+def _query_blocks(T: int, document_start: Tensor | None) -> Iterator[tuple[slice, slice]]:
+    """Query rows, a block at a time, and the keys that some row of the block may see: from where
+    the document of its first row begins, of all sequences the earliest. (On a GPU from 0: it would
+    have to wait for the answer.)"""
+    blocks = range(0, T, QUERY_BLOCK)
+    firsts = [0] * len(blocks)
+    if document_start is not None and not document_start.is_cuda:
+        firsts = document_start[:, ::QUERY_BLOCK].amin(0).clamp(min=0).tolist()
+    for start, first in zip(blocks, firsts, strict=True):
         stop = min(start + QUERY_BLOCK, T)
-        yield slice(start, stop), slice(0, stop)
+        yield slice(start, stop), slice(first, stop)
 
 
 def _probabilities(
@@ -400,16 +704,13 @@ def _probabilities(
     In bfloat16 the scores are rounded before the softmax, which PyTorch's batched product on a CPU
     cannot avoid; large ones are computed again in float32. The softmax itself is float32 always.
     """
-    seen = visible(keys.stop, None, q.device)[rows]
+    mask = _additive_mask(rows, keys, document_start, q)
     if document_start is not None:
-        position = torch.arange(keys.stop, device=q.device)
-        seen = seen & (position >= document_start[:, rows, None])
-        seen = seen.repeat_interleave(n_heads, 0)
-    mask = torch.zeros_like(seen, dtype=q.dtype).masked_fill_(~seen, -torch.inf)
+        mask = mask.repeat_interleave(n_heads, 0)
     q, k, scale = q[:, rows], k[:, keys].mT, attention_scale(q)
     scores = torch.baddbmm(mask, q, k, alpha=scale)
     p = scores
-    if _too_large_to_round(scores, rows):
+    if _too_large_to_round(scores):
         scores = torch.baddbmm(mask.float(), q.float(), k.float(), alpha=scale)
     return p.copy_(aten._softmax.out(scores, -1, False, out=scores))
 
@@ -419,13 +720,13 @@ def _probabilities(
 LARGEST_ROUNDED_SCORE = 16.0
 
 
-def _too_large_to_round(scores: Tensor, rows: slice) -> bool:
+def _too_large_to_round(scores: Tensor) -> bool:
     """Whether the largest score of some row, in 16 bits, may be too large for that, of either sign.
     It is not below the score of the row's own position. Only asked on a CPU: a GPU would have to
     wait for the answer."""
     if scores.is_cuda or scores.element_size() > 2:
         return False
-    own = scores[..., rows].diagonal(dim1=1, dim2=2)
+    own = scores[..., -scores.shape[1] :].diagonal(dim1=1, dim2=2)  # the block's are its last keys
     largest = torch.aminmax(scores).max  # faster than amax
     return bool(largest.maximum(-own.amin()) > LARGEST_ROUNDED_SCORE)
 
@@ -446,6 +747,39 @@ def bias_gelu_backward(
     if dbias is not None:
         bias_gradient(dh, dbias)
     return dh
+
+
+# -------------------------------------------------------------------------------------- SwiGLU
+
+
+def swiglu_forward(h: Tensor) -> Tensor:
+    """See `reference.swiglu_forward`. A few rows at a time, as in `_rms_norm`."""
+    packed, F = flat_rows(h), h.shape[-1] // 2
+    y, wide = packed.new_empty(len(packed), F), wide_dtype(h.dtype)
+    for rows in _cached_rows(y):
+        gate, up = packed[rows].to(wide).split(F, dim=-1)
+        out = y[rows] if y.dtype == wide else gate
+        aten.silu.out(gate, out=out).mul_(up)
+        _write_part(y, rows, out)
+    return y.view(*h.shape[:-1], F)
+
+
+def swiglu_backward(dy: Tensor, h: Tensor) -> Tensor:
+    """See `reference.swiglu_backward`. With a = g s, the slope s (1 + g (1 - s)) is a + s (1 - a):
+    the point between a and 1 that `lerp` finds. One sigmoid serves both gradients."""
+    packed, dy_rows, F = flat_rows(h), flat_rows(dy), dy.shape[-1]
+    dh, wide = torch.empty_like(packed), wide_dtype(h.dtype)
+    one = dh.new_ones((), dtype=wide)
+    for rows in _cached_rows(dy_rows):
+        gate, up = packed[rows].to(wide).split(F, dim=-1)
+        upstream, out = dy_rows[rows].to(wide), _wide_part(dh, rows)
+        dgate, dup = out.split(F, dim=-1)
+        s = torch.sigmoid(gate, out=dgate)
+        silu = torch.mul(gate, s, out=dup)
+        torch.lerp(silu, one, s, out=dgate).mul_(up).mul_(upstream)
+        silu.mul_(upstream)
+        _write_part(dh, rows, out)
+    return dh.view(h.shape)
 
 
 # -------------------------------------------------------------------- softmax cross-entropy

@@ -125,7 +125,8 @@ class Embedding(Operation):
 
     name, dims = "embedding", ("B", "T", "C", "V")
     calls: ClassVar[tuple[str, ...]] = ("embedding_forward", "embedding_backward")
-    leaves, upstream = ("token_table", "position_table"), {"x": "dx"}
+    leaves: ClassVar[tuple[str, ...]] = ("token_table", "position_table")
+    upstream: ClassVar[Mapping[str, str]] = {"x": "dx"}
 
     def inputs(self, s: Shapes, draw: Draw) -> Inputs:
         return {
@@ -138,7 +139,7 @@ class Embedding(Operation):
         }
 
     def forward(self, ops: Any, i: Inputs) -> Results:
-        x = ops.embedding_forward(i["tokens"], i["token_table"], i["position_table"])
+        x = ops.embedding_forward(i["tokens"], *(i[name] for name in self.leaves))
         return {"x": x}
 
     def backward(self, ops: Any, i: Inputs, saved: Results) -> Results:
@@ -156,6 +157,23 @@ class Embedding(Operation):
             "forward": Cost(n, 2 * n * size + positions * size + tokens),
             # the rows of the table that occur are read and written, in float32
             "backward": Cost(2 * n, n * size + 8 * rows + 8 * positions + tokens),
+        }
+
+
+class TokenEmbedding(Embedding):
+    """Without learned positions."""
+
+    name = "embedding without positions"
+    leaves = ("token_table",)
+
+    def plain(self, i: Inputs) -> Results:
+        return {"x": F.embedding(i["tokens"], i["token_table"])}
+
+    def cost(self, s: Shapes, size: int) -> dict[str, Cost]:
+        n, rows, tokens = s.B * s.T * s.C, min(s.B * s.T, s.V) * s.C, 8 * s.B * s.T
+        return {
+            "forward": Cost(0, 2 * n * size + tokens),
+            "backward": Cost(n, n * size + 8 * rows + tokens),
         }
 
 
@@ -261,6 +279,167 @@ class LayerNorm(AddLayerNorm):
         return {"y": F.layer_norm(x, x.shape[-1:], i["weight"], i["bias"], EPS), "x": x}
 
 
+class Rotary(Operation):
+    """RoPE of the heads of q and k in a packed projection, which it may overwrite; v stays."""
+
+    name, dims = "rotary", ("B", "T", "H", "D")
+    calls: ClassVar[tuple[str, ...]] = ("rotary_forward", "rotary_backward")
+    leaves: ClassVar[tuple[str, ...]] = ("qkv",)
+    upstream: ClassVar[Mapping[str, str]] = {"rotated": "drotated"}
+
+    def inputs(self, s: Shapes, draw: Draw) -> Inputs:
+        cos, sin = rotations(s.T, s.D, draw)
+        return {
+            "qkv": draw.normal(s.B, s.T, (s.H + 2 * s.H_kv) * s.D),
+            "drotated": draw.normal(s.B, s.T, (s.H + 2 * s.H_kv) * s.D),
+            "cos": cos,
+            "sin": sin,
+            "heads": (s.H, s.H_kv),
+        }
+
+    def forward(self, ops: Any, i: Inputs) -> Results:
+        return {"rotated": ops.rotary_forward(i["qkv"], i["cos"], i["sin"], *i["heads"])}
+
+    def backward(self, ops: Any, i: Inputs, saved: Results) -> Results:
+        return {"dqkv": ops.rotary_backward(i["drotated"], i["cos"], i["sin"], *i["heads"])}
+
+    def plain(self, i: Inputs) -> Results:
+        q, k, v = split_heads(i["qkv"], *i["heads"])
+        return {"rotated": rotated_and_packed(q, k, v, i)}
+
+    def cost(self, s: Shapes, size: int) -> dict[str, Cost]:
+        n, table = s.B * s.T * (s.H + s.H_kv) * s.D, 4 * s.T * s.D
+        cost = Cost(3 * n, 2 * n * size + table)
+        return {"forward": cost, "backward": cost}
+
+
+class NormRotary(Rotary):
+    """RMS norm of each head of q and k, then RoPE, in one pass; v is copied."""
+
+    name = "norm_rotary"
+    calls: ClassVar[tuple[str, ...]] = ("norm_rotary_forward", "norm_rotary_backward")
+    leaves = ("qkv", "q_weight", "k_weight")
+    vectors: ClassVar[tuple[str, ...]] = ("dq_weight", "dk_weight")
+
+    def inputs(self, s: Shapes, draw: Draw) -> Inputs:
+        return {
+            **super().inputs(s, draw),
+            "q_weight": draw.normal(s.D),
+            "k_weight": draw.normal(s.D),
+            "dq_weight": draw.buffer(s.D),
+            "dk_weight": draw.buffer(s.D),
+        }
+
+    def forward(self, ops: Any, i: Inputs) -> Results:
+        weights, angles = (i["q_weight"], i["k_weight"]), (i["cos"], i["sin"])
+        rotated, rstd = ops.norm_rotary_forward(i["qkv"], *weights, *angles, EPS, *i["heads"])
+        return {"rotated": rotated, "rstd": rstd}
+
+    def backward(self, ops: Any, i: Inputs, saved: Results) -> Results:
+        dqkv = ops.norm_rotary_backward(
+            i["drotated"], i["qkv"], i["q_weight"], i["k_weight"], saved["rstd"],
+            i["cos"], i["sin"], i["dq_weight"], i["dk_weight"], *i["heads"],
+        )  # fmt: skip
+        return {"dqkv": dqkv, "dq_weight": i["dq_weight"], "dk_weight": i["dk_weight"]}
+
+    def plain(self, i: Inputs) -> Results:
+        q, k, v = split_heads(i["qkv"], *i["heads"])
+        q, k = (
+            F.rms_norm(x, x.shape[-1:], weight, EPS)
+            for x, weight in ((q, i["q_weight"]), (k, i["k_weight"]))
+        )
+        return {"rotated": rotated_and_packed(q, k, v, i)}
+
+    def cost(self, s: Shapes, size: int) -> dict[str, Cost]:
+        turned, table = s.B * s.T * (s.H + s.H_kv) * s.D, 4 * s.T * s.D
+        v = s.B * s.T * s.H_kv * s.D
+        rstd = 4 * turned // s.D
+        return {
+            "forward": Cost(7 * turned, 2 * (turned + v) * size + table + rstd),
+            # written over the upstream gradient, in which that of v lies already
+            "backward": Cost(13 * turned, 3 * turned * size + table + rstd),
+        }
+
+
+def rotations(T: int, D: int, draw: Draw) -> tuple[Tensor, Tensor]:
+    """cos and sin (T, D/2) of position · 10,000^(-2i/D), in the dtype in which sums are formed."""
+    frequency = 10_000.0 ** -(torch.arange(0, D, 2, dtype=torch.float64) / D)
+    angle = torch.arange(T, dtype=torch.float64)[:, None] * frequency
+    cos, sin = (f(angle).to(draw.device, draw.wide) for f in (torch.cos, torch.sin))
+    return cos, sin
+
+
+def rotated_and_packed(q: Tensor, k: Tensor, v: Tensor, i: Inputs) -> Tensor:
+    """RoPE as PyTorch programs write it, in the layout of halves: x cos + (-x_2, x_1) sin.
+    q, k, v (B, heads, T, D) -> (B, T, (H + 2 H_kv)·D)."""
+    cos, sin = (torch.cat([i[name]] * 2, -1).to(q.dtype) for name in ("cos", "sin"))
+
+    def turned(x: Tensor) -> Tensor:
+        first, second = x.chunk(2, -1)
+        return x * cos + torch.cat([-second, first], -1) * sin
+
+    return torch.cat([turned(q), turned(k), v], 1).transpose(1, 2).flatten(2)
+
+
+class AddRmsNorm(Operation):
+    """x = residual + branch, y = RMS norm of x; backward adds what x gets from elsewhere."""
+
+    name, dims = "add_rms_norm", ("N", "C")
+    calls: ClassVar[tuple[str, ...]] = ("add_rms_norm_forward", "rms_norm_backward")
+    leaves, upstream = ("branch", "weight"), {"y": "dy", "x": "dx"}
+    vectors: ClassVar[tuple[str, ...]] = ("dweight",)
+
+    def inputs(self, s: Shapes, draw: Draw) -> Inputs:
+        return {
+            "branch": draw.normal(s.N, s.C),
+            "residual": draw.normal(s.N, s.C) + 1,
+            "weight": draw.normal(s.C),
+            "dy": draw.normal(s.N, s.C),
+            "dx": draw.normal(s.N, s.C),
+            "dweight": draw.buffer(s.C),
+        }
+
+    def forward(self, ops: Any, i: Inputs) -> Results:
+        results = ops.add_rms_norm_forward(i["branch"], i["residual"], i["weight"], EPS)
+        return dict(zip(("y", "x", "rstd"), results, strict=True))
+
+    def backward(self, ops: Any, i: Inputs, saved: Results) -> Results:
+        vectors = {name: i[name] for name in self.vectors}
+        dx = ops.rms_norm_backward(
+            i["dy"], saved["x"], i["weight"], saved["rstd"],
+            i["dweight"], i["dx"], vectors.get("dbranch_bias"),
+        )  # fmt: skip
+        return {f"d{self.leaves[0]}": dx, **vectors}
+
+    def plain(self, i: Inputs) -> Results:
+        x = i["residual"] + i["branch"]
+        return {"y": F.rms_norm(x, x.shape[-1:], i["weight"], EPS), "x": x}
+
+    def cost(self, s: Shapes, size: int) -> dict[str, Cost]:
+        n = s.N * s.C
+        return {"forward": Cost(5 * n, 4 * n * size), "backward": Cost(11 * n, 4 * n * size)}
+
+
+class RmsNorm(AddRmsNorm):
+    """Without a branch, and with the gradient of the bias that ended it, as in `LayerNorm`."""
+
+    name = "rms_norm"
+    calls: ClassVar[tuple[str, ...]] = ("rms_norm_forward", "rms_norm_backward")
+    leaves = ("residual", "weight")
+    vectors: ClassVar[tuple[str, ...]] = ("dweight", "dbranch_bias")
+
+    def inputs(self, s: Shapes, draw: Draw) -> Inputs:
+        return {**super().inputs(s, draw), "dbranch_bias": draw.buffer(s.C)}
+
+    def forward(self, ops: Any, i: Inputs) -> Results:
+        y, rstd = ops.rms_norm_forward(i["residual"], i["weight"], EPS)
+        return {"y": y, "x": i["residual"], "rstd": rstd}
+
+    def plain(self, i: Inputs) -> Results:
+        x = i["residual"]
+        return {"y": F.rms_norm(x, x.shape[-1:], i["weight"], EPS), "x": x}
+
+
 class Attention(Operation):
     """Causal attention on a packed projection, as the model calls it."""
 
@@ -316,6 +495,28 @@ class DocumentAttention(Attention):
         starts[:, s.T // 3 :] = s.T // 3
         starts[:, s.T // 2 :] = s.T // 2
         return {**super().inputs(s, draw), "starts": starts}
+
+
+class WindowAttention(Attention):
+    """Attention to the last few keys, a quarter of the sequence."""
+
+    name = "attention with a window"
+
+    def inputs(self, s: Shapes, draw: Draw) -> Inputs:
+        tokens = torch.zeros(s.B, s.T, dtype=torch.int64, device=draw.device)
+        starts = reference.window_starts(tokens, self.window(s))
+        return {**super().inputs(s, draw), "starts": starts}
+
+    def window(self, s: Shapes) -> int:
+        return max(1, s.T // 4)
+
+    def cost(self, s: Shapes, size: int) -> dict[str, Cost]:
+        W = self.window(s)
+        seen = (W * s.T - W * (W - 1) / 2) / (s.T * (s.T + 1) / 2)  # of the causal scores
+        return {
+            direction: Cost(cost.flops * seen, cost.n_bytes)
+            for direction, cost in super().cost(s, size).items()
+        }
 
 
 def split_heads(qkv: Tensor, H: int, H_kv: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -374,15 +575,50 @@ class RaggedDecodeAttention(DecodeAttention):
         return i
 
     def plain(self, i: Inputs) -> Results:
-        T = i["k"].shape[1]
-        written = torch.arange(T, device=i["lengths"].device) < i["lengths"][:, None]
-        k, v = (i[name].masked_fill(~written[..., None], 0) for name in "kv")
-        (H, H_kv), q = i["heads"], i["q"]
-        k, v = (x.unflatten(-1, (H_kv, -1)).transpose(1, 2) for x in (k, v))
-        out = F.scaled_dot_product_attention(
-            q.unflatten(-1, (H, 1, -1)), k, v, written[:, None, None], enable_gqa=H_kv != H
+        position = torch.arange(i["k"].shape[1], device=i["lengths"].device)
+        return {"out": masked_decode(i, position < i["lengths"][:, None])}
+
+
+class WindowDecodeAttention(DecodeAttention):
+    """Rows of every length that see a quarter of the cache; beyond it nothing is finite."""
+
+    name = "decode_attention with a window"
+
+    def inputs(self, s: Shapes, draw: Draw) -> Inputs:
+        i = {**super().inputs(s, draw), "lengths": draw.integers(s.T, s.B) + 1}
+        i["lengths"][0], i["lengths"][-1] = 1, s.T
+        i["window"] = max(1, s.T // 4)
+        i["k"][~self.seen(i)] = i["v"][~self.seen(i)] = math.nan
+        return i
+
+    def seen(self, i: Inputs) -> Tensor:
+        """(B, T) bool: the positions that a row sees."""
+        lengths = i["lengths"][:, None]
+        position = torch.arange(i["k"].shape[1], device=lengths.device)
+        return (position < lengths) & (position >= lengths - i["window"])
+
+    def forward(self, ops: Any, i: Inputs) -> Results:
+        out = ops.decode_attention(
+            i["q"], i["k"], i["v"], i["lengths"], *i["heads"], window=i["window"]
         )
-        return {"out": out.flatten(1)}
+        return {"out": out}
+
+    def plain(self, i: Inputs) -> Results:
+        return {"out": masked_decode(i, self.seen(i))}
+
+    def cost(self, s: Shapes, size: int) -> dict[str, Cost]:
+        return super().cost(s._replace(T=max(1, s.T // 4)), size)
+
+
+def masked_decode(i: Inputs, seen: Tensor) -> Tensor:
+    """PyTorch's own way to decode rows that see some positions and not others: seen (B, T) bool."""
+    k, v = (i[name].masked_fill(~seen[..., None], 0) for name in "kv")
+    (H, H_kv), q = i["heads"], i["q"]
+    k, v = (x.unflatten(-1, (H_kv, -1)).transpose(1, 2) for x in (k, v))
+    out = F.scaled_dot_product_attention(
+        q.unflatten(-1, (H, 1, -1)), k, v, seen[:, None, None], enable_gqa=H_kv != H
+    )
+    return out.flatten(1)
 
 
 class BiasGelu(Operation):
@@ -415,6 +651,31 @@ class BiasGelu(Operation):
     def cost(self, s: Shapes, size: int) -> dict[str, Cost]:
         n = s.N * s.F
         return {"forward": Cost(12 * n, 2 * n * size), "backward": Cost(22 * n, 3 * n * size)}
+
+
+class SwiGLU(Operation):
+    """silu(gate) · up of the packed product (gate, up); backward recomputes the sigmoid."""
+
+    name, dims = "swiglu", ("N", "F")
+    calls: ClassVar[tuple[str, ...]] = ("swiglu_forward", "swiglu_backward")
+    leaves, upstream = ("h",), {"y": "dy"}
+
+    def inputs(self, s: Shapes, draw: Draw) -> Inputs:
+        return {"h": draw.normal(s.N, 2 * s.F), "dy": draw.normal(s.N, s.F)}
+
+    def forward(self, ops: Any, i: Inputs) -> Results:
+        return {"y": ops.swiglu_forward(i["h"])}
+
+    def backward(self, ops: Any, i: Inputs, saved: Results) -> Results:
+        return {"dh": ops.swiglu_backward(i["dy"], i["h"])}
+
+    def plain(self, i: Inputs) -> Results:
+        gate, up = i["h"].chunk(2, dim=-1)
+        return {"y": F.silu(gate) * up}
+
+    def cost(self, s: Shapes, size: int) -> dict[str, Cost]:
+        n = s.N * s.F
+        return {"forward": Cost(5 * n, 3 * n * size), "backward": Cost(10 * n, 5 * n * size)}
 
 
 class CrossEntropy(Operation):

@@ -106,7 +106,9 @@ def embedding_inputs(s: Shapes, draw: Draw) -> Inputs:
 
 
 def embedding(ops: Any, i: Inputs) -> Outputs:
-    return outputs_of(operations.Embedding(), ops, i)
+    without = {name: x.clone() for name, x in i.items()}
+    outputs = outputs_of(operations.Embedding(), ops, i)
+    return outputs | outputs_of(operations.TokenEmbedding(), ops, without, " without positions")
 
 
 def linear_inputs(s: Shapes, draw: Draw) -> Inputs:
@@ -140,6 +142,13 @@ def layer_norm(ops: Any, i: Inputs) -> Outputs:
     return outputs | by_partial_sums(operations.LayerNorm(), ops, i)
 
 
+def rms_norm(ops: Any, i: Inputs) -> Outputs:
+    after_branch = {name: x.clone() for name, x in i.items()}
+    outputs = outputs_of(operations.RmsNorm(), ops, i)
+    outputs |= outputs_of(operations.AddRmsNorm(), ops, after_branch, " after a branch")
+    return outputs | by_partial_sums(operations.RmsNorm(), ops, i)
+
+
 def attention_inputs(s: Shapes, draw: Draw) -> Inputs:
     return operations.DocumentAttention().inputs(s, draw)
 
@@ -166,6 +175,10 @@ def decoding(ops: Any, i: Inputs) -> Outputs:
 def gelu(ops: Any, i: Inputs) -> Outputs:
     outputs = outputs_of(operations.BiasGelu(), ops, i)
     return outputs | by_partial_sums(operations.BiasGelu(), ops, i)
+
+
+def swiglu(ops: Any, i: Inputs) -> Outputs:
+    return outputs_of(operations.SwiGLU(), ops, i)
 
 
 def loss_inputs(s: Shapes, draw: Draw) -> Inputs:
@@ -218,9 +231,11 @@ PROGRAMS: list[tuple[Callable[[Shapes, Draw], Inputs], Program]] = [
     (embedding_inputs, embedding),
     (linear_inputs, linear),
     (operations.LayerNorm().inputs, layer_norm),
+    (operations.RmsNorm().inputs, rms_norm),
     (attention_inputs, attention),
     (decoding_inputs, decoding),
     (operations.BiasGelu().inputs, gelu),
+    (operations.SwiGLU().inputs, swiglu),
     (loss_inputs, loss),
     (steps_inputs, steps),
 ]

@@ -12,7 +12,14 @@ import torch
 from torch import Tensor
 
 from mantrans.kernels import native
-from mantrans.kernels.native import linear_forward
+from mantrans.kernels.native import (
+    add_rms_norm_forward,
+    linear_forward,
+    rms_norm_backward,
+    rms_norm_forward,
+    swiglu_backward,
+    swiglu_forward,
+)
 from mantrans.kernels.reference import document_starts, head_sizes
 from mantrans.kernels.triton import attention
 from mantrans.kernels.triton.adamw import adamw_update
@@ -40,6 +47,7 @@ from mantrans.kernels.triton.sgd import sgd_update
 __all__ = [
     "adamw_update",
     "add_layer_norm_forward",
+    "add_rms_norm_forward",
     "attention_backward",
     "attention_forward",
     "bias_gelu_backward",
@@ -60,8 +68,12 @@ __all__ = [
     "linear_cross_entropy_forward_backward",
     "linear_forward",
     "partial_rows",
+    "rms_norm_backward",
+    "rms_norm_forward",
     "sgd_update",
     "sum_partials",
+    "swiglu_backward",
+    "swiglu_forward",
 ]
 
 

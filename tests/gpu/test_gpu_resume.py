@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mantrans.config import Config
-from tests.reliability.runs import assert_same, finish, outcome, small, stop_after
+from tests.support.runs import assert_same, finish, outcome, small, stop_after
 
 pytestmark = pytest.mark.gpu
 
@@ -23,6 +23,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+@pytest.mark.promise("resumed on a GPU")
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS.keys())
 def test_a_resumed_run_has_the_bits_of_an_unbroken_one(
     device: torch.device, tmp_path: Path, settings: dict[str, Any]

@@ -1,0 +1,427 @@
+"""Arguments and fields: what a number may be, and what a wrong one is answered with."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mantrans import CustomTransformerWrapper
+from mantrans.config import SECTIONS, Config, ModelConfig
+from mantrans.config.arguments import ADAMW, BUILD, OPTIMIZER, SAMPLING, SHAPE
+from mantrans.config.section import SMALLEST_NORMAL, kinds
+from mantrans.data.tokenizer import load_tokenizer
+from mantrans.errors import ConfigError, DataError
+from mantrans.evaluation.evaluator import evaluate
+from mantrans.models import generation
+from mantrans.optim import SGD, AdamW
+from mantrans.optim.guards import OutlierGuard
+from mantrans.optim.schedule import scheduled_learning_rate
+from mantrans.training.trainer import Trainer
+
+V, T = 37, 12
+SIZES: dict[str, Any] = {
+    "vocab_size": V, "d_model": 16, "n_blocks": 1, "n_heads": 2, "d_ffn": 24, "max_seq_len": T,
+}  # fmt: skip
+NUMBERS = [
+    (section, name)
+    for section, model in SECTIONS.items()
+    for name, found in model.model_fields.items()
+    if float in kinds(found)
+]
+
+
+def build(**options: Any) -> CustomTransformerWrapper:
+    return CustomTransformerWrapper(
+        **{**SIZES, "dtype": torch.float32, "device": "cpu", "optimizer": "adamw", **options}
+    )
+
+
+@pytest.fixture(scope="module")
+def model() -> CustomTransformerWrapper:
+    return build()
+
+
+IDS = torch.arange(2 * T).view(2, T) % V
+
+# ---------------------------------------------------------------------------- fields of a config
+
+
+def test_every_number_of_a_config_is_tried() -> None:
+    assert len(NUMBERS) >= 15 and ("evaluation", "top_p") in NUMBERS
+
+
+@pytest.mark.promise("limits of numbers")
+@pytest.mark.parametrize(("section", "name"), NUMBERS)
+@pytest.mark.parametrize("value", [5e-324, -5e-324, 1e-310, 1e-46, 1e-40, 1.1e-38])
+def test_a_number_that_float32_rounds_to_0_is_refused(section, name, value) -> None:
+    override = f"{section}.{name}={value!r}"
+    with pytest.raises(ConfigError, match=rf"{section}\.{name}.*expected .*got {value!r}"):
+        Config.from_dict({"training": {"max_steps": 1}}, "test", [override])
+
+
+@pytest.mark.promise("limits of numbers")
+@pytest.mark.parametrize("name", ["beta1", "beta2"])
+@pytest.mark.parametrize("value", [1 - 2**-26, 1 - 1e-12, 1 - 2**-53])
+def test_a_number_that_float32_rounds_to_its_limit_is_refused(name, value) -> None:
+    with pytest.raises(ConfigError, match=f"{name}.*which float32 does not hold"):
+        Config.from_dict({"training": {"max_steps": 1, name: value}}, "test")
+    Config.from_dict({"training": {"max_steps": 1, name: 1 - 2**-24}}, "test")
+
+
+# ---------------------------------------------------------------------------- sampling
+
+POSITIVE = st.floats(SMALLEST_NORMAL, 1.0) | st.floats(-126, 0).map(lambda power: 2.0**power)
+
+
+@pytest.mark.promise("limits of numbers")
+@given(
+    temperature=st.just(0.0) | POSITIVE | st.floats(1.0, 100.0),
+    top_p=st.none() | POSITIVE,
+    top_k=st.none() | st.integers(1, 2**24),
+    scale=st.sampled_from([1e-45, 1e-30, 1e-3, 1.0, 80.0, 1e4, 1e30, 3e38]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float64]),
+    seed=st.integers(0, 2**64 - 1),
+)
+@settings(max_examples=100, deadline=None)
+def test_sampling_cannot_fail(temperature, top_p, top_k, scale, dtype, seed) -> None:
+    """Any setting that a config accepts, finite logits of any size."""
+    values = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
+    Config.from_dict({"training": {"max_steps": 1}, "evaluation": values}, "test")
+    if dtype == torch.float64 and scale == 3e38:
+        scale = 1e308
+    generator = torch.Generator().manual_seed(seed)
+    logits = (torch.rand(3, V, generator=generator, dtype=torch.float64) * 2 - 1) * scale
+    logits = logits.to(dtype).nan_to_num()
+    drawn = generation.sample(logits, generator, temperature, top_k, top_p)
+    assert drawn.shape == (3,) and ((drawn >= 0) & (drawn < V)).all()
+    if temperature < 1e-6 * scale:  # cold: the probability of any other token underflows
+        likely = logits.gather(1, drawn[:, None])[:, 0]
+        assert (likely >= logits.max(1).values - 1e-3 * scale).all()
+
+
+# ---------------------------------------------------------------------------- library arguments
+
+
+class Door(NamedTuple):
+    """A public function, as `call(argument=value)`, with the checks of its arguments."""
+
+    call: Callable[..., Any]
+    rules: dict[str, Any]
+
+
+def doors(model: CustomTransformerWrapper, folder: Path) -> dict[str, Door]:
+    ops, p = model.model.ops, model.model.parameters
+    one = torch.tensor(1.0)
+    return {
+        "constructor": Door(build, {**SHAPE, **BUILD}),
+        "from_config": Door(
+            lambda **k: CustomTransformerWrapper.from_config(model.config, **k), BUILD
+        ),
+        "from_pretrained": Door(
+            lambda **k: CustomTransformerWrapper.from_pretrained(folder, **k), BUILD
+        ),
+        "from_checkpoint": Door(
+            lambda **k: CustomTransformerWrapper.from_checkpoint(folder / "model.pt", **k), BUILD
+        ),
+        "optimizer_options": Door(lambda **k: build(optimizer_options=k), ADAMW),
+        "AdamW": Door(lambda **k: AdamW(ops, p, **k), ADAMW),
+        "SGD": Door(lambda **k: SGD(ops, p, **k), OPTIMIZER),
+        "Optimizer.step": Door(
+            lambda **k: model.optimizer.step(one, one, **k), {"max_grad_norm": float | None}
+        ),
+        "OutlierGuard": Door(
+            lambda **k: OutlierGuard(**{"z_score": 3.0, "window": 8, "device": "cpu", **k}),
+            {"z_score": float, "window": int},
+        ),
+        "schedule": Door(
+            lambda **k: scheduled_learning_rate(**{"step": 1, "total_steps": 9, "peak": 1.0, **k}),
+            {"step": int, "total_steps": int, "peak": float, "minimum": float,
+             "warmup_steps": int, "decay": str, "decay_fraction": float},
+        ),
+        "train_step": Door(
+            lambda **k: model.train_step(IDS, IDS, **k),
+            {"learning_rate": float, "max_grad_norm": float | None, "micro_batches": int},
+        ),
+        "accumulate_gradients": Door(
+            lambda **k: model.accumulate_gradients(IDS, IDS, **k),
+            {"micro_batches": int, "overwrite": bool},
+        ),
+        "update_parameters": Door(model.model.update_parameters, {"learning_rate": float}),
+        "generate": Door(lambda **k: model.generate(IDS[:, :3], **k), SAMPLING),
+        "stream": Door(lambda **k: model.stream(IDS[:, :3], **k), SAMPLING),
+        "generation.stream": Door(
+            lambda **k: generation.stream(model.model, [[1]], **{"max_length": 5, **k}), SAMPLING
+        ),
+        "Trainer": Door(
+            lambda **k: Trainer(Config(training={"max_steps": 1}), **k),
+            {"profile": int, "debug_nan": bool, "check_kernels": bool, "quiet": bool},
+        ),
+        "evaluate": Door(
+            lambda **k: evaluate(model, None, None, None, **k),
+            {"max_batches": int | None, "generate": bool, "coherence": bool},
+        ),
+        "sample": Door(
+            lambda **k: generation.sample(torch.zeros(1, 4), torch.Generator(), **k),
+            {"temperature": float, "top_k": int | None, "top_p": float | None},
+        ),
+    }  # fmt: skip
+
+
+DOORS = [
+    "constructor", "from_config", "from_pretrained", "from_checkpoint", "optimizer_options",
+    "AdamW", "SGD", "Optimizer.step", "OutlierGuard", "schedule", "train_step",
+    "accumulate_gradients", "update_parameters", "generate", "stream", "generation.stream",
+    "Trainer", "evaluate", "sample",
+]  # fmt: skip
+# Accepted by no argument at all, but None by some and a bool by some.
+WRONG: list[Any] = [
+    "x", "1", b"1", -1, -0.5, 1.5e300, 2**70, math.nan, math.inf, [], [1], {}, object(), 1j,
+    np.float64("nan"), np.int64(-3), torch.tensor(-2.0), torch.ones(2), lambda: 1,
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(model, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    model.save_pretrained(folder)
+    model.save_checkpoint(folder / "model.pt")
+    return folder
+
+
+def may_be(rule: Any, kind: Any) -> bool:
+    return str(kind) in str(rule) if kind is None else kind.__name__ in str(rule)
+
+
+@pytest.mark.promise("wrong arguments")
+@pytest.mark.parametrize("door", DOORS)
+def test_a_wrong_argument_is_named(model, folder, door: str) -> None:
+    """Every argument of every door, with wrong values and types of many kinds."""
+    pytest.importorskip("safetensors")
+    call, rules = doors(model, folder)[door]
+    for name, rule in rules.items():
+        wrong = list(WRONG)
+        wrong += [] if may_be(rule, None) else [None]
+        wrong += [] if may_be(rule, bool) else [True, np.True_]
+        wrong += [1.5, np.float32(1.5)] if may_be(rule, int) else []
+        if door in ("schedule", "Trainer") and may_be(rule, int):  # no limit above
+            wrong.remove(2**70)
+        for value in wrong:
+            with pytest.raises((ValueError, TypeError)) as refused:
+                call(**{name: value})
+            message = str(refused.value)
+            assert message.startswith(f"{name}: expected "), (name, value, message)
+            assert ", got " in message and "\n" not in message
+
+
+def test_every_door_is_tried(model, folder) -> None:
+    assert list(doors(model, folder)) == DOORS
+
+
+@pytest.mark.parametrize("door", ["from_checkpoint", "from_pretrained", "from_config"])
+def test_an_unknown_keyword_is_a_type_error(model, folder, door: str) -> None:
+    pytest.importorskip("safetensors")
+    with pytest.raises(TypeError, match="colour"):
+        doors(model, folder)[door].call(colour=1)
+
+
+@pytest.mark.parametrize("options", [{"beta3": 0.5}, {"lr": 1.0}, {1: 2}, 5, [("beta1", 0.5)]])
+def test_wrong_optimizer_options_are_named(options: Any) -> None:
+    with pytest.raises(ConfigError, match=r"^optimizer_options: expected a dict of .*beta1"):
+        build(optimizer_options=options)
+
+
+@pytest.mark.parametrize("device", ["x", "meta", 5.5, None, [], "cuda:999", "mps"])
+def test_a_wrong_device_is_named(device: Any) -> None:
+    with pytest.raises(ConfigError, match=r"^device: expected"):
+        build(device=device)
+
+
+@pytest.mark.parametrize("dtype", ["x", "float16", torch.int64, 5, None, [], float])
+def test_a_wrong_dtype_is_named(model, folder, dtype: Any) -> None:
+    for make in (build, doors(model, folder)["from_checkpoint"].call):
+        with pytest.raises(ConfigError, match=r"^dtype: expected"):
+            make(dtype=dtype)
+
+
+@pytest.mark.parametrize("path", [5, None, b"x", [], 1.5])
+def test_a_wrong_path_is_named(model, path: Any) -> None:
+    for call in (
+        model.save_checkpoint, model.load_checkpoint, model.from_checkpoint, model.save_pretrained,
+        model.from_pretrained,
+    ):  # fmt: skip
+        with pytest.raises(ConfigError, match=r"^(path|directory): expected a file's path, got"):
+            call(path)
+
+
+def test_scalars_of_numpy_and_torch_are_numbers(tmp_path: Path) -> None:
+    sizes = {name: np.int64(size) for name, size in SIZES.items()}
+    plain = build(seed=3)
+    model = build(**sizes, seed=np.uint8(3), layer_norm_epsilon=np.float64(1e-5))
+    assert model.config == plain.config and type(model.config.d_model) is int
+    model.save_checkpoint(tmp_path / "model.pt")
+    options = {"max_length": 9, "temperature": 0.5, "top_k": 4, "seed": 1}
+    others = {name: np.asarray(value)[()] for name, value in options.items()}
+    assert torch.equal(model.generate(IDS, **options), plain.generate(IDS, **others))
+    result = model.train_step(IDS, IDS, np.float32(1e-3), torch.tensor(1.0), np.int32(2))
+    assert result["status"] == "ok"
+
+
+# ---------------------------------------------------------------------------- tensors
+
+FEW = torch.tensor([[1, 2, 3]])
+NO_IDS: list[Any] = [
+    FEW.float(), FEW.bool(), FEW.to(torch.complex64), FEW.bfloat16(), FEW[0, 0], FEW[None], FEW - 2,
+    FEW + V, FEW[:, :0], FEW.to("meta"), FEW.to_sparse(), None, 5, "abc", {}, np.ones((1, 3)),
+]  # fmt: skip
+
+
+@pytest.mark.promise("wrong arguments")
+@pytest.mark.parametrize("wrong", NO_IDS, ids=lambda x: type(x).__name__)
+def test_what_is_no_batch_of_token_ids_is_refused(model, wrong: Any) -> None:
+    before = model.model.parameters.weights.clone()
+    for name, call in (
+        ("input_ids", lambda: model.forward(wrong)),
+        ("input_ids", lambda: model.train_step(wrong, FEW)),
+        ("input_ids", lambda: model.generate(wrong)),
+        ("labels", lambda: model.forward(FEW, wrong)),
+        ("labels", lambda: model.train_step(FEW, wrong)),
+        ("tokens", lambda: model.model.forward(wrong)),
+    ):
+        if name == "labels" and wrong is None:  # forward's default
+            continue
+        with pytest.raises((ValueError, TypeError), match=rf"^{name}: expected .*got "):
+            call()
+    assert torch.equal(model.model.parameters.weights, before)
+
+
+@pytest.mark.promise("wrong arguments")
+@pytest.mark.parametrize(
+    "wrong", [[[1.5]], [1, 2], [[1], ["a"]], [[2**70]], [[None]], [[[1]]], [[]], [[True]], "a", 5]
+)
+def test_a_wrong_prompt_is_refused(model, wrong: Any) -> None:
+    with pytest.raises((ValueError, TypeError), match=r"^input_ids: expected .*got "):
+        model.generate(wrong)
+
+
+@pytest.mark.parametrize("text", ["Once upon a time", ["Once", "upon"], ("Once",), ""])
+def test_a_text_as_prompt_is_told_of_the_tokenizer(model, text: Any) -> None:
+    with pytest.raises(TypeError, match="load_tokenizer"):
+        model.generate(text)
+
+
+def test_a_wrong_gradient_of_the_logits_is_refused(model) -> None:
+    for wrong in (torch.zeros(2, T, V + 1), torch.zeros(2 * T, V), None, 1.0):
+        model.model.forward(IDS)
+        with pytest.raises(ValueError, match=rf"dlogits: expected a tensor of shape \(2, {T}, {V}"):
+            model.model.backward(wrong)
+    model.model.backward(torch.zeros(2, T, V))  # the forward's values are still there
+    with pytest.raises(ValueError, match="max_seq_len"):
+        model.model.forward(torch.zeros(1, T + 1, dtype=torch.int64))
+
+
+# ---------------------------------------------------------------------------- what is said
+
+
+def test_the_end_of_text_must_be_in_the_vocabulary(model) -> None:
+    with pytest.raises(ValueError, match=f"eos_token_id: expected below the vocabulary's {V}"):
+        model.generate(FEW, eos_token_id=V)
+
+
+def test_a_models_repr_says_what_it_is(model) -> None:
+    text = repr(model)
+    for fact in ("vocab_size=37", "n_blocks=1", "d_ffn=24", "dtype=float32", "device=cpu",
+                 "backend=native", "optimizer=adamw"):  # fmt: skip
+        assert fact in text
+    assert "optimizer=None" in repr(build(inference=True)) and "\n" not in text
+    assert "d_ffn=64" in repr(build(d_ffn=None))
+
+
+def test_the_dtype_is_bfloat16_unless_another_is_given(folder) -> None:
+    """Of a new model; one that is loaded from transformers' format is float32."""
+    assert CustomTransformerWrapper(**SIZES, device="cpu").dtype == torch.bfloat16
+    auto = CustomTransformerWrapper(**SIZES, device="cpu", dtype="auto").dtype
+    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    assert auto == (torch.bfloat16 if native else torch.float32)
+    pytest.importorskip("safetensors")
+    loaded = CustomTransformerWrapper.from_pretrained(folder, device="cpu")
+    assert (loaded.dtype, loaded.optimizer_name) == (torch.float32, "sgd")
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize("dtype", [torch.float32], ids=str)
+def test_greedy_tokens_with_and_without_cache_are_equal(backend: str, dtype: torch.dtype) -> None:
+    """In bfloat16 they need not be: `generate` says why."""
+    for seed in range(4):
+        model = build(backend=backend, dtype=dtype, seed=seed, initializer_range=0.3)
+        prompts = [IDS[0, :4], IDS[1, :7], IDS[1, :1]]
+        options = {"max_length": 40, "temperature": 0}
+        cached = model.generate(prompts, **options)
+        assert all(map(torch.equal, cached, model.generate(prompts, **options, use_cache=False)))
+
+
+def test_a_config_without_a_vocabulary_is_no_model() -> None:
+    for config in (ModelConfig(), None, {}, 5):
+        with pytest.raises(ConfigError, match=r"^config: expected a ModelConfig with a vocab_size"):
+            CustomTransformerWrapper.from_config(config)
+
+
+def broken_states(state: dict[str, Any]) -> dict[str, Any]:
+    """Each item of a state missing or of another kind; {what is named: state}."""
+    found: dict[str, Any] = {"model_config": None}
+    for name in state:
+        found[name] = {**state, name: None}
+    moments = {**state["optimizer_state"], "exp_avg": [1.0]}
+    return found | {"exp_avg": {**state, "optimizer_state": moments}}
+
+
+def test_what_is_no_state_is_refused_and_changes_nothing() -> None:
+    model = build()
+    state, before = model.state_dict(), model.model.parameters.weights.clone()
+    for name, broken in broken_states(state).items():
+        with pytest.raises((ValueError, TypeError), match=rf"^{name}: expected .*got"):
+            model.load_state_dict(broken)
+    for name in ("model_config", "parameters", "optimizer"):
+        with pytest.raises((ValueError, TypeError), match=rf"^{name}: expected .*got"):
+            CustomTransformerWrapper.from_state_dict({**state, name: [1]}, device="cpu")
+    name, value = next(iter(state["parameters"].items()))
+    broken = {**state, "parameters": {**state["parameters"], name: value.tolist()}}
+    with pytest.raises(TypeError, match=f"^{name}: expected a Tensor"):
+        model.load_state_dict(broken)
+    assert torch.equal(model.model.parameters.weights, before)
+
+
+def test_a_model_without_gradients_says_so() -> None:
+    model = build(inference=True).model
+    for call in (
+        lambda: model.update_parameters(0.1), model.zero_gradients,
+        lambda: dict(model.named_gradients()),
+    ):  # fmt: skip
+        with pytest.raises(RuntimeError, match="expected a model with gradients, got inference"):
+            call()
+
+
+@pytest.mark.parametrize("wrong", [1.0, None, "x", [1.0], torch.ones(2), torch.ones(1, 1)])
+def test_an_optimizer_wants_0_d_tensors(model, wrong: Any) -> None:
+    one = torch.tensor(1.0)
+    for name, arguments in (("loss", (wrong, one)), ("learning_rate", (one, wrong))):
+        with pytest.raises(TypeError, match=f"^{name}: expected a 0-d tensor, got "):
+            model.optimizer.step(*arguments)
+
+
+@pytest.mark.parametrize(
+    "ids", [[1.7], ["a"], "ab", 5, None, [None], [[1]], torch.ones(2), np.ones(2), [-1], [2**70]]
+)
+def test_decoding_what_is_no_token_id_is_refused(ids: Any) -> None:
+    tokenizer = load_tokenizer("tinystories_bpe_4096")
+    with pytest.raises(DataError, match="expected token ids"):
+        tokenizer.decode(ids)
+    for good in ([300, 301], torch.tensor([300, 301]), np.array([300, 301]), (300, np.uint16(301))):
+        assert tokenizer.decode(good) == tokenizer.decode([300, 301])
