@@ -24,8 +24,8 @@ from tests.support.compare import assert_close
 
 gguf = pytest.importorskip("gguf", reason="the files are written and read with it")
 IDS = torch.randint(0, families.V, (3, 13), generator=torch.Generator().manual_seed(1))
-# transformers' reader does not read every field: qwen3's head_dim is 128 then; GPT-2's positions are
-# 1024, its feed-forward width 4 C, its vocabulary that of the tokenizer.
+# transformers' reader does not read every field: qwen3's head_dim is 128 then; GPT-2 has 1024
+# positions, a feed-forward width of 4 C, and the tokenizer's vocabulary.
 CASES: dict[str, dict[str, Any]] = {
     "gpt2": {"max_seq_len": 1024, "d_model": 48, "n_heads": 4, "n_blocks": 2},
     "gpt2, no biases": {"max_seq_len": 1024, "d_model": 48, "n_blocks": 1, "bias": False},
