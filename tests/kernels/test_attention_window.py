@@ -98,7 +98,7 @@ def test_native_window_equals_reference(
     monkeypatch.setattr(native, "LONGEST_BATCHED", 0 if "backward" in flash else 1024)
     if flash == "never":
         monkeypatch.setattr(native, "_flash_forward", lambda qkv: False)
-    monkeypatch.setattr(native, "QUERY_BLOCK", 32)
+    monkeypatch.setattr(native, "DOCUMENT_BLOCK", 32)
     B, T = 2, 77
     qkv, dout, heads = inputs(Shapes(B=B, T=T, H=2, H_kv=1, D=8), dtype)
     starts = starts_of(B, T, window, documents)
@@ -115,7 +115,7 @@ def test_native_window_never_visits_what_lies_outside(
     """NaN outside every window of a block of queries or keys does not reach that block."""
     if not flash:
         monkeypatch.setattr(native, "_flash_forward", lambda qkv: False)
-    n, window = native.QUERY_BLOCK, 10
+    n, window = native.DOCUMENT_BLOCK, 10
     T, D = 3 * n, 4
     qkv, dout, _ = inputs(Shapes(B=2, T=T, D=D), torch.float32)
     starts = starts_of(2, T, window, documents=False)
