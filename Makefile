@@ -16,13 +16,15 @@ export TOKENIZERS_PARALLELISM ?= false
 train: $(VENV)/.installed
 	OMP_WAIT_POLICY=PASSIVE $(PY) train.py
 
-# One thread a process: pytest-xdist starts a process a core.
+# One thread a process: pytest-xdist starts a process a core. A process interprets kernels or compiles
+# them (tests/conftest.py), hence two runs.
 test: $(VENV)/.installed-test
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto
-	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(PY) -m pytest -n auto tests/interpreted
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto tests/gate tests/gpu
 
 test-slow: $(VENV)/.installed-test
 	$(PY) -m pytest -m slow
+	$(PY) -m pytest -m slow tests/gate tests/gpu
 
 # The fast tests with the oldest torch that pyproject.toml allows and with the newest there is, each
 # in an environment that is thrown away. TORCH_FROM= (empty) takes PyPI's builds instead of CPU ones.
@@ -55,7 +57,7 @@ bench: $(VENV)/.installed-test
 
 # Every promise of docs/reliability.md in its long form; writes that page anew.
 test-reliability: $(VENV)/.installed-test
-	OMP_NUM_THREADS=1 $(PY) -m tests.reliability.report
+	OMP_NUM_THREADS=1 $(PY) -m tests.end_to_end.report
 
 # The site in build/docs. A broken link is an error.
 docs: $(VENV)/.installed-test

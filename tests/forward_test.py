@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import math
+import sys
+from pathlib import Path
 
 import torch
+
+# Before this folder, where `mantrans` would be the folder of its tests.
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from mantrans import CustomTransformerWrapper
 

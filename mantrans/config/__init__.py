@@ -154,9 +154,10 @@ class ModelConfig(Section):
             raise clash(self, "d_model", "a multiple of {} ({})", "n_heads")
         if self.n_heads % self.key_value_heads:
             raise clash(self, "n_heads", "a multiple of {} ({})", "n_kv_heads")
-        if self.position == "rope" and self.head_width % 2:
-            field = "d_model" if self.head_dim is None else "head_dim"
-            raise clash(self, field, "an even width of a head, since {} is {}", "position")
+        for other, needs in (("position", self.position == "rope"), ("qk_norm", self.qk_norm)):
+            if needs and self.head_width % 2:
+                field = "d_model" if self.head_dim is None else "head_dim"
+                raise clash(self, field, "an even width of a head, since {} is {}", other)
         if self.position == "learned" and self.rope_scaling_factor is not None:
             raise clash(self, "rope_scaling_factor", "null, since {} is {}", "position")
         if self.rope_high_freq_factor <= self.rope_low_freq_factor:
@@ -288,7 +289,8 @@ class TrainingConfig(Section):
     )
     compile_step: bool = setting(True, "GPU: capture the step as one CUDA graph")
     recompute: Literal["none", "gelu", "block"] = setting(
-        "none", "activations recomputed in the backward pass to save memory"
+        "none",
+        "recomputed in the backward pass to save memory; gelu: the MLP's activation function",
     )
     stochastic_rounding: bool = setting(
         False, "bfloat16 weights without fp32 masters, rounded stochastically"

@@ -20,12 +20,15 @@ from mantrans.layers.block import Block
 from mantrans.layers.elements import Elements
 from mantrans.layers.embedding import Embedding
 from mantrans.layers.linear import Linear
-from mantrans.layers.mlp import MLP
-from mantrans.layers.norm import LayerNorm
+from mantrans.layers.mlp import GELUMLP, MLP, SwiGLUMLP
+from mantrans.layers.norm import LayerNorm, Norm, RMSNorm
 from mantrans.layers.output import Output
+from mantrans.layers.rotary import Angles, Rotary, Scaling
 
 __all__ = [
+    "GELUMLP",
     "MLP",
+    "Angles",
     "Attention",
     "Block",
     "Elements",
@@ -33,5 +36,10 @@ __all__ = [
     "KeyValueCache",
     "LayerNorm",
     "Linear",
+    "Norm",
     "Output",
+    "RMSNorm",
+    "Rotary",
+    "Scaling",
+    "SwiGLUMLP",
 ]

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mantrans.layers.elements import Elements
 from mantrans.layers.linear import Linear
+from mantrans.layers.rotary import Rotary
 from mantrans.parameters import Parameter
 
 
@@ -20,11 +21,16 @@ class Attention:
     The packed projection has M = (H + 2 H_kv)·D rows: H = n_heads heads of queries, then H_kv =
     n_kv_heads of keys and as many of values, each of width D = head_width, which need not be C / H.
     H_kv divides H: every H / H_kv neighboring heads of queries share one of keys and of values.
+
+    rotary: what is done to the heads of q and k before they meet; None: nothing.
+    window: keys that a query sees, its own included; None: all before it. `forward` and `backward`
+        are told by `first_key`, which `Network` makes once for all blocks.
     """
 
     class Saved(NamedTuple):
         x: Tensor  # (B,T,C)     input of the packed projection
-        qkv: Tensor  # (B,T,M)
+        rotary: Rotary.Saved | None
+        qkv: Tensor  # (B,T,M)   what the attention reads
         out: Tensor  # (B,T,HD)  the heads' outputs, input of the second projection
         statistics: Tensor  # of the softmax, in the form of the backend that reads them again
 
@@ -39,44 +45,64 @@ class Attention:
         head_width: int,
         std: float,
         residual_std: float,
-        bias: bool = True,
+        qkv_bias: bool = True,
+        projection_bias: bool = True,
+        rotary: Rotary | None = None,
+        window: int | None = None,
     ) -> None:
         self.ops, self.n_heads, self.n_kv_heads = ops, n_heads, n_kv_heads
+        self.rotary, self.window = rotary, window
         width, kv_width = n_heads * head_width, n_kv_heads * head_width
         self.widths = (width, kv_width, kv_width)  # of q, k and v
-        self.qkv = Linear(ops, f"{name}.qkv", C, sum(self.widths), std=std, bias=bias)
+        self.qkv = Linear(ops, f"{name}.qkv", C, sum(self.widths), std=std, bias=qkv_bias)
         self.projection = Linear(
-            ops, f"{name}.projection", width, C, std=residual_std, bias=bias, into_residual=True
+            ops,
+            f"{name}.projection",
+            width,
+            C,
+            std=residual_std,
+            bias=projection_bias,
+            into_residual=True,
         )
 
     def parameters(self) -> Iterator[Parameter]:
         yield from self.qkv.parameters()
+        if self.rotary is not None:
+            yield from self.rotary.parameters()
         yield from self.projection.parameters()
 
-    def forward(self, x: Tensor, document_start: Tensor | None) -> tuple[Tensor, Saved]:
+    def forward(self, x: Tensor, first_key: Tensor | None) -> tuple[Tensor, Saved]:
+        """first_key (B, T) int32: the first key that each query sees; None: all before it."""
         qkv = self.qkv.forward(x)
-        out, statistics = self.ops.attention_forward(
-            qkv, self.n_heads, document_start, self.n_kv_heads
-        )
+        rotary = None
+        if self.rotary is not None:
+            qkv, rotary = self.rotary.forward(qkv)
+        out, statistics = self.ops.attention_forward(qkv, self.n_heads, first_key, self.n_kv_heads)
         y = self.projection.forward(out)
-        return y, self.Saved(x, qkv, out, statistics)
+        return y, self.Saved(x, rotary, qkv, out, statistics)
 
     def backward(
-        self, dy: Tensor, saved: Saved, document_start: Tensor | None, accumulate: bool = True
+        self, dy: Tensor, saved: Saved, first_key: Tensor | None, accumulate: bool = True
     ) -> Tensor:
-        x, qkv, out, statistics = saved
+        x, rotary, qkv, out, statistics = saved
         dout = self.projection.backward(dy, out, accumulate)
         dqkv = self.ops.attention_backward(
-            dout, qkv, out, statistics, self.n_heads, document_start, self.n_kv_heads
+            dout, qkv, out, statistics, self.n_heads, first_key, self.n_kv_heads
         )
+        if self.rotary is not None and rotary is not None:
+            dqkv = self.rotary.backward(dqkv, rotary)
         return self.qkv.backward(dqkv, x, accumulate)
 
     def decode(self, x: Tensor, cache: KeyValueCache, lengths: Tensor) -> Tensor:
         """One new position per row: x (B, C) at index lengths[b] - 1. Extends the cache."""
-        q, k, v = self.qkv.forward(x).split(self.widths, dim=-1)
+        qkv = self.qkv.forward(x)
+        if self.rotary is not None:
+            qkv = self.rotary.forward(qkv[:, None], lengths[:, None] - 1)[0][:, 0]
+        q, k, v = qkv.split(self.widths, dim=-1)
         cache.append(k, v, lengths)
+        window = {} if self.window is None else {"window": self.window}
         out = self.ops.decode_attention(
-            q.contiguous(), cache.k, cache.v, lengths, self.n_heads, self.n_kv_heads
+            q.contiguous(), cache.k, cache.v, lengths, self.n_heads, self.n_kv_heads, **window
         )
         return self.projection.forward(out)
 
@@ -87,17 +113,21 @@ class Attention:
         return KeyValueCache(weight.new_empty(shape), weight.new_empty(shape))
 
     def flops(self, T: int) -> float:
-        """Projections; scores and weighted sum over the (T + 1) / 2 keys that a query sees."""
-        return self.qkv.flops() + self.projection.flops() + 4 * self.widths[0] * (T + 1) / 2
+        """Projections; scores and weighted sum over the keys that a query sees, on average."""
+        W = T if self.window is None else min(self.window, T)
+        keys = W - (W - 1) * W / (2 * T)  # the first W - 1 queries see 1, 2, ... instead of W
+        return self.qkv.flops() + self.projection.flops() + 4 * self.widths[0] * keys
 
     def kept(self) -> Elements:
         M, C = self.qkv.weight.shape
-        return Elements(narrow=C + M + self.widths[0], wide=2 * self.n_heads)
+        own = Elements(narrow=C + M + self.widths[0], wide=2 * self.n_heads)
+        return own if self.rotary is None else own + self.rotary.kept()
 
     def workspace(self) -> int:
-        """dy, dout, dqkv, and the three inputs of the kernels that are copies, of H heads each."""
+        """dy, dout, dqkv before and after the rotation, and the three inputs of the kernels that
+        are copies, of H heads each."""
         M, C = self.qkv.weight.shape
-        return C + M + 4 * self.widths[0]
+        return C + (M if self.rotary is None else 2 * M) + 4 * self.widths[0]
 
 
 class KeyValueCache(NamedTuple):

@@ -10,7 +10,7 @@ from torch import Tensor
 from mantrans.layers.attention import Attention, KeyValueCache
 from mantrans.layers.elements import Elements
 from mantrans.layers.mlp import MLP
-from mantrans.layers.norm import LayerNorm
+from mantrans.layers.norm import Norm
 from mantrans.parameters import Parameter
 
 
@@ -22,14 +22,12 @@ class Block:
     """
 
     class Saved(NamedTuple):
-        norm_1: LayerNorm.Saved
+        norm_1: Norm.Saved
         attention: Attention.Saved
-        norm_2: LayerNorm.Saved
+        norm_2: Norm.Saved
         mlp: MLP.Saved
 
-    def __init__(
-        self, norm_1: LayerNorm, attention: Attention, norm_2: LayerNorm, mlp: MLP
-    ) -> None:
+    def __init__(self, norm_1: Norm, attention: Attention, norm_2: Norm, mlp: MLP) -> None:
         self.norm_1, self.attention, self.norm_2, self.mlp = norm_1, attention, norm_2, mlp
 
     def parameters(self) -> Iterator[Parameter]:
@@ -37,34 +35,34 @@ class Block:
             yield from part.parameters()
 
     def forward(
-        self, x: Tensor, branch: Tensor | None, document_start: Tensor | None
+        self, x: Tensor, branch: Tensor | None, first_key: Tensor | None
     ) -> tuple[Tensor, Tensor, Saved]:
         """x, branch (B, T, C) -> the residual, and the MLP's output, not yet added to it."""
-        y, norm_1, attention, norm_2 = self._up_to_mlp(x, branch, document_start)
+        y, norm_1, attention, norm_2 = self._up_to_mlp(x, branch, first_key)
         branch, mlp = self.mlp.forward(y)
         return norm_2.x, branch, self.Saved(norm_1, attention, norm_2, mlp)
 
-    def recompute(self, x: Tensor, document_start: Tensor | None) -> Saved:
+    def recompute(self, x: Tensor, first_key: Tensor | None) -> Saved:
         """The `Saved` of a forward, from its `norm_1.x`. The MLP's last product, a third of a
         block's arithmetic, is left out: the backward does not need its result."""
-        y, norm_1, attention, norm_2 = self._up_to_mlp(x, None, document_start)
+        y, norm_1, attention, norm_2 = self._up_to_mlp(x, None, first_key)
         return self.Saved(norm_1, attention, norm_2, self.mlp.Saved(y, *self.mlp.hidden(y)))
 
     def _up_to_mlp(
-        self, x: Tensor, branch: Tensor | None, document_start: Tensor | None
-    ) -> tuple[Tensor, LayerNorm.Saved, Attention.Saved, LayerNorm.Saved]:
+        self, x: Tensor, branch: Tensor | None, first_key: Tensor | None
+    ) -> tuple[Tensor, Norm.Saved, Attention.Saved, Norm.Saved]:
         y, norm_1 = self.norm_1.forward(x, branch)
-        branch, attention = self.attention.forward(y, document_start)
+        branch, attention = self.attention.forward(y, first_key)
         y, norm_2 = self.norm_2.forward(norm_1.x, branch)
         return y, norm_1, attention, norm_2
 
     def backward(
-        self, dx: Tensor, saved: Saved, document_start: Tensor | None, accumulate: bool = True
+        self, dx: Tensor, saved: Saved, first_key: Tensor | None, accumulate: bool = True
     ) -> Tensor:
         """dx: the gradient of the sum of the two outputs. Returns that of the sum of the inputs."""
         dy = self.mlp.backward(dx, saved.mlp, accumulate)
         dx = self.norm_2.backward(dy, saved.norm_2, dresidual=dx)
-        dy = self.attention.backward(dx, saved.attention, document_start, accumulate)
+        dy = self.attention.backward(dx, saved.attention, first_key, accumulate)
         return self.norm_1.backward(dy, saved.norm_1, dresidual=dx)
 
     def decode(

@@ -13,6 +13,7 @@ from mantrans.parameters import Parameter
 class Linear:
     """y = x Wᵀ + b, with W (M, K).
 
+    adds_bias: False leaves b, and its gradient, to the operation that reads y.
     into_residual: y is added to the residual stream. The next norm's backward computes the gradient
     of that sum, which is also the gradient of y, and sums the bias's gradient in the same pass.
     """
@@ -26,9 +27,10 @@ class Linear:
         *,
         std: float,
         bias: bool = True,
+        adds_bias: bool = True,
         into_residual: bool = False,
     ) -> None:
-        self.ops, self.into_residual = ops, into_residual
+        self.ops, self.adds_bias, self.into_residual = ops, adds_bias, into_residual
         self.weight = Parameter(f"{name}.weight", (M, K), std=std)
         self.bias = Parameter(f"{name}.bias", (M,)) if bias else None
 
@@ -39,10 +41,11 @@ class Linear:
 
     def forward(self, x: Tensor) -> Tensor:
         """The backward needs only the input, which the caller keeps."""
-        return self.ops.linear_forward(x, self.weight.value, self.bias and self.bias.value)
+        bias = self.bias if self.adds_bias else None
+        return self.ops.linear_forward(x, self.weight.value, bias and bias.value)
 
     def backward(self, dy: Tensor, x: Tensor, accumulate: bool = True) -> Tensor:
-        bias = None if self.into_residual else self.bias
+        bias = self.bias if self.adds_bias and not self.into_residual else None
         weight = self.weight
         return self.ops.linear_backward(
             dy, x, weight.value, weight.gradient, bias and bias.gradient, accumulate

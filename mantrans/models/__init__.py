@@ -16,7 +16,7 @@ FAMILIES: tuple[Family, ...] = (GPT2, LLAMA, QWEN2, QWEN3)
 
 
 def build(
-    config: ModelConfig, ops: ModuleType = reference, recompute_gelu: bool = False
+    config: ModelConfig, ops: ModuleType = reference, recompute_activation: bool = False
 ) -> Network:
     """The network that `config` describes; it has no memory until `Parameters` allocates it."""
-    return composition.network(config, ops, recompute_gelu)
+    return composition.network(config, ops, recompute_activation)

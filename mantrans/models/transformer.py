@@ -19,7 +19,7 @@ from torch import Tensor
 from mantrans.config import ModelConfig
 from mantrans.config.arguments import BUILD, Rate, checked
 from mantrans.errors import show
-from mantrans.layers import Block, KeyValueCache, LayerNorm
+from mantrans.layers import Block, KeyValueCache, Norm
 from mantrans.models import build
 from mantrans.parameters import Parameters
 
@@ -30,8 +30,8 @@ class CustomTransformer:
     config: shape of the network; vocab_size must be set.
     ops: the module of operations to compute with (`mantrans.kernels.backend.choose`).
     dtype: float32, bfloat16 or float64, of weights and activations.
-    recompute: "none" keeps all activations; "gelu" recomputes GELU's outputs in the backward;
-        "block" keeps only each block's input.
+    recompute: "none" keeps all activations; "gelu" recomputes the outputs of the MLPs' activation
+        function, GELU or SwiGLU, in the backward; "block" keeps only each block's input.
     training: False leaves out gradients and masters; backward is then not possible.
     keep_master: whether bfloat16 weights have float32 masters.
     """
@@ -40,9 +40,9 @@ class CustomTransformer:
         """What a forward leaves for its backward."""
 
         tokens: Tensor  # (B,T)
-        document_start: Tensor | None  # (B,T)
+        first_key: Tensor | None  # (B,T)  that each query sees
         blocks: list  # per block: Block.Saved, or its input (B,T,C) where it is recomputed
-        final_norm: LayerNorm.Saved
+        final_norm: Norm.Saved
         y: Tensor  # (B,T,C) input of the output projection
 
     @checked(recompute=BUILD["recompute"], seed=BUILD["seed"], training=bool, keep_master=bool)
@@ -59,7 +59,7 @@ class CustomTransformer:
         seed: int = 0,
     ) -> None:
         self.config, self.ops, self.recompute, self.training = config, ops, recompute, training
-        network = build(config, ops, recompute_gelu=recompute == "gelu")
+        network = build(config, ops, recompute_activation=recompute == "gelu")
         self.network = network
         self.parameters = Parameters(
             network.parameters(),
@@ -70,7 +70,9 @@ class CustomTransformer:
             partial_rows=ops.partial_rows(device),
         )
         self.parameters.initialize(seed)
-        self.embedding, self.blocks, self.final_norm, self.output = network
+        self.embedding, self.blocks, self.final_norm, self.output, angles = network
+        if angles is not None:
+            angles.allocate(self.parameters.wide, device)
         self.vocab_size = self.output.vocab_size
         self._saved: CustomTransformer.Saved | None = None
 
@@ -89,14 +91,14 @@ class CustomTransformer:
         def see(saved: Block.Saved) -> None:
             blocks.append(saved.norm_1.x if self.recompute == "block" else saved)
 
-        y, final_norm = self.network.forward(tokens, document_start, see)
-        self._saved = self.Saved(tokens, document_start, blocks, final_norm, y)
+        y, final_norm, first_key = self.network.forward(tokens, document_start, see)
+        self._saved = self.Saved(tokens, first_key, blocks, final_norm, y)
         return y
 
     def _trunk_backward(self, dy: Tensor, accumulate: bool) -> None:
         """dy (B, T, C): of the output projection's input."""
         assert self._saved is not None
-        (tokens, document_start, saved_blocks, saved_norm, _), self._saved = self._saved, None
+        (tokens, first_key, saved_blocks, saved_norm, _), self._saved = self._saved, None
         if not accumulate:
             self.parameters.gradients[self.parameters.groups["vectors"]].zero_()
         dx = self.final_norm.backward(dy, saved_norm)
@@ -105,8 +107,8 @@ class CustomTransformer:
         for i, block in reversed(list(enumerate(self.blocks))):
             saved = saved_blocks.pop()
             if self.recompute == "block":
-                saved = block.recompute(saved, document_start)
-            dx = block.backward(dx, saved, document_start, accumulate)
+                saved = block.recompute(saved, first_key)
+            dx = block.backward(dx, saved, first_key, accumulate)
             del saved
             self._finish_vectors(f"blocks.{i}")
         self.embedding.backward(dx, tokens, accumulate, tied=self.output.tied)
@@ -221,7 +223,7 @@ class CustomTransformer:
         attention is causal. Returns the logits (B, V) after each row's last token.
         """
         layers = iter(cache)
-        y, _ = self.network.forward(tokens, None, lambda s: next(layers).fill(s.attention.qkv))
+        y, *_ = self.network.forward(tokens, None, lambda s: next(layers).fill(s.attention.qkv))
         return self.output.forward(y[torch.arange(len(lengths), device=y.device), lengths - 1])
 
     def decode(self, tokens: Tensor, lengths: Tensor, cache: list[KeyValueCache]) -> Tensor:

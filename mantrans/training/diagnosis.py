@@ -48,7 +48,7 @@ def first_value(model: CustomTransformer, part: MicroBatch) -> str | None:
             finite.append(bool(tensor.isfinite().all()))
 
     number = count()
-    y, final_norm = model.network.forward(
+    y, final_norm, _ = model.network.forward(
         part.tokens, part.document_start, lambda saved: look(f"blocks.{next(number)}", saved)
     )
     look("final_norm", final_norm)

@@ -195,7 +195,7 @@ def _kind(parameter: Parameter) -> str:
 def _network(model: ModelConfig, recompute: str = "none") -> Network:
     if model.vocab_size is None:
         raise ValueError("vocab_size: expected the tokenizer's count, got None")
-    return build(model, recompute_gelu=recompute == "gelu")
+    return build(model, recompute_activation=recompute == "gelu")
 
 
 def _by_triton(config: Config, on_gpu: bool) -> bool:

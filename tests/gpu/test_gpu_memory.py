@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from mantrans.config import Config
+from mantrans.config import Config, ModelConfig
 from mantrans.training.batches import HostTokens
 from mantrans.training.memory import predict
 from mantrans.training.step import TrainStep
 from mantrans.training.trainer import build_wrapper
+from mantrans.wrapper import CustomTransformerWrapper
 from tests.gpu.small_runs import loader
 
 pytestmark = pytest.mark.gpu
@@ -52,3 +53,23 @@ def test_peak_is_as_predicted(device: torch.device, name: str, recompute: str) -
     assert all(record.applied for record in step.read())
     peak = torch.cuda.max_memory_allocated() - before
     assert abs(peak / predicted - 1) <= 0.1, f"{peak / 2**20:.0f} of {predicted / 2**20:.0f} MiB"
+
+
+@pytest.mark.parametrize("recompute", ["none", "gelu", "block"])
+def test_peak_of_an_eager_step_is_as_predicted(device: torch.device, recompute: str) -> None:
+    shape = ModelConfig(d_model=768, n_blocks=4, n_heads=12, max_seq_len=1024, vocab_size=50257)
+    training = {"max_steps": 1, "batch_size": 8, "recompute": recompute}
+    config = Config.from_dict({"model": shape.model_dump(), "training": training})
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    model = CustomTransformerWrapper(
+        **shape.model_dump(exclude={"dtype"}),
+        dtype=torch.bfloat16, device="cuda", optimizer="adamw", recompute=recompute,
+    )  # fmt: skip
+    tokens = torch.randint(50257, (8, 1024), device="cuda")
+    for _ in range(2):
+        model.train_step(tokens, tokens)
+    peak = torch.cuda.max_memory_allocated() - before
+    assert predict(config, torch.bfloat16, "cuda").total == pytest.approx(peak, rel=0.1)

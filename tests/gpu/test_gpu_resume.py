@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mantrans.config import Config
-from tests.reliability.runs import assert_same, finish, outcome, small, stop_after
+from tests.support.runs import assert_same, finish, outcome, small, stop_after
 
 pytestmark = pytest.mark.gpu
 

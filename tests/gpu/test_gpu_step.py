@@ -1,8 +1,9 @@
 """The captured step on a GPU: the eager step's bits, no question to the device, refusals obeyed.
 
-`tests/test_step.py` tests the same logic without a GPU, where the graph is a direct call. What only
-a GPU can show is here: that everything the step does can be captured, that replaying reads what was
-written before the replay, and that copies on another stream arrive in time.
+`tests/mantrans/training/test_step.py` tests the same logic without a GPU, where the graph is a
+direct call. What only a GPU can show is here: that everything the step does can be captured, that
+replaying reads what was written before the replay, and that copies on another stream arrive in
+time.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Edges that held when they were tried and are to hold: each check takes a backend's operations.
 
-`tests/test_edges_held.py` runs them with the reference and natively, `tests/interpreted` with
+`tests/kernels/test_edges.py` runs them with the reference and natively, `test_edges_triton.py` with
 Triton.
 """
 

@@ -29,21 +29,26 @@ import numpy as np
 from numpy.typing import NDArray
 
 COMPILED_ALREADY = (
-    "Triton was imported without TRITON_INTERPRET=1 before the interpreter tests were collected, "
-    "and one process cannot do both: run them on their own, "
-    "`TRITON_INTERPRET=1 python -m pytest tests/interpreted`"
+    "Triton was imported without TRITON_INTERPRET=1 before this process was to interpret, and one "
+    "process cannot do both: nothing may import Triton before tests/conftest.py"
 )
 
 
 def start() -> None:
-    """Put this process under the interpreter and repair it. RuntimeError if that is too late."""
+    """Put this process under the interpreter and repair it. RuntimeError if that is too late.
+
+    The processes that it starts decide for themselves: the variable is not left to them.
+    """
     if "triton" not in sys.modules:
         os.environ["TRITON_INTERPRET"] = "1"
     import triton.language as tl
+    from triton import knobs
     from triton.runtime import interpreter
 
     if not isinstance(tl.sum, interpreter.InterpretedFunction):
         raise RuntimeError(COMPILED_ALREADY)
+    knobs.runtime.interpret = True
+    os.environ.pop("TRITON_INTERPRET", None)
     patch()
 
 

@@ -11,5 +11,5 @@ self-check, the cases of the GPU tests and a training step of each shipped confi
 
 What is not executed: no kernel runs, and no operation of PyTorch but those that make views; all
 others, products included, return memory of the right shape with nothing in it (`memory`). Nothing
-here tests a result: that is for tests/interpreted, and on a GPU for tests/gpu and the self-check.
+here tests a result: that is for tests/kernels, and on a GPU for tests/gpu and the self-check.
 """

@@ -1,0 +1,47 @@
+"""One process runs Triton's kernels either interpreted or compiled: what `pytest` does here.
+
+A run interprets, on the CPU, unless every path it is given lies in a folder of COMPILED. Those
+folders are left out of an interpreted run: `make test` starts a second process for them.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.support import interpreter
+
+ROOT = Path(__file__).parents[1]
+COMPILED = [ROOT / "tests" / name for name in ("gate", "gpu")]
+INTERPRETED = pytest.StashKey[bool]()
+
+
+def is_compiled(path: Path) -> bool:
+    return any(folder == path or folder in path.parents for folder in COMPILED)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    paths = [config.invocation_params.dir / name.partition("::")[0] for name in config.args]
+    compiled = [is_compiled(path.resolve()) for path in paths]
+    if all(compiled):
+        return
+    if any(compiled):
+        raise pytest.UsageError("tests/gate and tests/gpu compile, the rest interprets: run twice")
+    config.stash[INTERPRETED] = True
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a GPU beside interpreted kernels proves neither
+    try:
+        interpreter.start()
+    except RuntimeError as too_late:
+        raise pytest.UsageError(str(too_late)) from None
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    return True if INTERPRETED in config.stash and is_compiled(collection_path) else None
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    if INTERPRETED in config.stash:
+        return "triton: interpreted; what compiles is run by `pytest tests/gate tests/gpu`"
+    return "triton: compiled"

@@ -1,0 +1,168 @@
+"""Files that were cut short or changed: found by name, and passed over where there is another."""
+
+from __future__ import annotations
+
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from mantrans.checkpoint import state_file
+from mantrans.checkpoint.folder import newest_intact
+from mantrans.config import Config
+from mantrans.data.dataset import prepare
+from mantrans.data.tokenizer import SHIPPED, load_tokenizer
+from mantrans.errors import CheckpointError, DataError
+from tests.support.nursery import Nursery
+from tests.support.runs import assert_same, checkpoints, finish, outcome, small, stop_after
+
+MANY = pytest.param(4000, marks=pytest.mark.slow)
+
+
+def flipped(whole: bytes, place: int, bit: int) -> bytes:
+    broken = bytearray(whole)
+    broken[place] ^= 1 << bit
+    return bytes(broken)
+
+
+@pytest.fixture
+def interrupted(tmp_path: Path, tokens: Path) -> Config:
+    """A run of 12 steps that was stopped after 9: checkpoints of steps 4, 6, 8 and 9."""
+    config = small(tmp_path / "broken", tokens, keep_checkpoints=4)
+    finish(config, lambda trainer: stop_after(trainer, 9))
+    return config
+
+
+@pytest.mark.parametrize("trials", [200, MANY])
+def test_damage_to_a_runs_checkpoint_is_found(
+    tmp_path: Path, interrupted: Config, trials: int, record_property: Callable
+) -> None:
+    """Anywhere in a real run's file: half of the flips in its first and last 4 KiB, where the
+    structure is, the others in the tensors; and every length down to nothing."""
+    folder = checkpoints(tmp_path / "broken")
+    path = folder / "latest.pt"
+    whole = path.read_bytes()
+    chance = random.Random(trials)
+    edge = 2**12
+    for trial in range(trials):
+        if trial % 2:
+            place = chance.randrange(len(whole))
+        else:
+            place = (chance.randrange(2 * edge) - edge) % len(whole)
+        path.write_bytes(flipped(whole, place, chance.randrange(8)))
+        with pytest.raises(CheckpointError, match=r"latest\.pt: .*latest"):
+            state_file.verify(path)
+        length = chance.randrange(len(whole)) if trial % 4 else len(whole) - 1 - trial // 4
+        path.write_bytes(whole[:length])
+        with pytest.raises(CheckpointError, match=r"latest\.pt: .*cut short|does not begin"):
+            state_file.verify(path)
+    record_property("bytes flipped", trials)
+    record_property("truncations", trials)
+    record_property("not detected", 0)
+
+
+@pytest.mark.parametrize("trials", [12, pytest.param(300, marks=pytest.mark.slow)])
+def test_the_newest_intact_checkpoint_is_taken(
+    tmp_path: Path, interrupted: Config, trials: int, record_property: Callable
+) -> None:
+    """Any number of the newest are damaged in any way: the choice is the newest of the others."""
+    folder = checkpoints(tmp_path / "broken")
+    kept = tmp_path / "kept"
+    shutil.copytree(folder, kept)
+    chance = random.Random(1)
+    newest_first = ["step_00000009.pt", "step_00000008.pt", "step_00000006.pt", "step_00000004.pt"]
+    for _ in range(trials):
+        damaged = chance.randrange(1, 4)
+        for number, name in enumerate(reversed(newest_first)):
+            whole = (kept / name).read_bytes()
+            if number >= 4 - damaged:
+                cut = whole[: chance.randrange(len(whole))]
+                flip = flipped(whole, chance.randrange(len(whole)), chance.randrange(8))
+                whole = chance.choice([cut, flip, b""])
+            (folder / name).write_bytes(whole)
+        for name in ("latest.pt", "best.pt"):
+            (folder / name).unlink(missing_ok=True)
+        path, notes = newest_intact(folder)
+        assert path.name == newest_first[damaged] and len(notes) == damaged
+        assert all(name in note for name, note in zip(newest_first, notes, strict=False))
+    record_property("folders with damage", trials)
+    record_property("wrong choices", 0)
+
+
+def test_a_run_goes_on_from_the_newest_intact_and_says_so(
+    tmp_path: Path, tokens: Path, nursery: Nursery, interrupted: Config
+) -> None:
+    """The two newest are damaged; the resumed run names both and ends as the unbroken one does."""
+    finish(small(tmp_path / "unbroken", tokens, keep_checkpoints=4))
+    folder = checkpoints(tmp_path / "broken")
+    latest = folder / "latest.pt"
+    latest.write_bytes(flipped(latest.read_bytes(), 20_000, 3))  # step_00000009.pt is the same file
+    eighth = folder / "step_00000008.pt"
+    eighth.write_bytes(eighth.read_bytes()[:-1])
+    interrupted.save(tmp_path / "config.yaml")
+    ended = nursery.run("--config", "config.yaml", "--resume", "latest", cwd=tmp_path)
+    assert ended.status == 0, ended.text
+    assert "latest.pt: is damaged" in ended.text or "step_00000009.pt: is damaged" in ended.text
+    assert "step_00000008.pt: is damaged" in ended.text and "at step 6" in ended.text
+    assert_same(outcome(tmp_path / "broken"), outcome(tmp_path / "unbroken"))
+
+
+def test_with_nothing_intact_a_run_is_not_silently_begun_anew(
+    tmp_path: Path, nursery: Nursery, interrupted: Config
+) -> None:
+    for path in checkpoints(tmp_path / "broken").glob("*.pt"):
+        path.write_bytes(path.read_bytes()[:100])
+    interrupted.save(tmp_path / "config.yaml")
+    ended = nursery.run("--config", "config.yaml", "--resume", "latest", cwd=tmp_path)
+    assert ended.is_one_line_error and "expected an intact checkpoint" in ended.text
+
+
+@pytest.mark.parametrize("trials", [100, pytest.param(2000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["train.tokens", "validation.tokens"])
+def test_damage_to_token_files_is_found(
+    tmp_path: Path, tokens: Path, name: str, trials: int, record_property: Callable
+) -> None:
+    cache = tmp_path / "tokens"
+    data = small(tmp_path, cache).data
+    tokenizer = load_tokenizer(data.tokenizer)
+    prepare(data, tokenizer, cache_dir=cache, quiet=True)
+    (path,) = cache.glob(f"*/{name}")
+    whole = path.read_bytes()
+    chance = random.Random(0)
+    for trial in range(trials):
+        broken = flipped(whole, chance.randrange(len(whole)), chance.randrange(8))
+        if trial % 2:
+            broken = whole[: chance.randrange(len(whole))]
+        path.write_bytes(broken)
+        with pytest.raises(DataError, match=rf"{name} is damaged: .*delete the folder"):
+            prepare(data, tokenizer, cache_dir=cache, quiet=True)
+    record_property("flips and truncations", trials)
+    record_property("not detected", 0)
+
+
+def test_damaged_tokens_and_tokenizers_stop_a_run_in_one_line(
+    tmp_path: Path, nursery: Nursery
+) -> None:
+    """Run as a command: the file is named, and the advice works."""
+    copy = tmp_path / "tokenizer"
+    shutil.copytree(SHIPPED / "tinystories_bpe_4096", copy)
+    config = small(tmp_path, tmp_path / "cache", data={"tokenizer": str(copy)}, max_steps=2)
+    config.save(tmp_path / "config.yaml")
+    assert nursery.run("--config", "config.yaml", cwd=tmp_path).status == 0
+
+    (path,) = (tmp_path / "cache").glob("*/train.tokens")
+    path.write_bytes(flipped(path.read_bytes(), 5000, 0))
+    ended = nursery.run("--config", "config.yaml", cwd=tmp_path)
+    assert ended.is_one_line_error and f"delete the folder {path.parent}" in ended.text
+    shutil.rmtree(path.parent)
+    assert nursery.run("--config", "config.yaml", cwd=tmp_path).status == 0
+
+    for file, near in (("tokenizer.json", b'"vocab"'), ("manifest.json", b"sha256_of")):
+        kept = (copy / file).read_bytes()
+        (copy / file).write_bytes(flipped(kept, kept.index(near) + 40, 0))
+        ended = nursery.run("--config", "config.yaml", cwd=tmp_path)
+        assert ended.is_one_line_error and str(copy) in ended.text
+        (copy / file).write_bytes(kept)
+    assert nursery.run("--config", "config.yaml", cwd=tmp_path).status == 0

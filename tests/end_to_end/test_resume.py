@@ -1,0 +1,114 @@
+"""A run that was interrupted leaves, bit for bit, what an unbroken one leaves."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from mantrans.config import Config
+from mantrans.records import read_records
+from mantrans.training.trainer import Trainer
+from tests.support.runs import (
+    assert_same,
+    checkpoints,
+    finish,
+    metrics_file,
+    outcome,
+    poison,
+    small,
+    stop_after,
+)
+
+# Two epochs of about six steps. The fourth step's gradient and the fifth's loss are not finite, and
+# an outlier comes when the guard's window has just filled up.
+SETTINGS = {
+    "gradient_accumulation_steps": 2, "batch_size": 4, "num_epochs": 2, "max_steps": None,
+    "data": {"subset_size": 2, "val_subset_size": 1}, "outlier_z_score": 4.0, "outlier_window": 8,
+}  # fmt: skip
+
+
+def with_bad_steps(trainer: Trainer) -> None:
+    poison(trainer, range(3, 4), "gradients", math.inf)
+    poison(trainer, range(4, 5), "loss", math.nan)
+    poison(trainer, range(10, 11), "loss", 3.0)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "every"),
+    [("float32", 1), ("bfloat16", 4), pytest.param("bfloat16", 1, marks=pytest.mark.slow)],
+)
+def test_interrupted_at_any_step(
+    tmp_path: Path, tokens: Path, dtype: str, every: int, record_property: Callable
+) -> None:
+    """Accumulation, an epoch's end, two steps skipped in a row, an outlier: all in one run,
+    stopped after every step in turn and resumed."""
+
+    def config(folder: Path) -> Config:
+        return small(folder, tokens, **SETTINGS, model={"dtype": dtype})
+
+    unbroken = finish(config(tmp_path / "unbroken"), with_bad_steps)
+    total = unbroken.total_steps
+    expected = outcome(tmp_path / "unbroken")
+    assert expected["latest.pt"]["progress"]["skipped"] == 3 and total > 11
+    epochs = {r["epoch"] for r in read_records(metrics_file(tmp_path / "unbroken")) if "loss" in r}
+    assert len(epochs) >= 2
+    stops = range(1, total, every)
+    for stop in stops:
+        folder = tmp_path / f"stopped_{stop}"
+
+        def prepared(trainer: Trainer, stop: int = stop) -> None:
+            with_bad_steps(trainer)
+            stop_after(trainer, stop)
+
+        finish(config(folder), prepared)
+        resumed = finish(config(folder), with_bad_steps, resume="latest")
+        assert resumed.progress.step == total
+        assert_same(outcome(folder), expected, f"stopped after {stop}")
+    record_property("places of interruption", len(stops))
+    record_property("bits that differ", 0)
+
+
+def test_interrupted_many_times(tmp_path: Path, tokens: Path, record_property: Callable) -> None:
+    """Stopped after each single step: twelve processes' worth of runs make one run."""
+    finish(small(tmp_path / "unbroken", tokens))
+    config = small(tmp_path / "broken", tokens)
+    for stop in range(1, 13):
+        finish(
+            config, lambda trainer, stop=stop: stop_after(trainer, stop),
+            resume="latest" if stop > 1 else None,
+        )  # fmt: skip
+    assert_same(outcome(tmp_path / "broken"), outcome(tmp_path / "unbroken"))
+    record_property("interruptions", 11)
+
+
+def test_from_the_best_checkpoint(tmp_path: Path, tokens: Path, record_property: Callable) -> None:
+    """best.pt is of step 6; the run went on to 8, and what it wrote after 6 is taken back."""
+    finish(small(tmp_path / "unbroken", tokens))
+    config = small(tmp_path / "broken", tokens)
+    finish(config, lambda trainer: stop_after(trainer, 8))
+    best = checkpoints(tmp_path / "broken") / "best.pt"
+    resumed = Trainer(config, resume=str(best), quiet=True)
+    assert resumed.progress.step == 6
+    resumed.run()
+    assert_same(outcome(tmp_path / "broken"), outcome(tmp_path / "unbroken"))
+    record_property("steps taken again", 2)
+
+
+def test_a_finished_run_can_be_resumed(tmp_path: Path, tokens: Path) -> None:
+    config = small(tmp_path, tokens)
+    finish(config)
+    before = outcome(tmp_path)
+    finish(config, resume="latest")
+    assert_same(outcome(tmp_path), before)
+
+
+def test_every_step_and_every_validation_is_on_record_once(tmp_path: Path, tokens: Path) -> None:
+    config = small(tmp_path, tokens, log_every=1)
+    finish(config, lambda trainer: stop_after(trainer, 7))
+    finish(config, resume="latest")
+    records = read_records(metrics_file(tmp_path))
+    assert [r["step"] for r in records if "loss" in r] == list(range(1, 13))
+    assert [r["step"] for r in records if "validation_loss" in r] == [6, 12]

@@ -1,0 +1,287 @@
+"""The command line: help is quick, mistakes and accidents end in one line, generate writes text."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import mantrans.wrapper
+from mantrans import CustomTransformer
+from mantrans.cli import COMMANDS, main
+from mantrans.config import Config
+from mantrans.data.tokenizer import load_tokenizer
+from mantrans.evaluation.evaluator import generate_samples, printable
+from mantrans.inference.text import _characters, continue_text
+from mantrans.inference.trained import load_model, load_trained
+from mantrans.runtime import OUT_OF_MEMORY
+from tests.support.runs import GOLDEN, NAME, finish, small
+
+ROOT = Path(__file__).parents[2]
+BYTES = load_tokenizer(GOLDEN / "tokenizer")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a run of some steps: config.yaml, best.pt and runs/small."""
+    folder = tmp_path_factory.mktemp("run")
+    config = small(folder, folder / "tokens", max_steps=6)
+    finish(config)
+    config.save(folder / "config.yaml")
+    (folder / "checkpoints" / NAME / "best.pt").rename(folder / "best.pt")
+    return folder
+
+
+def filled(arguments: str, run: Path) -> list[str]:
+    return [word.replace("RUN", str(run)) for word in arguments.split()]
+
+
+def error_line(capsys: pytest.CaptureFixture[str]) -> str:
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    return line
+
+
+# ------------------------------------------------------------------------------------------ help
+
+
+def test_help_needs_no_torch() -> None:
+    program = """
+import sys
+from mantrans.cli import main
+for command in sys.argv[1:]:
+    try:
+        main([command, "--help"])
+    except SystemExit as ended:
+        assert ended.code == 0
+    assert "torch" not in sys.modules, command
+"""
+    command = [sys.executable, "-c", program, "--help", *COMMANDS]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("usage: mantrans") == 1 + len(COMMANDS)
+
+
+def test_the_installed_command_and_the_module_are_main() -> None:
+    tomllib = pytest.importorskip("tomllib")  # since Python 3.11
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    [(name, value)] = project["scripts"].items()
+    assert name == "mantrans"
+    assert importlib.metadata.EntryPoint(name, value, "console_scripts").load() is main
+    command = [sys.executable, "-m", "mantrans", "summary", "absent.yaml"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and done.stderr.startswith("error: absent.yaml")
+
+
+# --------------------------------------------------------------------------- mistakes, accidents
+
+MISTAKES = {
+    "": "command",
+    "trian": "trian",
+    "train --config": "--config: expected one argument",
+    "train --confg c.yaml": "--confg",
+    "train --profile many": "--profile",
+    "train --config absent.yaml": "absent.yaml",
+    "train --config RUN/config.yaml --set training.learning_rat=1": "training.learning_rate",
+    "train --config RUN/config.yaml --resume nothing.pt": "nothing.pt",
+    "evaluate": "--checkpoint",
+    "evaluate --checkpoint nothing.pt": "nothing.pt",
+    "evaluate --checkpoint RUN/best.pt --max-batches 0": "from 1 to 1000000000000, got '0'",
+    "summary": "config",
+    "summary RUN/config.yaml --set model.d_model=7": "7",
+    "tokenizer": "train",
+    "tokenizer train --output RUN --vocab-size -3": "from 257 to 16777216, got '-3'",
+    "tokenizer encode --tokenizer nowhere a": "nowhere",
+    "generate --checkpoint RUN/best.pt": "--prompt",
+    "generate --checkpoint RUN/best.pt --prompt a --top-k 0": "from 1 to 16777216, got '0'",
+    "generate --checkpoint RUN/best.pt --prompt a --temperature -1": "evaluation.temperature",
+    "generate --checkpoint RUN/best.pt --prompt a --seed 99999999999999999999": "--seed",
+    "generate --checkpoint RUN/best.pt --prompt abcdef --max-length 5": "the 7 tokens of the",
+    "generate --checkpoint RUN/config.yaml --prompt a": "config.yaml",
+    "report nowhere": "nowhere",
+    "report": "run",
+    "report RUN --compare": "--compare: expected at least one argument",
+    "convert RUN/best.pt": "new",
+    "convert RUN/config.yaml RUN/new.pt": "config.yaml",
+}
+
+
+@pytest.mark.parametrize(("arguments", "words"), MISTAKES.items())
+def test_a_mistake_is_one_line(
+    run: Path, capsys: pytest.CaptureFixture[str], arguments: str, words: str
+) -> None:
+    assert main(filled(arguments, run)) == 2
+    assert words in error_line(capsys)
+
+
+WORKING = {
+    "train": "train --config RUN/config.yaml --no-coherence-eval",
+    "evaluate": "evaluate --checkpoint RUN/best.pt --max-batches 1 --json RUN/report.json",
+    "generate": "generate --checkpoint RUN/best.pt --prompt Once --device cpu",
+}
+
+
+@pytest.mark.parametrize("arguments", WORKING.values(), ids=WORKING)
+def test_full_memory_is_one_line_and_not_the_checkpoint_s_fault(
+    run: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: str,
+) -> None:
+    def too_large(*_: object, **__: object) -> torch.Tensor:
+        return torch.empty(2**50, dtype=torch.uint8)  # more than any address space
+
+    monkeypatch.setattr(mantrans.wrapper, "CustomTransformer", too_large)
+    assert main(filled(arguments, run)) == 2
+    assert error_line(capsys) == f"error: {OUT_OF_MEMORY}"
+
+
+@pytest.mark.parametrize("command", ["evaluate", "generate"])
+def test_a_model_that_is_only_read_has_no_gradients(
+    run: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    built = []
+
+    def watched(*arguments: object, **options: object) -> CustomTransformer:
+        built.append(CustomTransformer(*arguments, **options))  # type: ignore[arg-type]
+        return built[-1]
+
+    monkeypatch.setattr(mantrans.wrapper, "CustomTransformer", watched)
+    assert main(filled(WORKING[command], run)) == 0
+    [model] = built
+    assert model.parameters.master is None and not hasattr(model.parameters, "gradients")
+
+
+@pytest.mark.parametrize(
+    ("raised", "status"), [(KeyboardInterrupt(), 130), (MemoryError(), 2), (BrokenPipeError(), 141)]
+)
+def test_accidents_have_a_status_each(
+    run: Path, monkeypatch: pytest.MonkeyPatch, raised: BaseException, status: int
+) -> None:
+    def accident(*_: object, **__: object) -> None:
+        raise raised
+
+    monkeypatch.setattr("mantrans.training.summary.summary", accident)
+    with open(os.devnull, "w") as nowhere:
+        monkeypatch.setattr(sys, "stdout", nowhere)
+        assert main(filled("summary RUN/config.yaml", run)) == status
+
+
+def test_a_refusal_of_the_system_names_the_file(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mantrans.training.summary.summary", lambda *_: os.listdir("/nowhere"))
+    assert main(filled("summary RUN/config.yaml", run)) == 2
+    assert error_line(capsys) == "error: /nowhere: No such file or directory"
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        assert main(["report", str(run / "runs" / NAME)]) == 2
+        monkeypatch.undo()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), full.fileno())
+    assert error_line(capsys) == "error: No space left on device"
+
+
+def test_a_bug_keeps_its_traceback(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "mantrans.training.summary.summary", lambda *_: torch.ones(2) @ torch.ones(3)
+    )
+    with pytest.raises(RuntimeError, match="size"):
+        main(filled("summary RUN/config.yaml", run))
+
+
+READERS = [WORKING["evaluate"], WORKING["generate"], "summary RUN/config.yaml"]
+READERS += [f"report RUN/runs/{NAME}"]
+
+
+@pytest.mark.parametrize("arguments", READERS, ids=lambda arguments: arguments.split()[0])
+def test_a_reader_that_has_gone_ends_it_quietly(
+    run: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: str,
+) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open(writing, "w") as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        assert main(filled(arguments, run)) == 141
+        print("what is still to be written goes nowhere")
+    said = capfd.readouterr().err
+    assert "error" not in said and "Traceback" not in said
+    if "--json" in arguments:
+        assert (run / "report.json").stat().st_size > 0
+
+
+# -------------------------------------------------------------------------------------- generate
+
+
+CHOSEN = {"temperature": 1.5, "top_k": 40, "max_generation_length": 30}
+
+
+@pytest.mark.parametrize(
+    ("options", "sampling", "seed"),
+    [("", {}, 0), ("--temperature 1.5 --top-k 40 --max-length 30 --seed 7", CHOSEN, 7)],
+    ids=["the checkpoint's", "chosen"],
+)
+def test_generate_writes_what_evaluation_samples(
+    run: Path, capsys: pytest.CaptureFixture[str], options: str, sampling: dict, seed: int
+) -> None:
+    config = Config.load(run / "config.yaml")
+    config.training.seed = seed
+    for name, value in {"generation_prompts": ["Once upon"], **sampling}.items():
+        setattr(config.evaluation, name, value)
+    state = load_trained(run / "best.pt")
+    [sample] = generate_samples(*load_model(run / "best.pt", state, config), config, 1)
+    assert sample["continuation"]
+    checkpoint = ["generate", "--checkpoint", str(run / "best.pt")]
+    assert main([*checkpoint, "--prompt", "Once upon", *options.split()]) == 0
+    assert capsys.readouterr().out == printable("Once upon" + sample["continuation"]) + "\n"
+
+
+def test_an_empty_prompt_begins_a_document(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", "--checkpoint", str(run / "best.pt"), "--prompt", ""]) == 0
+    assert len(capsys.readouterr().out) > 1
+
+
+def test_text_comes_while_it_is_made(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = Config.load(run / "config.yaml")
+    wrapper, tokenizer = load_model(
+        run / "best.pt", load_trained(run / "best.pt"), config, device="cpu"
+    )
+    drawn: list[int] = []
+    stream = wrapper.stream
+
+    def counted(*arguments: object, **options: object) -> Iterator[list[int | None]]:
+        for step in stream(*arguments, **options):  # type: ignore[arg-type]
+            drawn.append(1)
+            yield step
+
+    monkeypatch.setattr(wrapper, "stream", counted)
+    pieces = continue_text(wrapper, tokenizer, config, "Once")
+    monkeypatch.setattr(type(tokenizer), "decode", lambda _, ids: "x" * len(ids))
+    assert next(pieces) == "x" and len(drawn) == 1
+    assert len(list(pieces)) >= len(drawn) - 1 > 1
+
+
+def pieces_of(ids: list[int]) -> list[str]:
+    return list(_characters(BYTES, ([token] for token in [*ids, None])))
+
+
+@given(st.lists(st.integers(0, 255), max_size=40))
+def test_pieces_of_any_bytes_add_up_to_their_text(ids: list[int]) -> None:
+    assert "".join(pieces_of(ids)) == BYTES.decode(ids)
+
+
+@given(st.text(max_size=20))
+def test_pieces_of_a_text_are_its_characters(text: str) -> None:
+    """The tokens are single bytes: a piece is one character, or empty at the end."""
+    whole = text.replace("\N{REPLACEMENT CHARACTER}", "")
+    assert [piece for piece in pieces_of(BYTES.encode(whole)) if piece] == list(whole)

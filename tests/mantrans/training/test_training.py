@@ -1,0 +1,288 @@
+"""Whole runs: they learn, they can be stopped anywhere and resumed to the same bits, they end."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+
+from mantrans import CustomTransformerWrapper
+from mantrans.checkpoint import state_file
+from mantrans.config import Config
+from mantrans.errors import CheckpointError, ConfigError, MantransError
+from mantrans.optim.schedule import scheduled_learning_rate
+from mantrans.records import read_records
+from mantrans.training import memory
+from mantrans.training.trainer import Trainer
+
+ROOT = Path(__file__).parents[3]
+REAL_TEXT = ROOT.parent / "shared" / "data" / "tinystories_sample.txt"
+
+
+def small(tmp_path: Path, **training) -> Config:
+    """Two seconds of training on the built-in stories; the token cache is shared by all tests."""
+    sections = {
+        "model": {
+            "d_model": 32, "n_blocks": 2, "n_heads": 2, "d_ffn": 64, "max_seq_len": 32,
+            "dtype": training.pop("dtype", "float32"),
+        },
+        "data": {
+            "subset_size": 40, "val_subset_size": 8, "cache_dir": str(tmp_path.parent / "tokens"),
+            **training.pop("data", {}),
+        },
+        "training": {
+            "experiment_name": "small", "device": "cpu", "batch_size": 4, "max_steps": 12,
+            "learning_rate": 5e-3, "log_every": 5, "eval_every": 6, "eval_batches": 2,
+            "save_every": 4, "warmup_steps": 2,
+            "output_dir": str(tmp_path / "runs"), "checkpoint_dir": str(tmp_path / "checkpoints"),
+            **training,
+        },
+        "evaluation": {"max_generation_length": 24},
+    }  # fmt: skip
+    return Config.from_dict(sections)
+
+
+def stop_after(trainer: Trainer, step: int) -> None:
+    """As if SIGTERM came during step number `step`."""
+    advance = trainer._advance
+
+    def and_stop() -> None:
+        advance()
+        if trainer.progress.step == step:
+            trainer.signals.first = signal.SIGTERM
+
+    trainer._advance = and_stop
+
+
+def outcome(tmp_path: Path) -> dict:
+    """All that a run leaves which does not depend on the clock."""
+    run = tmp_path / "runs" / "small"
+    state = state_file.load(tmp_path / "checkpoints" / "small" / "latest.pt")
+    state.pop("config")  # holds the paths
+    return {
+        "state": state,
+        "metrics": (run / "metrics.jsonl").read_bytes(),
+        "report": json.loads((run / "report.json").read_text()),
+    }
+
+
+def assert_same(a, b, where: str = "state") -> None:
+    if isinstance(a, torch.Tensor):
+        assert a.dtype == b.dtype and torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            assert_same(a[key], b[key], f"{where}.{key}")
+    else:
+        assert a == b, where
+
+
+@pytest.mark.parametrize("stop", [1, 5, 7])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"dtype": "bfloat16", "gradient_accumulation_steps": 2, "outlier_z_score": 3.0,
+         "outlier_window": 8},
+        {"optimizer": "sgd", "num_epochs": 2, "max_steps": None, "data": {"subset_size": 6}},
+        {"dtype": "bfloat16", "stochastic_rounding": True,
+         "data": {"attend_across_documents": False}},
+    ],
+    ids=["plain", "bf16, accumulation, guard", "sgd over two epochs", "stochastic, documents"],
+)  # fmt: skip
+def test_a_resumed_run_has_the_bits_of_an_unbroken_one(tmp_path, settings, stop) -> None:
+    unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
+    Trainer(small(unbroken, **settings), quiet=True).run()
+    first = Trainer(small(broken, **settings), quiet=True)
+    stop_after(first, stop)
+    assert first.run() is None
+    resumed = Trainer(small(broken, **settings), resume="latest", quiet=True)
+    assert resumed.progress.step == stop
+    resumed.run()
+    assert_same(outcome(broken), outcome(unbroken))
+
+
+@pytest.mark.parametrize("recorded", [7, None, "absent"])
+def test_a_resumed_run_computes_its_logits_as_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recorded: int | str | None
+) -> None:
+    """Whatever memory would choose now, the checkpoint's count of rows stays: the bits depend on
+    it. A checkpoint from before there was a count goes on with the backend's own."""
+
+    def memory_chooses(rows: int | None) -> None:
+        monkeypatch.setattr(memory, "logits_chunk_rows", lambda *_: rows)
+
+    memory_chooses(7 if recorded == 7 else None)
+    Trainer(small(tmp_path / "unbroken"), quiet=True).run()
+    memory_chooses(11)
+    Trainer(small(tmp_path / "other"), quiet=True).run()
+    expected, other = outcome(tmp_path / "unbroken"), outcome(tmp_path / "other")
+    expected_rows = None if recorded == "absent" else recorded
+    assert expected["state"]["logits_chunk_rows"] == expected_rows
+    names = ("token_embedding.weight", "position_embedding.weight")
+    assert any(
+        not torch.equal(*(o["state"]["parameters"][name] for o in (expected, other)))
+        for name in names
+    ), "the test cannot fail: 11 rows at a time give the same bits"
+
+    memory_chooses(expected_rows)
+    trainer = Trainer(small(tmp_path / "broken"), quiet=True)
+    stop_after(trainer, 5)
+    trainer.run()
+    path = tmp_path / "broken" / "checkpoints" / "small" / "latest.pt"
+    if recorded == "absent":
+        state = state_file.load(path)
+        del state["logits_chunk_rows"]
+        state_file.save(path, state)
+    memory_chooses(11)
+    trainer = Trainer(small(tmp_path / "broken"), resume=str(path), quiet=True)
+    assert trainer.wrapper.model.output.chunk_rows == expected_rows
+    trainer.run()
+    assert_same(outcome(tmp_path / "broken"), expected)
+
+
+@pytest.mark.parametrize("odd", [0, -1, True, 7.0, "7", [7], 2**70])
+def test_an_odd_count_of_logits_is_refused_in_one_line(tmp_path: Path, odd: object) -> None:
+    Trainer(small(tmp_path, max_steps=4), quiet=True).run()
+    path = tmp_path / "checkpoints" / "small" / "latest.pt"
+    state = {**state_file.load(path), "logits_chunk_rows": odd}
+    state_file.save(path, state)
+    if odd == 2**70:  # as good as all rows
+        Trainer(small(tmp_path, max_steps=6), resume=str(path), quiet=True).run()
+        return
+    with pytest.raises(CheckpointError, match="logits_chunk_rows: expected a count") as refusal:
+        Trainer(small(tmp_path, max_steps=6), resume=str(path), quiet=True)
+    assert "\n" not in str(refusal.value)
+
+
+def test_the_log_has_every_line_once(tmp_path: Path) -> None:
+    config = small(tmp_path)
+    Trainer(config, quiet=True).run()
+    records = read_records(tmp_path / "runs" / "small" / "metrics.jsonl")
+    assert [r["step"] for r in records if "loss" in r] == [5, 10, 12]
+    assert [r["step"] for r in records if "validation_loss" in r] == [6, 12]
+    rates = {r["step"]: r["learning_rate"] for r in records if "loss" in r}
+    trainer = Trainer(config, resume="latest", quiet=True)
+    assert rates == {step: trainer.learning_rate(step - 1) for step in rates}
+    timings = read_records(tmp_path / "runs" / "small" / "timings.jsonl")
+    assert all(r["tokens_per_second"] > 0 and r["mfu"] is None for r in timings)
+
+
+def test_real_stories_are_learnt(tmp_path: Path) -> None:
+    """Thirty steps on TinyStories: the loss falls from that of guessing to well below it."""
+    if not REAL_TEXT.exists():
+        pytest.skip("the TinyStories sample is not beside this checkout")
+    config = small(
+        tmp_path, max_steps=30, log_every=1, eval_every=30, save_every=30, batch_size=8,
+        data={"dataset": "local", "path": str(REAL_TEXT), "subset_size": 200},
+    )  # fmt: skip
+    report = Trainer(config, quiet=True).run()
+    records = read_records(tmp_path / "runs" / "small" / "metrics.jsonl")
+    losses = [r["loss"] for r in records if "loss" in r]
+    assert len(losses) == 30 and abs(losses[0] - math.log(4096)) < 0.2
+    assert sum(losses[-5:]) / 5 < losses[0] - 1.5
+    assert report["bits_per_byte"] < math.log2(4096) / 3.6
+
+
+def test_steps_that_are_not_finite_end_the_run_with_a_report(tmp_path: Path) -> None:
+    trainer = Trainer(small(tmp_path, max_consecutive_skips=3, log_every=1), quiet=True)
+    advance = trainer._advance
+
+    def poison() -> None:
+        if trainer.progress.step == 6:
+            weights = dict(trainer.wrapper.model.named_parameters())
+            weights["blocks.1.mlp.up.bias"][3] = math.inf
+        advance()
+
+    trainer._advance = poison
+    with pytest.raises(MantransError) as stopped:
+        trainer.run()
+    message = str(stopped.value)
+    assert message.startswith("step 9: 3 steps in a row not finite")
+    assert "blocks.1.mlp.up.bias" in message and "latest.pt" in message
+    state = state_file.load(tmp_path / "checkpoints" / "small" / "latest.pt")
+    assert all(x.isfinite().all() for x in state["parameters"].values())
+
+
+def test_debug_nan_stops_at_once_and_names_the_layer(tmp_path: Path) -> None:
+    trainer = Trainer(small(tmp_path, log_every=1), debug_nan=True, quiet=True)
+    model = trainer.wrapper.model
+    original = model.blocks[1].norm_2.forward
+
+    def broken(x, branch=None):
+        y, saved = original(x, branch)
+        return y * math.nan if trainer.progress.step >= 2 else y, saved
+
+    model.blocks[1].norm_2.forward = broken
+    named = r"is blocks\.1\.mlp\.x, right after blocks\.1\.norm_2"
+    with pytest.raises(MantransError, match=f"step 3: 1 step in a row.*{named}"):
+        trainer.run()
+
+
+def test_resume_refuses_what_it_cannot_continue(tmp_path: Path) -> None:
+    config = small(tmp_path, max_steps=4)
+    Trainer(config, quiet=True).run()
+    with pytest.raises(CheckpointError, match=r"expected a checkpoint .*, got no such file"):
+        Trainer(config, resume=str(tmp_path / "absent.pt"), quiet=True)
+    wrapper = CustomTransformerWrapper(vocab_size=4096, d_model=32, n_blocks=1, n_heads=2)
+    wrapper.save_checkpoint(tmp_path / "model.pt")
+    with pytest.raises(CheckpointError, match="expected a run's checkpoint, got a model"):
+        Trainer(config, resume=str(tmp_path / "model.pt"), quiet=True)
+    config.model.d_model = 64
+    with pytest.raises(CheckpointError, match="d_model: expected 32, as in the checkpoint, got 64"):
+        Trainer(config, resume="latest", quiet=True)
+
+
+def test_a_vocabulary_that_does_not_match_is_refused(tmp_path: Path) -> None:
+    config = small(tmp_path)
+    config.model.vocab_size = 5000
+    with pytest.raises(ConfigError, match=r"model\.vocab_size: expected null or 4096.*, got 5000"):
+        Trainer(config, quiet=True)
+
+
+def test_schedules() -> None:
+    def rates(decay: str, **options) -> list[float]:
+        return [
+            scheduled_learning_rate(s, 100, 1.0, warmup_steps=10, decay=decay, **options)
+            for s in range(100)
+        ]
+
+    for decay in ("constant", "linear", "cosine", "wsd"):
+        values = rates(decay, minimum=0.1)
+        assert values[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
+        assert values[99] == pytest.approx(1.0 if decay == "constant" else 0.1)
+        after = values[10:]
+        assert all(a >= b for a, b in pairwise(after))
+    middle = (10 + 99) // 2
+    assert rates("linear")[middle] == pytest.approx(0.5, abs=0.01)
+    assert rates("cosine")[middle] == pytest.approx(0.5, abs=0.02)
+    wsd = rates("wsd", decay_fraction=0.2)
+    assert wsd[80] == 1.0 and wsd[81] < 1.0
+
+
+# -------------------------------------------------------------------------------- command line
+
+
+def test_sigterm_saves_and_says_how_to_go_on(tmp_path: Path) -> None:
+    small(tmp_path, max_steps=100_000, log_every=1, save_every=100_000).save(tmp_path / "c.yaml")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), "--config", "c.yaml"], cwd=tmp_path,
+        env=environment, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith("step 3/"):
+            process.send_signal(signal.SIGTERM)
+            break
+    rest = process.stderr.read()
+    assert process.wait(60) == 0 and "--resume latest" in rest
+    assert state_file.load(tmp_path / "checkpoints" / "latest.pt")["progress"]["step"] >= 3

@@ -1,0 +1,54 @@
+"""The Python blocks of the pages in docs/ run, what they assert is so, and links lead somewhere."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PAGES = sorted(path for path in (ROOT / "docs").rglob("*.md") if "```python" in path.read_text())
+FUNCTION = re.compile(r"^def (\w+)", re.MULTILINE)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_page_runs(page: Path) -> None:
+    """Blocks of a page share their variables. Blank lines stand in for the prose, so that the
+    line number of a failure is that of the page."""
+    code, inside = [], False
+    for line in page.read_text().splitlines():
+        fence = line.startswith("```")
+        code.append(line if inside and not fence else "")
+        inside = line == "```python" if fence else inside
+    exec(compile("\n".join(code), str(page), "exec"), {})
+
+
+def test_the_index_names_functions_that_exist() -> None:
+    defined = set(FUNCTION.findall((ROOT / "kernels" / "reference.py").read_text()))
+    rows = [
+        line for line in (ROOT / "docs/gradients/index.md").read_text().splitlines() if "](" in line
+    ]
+    named = {name for row in rows if row.startswith("| [") for name in re.findall(r"`(\w+)`", row)}
+    assert named, "the table of docs/gradients/index.md has no functions"
+    assert named <= defined
+
+
+LINK = re.compile(r"\]\((?!https?://)([^)#\s]*)(?:#([^)\s]*))?\)")
+TEXTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def anchor(heading: str) -> str:
+    """The name that GitHub and MyST give a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.strip("# ").lower()).replace(" ", "-")
+
+
+@pytest.mark.parametrize("text", TEXTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_to_files_and_headings_that_exist(text: Path) -> None:
+    source = text.read_text(encoding="utf-8")
+    for target, heading in LINK.findall(source):
+        path = (text.parent / target) if target else text
+        assert path.exists(), f"{target}: no such file"
+        if heading:
+            headings = re.findall(r"^#+ .*$", path.read_text(encoding="utf-8"), re.MULTILINE)
+            assert heading in map(anchor, headings), f"{target}#{heading}: no such heading"

@@ -1,0 +1,372 @@
+"""Are the kernels' tests able to fail?  Breaks kernels on purpose, and sees whether they notice.
+
+    python -m tools.mutations [--only WORD] [--write tools/mutations.md]
+
+Each mutation replaces one piece of one line of a kernel in a copy of the tree, by a mistake that
+people make. Then the interpreter tests of that kernel run on the copy. A mutation that they do not
+catch is a gap in the tests: the command then exits with 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[1]
+COPIED = ("kernels", "mantrans", "tests", "pyproject.toml")
+
+
+class Mutation(NamedTuple):
+    """One deliberate mistake."""
+
+    mistake: str
+    kernel: str  # kernels/triton/<kernel>.py
+    right: str  # occurs exactly once in that file
+    wrong: str
+    tests: str  # tests/kernels/test_<tests>.py
+
+
+MUTATIONS = (
+    Mutation(
+        "a query sees one key of the future",
+        "attention",
+        "seen = keys <= rows\n",
+        "seen = keys <= rows + 1\n",
+        "attention",
+    ),
+    Mutation(
+        "scores are not divided by √D",
+        "attention_tiles",
+        "return self.D**-0.5",
+        "return 1.0",
+        "attention",
+    ),
+    Mutation(
+        "the online softmax rescales by the inverse",
+        "attention",
+        "rescale = tl.math.exp2((row_max - new_max)",
+        "rescale = tl.math.exp2((new_max - row_max)",
+        "attention",
+    ),
+    Mutation(
+        "a document's first token sees the one before it",
+        "attention",
+        "keys >= tl.load(document_start + rows",
+        "keys + 1 >= tl.load(document_start + rows",
+        "attention",
+    ),
+    Mutation(
+        "dq lacks the scale",
+        "attention",
+        "store_tile(dqkv, dq * scale,",
+        "store_tile(dqkv, dq,",
+        "attention",
+    ),
+    Mutation(
+        "the gradient of the scores forgets δ",
+        "attention",
+        "ds = p * (dp - delta_m[:, None])",
+        "ds = p * dp",
+        "attention",
+    ),
+    Mutation(
+        "a query reads the keys of another group",
+        "attention",
+        "return n_heads + head // GROUP\n",
+        "return n_heads + head % (n_heads // GROUP)\n",
+        "attention",
+    ),
+    Mutation(
+        "dk comes from the last query head of a group alone",
+        "attention",
+        "ds_t = p_t * (dp_t - delta_m[None, :])",
+        "ds_t = p_t * (dp_t - delta_m[None, :]) * (g == GROUP - 1)",
+        "attention",
+    ),
+    Mutation(
+        "the last position is never written",
+        "attention",
+        "    corner = target + (batch.to(tl.int64) * T + row) * width + head * D\n",
+        "    corner = target + (batch.to(tl.int64) * T + row) * width + head * D\n    T -= 1\n",
+        "attention",
+    ),
+    Mutation(
+        "decoding looks at one key past the end",
+        "decode_attention",
+        "there = keys < end",
+        "there = keys <= end",
+        "triton_training",
+    ),
+    Mutation(
+        "LayerNorm leaves ε out",
+        "layer_norm",
+        "tl.sqrt(variance + eps)",
+        "tl.sqrt(variance)",
+        "layer_norm",
+    ),
+    Mutation(
+        "LayerNorm's variance is that of a sample",
+        "layer_norm",
+        "tl.sum(centered * (centered * share), 1)",
+        "tl.sum(centered * centered, 1) / (n_columns - 1)",
+        "layer_norm",
+    ),
+    Mutation(
+        "the residual's gradient is dropped",
+        "layer_norm",
+        "if dresidual_ptr is not None:",
+        "if False:",
+        "layer_norm",
+    ),
+    Mutation(
+        "LayerNorm's backward subtracts the mean of dy, not of γ dy",
+        "layer_norm",
+        "mean_g = tl.sum(g, 1)",
+        "mean_g = tl.sum(dy, 1)",
+        "layer_norm",
+    ),
+    Mutation(
+        "GELU's backward gives no bias gradient",
+        "gelu",
+        "dbias += tl.sum(dh, 0)",
+        "dbias += tl.sum(dh, 0) * 0.0",
+        "gelu",
+    ),
+    Mutation(
+        "a bias gradient is overwritten, not added to",
+        "partials",
+        "gradients + tl.sum(sums, 0), mask",
+        "tl.sum(sums, 0), mask",
+        "gelu",
+    ),
+    Mutation(
+        "partial sums are not cleared after they were summed up",
+        "partials",
+        "tl.store(partials_ptr + offsets, tl.zeros_like(sums), mask=mask)",
+        "pass",
+        "layer_norm",
+    ),
+    Mutation(
+        "a row of partial sums is overwritten, not added to",
+        "layer_norm",
+        "sums += tl.load(ptrs, mask=in_columns, other=0.0)",
+        "sums += 0.0",
+        "layer_norm",
+    ),
+    Mutation(
+        "a branch's bias gets the sum of dy, not of dx",
+        "layer_norm",
+        "tl.where(mask, rounded.to(tl.float32), 0.0)",
+        "dy",
+        "layer_norm",
+    ),
+    Mutation(
+        "an ignored label is counted in the loss",
+        "cross_entropy",
+        "tl.where(target == ignore_index, 0.0, loss)",
+        "loss",
+        "cross_entropy",
+    ),
+    Mutation(
+        "padded columns receive a gradient",
+        "cross_entropy",
+        "tl.where(columns < end, dz, 0.0)",
+        "tl.where(columns < n_columns, dz, 0.0)",
+        "cross_entropy",
+    ),
+    Mutation(
+        "the target's column lacks its -1",
+        "cross_entropy",
+        "dz_target = -s * factor",
+        "dz_target = exponential(z_target - m) * factor",
+        "cross_entropy",
+    ),
+    Mutation(
+        "large logits are rounded before their difference is taken",
+        "cross_entropy",
+        "exponential(z - new_max[:, None])",
+        "tl.exp2(z * LOG2_E - (new_max * LOG2_E)[:, None])",
+        "cross_entropy_edges",
+    ),
+    Mutation(
+        "the loss of a sure token loses its digits",
+        "cross_entropy",
+        "tl.where(y == 1.0, x, tl.log(y) * (x / (y - 1.0)))",
+        "tl.log(y)",
+        "cross_entropy_edges",
+    ),
+    Mutation(
+        "a row's running maximum starts above the lowest logits",
+        "cross_entropy",
+        "LOWEST = tl.constexpr(-3.4028234663852886e38)",
+        "LOWEST = tl.constexpr(-1e38)",
+        "cross_entropy_edges",
+    ),
+    Mutation(
+        "a token's last reader is left out",
+        "embedding",
+        "end = i + tl.sum(in_piece.to(tl.int32), 0)",
+        "end = i + tl.sum(in_piece.to(tl.int32), 0) - 1",
+        "embedding",
+    ),
+    Mutation(
+        "weights do not decay",
+        "adamw",
+        "w *= 1.0 - rate * WEIGHT_DECAY",
+        "w *= 1.0",
+        "optimizers",
+    ),
+    Mutation(
+        "AdamW steps although the gradient is not finite",
+        "adamw",
+        "if tl.load(finite_ptr):",
+        "if tl.load(finite_ptr) | True:",
+        "optimizers",
+    ),
+    Mutation(
+        "SGD steps although the gradient is not finite",
+        "sgd",
+        "if tl.load(finite_ptr):",
+        "if tl.load(finite_ptr) | True:",
+        "optimizers",
+    ),
+    Mutation(
+        "AdamW's second moment is of g, not of g²",
+        "adamw",
+        "v = v * BETA2 + g * g * (1.0 - BETA2)",
+        "v = v * BETA2 + g * (1.0 - BETA2)",
+        "optimizers",
+    ),
+    Mutation(
+        "stochastic rounding adds a half instead of noise",
+        "weights",
+        "(hash32(index, seed) & 0xFFFF)",
+        "0x8000",
+        "optimizers",
+    ),
+    Mutation(
+        "the gradient norm squares in float32",
+        "gradient_norm",
+        "other=0.0).to(tl.float64)",
+        "other=0.0)",
+        "cross_entropy_edges",
+    ),
+    Mutation(
+        "the gradient norm leaves out the last element",
+        "gradient_norm",
+        "mask=index < n, other",
+        "mask=index < n - 1, other",
+        "optimizers",
+    ),
+)
+
+
+class Verdict(NamedTuple):
+    """What the tests said to a mutation."""
+
+    mutation: Mutation
+    caught_by: str  # the first test that failed, "" if none did
+
+
+def mutate(mutation: Mutation, root: Path) -> None:
+    """Write the mistake into the tree at `root`. ValueError if the kernel's text has moved on."""
+    path = root / "kernels" / "triton" / f"{mutation.kernel}.py"
+    text = path.read_text()
+    if text.count(mutation.right) != 1:
+        raise ValueError(
+            f"kernels/triton/{mutation.kernel}.py: {mutation.right!r} occurs "
+            f"{text.count(mutation.right)} times; a mutation needs exactly 1"
+        )
+    path.write_text(text.replace(mutation.right, mutation.wrong))
+
+
+def run_tests(tests: str, root: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    """The interpreter tests of one kernel, in a process of their own."""
+    path = f"tests/kernels/test_{tests}.py"
+    command = [sys.executable, "-m", "pytest", "-q", "-rf", "-p", "no:cacheprovider"]
+    return subprocess.run(
+        [*command, *options, path], cwd=root, capture_output=True, text=True, check=False
+    )
+
+
+def copy_tree(directory: Path) -> Path:
+    """A copy of what the tests need, to break."""
+    for name in COPIED:
+        source, target = ROOT / name, directory / name
+        if source.is_dir():
+            ignore = shutil.ignore_patterns("__pycache__")
+            shutil.copytree(source, target, symlinks=True, ignore=ignore)  # mantrans/kernels is one
+        else:
+            shutil.copy(source, target)
+    return directory
+
+
+def judge(mutation: Mutation) -> Verdict:
+    """Break a copy, test it, and see. RuntimeError if the tests do not even run."""
+    with tempfile.TemporaryDirectory() as directory:
+        root = copy_tree(Path(directory))
+        mutate(mutation, root)
+        run = run_tests(mutation.tests, root, "-x")
+    failed = re.findall(r"^(?:FAILED|ERROR) \S+?::(.+?)(?: - .*)?$", run.stdout, re.M)
+    if run.returncode not in (0, 1) or (run.returncode == 1 and not failed):
+        raise RuntimeError(f"the tests of {mutation.tests} did not run:\n{run.stdout}{run.stderr}")
+    return Verdict(mutation, failed[0] if failed else "")
+
+
+def document(verdicts: Sequence[Verdict]) -> str:
+    """The page that --write leaves behind."""
+    rows = [
+        f"| {m.mistake} | `kernels/triton/{m.kernel}.py` | {caught_by(verdict)} |"
+        for verdict in verdicts
+        for m in [verdict.mutation]
+    ]
+    caught = sum(bool(verdict.caught_by) for verdict in verdicts)
+    return (
+        "# Deliberate mistakes, and whether the tests notice\n\n"
+        "Written by `python -m tools.mutations --write tools/mutations.md`: each row is a mistake "
+        "in one line of a kernel, and the first of its interpreter tests (`tests/kernels`) "
+        f"that failed on it. {caught} of {len(verdicts)} were caught.\n\n"
+        "| mistake | in | caught by |\n|---|---|---|\n" + "\n".join(rows) + "\n"
+    )
+
+
+def caught_by(verdict: Verdict) -> str:
+    return f"`{verdict.caught_by}`" if verdict.caught_by else "**not caught**"
+
+
+def main() -> int:
+    """Judge the mutations one after the other; 1 if one was not caught."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.mutations",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--only", default="", metavar="WORD", help="mutations that mention it")
+    parser.add_argument("--write", type=Path, metavar="FILE", help="write the table there as well")
+    arguments = parser.parse_args()
+    chosen = [m for m in MUTATIONS if arguments.only in f"{m.mistake} {m.kernel}"]
+    for tests in sorted({m.tests for m in chosen}):
+        run = run_tests(tests, ROOT)
+        if run.returncode:
+            parser.error(f"test_{tests}.py fails on the kernels as they are:\n{run.stdout}")
+
+    verdicts = []
+    for mutation in chosen:
+        verdicts.append(judge(mutation))
+        print(f"{mutation.kernel}: {mutation.mistake}: {caught_by(verdicts[-1])}", flush=True)
+    if arguments.write:
+        arguments.write.write_text(document(verdicts))
+    missed = [verdict for verdict in verdicts if not verdict.caught_by]
+    print(f"{len(verdicts) - len(missed)} of {len(verdicts)} caught")
+    return 1 if missed or not verdicts else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
