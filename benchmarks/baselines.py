@@ -20,7 +20,8 @@ from benchmarks import machine
 from mantrans.config import ModelConfig
 from mantrans.data.stories import stories
 from mantrans.data.tokenizer import load_tokenizer
-from mantrans.interop.huggingface import oriented, their_name
+from mantrans.interop.huggingface import to_theirs
+from mantrans.models import GPT2
 from mantrans.training.step import TrainStep
 from mantrans.wrapper import CustomTransformerWrapper
 
@@ -148,6 +149,7 @@ class TransformersGPT2(nn.Module):
         super().__init__()
         from transformers import GPT2Config, GPT2LMHeadModel
 
+        self.config = config
         self.gpt2 = GPT2LMHeadModel(
             GPT2Config(
                 vocab_size=config.vocab_size, n_positions=config.max_seq_len,
@@ -167,8 +169,8 @@ class TransformersGPT2(nn.Module):
         """Take over our model's weights."""
         theirs = dict(self.gpt2.named_parameters())
         with torch.no_grad():
-            for name, value in named_parameters:
-                theirs[their_name(name)].copy_(oriented(name, value))
+            for name, value in to_theirs(GPT2, self.config, named_parameters).items():
+                theirs[name].copy_(value)
 
 
 # ------------------------------------------------------------------------------- training steps

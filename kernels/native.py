@@ -41,13 +41,16 @@ HAS_ONEDNN = torch.backends.mkldnn.is_available()
 # ---------------------------------------------------------------------------------- embedding
 
 
-def embedding_forward(tokens: Tensor, token_table: Tensor, position_table: Tensor) -> Tensor:
+def embedding_forward(
+    tokens: Tensor, token_table: Tensor, position_table: Tensor | None = None
+) -> Tensor:
     """See `reference.embedding_forward`."""
-    return aten.embedding(token_table, tokens).add_(position_table[: tokens.shape[1]])
+    x = aten.embedding(token_table, tokens)
+    return x if position_table is None else x.add_(position_table[: tokens.shape[1]])
 
 
 def embedding_backward(
-    dx: Tensor, tokens: Tensor, dtoken_table: Tensor, dposition_table: Tensor
+    dx: Tensor, tokens: Tensor, dtoken_table: Tensor, dposition_table: Tensor | None = None
 ) -> None:
     """See `reference.embedding_backward`. Deterministic: on a CPU `index_add_` adds the rows in
     order, in float64 to those of the tokens that occur. On CUDA it does not, so
@@ -61,7 +64,8 @@ def embedding_backward(
         used, row = torch.unique(tokens, return_inverse=True)
         sums = wide.new_zeros(len(used), C).index_add_(0, row.view(-1), wide.reshape(-1, C))
         dtoken_table.index_add_(0, used, sums.to(dtoken_table.dtype))
-    dposition_table[:T] += wide.sum(0)
+    if dposition_table is not None:
+        dposition_table[:T] += wide.sum(0)
 
 
 # ------------------------------------------------------------------------------------- linear
@@ -207,6 +211,99 @@ def _norm_weights(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tenso
     return weight.float(), None if bias is None else bias.float()
 
 
+# ----------------------------------------------------------------------------------- RMS norm
+
+
+def rms_norm_forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """See `reference.rms_norm_forward`, which also computes rows too large for float32 squares."""
+    y, _, rstd = _rms_norm(x, None, weight, eps)
+    return y, rstd
+
+
+def add_rms_norm_forward(
+    branch: Tensor, residual: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `reference.add_rms_norm_forward`."""
+    return _rms_norm(residual, branch, weight, eps)
+
+
+def _rms_norm(
+    x: Tensor, branch: Tensor | None, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y, x and rstd; a branch is added to x first.
+
+    PyTorch has one kernel for this on CUDA alone. These operations take a few rows at a time, so
+    that on a CPU what one writes is still in the cache for the next.
+    """
+    rows_in, C = flat_rows(x), x.shape[-1]
+    wide = wide_dtype(x.dtype)
+    total = rows_in if branch is None else torch.empty_like(rows_in)
+    y, rstd = torch.empty_like(rows_in), rows_in.new_empty(len(rows_in), dtype=wide)
+    gain = weight.to(wide)
+    for rows in _cached_rows(rows_in):
+        if branch is not None:
+            torch.add(rows_in[rows], flat_rows(branch)[rows], out=total[rows])
+        part = total[rows].to(wide)
+        mean_square = torch.linalg.vector_norm(part, dim=-1).square_().div_(C)
+        root = mean_square.add(eps).rsqrt_()  # of an infinite square it is 0, which would hide that
+        rstd[rows] = torch.where(mean_square < torch.inf, root, torch.nan)
+        normed = y[rows] if y.dtype == wide else part
+        torch.mul(part, rstd[rows, None], out=normed).mul_(gain)
+        _write_part(y, rows, normed)
+    y, total = y.view(x.shape), x if branch is None else total.view(x.shape)
+    if _too_large_to_square(rstd):
+        y, rstd = reference.rms_norm_forward(total, weight, eps)
+    return y, total, rstd
+
+
+def rms_norm_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    rstd: Tensor,
+    dweight: Tensor,
+    dresidual: Tensor | None = None,
+    dbranch_bias: Tensor | None = None,
+) -> Tensor:
+    """See `reference.rms_norm_backward`. Both sums are products with p = dy x:
+    Σ_rows dy x̂ = pᵀ rstd and Σ_columns g x = p γ."""
+    if _too_large_to_square(rstd):
+        return reference.rms_norm_backward(dy, x, weight, rstd, dweight, dresidual, dbranch_bias)
+    dy_rows, x_rows, C = flat_rows(dy), flat_rows(x), x.shape[-1]
+    dx, gain = torch.empty_like(x_rows), weight.to(rstd.dtype)
+    for rows in _cached_rows(dx):
+        part, upstream, r = x_rows[rows].to(gain), dy_rows[rows].to(gain), rstd[rows]
+        p = upstream * part
+        dweight.addmv_(p.T, r)
+        slope = torch.mv(p, gain).mul_(r).div_(C).mul_(r).mul_(r)  # r³ alone could be too small
+        g, out = torch.mul(upstream, gain, out=p), _wide_part(dx, rows)
+        torch.mul(g, r[:, None], out=out).addcmul_(part, slope[:, None], value=-1)
+        if dresidual is not None:
+            out += flat_rows(dresidual)[rows]
+        _write_part(dx, rows, out)
+    if dbranch_bias is not None:
+        bias_gradient(dx, dbranch_bias)
+    return dx.view(x.shape)
+
+
+def _cached_rows(x: Tensor) -> Iterator[slice]:
+    """Slices of the rows of x (N, C) whose float32 copies stay in a CPU's cache; a GPU has no use
+    for them."""
+    return row_chunks(len(x), len(x) if x.is_cuda else max(1, CACHED_ELEMENTS // x.shape[1]))
+
+
+def _wide_part(out: Tensor, rows: slice) -> Tensor:
+    """Where to compute these rows of `out`: there, or in float32 if it is 16 bits wide."""
+    part, wide = out[rows], wide_dtype(out.dtype)
+    return part if part.dtype == wide else torch.empty_like(part, dtype=wide)
+
+
+def _write_part(out: Tensor, rows: slice, part: Tensor) -> None:
+    """Round what was computed in `_wide_part`, once."""
+    if part.dtype != out.dtype:
+        out[rows] = part
+
+
 # --------------------------------------------------------------------- rotary position embedding
 
 
@@ -344,8 +441,8 @@ def _pieces(
 
 
 def _too_large_to_square(rstd: Tensor) -> bool:
-    """Whether some head's squares may be too large for float32, or too small. Only asked on a CPU:
-    a GPU would have to wait for the answer."""
+    """Whether some squares of an RMS norm may be too large for float32, or too small. Only asked on
+    a CPU: a GPU would have to wait for the answer."""
     if rstd.is_cuda or not rstd.numel():
         return False
     smallest, largest = rstd.aminmax()  # NaN if one is
@@ -653,6 +750,39 @@ def bias_gelu_backward(
     if dbias is not None:
         bias_gradient(dh, dbias)
     return dh
+
+
+# -------------------------------------------------------------------------------------- SwiGLU
+
+
+def swiglu_forward(h: Tensor) -> Tensor:
+    """See `reference.swiglu_forward`. A few rows at a time, as in `_rms_norm`."""
+    packed, F = flat_rows(h), h.shape[-1] // 2
+    y, wide = packed.new_empty(len(packed), F), wide_dtype(h.dtype)
+    for rows in _cached_rows(y):
+        gate, up = packed[rows].to(wide).split(F, dim=-1)
+        out = y[rows] if y.dtype == wide else gate
+        aten.silu.out(gate, out=out).mul_(up)
+        _write_part(y, rows, out)
+    return y.view(*h.shape[:-1], F)
+
+
+def swiglu_backward(dy: Tensor, h: Tensor) -> Tensor:
+    """See `reference.swiglu_backward`. With a = g s, the slope s (1 + g (1 - s)) is a + s (1 - a):
+    the point between a and 1 that `lerp` finds. One sigmoid serves both gradients."""
+    packed, dy_rows, F = flat_rows(h), flat_rows(dy), dy.shape[-1]
+    dh, wide = torch.empty_like(packed), wide_dtype(h.dtype)
+    one = dh.new_ones((), dtype=wide)
+    for rows in _cached_rows(dy_rows):
+        gate, up = packed[rows].to(wide).split(F, dim=-1)
+        upstream, out = dy_rows[rows].to(wide), _wide_part(dh, rows)
+        dgate, dup = out.split(F, dim=-1)
+        s = torch.sigmoid(gate, out=dgate)
+        silu = torch.mul(gate, s, out=dup)
+        torch.lerp(silu, one, s, out=dgate).mul_(up).mul_(upstream)
+        silu.mul_(upstream)
+        _write_part(dh, rows, out)
+    return dh.view(h.shape)
 
 
 # -------------------------------------------------------------------- softmax cross-entropy

@@ -125,7 +125,8 @@ class Embedding(Operation):
 
     name, dims = "embedding", ("B", "T", "C", "V")
     calls: ClassVar[tuple[str, ...]] = ("embedding_forward", "embedding_backward")
-    leaves, upstream = ("token_table", "position_table"), {"x": "dx"}
+    leaves: ClassVar[tuple[str, ...]] = ("token_table", "position_table")
+    upstream: ClassVar[Mapping[str, str]] = {"x": "dx"}
 
     def inputs(self, s: Shapes, draw: Draw) -> Inputs:
         return {
@@ -138,7 +139,7 @@ class Embedding(Operation):
         }
 
     def forward(self, ops: Any, i: Inputs) -> Results:
-        x = ops.embedding_forward(i["tokens"], i["token_table"], i["position_table"])
+        x = ops.embedding_forward(i["tokens"], *(i[name] for name in self.leaves))
         return {"x": x}
 
     def backward(self, ops: Any, i: Inputs, saved: Results) -> Results:
@@ -156,6 +157,23 @@ class Embedding(Operation):
             "forward": Cost(n, 2 * n * size + positions * size + tokens),
             # the rows of the table that occur are read and written, in float32
             "backward": Cost(2 * n, n * size + 8 * rows + 8 * positions + tokens),
+        }
+
+
+class TokenEmbedding(Embedding):
+    """Without learned positions."""
+
+    name = "embedding without positions"
+    leaves = ("token_table",)
+
+    def plain(self, i: Inputs) -> Results:
+        return {"x": F.embedding(i["tokens"], i["token_table"])}
+
+    def cost(self, s: Shapes, size: int) -> dict[str, Cost]:
+        n, rows, tokens = s.B * s.T * s.C, min(s.B * s.T, s.V) * s.C, 8 * s.B * s.T
+        return {
+            "forward": Cost(0, 2 * n * size + tokens),
+            "backward": Cost(n, n * size + 8 * rows + tokens),
         }
 
 
@@ -361,6 +379,65 @@ def rotated_and_packed(q: Tensor, k: Tensor, v: Tensor, i: Inputs) -> Tensor:
         return x * cos + torch.cat([-second, first], -1) * sin
 
     return torch.cat([turned(q), turned(k), v], 1).transpose(1, 2).flatten(2)
+
+
+class AddRmsNorm(Operation):
+    """x = residual + branch, y = RMS norm of x; backward adds what x gets from elsewhere."""
+
+    name, dims = "add_rms_norm", ("N", "C")
+    calls: ClassVar[tuple[str, ...]] = ("add_rms_norm_forward", "rms_norm_backward")
+    leaves, upstream = ("branch", "weight"), {"y": "dy", "x": "dx"}
+    vectors: ClassVar[tuple[str, ...]] = ("dweight",)
+
+    def inputs(self, s: Shapes, draw: Draw) -> Inputs:
+        return {
+            "branch": draw.normal(s.N, s.C),
+            "residual": draw.normal(s.N, s.C) + 1,
+            "weight": draw.normal(s.C),
+            "dy": draw.normal(s.N, s.C),
+            "dx": draw.normal(s.N, s.C),
+            "dweight": draw.buffer(s.C),
+        }
+
+    def forward(self, ops: Any, i: Inputs) -> Results:
+        results = ops.add_rms_norm_forward(i["branch"], i["residual"], i["weight"], EPS)
+        return dict(zip(("y", "x", "rstd"), results, strict=True))
+
+    def backward(self, ops: Any, i: Inputs, saved: Results) -> Results:
+        vectors = {name: i[name] for name in self.vectors}
+        dx = ops.rms_norm_backward(
+            i["dy"], saved["x"], i["weight"], saved["rstd"],
+            i["dweight"], i["dx"], vectors.get("dbranch_bias"),
+        )  # fmt: skip
+        return {f"d{self.leaves[0]}": dx, **vectors}
+
+    def plain(self, i: Inputs) -> Results:
+        x = i["residual"] + i["branch"]
+        return {"y": F.rms_norm(x, x.shape[-1:], i["weight"], EPS), "x": x}
+
+    def cost(self, s: Shapes, size: int) -> dict[str, Cost]:
+        n = s.N * s.C
+        return {"forward": Cost(5 * n, 4 * n * size), "backward": Cost(11 * n, 4 * n * size)}
+
+
+class RmsNorm(AddRmsNorm):
+    """Without a branch, and with the gradient of the bias that ended it, as in `LayerNorm`."""
+
+    name = "rms_norm"
+    calls: ClassVar[tuple[str, ...]] = ("rms_norm_forward", "rms_norm_backward")
+    leaves = ("residual", "weight")
+    vectors: ClassVar[tuple[str, ...]] = ("dweight", "dbranch_bias")
+
+    def inputs(self, s: Shapes, draw: Draw) -> Inputs:
+        return {**super().inputs(s, draw), "dbranch_bias": draw.buffer(s.C)}
+
+    def forward(self, ops: Any, i: Inputs) -> Results:
+        y, rstd = ops.rms_norm_forward(i["residual"], i["weight"], EPS)
+        return {"y": y, "x": i["residual"], "rstd": rstd}
+
+    def plain(self, i: Inputs) -> Results:
+        x = i["residual"]
+        return {"y": F.rms_norm(x, x.shape[-1:], i["weight"], EPS), "x": x}
 
 
 class Attention(Operation):
@@ -574,6 +651,31 @@ class BiasGelu(Operation):
     def cost(self, s: Shapes, size: int) -> dict[str, Cost]:
         n = s.N * s.F
         return {"forward": Cost(12 * n, 2 * n * size), "backward": Cost(22 * n, 3 * n * size)}
+
+
+class SwiGLU(Operation):
+    """silu(gate) · up of the packed product (gate, up); backward recomputes the sigmoid."""
+
+    name, dims = "swiglu", ("N", "F")
+    calls: ClassVar[tuple[str, ...]] = ("swiglu_forward", "swiglu_backward")
+    leaves, upstream = ("h",), {"y": "dy"}
+
+    def inputs(self, s: Shapes, draw: Draw) -> Inputs:
+        return {"h": draw.normal(s.N, 2 * s.F), "dy": draw.normal(s.N, s.F)}
+
+    def forward(self, ops: Any, i: Inputs) -> Results:
+        return {"y": ops.swiglu_forward(i["h"])}
+
+    def backward(self, ops: Any, i: Inputs, saved: Results) -> Results:
+        return {"dh": ops.swiglu_backward(i["dy"], i["h"])}
+
+    def plain(self, i: Inputs) -> Results:
+        gate, up = i["h"].chunk(2, dim=-1)
+        return {"y": F.silu(gate) * up}
+
+    def cost(self, s: Shapes, size: int) -> dict[str, Cost]:
+        n = s.N * s.F
+        return {"forward": Cost(5 * n, 3 * n * size), "backward": Cost(10 * n, 5 * n * size)}
 
 
 class CrossEntropy(Operation):

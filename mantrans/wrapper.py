@@ -439,7 +439,8 @@ class CustomTransformerWrapper:
     @classmethod
     @checked(directory=FilePath)
     def from_pretrained(cls, directory: str | Path, **keywords: Any) -> CustomTransformerWrapper:
-        """The model in a folder of transformers' GPT-2 format (see `mantrans.interop.huggingface`).
+        """The model in a folder of transformers: GPT-2, Llama, Qwen2 or Qwen3 (see
+        `mantrans.interop.huggingface`).
 
         keywords: dtype, device, backend, optimizer, ... as for the class: it trains with SGD unless
         optimizer="adamw" is given. The model is float32 unless dtype is given, whatever the file's
@@ -447,9 +448,8 @@ class CustomTransformerWrapper:
 
         Raises CheckpointError for any other folder, before the model's memory is allocated.
         """
-        shape = huggingface.read_shape(directory)
-        weights = huggingface.Weights(directory, build(ModelConfig(**shape)).parameters())
-        wrapper = cls(**shape, **{"dtype": torch.float32, **keywords})
+        weights = huggingface.Weights(directory)
+        wrapper = cls(**weights.shape, **{"dtype": torch.float32, **keywords})
         for name, value in weights:
             wrapper.model.parameters.write(name, value)
         return wrapper
@@ -458,10 +458,11 @@ class CustomTransformerWrapper:
     def save_pretrained(
         self, directory: str | Path, tokenizer: huggingface.SavedTokenizer | None = None
     ) -> None:
-        """Write the weights (the masters if there are any) in transformers' GPT-2 format.
+        """Write the weights (the masters if there are any) as a folder of transformers.
 
         tokenizer: of `load_tokenizer`, to be written beside them. Raises ValueError for one with
-        another number of tokens, CheckpointError if the folder cannot be written.
+        another number of tokens, ConfigError for a model that transformers has not,
+        CheckpointError if the folder cannot be written.
         """
         if tokenizer is not None:
             found = getattr(tokenizer, "vocab_size", None)

@@ -12,7 +12,14 @@ import torch
 from torch import Tensor
 
 from mantrans.kernels import native
-from mantrans.kernels.native import linear_forward
+from mantrans.kernels.native import (
+    add_rms_norm_forward,
+    linear_forward,
+    rms_norm_backward,
+    rms_norm_forward,
+    swiglu_backward,
+    swiglu_forward,
+)
 from mantrans.kernels.reference import document_starts, head_sizes, window_starts
 from mantrans.kernels.triton import attention
 from mantrans.kernels.triton.adamw import adamw_update
@@ -42,6 +49,7 @@ from mantrans.kernels.triton.sgd import sgd_update
 __all__ = [
     "adamw_update",
     "add_layer_norm_forward",
+    "add_rms_norm_forward",
     "attention_backward",
     "attention_forward",
     "bias_gelu_backward",
@@ -64,10 +72,14 @@ __all__ = [
     "norm_rotary_backward",
     "norm_rotary_forward",
     "partial_rows",
+    "rms_norm_backward",
+    "rms_norm_forward",
     "rotary_backward",
     "rotary_forward",
     "sgd_update",
     "sum_partials",
+    "swiglu_backward",
+    "swiglu_forward",
     "window_starts",
 ]
 

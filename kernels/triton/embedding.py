@@ -5,6 +5,8 @@
     backward    dtoken_table[v]    += Σ_{(b,t): tokens[b,t] = v} dx[b, t]
                 dposition_table[t] += Σ_b dx[b, t]
 
+Where positions are not learned, both lose their second part.
+
 Many positions hold the same token, so their gradients are summed in one row of the table. Instead
 of atomics, whose order changes from run to run, the positions are sorted by token: the positions of
 one token then form a *run*. The sorted positions are cut into chunks of CHUNK, and a run that
@@ -67,7 +69,7 @@ def embedding_forward_kernel(
 
     tokens_ptr          (n_rows,) int64, n_rows = B·T
     token_table_ptr     (n_tokens, n_columns) any float
-    position_table_ptr  (at least sequence_length, n_columns) like the token table
+    position_table_ptr  (at least sequence_length, n_columns) like the token table; or None
     x_ptr               (n_rows, n_columns) like the tables: written; NaN for a token outside the
                         table
     """
@@ -79,12 +81,13 @@ def embedding_forward_kernel(
     tokens = tl.load(tokens_ptr + rows, mask=in_rows, other=0)
     exists = (tokens >= 0) & (tokens < n_tokens)
     token_ptrs = token_table_ptr + tokens[:, None] * n_columns + columns[None, :]
-    token = tl.load(token_ptrs, mask=mask & exists[:, None], other=float("nan"))
-    first = tl.program_id(0).to(tl.int64) * BLOCK_ROWS % sequence_length  # one 64-bit remainder
-    place = (first.to(tl.int32) + tl.arange(0, BLOCK_ROWS)) % sequence_length
-    position_offsets = place.to(tl.int64)[:, None] * n_columns + columns[None, :]
-    position = tl.load(position_table_ptr + position_offsets, mask=mask, other=0.0)
-    x = token.to(tl.float32) + position.to(tl.float32)
+    x = tl.load(token_ptrs, mask=mask & exists[:, None], other=float("nan")).to(tl.float32)
+    if position_table_ptr is not None:
+        first = tl.program_id(0).to(tl.int64) * BLOCK_ROWS % sequence_length  # one 64-bit remainder
+        place = (first.to(tl.int32) + tl.arange(0, BLOCK_ROWS)) % sequence_length
+        position_offsets = place.to(tl.int64)[:, None] * n_columns + columns[None, :]
+        position = tl.load(position_table_ptr + position_offsets, mask=mask, other=0.0)
+        x += position.to(tl.float32)
     x_offsets = rows[:, None] * n_columns + columns[None, :]
     tl.store(x_ptr + x_offsets, x.to(x_ptr.dtype.element_ty), mask=mask)
 
@@ -209,29 +212,35 @@ def columns_and_warps(n_columns: int) -> dict[str, int]:
     return {"BLOCK_COLUMNS": block, "num_warps": max(1, block // COLUMNS_A_WARP)}
 
 
-def check_tokens(tokens: Tensor, device: torch.device, n_positions: int) -> tuple[int, int]:
-    """(B, T) of int64 tokens; refuses a T above the length of the position table."""
+def check_tokens(
+    tokens: Tensor, device: torch.device, position_table: Tensor | None
+) -> tuple[int, int]:
+    """(B, T) of int64 tokens; refuses a T above the length of a position table."""
     check_tensor("tokens", tokens, shape=(None, None), dtype=torch.int64, device=device)
     B, T = tokens.shape
-    if n_positions < T:
+    if position_table is not None and len(position_table) < T:
+        n_positions = len(position_table)
         refuse(
             "tokens", f"shape {(B, T)}", f"at most {n_positions} columns, as there are positions"
         )
     return B, T
 
 
-def embedding_forward(tokens: Tensor, token_table: Tensor, position_table: Tensor) -> Tensor:
+def embedding_forward(
+    tokens: Tensor, token_table: Tensor, position_table: Tensor | None = None
+) -> Tensor:
     """x[b, t] = token_table[tokens[b, t]] + position_table[t].
 
-    tokens (B, T) int64; token_table (Vp, C), position_table (T_max, C) of one dtype: float32,
-    float16 or bfloat16. Returns x (B, T, C), NaN for a token outside the table.
+    tokens (B, T) int64; token_table (Vp, C), position_table (T_max, C) or None, of one dtype:
+    float32, float16 or bfloat16. Returns x (B, T, C), NaN for a token outside the table.
     Raises ValueError for another dtype, shape, stride or device.
     """
     check_tensor("token_table", token_table, shape=(None, None))
     Vp, C = token_table.shape
     dtype, device = token_table.dtype, token_table.device
-    check_tensor("position_table", position_table, shape=(None, C), dtype=dtype, device=device)
-    B, T = check_tokens(tokens, device, len(position_table))
+    if position_table is not None:
+        check_tensor("position_table", position_table, shape=(None, C), dtype=dtype, device=device)
+    B, T = check_tokens(tokens, device, position_table)
     x = token_table.new_empty(B, T, C)
     shape = columns_and_warps(C)
     launch(
@@ -252,25 +261,27 @@ def embedding_forward(tokens: Tensor, token_table: Tensor, position_table: Tenso
 
 
 def embedding_backward(
-    dx: Tensor, tokens: Tensor, dtoken_table: Tensor, dposition_table: Tensor
+    dx: Tensor, tokens: Tensor, dtoken_table: Tensor, dposition_table: Tensor | None = None
 ) -> None:
     """Add dx to the rows of both tables that the forward read.
 
     dx (B, T, C) float32, float16 or bfloat16; tokens (B, T) int64; dtoken_table (Vp, C) and
-    dposition_table (T_max, C) float32. Raises ValueError for another dtype, shape, stride or
-    device. Tokens outside the table are ignored.
+    dposition_table (T_max, C), or None, float32. Raises ValueError for another dtype, shape, stride
+    or device. Tokens outside the table are ignored.
     """
     check_tensor("dx", dx, shape=(None, None, None))
     C = dx.shape[-1]
     check_table = partial(check_tensor, shape=(None, C), dtype=torch.float32, device=dx.device)
     check_table("dtoken_table", dtoken_table)
-    check_table("dposition_table", dposition_table)
-    B, T = check_tokens(tokens, dx.device, len(dposition_table))
+    if dposition_table is not None:
+        check_table("dposition_table", dposition_table)
+    B, T = check_tokens(tokens, dx.device, dposition_table)
     check_tensor("dx", dx, shape=(B, T, C))
     if dx.numel() == 0:
         return
     add_token_gradients(dx.view(-1, C), tokens.view(-1), dtoken_table)
-    add_column_sums(dx.view(B, T * C), dposition_table[:T].view(-1))
+    if dposition_table is not None:
+        add_column_sums(dx.view(B, T * C), dposition_table[:T].view(-1))
 
 
 def add_token_gradients(dx: Tensor, tokens: Tensor, dtable: Tensor) -> None:

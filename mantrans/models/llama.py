@@ -63,6 +63,8 @@ LLAMA = Family(
     | {"n_kv_heads": None, "qkv_bias": False, "projection_bias": False, "mlp_bias": False},
     fixed=_FIXED | {"qk_norm": False, "attention_window": None},
     accepted={"hidden_act": ("silu",), "pretraining_tp": (1,)},
+    written={"attention_dropout": 0.0},
+    whole_heads=True,
 )
 QWEN2 = replace(
     LLAMA,
@@ -74,6 +76,7 @@ QWEN2 = replace(
     fixed=_FIXED
     | {"qk_norm": False, "qkv_bias": True, "projection_bias": False, "mlp_bias": False},
     accepted={"hidden_act": ("silu",)},
+    whole_heads=False,
 )
 QWEN3 = replace(
     QWEN2,

@@ -15,6 +15,7 @@ from torch import Tensor
 from mantrans.kernels import native, reference
 from mantrans.kernels import operations as described
 from mantrans.kernels.operations import Draw, Shapes
+from tests.kernels.common import each_backend
 from tests.support.compare import assert_close
 
 NATIVE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
@@ -150,13 +151,6 @@ def test_native_causal_attention_is_one_call_of_pytorchs_kernel() -> None:
 
 
 # -------------------------------------------------------------------------------------- decoding
-
-BACKENDS = [
-    pytest.param(ops, dtype, id=f"{ops.__name__.rpartition('.')[2]}-{str(dtype)[6:]}")
-    for ops in (reference, native)
-    for dtype in NATIVE
-]
-each_backend = pytest.mark.parametrize(("ops", "dtype"), BACKENDS)
 
 
 @pytest.mark.parametrize("lengths", [[11, 1, 6], [7, 7, 7], [11, 11, 4]], ids=str)

@@ -16,9 +16,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from mantrans.kernels import native, reference
+from mantrans.kernels import native, reference, triton
 from mantrans.kernels import operations as described
 from mantrans.kernels.operations import Draw, Shapes
+from tests.kernels.common import BACKENDS, each_backend
 from tests.support.compare import assert_close
 
 NATIVE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 5e-5, torch.bfloat16: 4e-4}
@@ -145,17 +146,12 @@ def test_rotary_makes_scores_depend_on_the_distance_alone(shift: int) -> None:
 
 # ---------------------------------------------------------------------------------- the backends
 
-BACKENDS = [
-    pytest.param(ops, dtype, id=f"{ops.__name__.rpartition('.')[2]}-{str(dtype)[6:]}")
-    for ops in (reference, native)
-    for dtype in NATIVE
-]
-each_backend = pytest.mark.parametrize(("ops", "dtype"), BACKENDS)
+FLOAT16 = [pytest.param(ops, torch.float16) for ops in (native, triton)]
 
 
 @each_shape
 @each_operation
-@each_backend
+@pytest.mark.parametrize(("ops", "dtype"), [*BACKENDS, *FLOAT16])
 def test_rotary_equals_reference(
     ops: Any, dtype: torch.dtype, operation: described.Operation, s: Shapes
 ) -> None:

@@ -5,9 +5,18 @@ from __future__ import annotations
 import torch
 
 from mantrans.config import ModelConfig
-from mantrans.interop.huggingface import oriented, their_name
+from mantrans.interop.huggingface import to_theirs
+from mantrans.models import GPT2
 
-__all__ = ["gpt2", "oriented", "their_name"]
+
+def their_name(name: str) -> str:
+    """The name of our parameter in GPT2LMHeadModel."""
+    return GPT2.their_names(name)[0]
+
+
+def oriented(name: str, x: torch.Tensor) -> torch.Tensor:
+    """A view of GPT-2's tensor (or its gradient) in our orientation, or of ours in theirs."""
+    return x.T if name.startswith("blocks.") and x.dim() == 2 else x
 
 
 def gpt2(config: ModelConfig, dtype: torch.dtype, named_parameters) -> torch.nn.Module:
@@ -35,6 +44,6 @@ def gpt2(config: ModelConfig, dtype: torch.dtype, named_parameters) -> torch.nn.
     ).to(dtype)
     theirs = dict(model.named_parameters())
     with torch.no_grad():
-        for name, value in named_parameters:
-            theirs[their_name(name)].copy_(oriented(name, value))
+        for name, value in to_theirs(GPT2, config, named_parameters).items():
+            theirs[name].copy_(value)
     return model

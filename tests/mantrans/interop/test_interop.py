@@ -25,10 +25,10 @@ from mantrans import CustomTransformerWrapper
 from mantrans.data.tokenizer import load_tokenizer
 from mantrans.errors import CheckpointError
 from mantrans.interop import huggingface
-from mantrans.interop.huggingface import oriented, their_name
+from mantrans.models import GPT2
 from mantrans.wrapper import shift
 from tests.support.compare import assert_close
-from tests.support.huggingface import gpt2
+from tests.support.huggingface import gpt2, oriented, their_name
 
 transformers = pytest.importorskip("transformers", reason="transformers is the oracle here")
 safetensors = pytest.importorskip("safetensors", reason="files are read with it")
@@ -133,8 +133,8 @@ def test_the_mapping_is_what_makes_them_agree(tmp_path, monkeypatch) -> None:
     """Two layers of one shape exchanged: every name and shape is right, and the function wrong."""
     ours = build()
     ours.save_pretrained(tmp_path / "right")
-    swapped = {**huggingface.INNER_NAMES, "norm_1": "ln_2", "norm_2": "ln_1"}
-    monkeypatch.setattr(huggingface, "INNER_NAMES", swapped)
+    swapped = {**GPT2.inner, "norm_1": ("ln_2",), "norm_2": ("ln_1",)}
+    monkeypatch.setitem(vars(GPT2), "inner", swapped)
     ours.save_pretrained(tmp_path / "wrong")
     expected = ours.forward(IDS)["logits"]
     assert_close(logits_of(their_load(tmp_path / "right")), expected, 1e-5)
@@ -371,8 +371,9 @@ def refusal(folder: Path) -> str:
 
 
 FIELDS = [
-    ({"model_type": "gptj"}, 'model_type: expected "gpt2"', "got gptj"),
-    ({"model_type": ...}, "model_type: expected that of a GPT-2", "got none"),
+    ({"model_type": "gptj"}, "model_type: expected one of gpt2, llama, qwen2, qwen3", "got gptj"),
+    ({"model_type": ["gpt2"]}, "model_type: expected one of gpt2, llama", "got a list"),
+    ({"model_type": ...}, "model_type: expected one of gpt2, llama", "got none"),
     ({"activation_function": "relu"}, 'activation_function: expected "gelu_new"', "got relu"),
     ({"activation_function": "gelu"}, '"gelu_pytorch_tanh"', "got gelu"),
     (
@@ -383,7 +384,7 @@ FIELDS = [
     ({"scale_attn_weights": False}, "scale_attn_weights: expected true", "got false"),
     ({"scale_attn_by_inverse_layer_idx": True}, "layer_idx: expected false", "got true"),
     ({"add_cross_attention": True}, "add_cross_attention: expected false", "got true"),
-    ({"n_embd": ...}, "n_embd: expected that of a GPT-2", "got none"),
+    ({"n_embd": ...}, "n_embd: expected that of a gpt2 model", "got none"),
     ({"n_embd": "24"}, "n_embd: expected an integer", "24 (text)"),
     ({"n_embd": 25}, "n_embd: expected a multiple of n_head (3)", "got 25"),
     ({"n_layer": 10**9}, "n_layer: expected an integer", "at most 1024, got 1000000000"),
