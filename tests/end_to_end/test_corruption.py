@@ -35,6 +35,7 @@ def interrupted(tmp_path: Path, tokens: Path) -> Config:
     return config
 
 
+@pytest.mark.promise("damaged checkpoint")
 @pytest.mark.parametrize("trials", [200, MANY])
 def test_damage_to_a_runs_checkpoint_is_found(
     tmp_path: Path, interrupted: Config, trials: int, record_property: Callable
@@ -63,6 +64,7 @@ def test_damage_to_a_runs_checkpoint_is_found(
     record_property("not detected", 0)
 
 
+@pytest.mark.promise("newest intact checkpoint")
 @pytest.mark.parametrize("trials", [12, pytest.param(300, marks=pytest.mark.slow)])
 def test_the_newest_intact_checkpoint_is_taken(
     tmp_path: Path, interrupted: Config, trials: int, record_property: Callable
@@ -91,6 +93,7 @@ def test_the_newest_intact_checkpoint_is_taken(
     record_property("wrong choices", 0)
 
 
+@pytest.mark.promise("newest intact checkpoint")
 def test_a_run_goes_on_from_the_newest_intact_and_says_so(
     tmp_path: Path, tokens: Path, nursery: Nursery, interrupted: Config
 ) -> None:
@@ -109,6 +112,7 @@ def test_a_run_goes_on_from_the_newest_intact_and_says_so(
     assert_same(outcome(tmp_path / "broken"), outcome(tmp_path / "unbroken"))
 
 
+@pytest.mark.promise("newest intact checkpoint")
 def test_with_nothing_intact_a_run_is_not_silently_begun_anew(
     tmp_path: Path, nursery: Nursery, interrupted: Config
 ) -> None:
@@ -119,6 +123,7 @@ def test_with_nothing_intact_a_run_is_not_silently_begun_anew(
     assert ended.is_one_line_error and "expected an intact checkpoint" in ended.text
 
 
+@pytest.mark.promise("damaged tokens and tokenizers")
 @pytest.mark.parametrize("trials", [100, pytest.param(2000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ["train.tokens", "validation.tokens"])
 def test_damage_to_token_files_is_found(
@@ -142,6 +147,7 @@ def test_damage_to_token_files_is_found(
     record_property("not detected", 0)
 
 
+@pytest.mark.promise("damaged tokens and tokenizers")
 def test_damaged_tokens_and_tokenizers_stop_a_run_in_one_line(
     tmp_path: Path, nursery: Nursery
 ) -> None:

@@ -46,6 +46,7 @@ def start(nursery: Nursery, folder: Path, **keywords: Any) -> Child:
     return nursery.start("--config", "config.yaml", *resume, cwd=folder, **keywords)
 
 
+@pytest.mark.promise("killed at random")
 @pytest.mark.parametrize("rounds", [8, pytest.param(100, marks=pytest.mark.slow)])
 def test_killed_at_random_moments(
     tmp_path: Path, tokens: Path, nursery: Nursery, rounds: int, record_property: Callable
@@ -98,6 +99,7 @@ class Killed(BaseException):
     """What no code catches."""
 
 
+@pytest.mark.promise("killed at random")
 def test_killed_between_the_names_of_a_checkpoint(
     tmp_path: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch, record_property: Callable
 ) -> None:
@@ -137,6 +139,7 @@ def test_killed_between_the_names_of_a_checkpoint(
     record_property("places", places)
 
 
+@pytest.mark.promise("signals")
 @pytest.mark.parametrize(
     ("number", "status"),
     [(signal.SIGTERM, 0), (signal.SIGINT, 130), (signal.SIGHUP, 0), (signal.SIGUSR1, 0)],
@@ -162,6 +165,7 @@ def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(
     assert_same(outcome(folder), outcome(tmp_path / "unbroken"))
 
 
+@pytest.mark.promise("signals")
 @pytest.mark.parametrize(
     ("first", "second"),
     [
@@ -199,6 +203,7 @@ def wait_until(condition: Callable[[], bool], timeout: float = 60.0) -> None:
         time.sleep(0.002)
 
 
+@pytest.mark.promise("latest.pt")
 def test_latest_is_never_absent(
     tmp_path: Path, tokens: Path, nursery: Nursery, record_property: Callable
 ) -> None:
@@ -225,6 +230,7 @@ def test_latest_is_never_absent(
     record_property("loads in between", loads)
 
 
+@pytest.mark.promise("every step on record once")
 def test_a_kill_loses_no_record(tmp_path: Path, tokens: Path, nursery: Nursery) -> None:
     """What was shown on the screen is in metrics.jsonl, though the process had no time to close."""
     config_for(tmp_path, tokens, log_every=1, save_every=24, eval_every=24)

@@ -46,6 +46,7 @@ def fill(disk: Path, leave: int) -> Path:
     return ballast
 
 
+@pytest.mark.promise("full disk")
 def test_a_full_disk_costs_a_periodic_save_and_not_the_run(
     tmp_path: Path, tokens: Path, nursery: Nursery, disk: Path, record_property: Callable
 ) -> None:
@@ -68,6 +69,7 @@ def test_a_full_disk_costs_a_periodic_save_and_not_the_run(
     record_property("checkpoints lost", 0)
 
 
+@pytest.mark.promise("full disk")
 @pytest.mark.parametrize("room_comes", [True, False])
 def test_a_full_disk_under_the_records(
     tmp_path: Path,
@@ -98,6 +100,7 @@ def test_a_full_disk_under_the_records(
         assert ended.is_one_line_error and "cannot be written" in ended.text
 
 
+@pytest.mark.promise("full disk")
 def test_a_file_size_limit_costs_saves_and_not_the_run(
     tmp_path: Path, tokens: Path, nursery: Nursery
 ) -> None:
@@ -109,6 +112,7 @@ def test_a_file_size_limit_costs_saves_and_not_the_run(
     assert len(read_records(metrics_file(tmp_path))) == 5
 
 
+@pytest.mark.promise("read-only disk")
 @pytest.mark.parametrize("what", ["checkpoint_dir", "output_dir", "cache_dir"])
 def test_a_read_only_disk_is_refused_before_training(
     tmp_path: Path, tokens: Path, nursery: Nursery, disk: Path, what: str
@@ -120,6 +124,7 @@ def test_a_read_only_disk_is_refused_before_training(
     assert str(disk) in ended.text
 
 
+@pytest.mark.promise("read-only disk")
 def test_a_folder_that_loses_its_permission_keeps_what_was_saved(
     tmp_path: Path, tokens: Path, nursery: Nursery, open_to_all: None
 ) -> None:
@@ -149,6 +154,7 @@ def open_to_all(tmp_path: Path, tokens: Path) -> None:
         file.chmod(0o755)
 
 
+@pytest.mark.promise("read-only disk")
 @pytest.mark.parametrize("what", ["checkpoint_dir", "output_dir"])
 def test_a_folder_without_permission_is_refused_before_training(
     tmp_path: Path, tokens: Path, nursery: Nursery, what: str, open_to_all: None

@@ -48,6 +48,7 @@ def stopped(tmp_path: Path, tokens: Path) -> Config:
     return config
 
 
+@pytest.mark.promise("code in a checkpoint")
 @pytest.mark.parametrize("how", ["torch.save", "pickle", "pickle in zip"])
 def test_a_pickle_that_runs_code_is_refused_by_every_command(
     tmp_path: Path, nursery: Nursery, stopped: Config, how: str
@@ -101,6 +102,7 @@ def mutated(state: dict[str, Any], chance: random.Random) -> dict[str, Any]:
     return state
 
 
+@pytest.mark.promise("claims of a file")
 @pytest.mark.parametrize("trials", [60, pytest.param(1500, marks=pytest.mark.slow)])
 def test_a_sound_file_with_an_odd_state_is_used_or_refused(
     tmp_path: Path, stopped: Config, trials: int, record_property: Callable
@@ -125,6 +127,7 @@ def test_a_sound_file_with_an_odd_state_is_used_or_refused(
     record_property("tracebacks", 0)
 
 
+@pytest.mark.promise("claims of a file")
 @pytest.mark.parametrize("trials", [40, pytest.param(1000, marks=pytest.mark.slow)])
 def test_evaluation_uses_or_refuses_an_odd_state(
     tmp_path: Path, stopped: Config, trials: int, capsys, record_property: Callable
@@ -146,6 +149,7 @@ def test_evaluation_uses_or_refuses_an_odd_state(
     record_property("tracebacks", 0)
 
 
+@pytest.mark.promise("claims of a file")
 @pytest.mark.parametrize("trials", [60, pytest.param(1500, marks=pytest.mark.slow)])
 def test_a_library_user_gets_a_model_or_one_line_and_keeps_what_he_has(
     tmp_path: Path, stopped: Config, trials: int, record_property: Callable
@@ -181,6 +185,7 @@ def test_a_library_user_gets_a_model_or_one_line_and_keeps_what_he_has(
     record_property("tracebacks", 0)
 
 
+@pytest.mark.promise("claims of a file")
 def test_a_model_that_claims_more_than_the_file_holds_takes_no_memory(
     tmp_path: Path, nursery: Nursery, stopped: Config
 ) -> None:
@@ -197,6 +202,7 @@ def test_a_model_that_claims_more_than_the_file_holds_takes_no_memory(
         CustomTransformerWrapper.from_checkpoint(tmp_path / "huge.pt")
 
 
+@pytest.mark.promise("wrong tokenizer")
 def test_token_ids_beyond_a_models_vocabulary_reach_no_index(
     tmp_path: Path, nursery: Nursery, stopped: Config
 ) -> None:
@@ -216,6 +222,7 @@ def test_token_ids_beyond_a_models_vocabulary_reach_no_index(
         assert ended.is_one_line_error and "100" in ended.text, ended.text
 
 
+@pytest.mark.promise("names and links")
 @pytest.mark.parametrize(
     "override",
     [
@@ -233,6 +240,7 @@ def test_names_that_leave_their_folder_are_refused(
     assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.promise("alias bombs and code")
 def test_a_yaml_alias_bomb_ends_quickly_and_in_little_memory(
     tmp_path: Path, nursery: Nursery, record_property: Callable
 ) -> None:
@@ -281,6 +289,7 @@ def dangers(source: str) -> list[str]:
     return found
 
 
+@pytest.mark.promise("alias bombs and code")
 def test_the_source_runs_nothing_that_it_reads(record_property: Callable) -> None:
     """But for the converter of a user's own files, which reads pickles as data."""
     assert len(SOURCES) > 30
@@ -297,6 +306,7 @@ def test_the_source_runs_nothing_that_it_reads(record_property: Callable) -> Non
     record_property("source files", len(SOURCES))
 
 
+@pytest.mark.promise("alias bombs and code")
 @pytest.mark.parametrize(
     "line",
     ["eval(x)", "exec(x)", "yaml.load(f, Loader=L)", "torch.load(p)", "pickle.loads(b)",
@@ -308,6 +318,7 @@ def test_the_search_finds_what_it_looks_for(line: str) -> None:
     assert dangers(line)
 
 
+@pytest.mark.promise("names and links")
 def test_a_link_in_the_checkpoint_folder_is_not_followed_out(
     tmp_path: Path, tokens: Path, stopped: Config
 ) -> None:

@@ -22,6 +22,7 @@ def slope(points: list[tuple[float, float]]) -> float:
     return numerator / sum((x - mean_x) ** 2 for x, _ in points)
 
 
+@pytest.mark.promise("long runs")
 @pytest.mark.parametrize(
     ("steps", "kib_per_thousand_steps"),
     [
@@ -73,6 +74,7 @@ def test_memory_and_open_files_stay_flat(
     record_property("lines of metrics missing", 0)
 
 
+@pytest.mark.promise("two processes")
 def test_two_processes_on_one_run(tmp_path: Path, tokens: Path, nursery: Nursery) -> None:
     """The second is refused with the first one's number, under the same run folder and under the
     same checkpoint folder alone; killed, the first leaves no lock behind."""
@@ -92,6 +94,7 @@ def test_two_processes_on_one_run(tmp_path: Path, tokens: Path, nursery: Nursery
     assert third.wait().status == 0
 
 
+@pytest.mark.promise("two processes")
 def test_runs_of_other_names_share_folders(tmp_path: Path, tokens: Path, nursery: Nursery) -> None:
     """Four at once, one set of token files, one checkpoint folder: each ends as it does alone."""
     config = small(tmp_path, tokens, log_every=1)

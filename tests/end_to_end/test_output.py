@@ -30,6 +30,7 @@ def expected(tmp_path_factory: pytest.TempPathFactory, tokens: Path) -> dict[str
     return outcome(folder)
 
 
+@pytest.mark.promise("lost output")
 @pytest.mark.parametrize("streams", LOST.values(), ids=LOST)
 def test_lost_output_costs_the_run_nothing(
     tmp_path: Path,
@@ -48,6 +49,7 @@ def test_lost_output_costs_the_run_nothing(
     record_property("lines seen", 0)
 
 
+@pytest.mark.promise("lost output")
 @pytest.mark.parametrize("streams", LOST.values(), ids=LOST)
 def test_a_mistake_has_its_status_without_output(
     tmp_path: Path, nursery: Nursery, streams: dict[int, str]
@@ -55,6 +57,7 @@ def test_a_mistake_has_its_status_without_output(
     assert nursery.run("--config", "absent.yaml", cwd=tmp_path, streams=streams).status == 2
 
 
+@pytest.mark.promise("lost output")
 def test_a_terminal_that_is_closed_costs_the_run_nothing(
     tmp_path: Path, tokens: Path, nursery: Nursery, expected: dict[str, Any]
 ) -> None:

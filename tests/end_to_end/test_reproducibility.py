@@ -19,6 +19,7 @@ from tests.support.runs import assert_same, finish, outcome, small
 BOUND = 1e-4
 
 
+@pytest.mark.promise("same seed")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
 def test_the_same_seed_gives_the_same_bits(
     tmp_path: Path, tokens: Path, nursery: Nursery, dtype: str, record_property: Callable
@@ -34,6 +35,7 @@ def test_the_same_seed_gives_the_same_bits(
     record_property("runs compared", 3)
 
 
+@pytest.mark.promise("same seed")
 def test_another_seed_gives_other_bits(tmp_path: Path, tokens: Path) -> None:
     """Or the test above would prove nothing."""
     for seed in (0, 1):
@@ -43,6 +45,7 @@ def test_another_seed_gives_other_bits(tmp_path: Path, tokens: Path) -> None:
     assert first["report"]["samples"] != second["report"]["samples"]
 
 
+@pytest.mark.promise("golden curve")
 @pytest.mark.parametrize("backend", ["native", "reference"])
 def test_the_golden_curve(
     tmp_path: Path, tokens: Path, backend: str, record_property: Callable
@@ -62,6 +65,7 @@ def test_the_golden_curve(
         record_property("exact on this machine", "yes")
 
 
+@pytest.mark.promise("golden curve")
 @pytest.mark.slow
 def test_the_golden_curve_with_two_threads(
     tmp_path: Path, tokens: Path, record_property: Callable
