@@ -248,6 +248,7 @@ def run_shapes(
     vocab_size: int,
     sequence_length: int,
     n_kv_heads: int | None = None,
+    head_dim: int | None = None,
 ) -> Shapes:
     """A run's sizes, with the fewest rows that reach every branch. Widths are the run's. Only rows,
     sequences and (beyond MAX_SCORES) T are reduced."""
@@ -257,7 +258,7 @@ def run_shapes(
         T=T,
         H=n_heads,
         H_kv=n_kv_heads or n_heads,
-        D=d_model // n_heads,
+        D=head_dim or d_model // n_heads,
         C=d_model,
         F=d_ffn,
         V=vocab_size,
@@ -280,14 +281,15 @@ def check(
     dtype: torch.dtype,
     device: torch.device,
     n_kv_heads: int | None = None,
+    head_dim: int | None = None,
 ) -> list[Result]:
     """Run every operation of the backend `ops` and compare it with the reference.
 
-    The arguments are the run's; n_kv_heads None means n_heads. Returns one Result per output.
-    Raises KernelCheckError at the first wrong output: one line with the operation, the output and
-    its shape.
+    The arguments are the run's, with None as in `mantrans.config.ModelConfig`. Returns one Result
+    per output. Raises KernelCheckError at the first wrong output: one line with the operation, the
+    output and its shape.
     """
-    shapes = run_shapes(d_model, n_heads, d_ffn, vocab_size, sequence_length, n_kv_heads)
+    shapes = run_shapes(d_model, n_heads, d_ffn, vocab_size, sequence_length, n_kv_heads, head_dim)
     results = []
     for draw_inputs, program in PROGRAMS:
         inputs = draw_inputs(shapes, Draw(dtype, device))
