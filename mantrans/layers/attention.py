@@ -124,10 +124,9 @@ class Attention:
         return own if self.rotary is None else own + self.rotary.kept()
 
     def workspace(self) -> int:
-        """dy, dout, dqkv before and after the rotation, and the three inputs of the kernels that
-        are copies, of H heads each."""
+        """dy, dout, dqkv, and the three inputs of the kernels that are copies, of H heads each."""
         M, C = self.qkv.weight.shape
-        return C + (M if self.rotary is None else 2 * M) + 4 * self.widths[0]
+        return C + M + 4 * self.widths[0]
 
 
 class KeyValueCache(NamedTuple):
