@@ -20,7 +20,7 @@ from mantrans.kernels.native import (
     swiglu_backward,
     swiglu_forward,
 )
-from mantrans.kernels.reference import document_starts, head_sizes
+from mantrans.kernels.reference import document_starts, head_sizes, window_starts
 from mantrans.kernels.triton import attention
 from mantrans.kernels.triton.adamw import adamw_update
 from mantrans.kernels.triton.attention_tiles import MAX_HEAD_WIDTH
@@ -41,7 +41,9 @@ from mantrans.kernels.triton.layer_norm import (
     layer_norm_backward,
     layer_norm_forward,
 )
+from mantrans.kernels.triton.norm_rotary import norm_rotary_backward, norm_rotary_forward
 from mantrans.kernels.triton.partials import partial_rows, sum_partials
+from mantrans.kernels.triton.rotary import rotary_backward, rotary_forward
 from mantrans.kernels.triton.sgd import sgd_update
 
 __all__ = [
@@ -67,13 +69,18 @@ __all__ = [
     "linear_cross_entropy_forward",
     "linear_cross_entropy_forward_backward",
     "linear_forward",
+    "norm_rotary_backward",
+    "norm_rotary_forward",
     "partial_rows",
     "rms_norm_backward",
     "rms_norm_forward",
+    "rotary_backward",
+    "rotary_forward",
     "sgd_update",
     "sum_partials",
     "swiglu_backward",
     "swiglu_forward",
+    "window_starts",
 ]
 
 

@@ -116,7 +116,7 @@ def _rope(found: dict[str, Any], family: Family) -> tuple[dict[str, Any], dict[s
     for name in scaling.keys() - known:
         raise _Field(field, f"only {', '.join(sorted(known))}", show(name))
     theta = found.get("rope_theta", scaling.get("rope_theta", 10_000.0))
-    if scaling.get("rope_theta", theta) != theta:
+    if "rope_theta" in scaling and scaling["rope_theta"] != theta:
         raise _Field("rope_theta", f"that of {field}", show(theta))
     values = {"rope_theta": theta}
     for ours, theirs in family.rope.items():
@@ -147,7 +147,8 @@ def _window(found: dict[str, Any], family: Family, n_blocks: Any) -> int | None:
     if not isinstance(kinds, list) or any(kind not in (_FULL, _SLIDING) for kind in kinds):
         raise _Field("layer_types", f"a list of {_FULL} or {_SLIDING}", show(kinds))
     if len(kinds) != n_blocks or len(set(kinds)) != 1:
-        raise _Field("layer_types", f"{show(n_blocks)} times the same", f"{len(kinds)} kinds")
+        got = f"{len(kinds)} of {' and '.join(sorted(set(kinds)))}"
+        raise _Field("layer_types", f"a list of {show(n_blocks)}, all the same", got)
     if kinds[0] == _SLIDING and window is None:
         raise _Field("layer_types", f"{every}, since there is no sliding_window", kinds[0])
     return window if kinds[0] == _SLIDING else None

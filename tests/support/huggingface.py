@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+from pathlib import Path
+
 import torch
 
 from mantrans.config import ModelConfig
@@ -47,3 +50,22 @@ def gpt2(config: ModelConfig, dtype: torch.dtype, named_parameters) -> torch.nn.
         for name, value in to_theirs(GPT2, config, named_parameters).items():
             theirs[name].copy_(value)
     return model
+
+
+def their_load(folder: Path, dtype: torch.dtype | str = "auto") -> torch.nn.Module:
+    """What transformers makes of a folder; it must have nothing to remark about it."""
+    from transformers import AutoModelForCausalLM
+
+    remarks: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: remarks.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("transformers")
+    logger.addHandler(handler)
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, output_loading_info=True, attn_implementation="eager"
+        )
+    finally:
+        logger.removeHandler(handler)
+    assert not remarks and not any(info.values()), (remarks, info)
+    return model.eval()

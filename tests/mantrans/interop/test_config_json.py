@@ -272,11 +272,11 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], str, str]] = [
     (QWEN, {"use_sliding_window": True, "sliding_window": 0, "max_window_layers": 0},
      "sliding_window: expected an integer at least 1", "0"),
     (QWEN, {"use_sliding_window": "yes"}, "use_sliding_window: expected true or false", "yes"),
-    (QWEN, {"layer_types": [FULL, SLIDING]}, "layer_types: expected 2 times the same", ""),
+    (QWEN, {"layer_types": [FULL, SLIDING]}, "layer_types: expected a list of 2", "of full_"),
     (QWEN, {"layer_types": [SLIDING, SLIDING]}, "layer_types: expected full_attention", SLIDING),
     (QWEN, {"layer_types": ["chunked_attention"] * 2}, "layer_types: expected a list", "a list"),
     (QWEN, {"layer_types": [[]] * 2}, "layer_types: expected a list", "a list"),
-    (QWEN, {"layer_types": [FULL]}, "layer_types: expected 2 times the same", ""),
+    (QWEN, {"layer_types": [FULL]}, "layer_types: expected a list of 2", "of full_"),
     (QWEN, {"layer_types": FULL}, "layer_types: expected a list", FULL),
     (QWEN, {"vocab_size": None}, "vocab_size: expected an integer", "null"),
 ]  # fmt: skip

@@ -8,7 +8,6 @@ may be lost.
 from __future__ import annotations
 
 import json
-import logging
 import os
 import re
 import shutil
@@ -28,7 +27,7 @@ from mantrans.interop import huggingface
 from mantrans.models import GPT2
 from mantrans.wrapper import shift
 from tests.support.compare import assert_close
-from tests.support.huggingface import gpt2, oriented, their_name
+from tests.support.huggingface import gpt2, oriented, their_load, their_name
 
 transformers = pytest.importorskip("transformers", reason="transformers is the oracle here")
 safetensors = pytest.importorskip("safetensors", reason="files are read with it")
@@ -54,23 +53,6 @@ def build(**options: Any) -> CustomTransformerWrapper:
 
 def load(folder: Path, dtype: torch.dtype = torch.float32, **options: Any):
     return CustomTransformerWrapper.from_pretrained(folder, dtype=dtype, device="cpu", **options)
-
-
-def their_load(folder: Path, dtype: torch.dtype | str = "auto") -> torch.nn.Module:
-    """What transformers makes of a folder; it must have nothing to remark about it."""
-    remarks: list[str] = []
-    handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda record: remarks.append(record.getMessage())  # type: ignore[method-assign]
-    logger = logging.getLogger("transformers")
-    logger.addHandler(handler)
-    try:
-        model, info = transformers.GPT2LMHeadModel.from_pretrained(
-            folder, dtype=dtype, output_loading_info=True, attn_implementation="eager"
-        )
-    finally:
-        logger.removeHandler(handler)
-    assert not remarks and not any(info.values()), (remarks, info)
-    return model.eval()
 
 
 def logits_of(model: torch.nn.Module, ids: Tensor = IDS) -> Tensor:
