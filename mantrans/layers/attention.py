@@ -100,9 +100,9 @@ class Attention:
             qkv = self.rotary.forward(qkv[:, None], lengths[:, None] - 1)[0][:, 0]
         q, k, v = qkv.split(self.widths, dim=-1)
         cache.append(k, v, lengths)
-        window = {} if self.window is None else {"window": self.window}
+        heads = self.n_heads, self.n_kv_heads
         out = self.ops.decode_attention(
-            q.contiguous(), cache.k, cache.v, lengths, self.n_heads, self.n_kv_heads, **window
+            q.contiguous(), cache.k, cache.v, lengths, *heads, self.window
         )
         return self.projection.forward(out)
 
