@@ -24,7 +24,7 @@ from mantrans.data.tokenizer import load_tokenizer
 from mantrans.errors import DataError
 from mantrans.training import trainer as trainer_module
 from mantrans.training.trainer import Trainer
-from tests.support.nursery import Nursery
+from tests.support.processes import Processes
 from tests.support.runs import GOLDEN, small
 
 GIB = 2**30
@@ -150,14 +150,14 @@ IN_SHORT = ("model.d_model", "training.batch_size", "training.gradient_accumulat
     "field", [pytest.param(f, marks=[pytest.mark.slow] * (f not in IN_SHORT)) for f in HUGE]
 )
 def test_huge_values_are_refused_or_run(
-    tmp_path: Path, tokens: Path, nursery: Nursery, field: str
+    tmp_path: Path, tokens: Path, processes: Processes, field: str
 ) -> None:
     """The largest value that each field accepts, in a process that may have 16 GiB: training
     begins, and is still on its way when it is killed a second later, or one line says what it
     lacks."""
     config = small(tmp_path, tokens, max_steps=8, warmup_steps=0, outlier_z_score=3.0)
     config.save(tmp_path / "c.yaml")
-    child = nursery.start(
+    child = processes.start(
         "--config", "c.yaml", "--set", f"{field}={HUGE[field]}", cwd=tmp_path,
         limits={"RLIMIT_AS": 16 * GIB},
     )  # fmt: skip
@@ -315,7 +315,7 @@ def changed_tokenizers() -> Iterator[tuple[str, Callable[[dict], None]]]:
 @pytest.mark.promise("wrong tokenizer")
 @pytest.mark.parametrize(("name", "change"), list(changed_tokenizers()))
 def test_a_tokenizer_with_missing_or_extra_tokens_is_refused(
-    tmp_path: Path, tokens: Path, nursery: Nursery, name: str, change: Callable
+    tmp_path: Path, tokens: Path, processes: Processes, name: str, change: Callable
 ) -> None:
     shutil.copytree(GOLDEN / "tokenizer", tmp_path / "tokenizer")
     file = tmp_path / "tokenizer" / "tokenizer.json"
@@ -324,19 +324,19 @@ def test_a_tokenizer_with_missing_or_extra_tokens_is_refused(
     file.write_text(json.dumps(content))
     config = small(tmp_path, tokens, data={"tokenizer": "tokenizer"})
     config.save(tmp_path / "c.yaml")
-    ended = nursery.run("--config", "c.yaml", cwd=tmp_path)
+    ended = processes.run("--config", "c.yaml", cwd=tmp_path)
     assert ended.is_one_line_error and "tokenizer.json cannot be used" in ended.text, ended.text
 
 
 @pytest.mark.promise("wrong tokenizer")
 def test_a_consistent_tokenizer_of_another_size_cannot_continue_a_run(
-    tmp_path: Path, tokens: Path, nursery: Nursery
+    tmp_path: Path, tokens: Path, processes: Processes
 ) -> None:
     """One token more, all in order: a good tokenizer, but not the one of the checkpoint."""
     config = small(tmp_path, tokens, max_steps=2)
     config.save(tmp_path / "c.yaml")
-    assert nursery.run("--config", "c.yaml", cwd=tmp_path).status == 0
-    ended = nursery.run(
+    assert processes.run("--config", "c.yaml", cwd=tmp_path).status == 0
+    ended = processes.run(
         "--config", "c.yaml", "--resume", "latest", "--set", "data.tokenizer=tinystories_bpe_4096",
         cwd=tmp_path,
     )  # fmt: skip
