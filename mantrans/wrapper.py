@@ -30,7 +30,7 @@ from mantrans.config.arguments import (
     field,
 )
 from mantrans.errors import CheckpointError, ConfigError, show
-from mantrans.interop import huggingface
+from mantrans.interop import gguf_file, huggingface
 from mantrans.kernels import backend as backends
 from mantrans.kernels.reference import IGNORE_INDEX
 from mantrans.models import build, generation
@@ -464,6 +464,26 @@ class CustomTransformerWrapper:
         another number of tokens, ConfigError for a model that transformers has not,
         CheckpointError if the folder cannot be written.
         """
+        self._check_tokenizer(tokenizer)
+        p = self.model.parameters
+        huggingface.save(directory, self.config, dict(p.named(p.best_weights())), tokenizer)
+
+    @checked(path=FilePath)
+    def save_gguf(
+        self, path: str | Path, tokenizer: huggingface.SavedTokenizer | None = None
+    ) -> None:
+        """Write the weights (the masters if there are any) as a GGUF file, which llama.cpp reads.
+
+        tokenizer: as for `save_pretrained`. Needs the package gguf. Raises ValueError for a
+        tokenizer with another number of tokens, ConfigError for a model or a tokenizer that
+        llama.cpp has not, CheckpointError if the file cannot be written.
+        """
+        self._check_tokenizer(tokenizer)
+        p = self.model.parameters
+        gguf_file.save(path, self.config, dict(p.named(p.best_weights())), tokenizer)
+
+    def _check_tokenizer(self, tokenizer: huggingface.SavedTokenizer | None) -> None:
+        """ValueError unless it is one that may be written beside the weights."""
         if tokenizer is not None:
             found = getattr(tokenizer, "vocab_size", None)
             if found != self.config.vocab_size or not hasattr(tokenizer, "library"):
@@ -471,8 +491,6 @@ class CustomTransformerWrapper:
                     f"tokenizer: expected one of {self.config.vocab_size} tokens from "
                     f"load_tokenizer, got {show(tokenizer)}"
                 )
-        p = self.model.parameters
-        huggingface.save(directory, self.config, dict(p.named(p.best_weights())), tokenizer)
 
     # -------------------------------------------------------------------------------- information
 

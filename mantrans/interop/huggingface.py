@@ -327,8 +327,7 @@ def save(
     family = config_json.family_of(config)
     folder = Path(directory)
     fields = config_json.write(family, config)
-    tensors = to_theirs(family, config, weights.items())
-    tensors |= _missing_biases(fields, tensors)
+    tensors = all_theirs(family, config, weights)
     dtype = next(iter(tensors.values())).dtype
     end = tokenizer and tokenizer.eot_id
     ids = {"bos_token_id": end, "eos_token_id": end}
@@ -349,17 +348,20 @@ def save(
         raise CheckpointError(f"{_shown(path)}: could not be written ({cause})") from None
 
 
-def _missing_biases(fields: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Zeros for the tensors that a reader of config.json expects and our model lacks."""
-    family, shape = config_json.read(fields, CONFIG)
-    config = ModelConfig(**shape)
+def all_theirs(
+    family: Family, config: ModelConfig, weights: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """Views of our weights as the tensors that a reader of the family expects; zeros for biases
+    that the family always has and our model lacks."""
+    tensors = to_theirs(family, config, weights.items())
     some = next(iter(tensors.values()))
-    return {
-        part.name: some.new_zeros(part.shape)
-        for p in build(config).parameters()
-        for part in parts(family, config, p.name, p.shape)
-        if part.name not in tensors
-    }
+    _, shape = config_json.read(config_json.write(family, config), CONFIG)
+    expected = ModelConfig(**shape)
+    for p in build(expected).parameters():
+        for part in parts(family, expected, p.name, p.shape):
+            if part.name not in tensors:
+                tensors[part.name] = some.new_zeros(part.shape)
+    return tensors
 
 
 def _tokenizer_files(

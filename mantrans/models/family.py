@@ -28,6 +28,8 @@ class Family:
     written: their field -> the value that we write, which is of no use to us.
     repeated: their field -> ours, which has another name for us too; only written.
     whole_heads: d_model must be a multiple of n_heads, even if head_dim is given.
+    llama_cpp: our field -> the only value with which llama.cpp computes the family.
+    interleaved_in_gguf: llama.cpp's RoPE turns pairs (2i, 2i + 1) of it, not (i, i + D/2).
     """
 
     model_type: str
@@ -45,6 +47,8 @@ class Family:
     written: Mapping[str, Any] = field(default_factory=dict)
     repeated: Mapping[str, str] = field(default_factory=dict)
     whole_heads: bool = False
+    llama_cpp: Mapping[str, Any] = field(default_factory=dict)
+    interleaved_in_gguf: bool = False
 
     def describes(self, config: ModelConfig) -> bool:
         """Whether a model of this config is one of the family."""
