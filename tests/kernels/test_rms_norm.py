@@ -21,7 +21,6 @@ from tests.kernels.common import (
     SUM_TOLERANCE,
     TOLERANCE,
     each_backend,
-    each_dtype,
     generator,
     in_partials,
     normal,
@@ -37,7 +36,12 @@ OPERATIONS = [described.RmsNorm(), described.AddRmsNorm()]
 SHAPES = [(1, 8), (3, 7), (37, 64), (9, 576), (150, 96), (2, 2100), (13, 257)]
 
 each_operation = pytest.mark.parametrize("operation", OPERATIONS, ids=lambda o: o.name)
-each_shape = pytest.mark.parametrize("N, C", SHAPES, ids=str)
+each_shape_and_dtype = pytest.mark.parametrize(
+    ("N", "C", "dtype"),
+    [(*shape, torch.float32) for shape in SHAPES]
+    + [(*shape, dtype) for shape in SHAPES[1:4] for dtype in (torch.float16, torch.bfloat16)],
+    ids=str,
+)
 each_fast = pytest.mark.parametrize("ops", [native, triton], ids=["native", "triton"])
 
 
@@ -70,8 +74,7 @@ def small_cache(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @each_operation
-@each_shape
-@each_dtype
+@each_shape_and_dtype
 @each_fast
 def test_rms_norm_equals_reference(
     ops: ModuleType, operation: Operation, N: int, C: int, dtype: torch.dtype, small_cache: None
@@ -100,7 +103,7 @@ def test_rms_norm_native_float64_stays_float64(operation: Operation, small_cache
         assert_close(actual[name], value, 1e-12, name)
 
 
-@each_shape
+@pytest.mark.parametrize("N, C", SHAPES[3:5], ids=str)
 @pytest.mark.parametrize("complete", [True, False])
 def test_rms_norm_backward_in_partial_sums(N: int, C: int, complete: bool) -> None:
     """As in training; complete: with a bias before it and what by-passed the norm."""
@@ -121,9 +124,10 @@ def test_rms_norm_backward_in_partial_sums(N: int, C: int, complete: bool) -> No
         assert_close(got, want, SUM_TOLERANCE)
 
 
+@pytest.mark.slow
 def test_rms_norm_widest_row() -> None:
     """A tile of one row, every lane full."""
-    i = drawn(OPERATIONS[1], Shapes(N=3, C=8192), torch.float32)
+    i = drawn(OPERATIONS[1], Shapes(N=2, C=8192), torch.float32)
     expected, actual = (results_of(OPERATIONS[1], ops, i) for ops in (reference, triton))
     for name, value in expected.items():
         assert_close(actual[name], value, SUM_TOLERANCE, name)
@@ -230,12 +234,12 @@ def test_rms_norm_of_float64_rows_whose_squares_overflow(ops: ModuleType, size: 
 
 @each_backend
 def test_rms_norm_of_many_equal_rows(ops: ModuleType, dtype: torch.dtype) -> None:
-    """Sums over rows keep their digits: 4,096 times 1, and a hundredth."""
-    N, C = 4096, 8
+    """Sums over rows keep their digits."""
+    N, C = 3000, 64
     x, weight = torch.ones(N, C, dtype=dtype), torch.ones(C, dtype=dtype)
     dy = torch.full_like(x, 0.01)
     results = Results(ops, x, dy, weight, 0.0)
-    assert_close(results.dweight, N * dy[0].double(), min(EDGE_TOLERANCE[dtype], 1e-6))
+    assert_close(results.dweight, N * dy[0].double(), SUM_TOLERANCE)
 
 
 @each_backend
