@@ -55,9 +55,9 @@ bench: $(VENV)/.installed-test
 	$(PY) -m pytest benchmarks/test_bench.py --benchmark-autosave --record benchmarks/results
 	$(PY) -m benchmarks report
 
-# Every promise of docs/reliability.md in its long form; writes that page anew.
+# Every promise of docs/reliability.md in its long form; writes what was counted to tests/reliability.md.
 test-reliability: $(VENV)/.installed-test
-	OMP_NUM_THREADS=1 $(PY) -m tests.end_to_end.report
+	OMP_NUM_THREADS=1 $(PY) -m tests.support.promises
 
 # The site in build/docs. A broken link is an error.
 docs: $(VENV)/.installed-test

@@ -1,7 +1,7 @@
-"""Writes docs/benchmarks.md's tables and draws its two figures, from the newest measurements.
+"""Writes docs/benchmarks.md: two tables and two pictures, from the newest measurements.
 
 Every number comes from a row; nothing is typed by hand. With another folder of results than the
-repository's, page and figures go into that folder.
+repository's, page and pictures go into that folder.
 """
 
 from __future__ import annotations
@@ -9,26 +9,28 @@ from __future__ import annotations
 import dataclasses
 import os
 from argparse import Namespace
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 
-from benchmarks import harness, steps
+from benchmarks import harness
 from benchmarks.harness import RESULTS, Measurement
-from benchmarks.machine import slug
+from benchmarks.steps import JUDGE
 
 PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
 BEGIN = "<!-- results: written by python -m benchmarks report, not by hand -->"
 END = "<!-- end of results -->"
 NOTHING = "No results: there are no rows."
+NOT_MEASURED = "not measured"
+ONE_BY_ONE = "launched one by one"
 # Of several of ours the first one there is stands for us: it is what a user gets on that device.
 OURS = ("triton captured", "triton", "native")
 # The textbook and ourselves in another mode are measured too, but nobody would pick them instead.
 NO_BASELINES = (*OURS, "reference")
-CASE = ["operation", "direction", "size", "dtype"]
-OUR_COLOR, OTHER_COLOR = "#c2410c", "#8b97a8"
+CASE = ["device", "operation", "direction", "size", "dtype"]
+OUR_COLOR, OTHER_COLORS = "#c2410c", ("#334155", "#7c93b2", "#b7a26a", "#94a3b8")
 
 
 def main(arguments: Namespace) -> int:
@@ -46,30 +48,29 @@ def write(rows: Sequence[Measurement], page: Path) -> None:
     text = (page if page.exists() else PAGE).read_text(encoding="utf-8")
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
-    devices = {row.device for row in rows}
-    sections = [  # GPUs before CPUs
-        section([row for row in rows if row.device == device], page)
-        for device in sorted(devices, key=lambda name: (name.endswith("threads"), name))
-    ]
-    middle = "\n\n".join(sections) or NOTHING
+    # GPUs before CPUs
+    rows = sorted(rows, key=lambda row: (row.device.endswith("threads"), row.device))
+    middle = "\n\n".join(sections(rows, page)) if rows else NOTHING
     page.write_text(f"{before}{BEGIN}\n\n{middle}\n\n{END}{after}", encoding="utf-8")
 
 
-def section(rows: Sequence[Measurement], page: Path) -> str:
-    """All of one device."""
-    device = rows[0].device
-    parts = [f"## {device}", provenance(rows), peaks(rows)]
-    folder = page.parent / "figures"
+def sections(rows: Sequence[Measurement], page: Path) -> Iterator[str]:
+    """The page's parts: each stage with its table and its picture, then the machines."""
     for stage, heading, table, draw in STAGES:
+        yield f"## {heading}"
         data = frame(rows, stage)
-        if data.empty:
-            continue
-        parts += [f"### {heading}", table(data)]
-        if draw:
-            path = folder / f"{stage}-{slug(device)}.svg"
+        yield table(data) if len(data) else f"{NOT_MEASURED.capitalize()}."
+        if len(data):
+            path = page.parent / "figures" / f"{stage}.svg"
             save(draw(data), path)
-            parts.append(f"![{heading}, {device}]({os.path.relpath(path, page.parent)})")
-    return "\n\n".join(part for part in parts if part)
+            yield f"![{heading}]({os.path.relpath(path, page.parent)})"
+    yield "## Machines"
+    devices = dict.fromkeys(row.device for row in rows)
+    yield "\n".join(
+        f"- **{device}**: {provenance(those)} {peaks(those)}".rstrip()
+        for device in devices
+        if (those := [row for row in rows if row.device == device])
+    )
 
 
 def provenance(rows: Sequence[Measurement]) -> str:
@@ -79,7 +80,7 @@ def provenance(rows: Sequence[Measurement]) -> str:
     versions = ", ".join(f"{name} {' and '.join(v)}" for name, v in found.items() if v)
     commits = sorted({_short_commit(row.commit) for row in rows})
     days = sorted({row.date[:10] for row in rows})
-    return f"Measured {' and '.join(days)} at commit {', '.join(commits)}, with {versions}."
+    return f"measured {' and '.join(days)} at commit {', '.join(commits)}, with {versions}."
 
 
 def _short_commit(commit: str | None) -> str:
@@ -96,7 +97,7 @@ def peaks(rows: Sequence[Measurement]) -> str:
         for row in rows
         if row.stage == "peaks" and row.p50 is not None
     ]
-    return f"Measured peaks: {', '.join(found)}." if found else ""
+    return f"Peaks: {', '.join(found)}." if found else ""
 
 
 # ----------------------------------------------------------------------------------------- tables
@@ -104,7 +105,7 @@ def peaks(rows: Sequence[Measurement]) -> str:
 
 def frame(rows: Iterable[Measurement], stage: str) -> pd.DataFrame:
     """One line a candidate of a case, in the order measured: its time's columns (p50 NaN where it
-    failed), `memory` and `loss_difference` beside them, and `faster`: its time over ours."""
+    failed), its `memory`, and `faster`: its time over ours."""
     data = pd.DataFrame(
         dataclasses.asdict(row) | {"size": row.size} for row in rows if row.stage == stage
     )
@@ -112,11 +113,8 @@ def frame(rows: Iterable[Measurement], stage: str) -> pd.DataFrame:
         return data
     key = [*CASE, "provider"]
     time = data[data.metric == "time"].copy()
-    for metric in ("memory", "loss difference"):
-        column = metric.replace(" ", "_")
-        values = data[data.metric == metric].set_index(key)[["p50", "note"]]
-        values.columns = [column, f"{column}_note"]
-        time = time.join(values, on=key)
+    memory = data[data.metric == "memory"].set_index(key)["p50"]
+    time = time.join(memory.rename("memory"), on=key)
     rank = {name: place for place, name in enumerate(OURS)}
     ours = time[time.provider.isin(OURS) & time.p50.notna()]
     ours = ours.sort_values("provider", key=lambda names: names.map(rank), kind="stable")
@@ -136,7 +134,7 @@ def short(value: float) -> str:
 
 def spread(row: Any) -> str:
     """Median and quantiles in ms; a dagger where launches went out one by one."""
-    mark = " †" if row.note == "launched one by one" else ""
+    mark = " †" if row.note == ONE_BY_ONE else ""
     return f"{short(row.p50)} ({short(row.p20)}–{short(row.p80)}){mark}"
 
 
@@ -152,34 +150,51 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[str]], text: int) ->
 
 
 def table_of_steps(data: pd.DataFrame) -> str:
-    """A block of lines a case, fastest first."""
-    lines = []
-    for (operation, _, size, dtype), case in data.groupby(CASE, sort=False):
-        title = f"{operation.removeprefix('training step ')}, {dtype}, {size}"
-        for row in case.sort_values("p50").itertuples():
-            if pd.isna(row.p50):
-                lines.append((title, row.provider, f"not timed: {row.note}", *[""] * 5))
-            else:
-                lines.append((title, *_step_cells(row)))
-            title = ""
+    """A line a case: ours beside everybody who was measured with it."""
+    lines, before = [], None
+    for (device, operation, _, size, dtype), case in data.groupby(CASE, sort=False):
+        ours = case[(case.p50 == case.ours) & ~case.baseline]
+        our = next(ours.itertuples(), None)
+        others = case[case.baseline].sort_values("p50")
+        lines.append(
+            (
+                device if device != before else "",
+                title(operation, size, dtype),
+                spread(our) if our else without_time(case[~case.baseline]),
+                f"{tokens_per_second(our):,.0f}" if our else "",
+                f"{our.memory:,.0f}" if our else "",
+                "<br>".join(beside(other, our) for other in others.itertuples()) or NOT_MEASURED,
+            )
+        )
+        before = device
     header = (
-        "model", "who", "ms, median (p20–p80)", "tokens/s", "ours is faster by", "peak MiB",
-        "of the product peak", "largest loss difference",
+        "machine", "model", "ours, ms (p20–p80)", "tokens/s", "peak MiB",
+        "times as fast as (their peak MiB)",
     )  # fmt: skip
     return markdown(header, lines, text=2)
 
 
-def _step_cells(row: Any) -> tuple[str, ...]:
-    difference = row.loss_difference_note
-    return (
-        row.provider if row.baseline else f"**{row.provider}**",
-        spread(row),
-        f"{tokens_per_second(row):,.0f}",
-        factor(row.faster) if row.baseline and row.ours else "",
-        f"{row.memory:,.0f}",
-        f"{row.fraction:.0%}",
-        "the judge" if pd.isna(difference) else difference.rpartition(" ")[2],
-    )
+def title(operation: str, size: str, dtype: str) -> str:
+    """A training step's case in words."""
+    name = operation.removeprefix("training step ")
+    return f"{name}, {dtype}, {size.removesuffix(' micro-batches=1')}"
+
+
+def beside(other: Any, our: Any) -> str:
+    """Another candidate of a step: how many times as fast ours is, and its memory, which is bold
+    where ours takes more."""
+    if pd.isna(other.p50):
+        return f"{other.provider} not timed: {other.note}"
+    memory = f"{other.memory:,.0f}"
+    if our is None:
+        return f"{other.provider} {spread(other)} ms ({memory})"
+    bold = f"**{memory}**" if other.memory < our.memory else memory
+    return f"{other.provider} {factor(other.faster)} ({bold})"
+
+
+def without_time(ours: pd.DataFrame) -> str:
+    """Why there is no time of ours."""
+    return f"not timed: {ours.note.iloc[0]}" if len(ours) else NOT_MEASURED
 
 
 def tokens_per_second(row: Any) -> float:
@@ -188,60 +203,76 @@ def tokens_per_second(row: Any) -> float:
     return tokens / row.p50 * 1e3
 
 
-def table_of_operations(data: pd.DataFrame) -> str:
-    """A line a case: ours beside the fastest of the others."""
-    lines = []
-    for (operation, direction, size, dtype), case in data.groupby(CASE, sort=False):
-        ours = case[case.p50 == case.ours]
+class Comparison(NamedTuple):
+    """One case of an operation: ours, and the fastest of the others; None where none was timed."""
+
+    device: str
+    operation: str
+    size: str
+    ours: Any
+    other: Any
+
+    @property
+    def faster(self) -> float:
+        """How many times as fast ours is; NaN if one of the two is missing."""
+        return self.other.faster if self.ours and self.other else float("nan")
+
+
+def comparisons(data: pd.DataFrame) -> list[Comparison]:
+    """Every case of the operations."""
+    found = []
+    for (device, operation, direction, size, dtype), case in data.groupby(CASE, sort=False):
+        ours = case[(case.p50 == case.ours) & ~case.baseline]
         others = case[case.baseline & case.p50.notna()].sort_values("p50")
-        if ours.empty or others.empty:
-            continue
-        our, other = next(ours.itertuples()), next(others.itertuples())
+        pair = (next(rows.itertuples(), None) for rows in (ours, others))
+        found.append(Comparison(device, f"{operation} {direction}", f"{size} {dtype}", *pair))
+    return found
+
+
+def by_operation(data: pd.DataFrame) -> dict[tuple[str, str], list[Comparison]]:
+    """The cases of each machine and operation, in the order measured."""
+    groups: dict[tuple[str, str], list[Comparison]] = {}
+    for case in comparisons(data):
+        groups.setdefault((case.device, case.operation), []).append(case)
+    return groups
+
+
+def table_of_operations(data: pd.DataFrame) -> str:
+    """A line an operation: the sizes at which ours does worst and best beside the fastest other."""
+    lines, before = [], None
+    for (device, operation), cases in by_operation(data).items():
+        shares = [case.ours.fraction for case in cases if case.ours]
+        timed = sorted((c for c in cases if c.faster == c.faster), key=lambda case: case.faster)
+        ends = [timed[0], *timed[1:][-1:]] if timed else []
+        cells = [f"{factor(c.faster)} {_who(c.other)}: {c.size}" for c in ends]
         lines.append(
             (
-                f"{operation} {direction}", size, dtype, spread(our), f"{our.fraction:.0%}",
-                f"{other.provider} {spread(other)}", factor(other.faster),
+                device if device != before else "",
+                operation,
+                f"{len(timed)} of {len(cases)}",
+                " to ".join(dict.fromkeys(f"{end(shares):.0%}" for end in (min, max) if shares))
+                or NOT_MEASURED,
+                *(cells or [NOT_MEASURED]),
+                *[""] * (2 - max(1, len(cells))),
             )
-        )  # fmt: skip
+        )
+        before = device
     header = (
-        "operation", "shape", "dtype", "ours, ms (p20–p80)", "of the roofline",
-        "fastest other, ms (p20–p80)", "ours is faster by",
-    )  # fmt: skip
-    return markdown(header, lines, text=3)
+        "machine",
+        "operation",
+        "compared",
+        "of the roofline",
+        "ours at its worst",
+        "at its best",
+    )
+    return markdown(header, lines, text=6)
 
 
-def table_of_scaling(data: pd.DataFrame) -> str:
-    """The fitted exponents of time and memory beside the expected ones."""
-    lines = []
-    for (operation, _), those in data.groupby(["operation", "provider"], sort=False):
-        dimension = operation.rpartition(" ")[2]
-        those = those.assign(n=those["shape"].map(lambda shape, d=dimension: shape[d]))
-        those = those.sort_values("n")
-        if len(those) < 2:
-            continue
-        kind = "cpu" if those.device.iloc[0].endswith("threads") else "cuda"
-        expected = [steps.expected_cost(s, d, kind) for s, d in zip(those["shape"], those.dtype)]  # noqa: B905
-        work, peak = zip(*expected, strict=True)
-        cells = [
-            f"{steps.exponent(list(those.n), list(costs)):.2f}"
-            for costs in (those.p50, work, those.memory, peak)
-        ]
-        first, last = those.iloc[0], those.iloc[-1]
-        lines.append(
-            (
-                dimension, f"{first.n:,}–{last.n:,}", first.provider,
-                f"{short(first.p50)} → {short(last.p50)}", *cells[:2],
-                f"{short(first.memory)} → {short(last.memory)}", *cells[2:],
-            )
-        )  # fmt: skip
-    header = (
-        "grows", "sizes", "who", "ms", "exponent", "of the arithmetic", "peak MiB", "exponent",
-        "of the prediction for ours",
-    )  # fmt: skip
-    return markdown(header, lines, text=3)
+def _who(other: Any) -> str:
+    return other.provider + (" †" if other.note == ONE_BY_ONE else "")
 
 
-# ---------------------------------------------------------------------------------------- figures
+# --------------------------------------------------------------------------------------- pictures
 
 
 def save(figure: Any, path: Path) -> None:
@@ -255,65 +286,85 @@ def save(figure: Any, path: Path) -> None:
     pyplot.close(figure)
 
 
-def _axes(rows: int, columns: int, height: float, **more: Any) -> tuple[Any, Any]:
+def _axes(heights: Sequence[float], columns: int) -> tuple[Any, Any]:
+    """A grid of axes, a row a machine; heights in lines of text."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     return pyplot.subplots(
-        rows, columns, figsize=(11, height), squeeze=False, layout="constrained", **more
-    )
+        len(heights), columns, figsize=(11, 0.27 * sum(heights) + 0.3), squeeze=False,
+        layout="constrained", height_ratios=heights,
+    )  # fmt: skip
+
+
+def _lines(axes: Any, labels: Sequence[str], heading: str) -> None:
+    """Name the lines of a picture, the first at the top, and draw 1 as a vertical line."""
+    axes.set_yticks(range(len(labels)), labels, fontsize=8)
+    axes.set_ylim(len(labels) - 0.4, -0.6)
+    axes.axvline(1, color="black", linewidth=0.8, zorder=1)
+    axes.set_title(heading, loc="left", fontsize=9)
+    axes.tick_params(axis="x", labelsize=7)
+    axes.grid(axis="y", linewidth=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def picture_of_steps(data: pd.DataFrame) -> Any:
-    """Each case: bars of tokens per second and of peak memory, fastest first."""
-    cases = [
-        (key, c.sort_values("p50"))
-        for key, c in data.dropna(subset="p50").groupby(CASE, sort=False)
-    ]
-    heights = [len(case) + 1 for _, case in cases]
-    figure, grid = _axes(len(cases), 2, 0.27 * sum(heights) + 0.4, height_ratios=heights)
-    for (left, right), ((operation, _, size, dtype), case) in zip(grid, cases, strict=True):
-        colors = [OTHER_COLOR if other else OUR_COLOR for other in case.baseline]
-        speeds = [tokens_per_second(row) for row in case.itertuples()]
-        for axes, values in ((left, speeds), (right, list(case.memory))):
-            bars = axes.barh(case.provider, values, color=colors)
-            axes.bar_label(bars, [f"{value:,.0f}" for value in values], padding=3, fontsize=7)
-            axes.invert_yaxis()
-            axes.set_xlim(0, 1.18 * max(values))
-            axes.set_xticks([])
-            axes.spines[["top", "right", "bottom"]].set_visible(False)
-        right.set_yticks([])
-        title = f"{operation.removeprefix('training step ')}, {dtype}, {size}"
-        left.set_title(
-            f"{title.removesuffix(' micro-batches=1')}: tokens/s", loc="left", fontsize=9
-        )
-        right.set_title("peak memory, MiB", loc="left", fontsize=9)
+    """Speed and peak memory of every candidate, in multiples of eager PyTorch's."""
+    judge = data[(data.provider == JUDGE) & data.p50.notna()].set_index(CASE)
+    columns = {"p50": "judge_time", "memory": "judge_memory"}
+    data = data.join(judge[list(columns)].rename(columns=columns), on=CASE)
+    data = data.assign(speed=data.judge_time / data.p50, space=data.memory / data.judge_memory)
+    ours = data.p50 == data.ours
+    data = data[data.speed.notna() & (data.provider != JUDGE) & (data.baseline | ours)]
+    data = data.assign(who=data.provider.where(data.baseline, "ours"))
+    names = list(dict.fromkeys(["ours", *data.who]))
+    colors = dict(zip(names, (OUR_COLOR, *OTHER_COLORS), strict=False))
+    devices = {
+        d: list(those.groupby(CASE, sort=False)) for d, those in data.groupby("device", sort=False)
+    }
+    figure, grid = _axes([len(cases) + 2 for cases in devices.values()] or [2], 2)
+    for pair, (device, cases) in zip(grid, devices.items(), strict=False):
+        labels = [title(key[1], key[3], key[4]) for key, _ in cases]
+        headings = (f"{device}: speed", "peak memory")
+        for axes, column, heading in zip(pair, ("speed", "space"), headings, strict=True):
+            _lines(axes, labels if column == "speed" else [""] * len(labels), heading)
+            for place, (_, case) in enumerate(cases):
+                shades = [colors[who] for who in case.who]
+                axes.scatter(case[column], [place] * len(case), color=shades, s=34, zorder=3)
+            axes.set_xlim(0, None)
+    marks = [grid[0, 0].scatter([], [], color=colors[name], s=34) for name in names]
+    figure.legend(
+        marks, names, loc="outside lower center", ncols=len(names), fontsize=8, frameon=False,
+        title=f"in multiples of {JUDGE} (the line at 1)", title_fontsize=8,
+    )  # fmt: skip
     return figure
 
 
 def picture_of_operations(data: pd.DataFrame) -> Any:
-    """The share of the roofline that each candidate reaches, a line a case."""
-    data = data[data.fraction.notna()]
-    cases = list(data.groupby(CASE, sort=False))
-    figure, ((axes,),) = _axes(1, 1, max(3.5, 0.24 * len(cases) + 1))
-    for place, (_, case) in enumerate(cases):
-        others, ours = case[case.p50 != case.ours], case[case.p50 == case.ours]
-        axes.scatter(others.fraction, [place] * len(others), color=OTHER_COLOR, s=20, zorder=2)
-        axes.scatter(ours.fraction, [place] * len(ours), color=OUR_COLOR, s=40, zorder=3)
-    labels = [f"{key[0]} {key[1]}  {key[2]} {key[3]}" for key, _ in cases]
-    axes.set_yticks(range(len(cases)), labels, fontsize=8)
-    axes.invert_yaxis()
-    axes.axvline(1, color="black", linewidth=0.8)
-    axes.set(xlabel="share of the roofline (orange: ours; gray: the others)", xlim=(0, None))
-    axes.grid(axis="y", linewidth=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
+    """How many times as fast as the fastest other ours is: a point a case."""
+    groups = by_operation(data)
+    devices: dict[str, list[tuple[str, list[float]]]] = {}
+    for (device, operation), cases in groups.items():
+        times = [case.faster for case in cases if case.faster == case.faster]
+        if times:
+            devices.setdefault(device, []).append((operation, times))
+    figure, grid = _axes([len(those) + 2 for those in devices.values()] or [2], 1)
+    for (axes,), (device, those) in zip(grid, devices.items(), strict=False):
+        _lines(axes, [operation for operation, _ in those], device)
+        for place, (_, times) in enumerate(those):
+            colors = [OUR_COLOR if time >= 1 else OTHER_COLORS[0] for time in times]
+            axes.scatter(times, [place] * len(times), color=colors, s=30, zorder=3)
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}×")
+    figure.supxlabel(
+        "times as fast as the fastest other (left of the line ours is slower)", fontsize=8
+    )
     return figure
 
 
 STAGES: list[tuple[str, str, Any, Any]] = [
     ("steps", "Training steps", table_of_steps, picture_of_steps),
     ("operations", "Operations", table_of_operations, picture_of_operations),
-    ("scaling", "How a step's cost grows", table_of_scaling, None),
 ]

@@ -18,14 +18,14 @@ import itertools
 import math
 import time
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 
 from benchmarks import baselines, harness, machine, peaks
 from benchmarks.baselines import Batches
-from benchmarks.harness import Candidate, PeakMemory, Quantiles, Recorder
+from benchmarks.harness import Candidate, Measurement, PeakMemory, Quantiles, Recorder
 from mantrans.config import Config, ModelConfig
 from mantrans.training import flops, memory
 
@@ -78,23 +78,34 @@ def cases(quick: bool) -> list[Case]:
     everybody = ALL_ON_GPU if machine.on_gpu() else ALL_ON_CPU
     few = FEW_ON_GPU if machine.on_gpu() else FEW_ON_CPU
     if quick:
-        return [Case("tiny", 2, 16, 2, "float32", everybody)]
+        tiny = Case("tiny", 2, 16, 2, "float32", everybody)
+        return [tiny, tiny._replace(model="Llama, tiny", candidates=few)]
     if machine.on_gpu():
         return [
             Case("GPT-2 124M", 16, 1024, candidates=everybody),
             Case("seed-sized", 64, 256, candidates=everybody),
             Case("TinyStories 33M", 32, 512, candidates=everybody),
             Case("GPT-2 350M", 8, 1024, candidates=everybody),
+            Case("Qwen2.5 0.5B", 16, 1024, candidates=few),
+            Case("SmolLM2 135M", 16, 1024, candidates=few),
+            Case("Llama, seed-sized", 64, 256, candidates=few),
             Case("GPT-2 124M", 16, 1024, 8, candidates=everybody),
             Case("seed-sized", 64, 256, 8, candidates=everybody),
             *(Case("GPT-2 124M", 16384 // T, T, candidates=few) for T in (8192, 256, 4096, 2048)),
         ]
     in_float32 = Case("seed-sized", 16, 256, 1, "float32", everybody)
     if not machine.has_native_bfloat16():
-        return [in_float32, Case("seed-sized", 4, 1024, 1, "float32", few)]
+        return [
+            in_float32,
+            Case("Llama, seed-sized", 16, 256, 1, "float32", few),
+            Case("Llama 15M", 8, 256, 1, "float32", few),
+            Case("seed-sized", 4, 1024, 1, "float32", few),
+        ]
     return [
         Case("seed-sized", 16, 256, candidates=everybody),
         in_float32,
+        Case("Llama, seed-sized", 16, 256, candidates=few),
+        Case("Llama 15M", 8, 256, candidates=few),
         Case("seed-sized", 2, 256, 8, candidates=everybody),
         Case("TinyStories 33M", 2, 512, candidates=everybody),
         Case("GPT-2 124M", 1, 256, candidates=everybody),
@@ -273,7 +284,29 @@ def scaling(arguments: Namespace) -> int:
     end = time.monotonic() + arguments.seconds
     for (dimension, shape), share in harness.within(todo, end, str):
         measure_size(dimension, shape, dtype, names, share / 2, recorder)
+    rows = [row for row in harness.load(arguments.output) if row.run == recorder.run]
+    print(*growth(rows), sep="\n")
     return 0
+
+
+def growth(rows: Sequence[Measurement]) -> Iterator[str]:
+    """How each candidate's time and memory grow with each dimension, a line each, beside the
+    exponents that the arithmetic and our predicted peak have over the same sizes."""
+    groups: dict[tuple[str, str, str], dict[str, list[Measurement]]] = {}
+    for row in rows:
+        key = (row.operation.rpartition(" ")[2], row.provider, row.metric)
+        groups.setdefault(key, {}).setdefault(row.dtype, []).append(row)
+    for (dimension, provider, metric), by_dtype in groups.items():
+        for dtype, those in by_dtype.items():
+            timed = [(row.shape, row.p50) for row in those if row.p50 is not None]
+            sizes = [float(shape[dimension]) for shape, _ in timed]
+            if len(set(sizes)) < 2:
+                continue
+            costs = [expected_cost(shape, dtype, machine.device().type) for shape, _ in timed]
+            expected = exponent(sizes, [cost[metric == "memory"] for cost in costs])
+            found = exponent(sizes, [value for _, value in timed])
+            span = f"{dimension} {min(sizes):,.0f} to {max(sizes):,.0f}"
+            yield f"{span}, {provider}: {metric} ~ {dimension}^{found:.2f}, expected {expected:.2f}"
 
 
 def measure_size(

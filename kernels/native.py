@@ -27,9 +27,10 @@ from mantrans.kernels.reference import (
     split_heads,
     sum_partials,
     wide_dtype,
+    window_starts,
 )
 
-__all__ = ["document_starts", "partial_rows", "sum_partials"]
+__all__ = ["document_starts", "partial_rows", "sum_partials", "window_starts"]
 
 aten = torch.ops.aten
 
@@ -454,6 +455,7 @@ def _too_large_to_square(rstd: Tensor) -> bool:
 
 # Query rows worked on at a time: none of them looks at a key that the block's last row cannot see.
 QUERY_BLOCK = 256
+DOCUMENT_BLOCK = 128  # with documents or a window: fewer keys that no row of the block can see
 LONGEST_BATCHED = 1024
 
 
@@ -684,12 +686,13 @@ def _query_blocks(T: int, document_start: Tensor | None) -> Iterator[tuple[slice
     """Query rows, a block at a time, and the keys that some row of the block may see: from where
     the document of its first row begins, of all sequences the earliest. (On a GPU from 0: it would
     have to wait for the answer.)"""
-    blocks = range(0, T, QUERY_BLOCK)
+    size = QUERY_BLOCK if document_start is None else DOCUMENT_BLOCK
+    blocks = range(0, T, size)
     firsts = [0] * len(blocks)
     if document_start is not None and not document_start.is_cuda:
-        firsts = document_start[:, ::QUERY_BLOCK].amin(0).clamp(min=0).tolist()
+        firsts = document_start[:, ::size].amin(0).clamp(min=0).tolist()
     for start, first in zip(blocks, firsts, strict=True):
-        stop = min(start + QUERY_BLOCK, T)
+        stop = min(start + size, T)
         yield slice(start, stop), slice(first, stop)
 
 

@@ -149,13 +149,28 @@ def rms_norm(ops: Any, i: Inputs) -> Outputs:
     return outputs | by_partial_sums(operations.RmsNorm(), ops, i)
 
 
+def rotary_inputs(s: Shapes, draw: Draw) -> Inputs:
+    return operations.NormRotary().inputs(s._replace(D=max(2, s.D // 2 * 2)), draw)
+
+
+def rotary(ops: Any, i: Inputs) -> Outputs:
+    """Without norms first, on copies: it may write over its inputs, and so may every backward."""
+    alone = {name: x.clone() if isinstance(x, Tensor) else x for name, x in i.items()}
+    outputs = outputs_of(operations.Rotary(), ops, alone)
+    outputs |= by_partial_sums(operations.NormRotary(), ops, i)
+    return outputs | outputs_of(operations.NormRotary(), ops, i)
+
+
 def attention_inputs(s: Shapes, draw: Draw) -> Inputs:
-    return operations.DocumentAttention().inputs(s, draw)
+    window = operations.WindowAttention().inputs(s, draw)["starts"]
+    return {**operations.DocumentAttention().inputs(s, draw), "window": window}
 
 
 def attention(ops: Any, i: Inputs) -> Outputs:
     outputs = outputs_of(operations.Attention(), ops, {**i, "starts": None})
     outputs |= outputs_of(operations.DocumentAttention(), ops, i, " with documents")
+    window = {**i, "starts": i["window"]}
+    outputs |= outputs_of(operations.WindowAttention(), ops, window, " with a window")
     # all heads have one scale, so each is compared with all: alone, dq of one token is 0
     H, H_kv = i["heads"]
     return {
@@ -165,11 +180,13 @@ def attention(ops: Any, i: Inputs) -> Outputs:
 
 
 def decoding_inputs(s: Shapes, draw: Draw) -> Inputs:
-    return operations.RaggedDecodeAttention().inputs(s._replace(B=3), draw)
+    i = operations.RaggedDecodeAttention().inputs(s._replace(B=3), draw)
+    return {**i, "window": s.T // 4 + 1}
 
 
 def decoding(ops: Any, i: Inputs) -> Outputs:
-    return outputs_of(operations.RaggedDecodeAttention(), ops, i)
+    outputs = outputs_of(operations.RaggedDecodeAttention(), ops, i)
+    return outputs | outputs_of(operations.WindowDecodeAttention(), ops, i, " with a window")
 
 
 def gelu(ops: Any, i: Inputs) -> Outputs:
@@ -232,6 +249,7 @@ PROGRAMS: list[tuple[Callable[[Shapes, Draw], Inputs], Program]] = [
     (linear_inputs, linear),
     (operations.LayerNorm().inputs, layer_norm),
     (operations.RmsNorm().inputs, rms_norm),
+    (rotary_inputs, rotary),
     (attention_inputs, attention),
     (decoding_inputs, decoding),
     (operations.BiasGelu().inputs, gelu),
@@ -248,6 +266,7 @@ def run_shapes(
     vocab_size: int,
     sequence_length: int,
     n_kv_heads: int | None = None,
+    head_dim: int | None = None,
 ) -> Shapes:
     """A run's sizes, with the fewest rows that reach every branch. Widths are the run's. Only rows,
     sequences and (beyond MAX_SCORES) T are reduced."""
@@ -257,7 +276,7 @@ def run_shapes(
         T=T,
         H=n_heads,
         H_kv=n_kv_heads or n_heads,
-        D=d_model // n_heads,
+        D=head_dim or d_model // n_heads,
         C=d_model,
         F=d_ffn,
         V=vocab_size,
@@ -280,14 +299,16 @@ def check(
     dtype: torch.dtype,
     device: torch.device,
     n_kv_heads: int | None = None,
+    head_dim: int | None = None,
 ) -> list[Result]:
     """Run every operation of the backend `ops` and compare it with the reference.
 
-    The arguments are the run's; n_kv_heads None means n_heads. Returns one Result per output.
+    The arguments are the run's; n_kv_heads None means n_heads, head_dim None d_model / n_heads.
+    Returns one Result per output.
     Raises KernelCheckError at the first wrong output: one line with the operation, the output and
     its shape.
     """
-    shapes = run_shapes(d_model, n_heads, d_ffn, vocab_size, sequence_length, n_kv_heads)
+    shapes = run_shapes(d_model, n_heads, d_ffn, vocab_size, sequence_length, n_kv_heads, head_dim)
     results = []
     for draw_inputs, program in PROGRAMS:
         inputs = draw_inputs(shapes, Draw(dtype, device))

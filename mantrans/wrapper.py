@@ -30,7 +30,7 @@ from mantrans.config.arguments import (
     field,
 )
 from mantrans.errors import CheckpointError, ConfigError, show
-from mantrans.interop import huggingface
+from mantrans.interop import gguf_file, huggingface
 from mantrans.kernels import backend as backends
 from mantrans.kernels.reference import IGNORE_INDEX
 from mantrans.models import build, generation
@@ -439,7 +439,8 @@ class CustomTransformerWrapper:
     @classmethod
     @checked(directory=FilePath)
     def from_pretrained(cls, directory: str | Path, **keywords: Any) -> CustomTransformerWrapper:
-        """The model in a folder of transformers' GPT-2 format (see `mantrans.interop.huggingface`).
+        """The model in a folder of transformers: GPT-2, Llama, Qwen2 or Qwen3 (see
+        `mantrans.interop.huggingface`).
 
         keywords: dtype, device, backend, optimizer, ... as for the class: it trains with SGD unless
         optimizer="adamw" is given. The model is float32 unless dtype is given, whatever the file's
@@ -447,9 +448,8 @@ class CustomTransformerWrapper:
 
         Raises CheckpointError for any other folder, before the model's memory is allocated.
         """
-        shape = huggingface.read_shape(directory)
-        weights = huggingface.Weights(directory, build(ModelConfig(**shape)).parameters())
-        wrapper = cls(**shape, **{"dtype": torch.float32, **keywords})
+        weights = huggingface.Weights(directory)
+        wrapper = cls(**weights.shape, **{"dtype": torch.float32, **keywords})
         for name, value in weights:
             wrapper.model.parameters.write(name, value)
         return wrapper
@@ -458,11 +458,32 @@ class CustomTransformerWrapper:
     def save_pretrained(
         self, directory: str | Path, tokenizer: huggingface.SavedTokenizer | None = None
     ) -> None:
-        """Write the weights (the masters if there are any) in transformers' GPT-2 format.
+        """Write the weights (the masters if there are any) as a folder of transformers.
 
         tokenizer: of `load_tokenizer`, to be written beside them. Raises ValueError for one with
-        another number of tokens, CheckpointError if the folder cannot be written.
+        another number of tokens, ConfigError for a model that transformers has not,
+        CheckpointError if the folder cannot be written.
         """
+        self._check_tokenizer(tokenizer)
+        p = self.model.parameters
+        huggingface.save(directory, self.config, dict(p.named(p.best_weights())), tokenizer)
+
+    @checked(path=FilePath)
+    def save_gguf(
+        self, path: str | Path, tokenizer: huggingface.SavedTokenizer | None = None
+    ) -> None:
+        """Write the weights (the masters if there are any) as a GGUF file, which llama.cpp reads.
+
+        tokenizer: as for `save_pretrained`. Needs the package gguf. Raises ValueError for a
+        tokenizer with another number of tokens, ConfigError for a model or a tokenizer that
+        llama.cpp has not, CheckpointError if the file cannot be written.
+        """
+        self._check_tokenizer(tokenizer)
+        p = self.model.parameters
+        gguf_file.save(path, self.config, dict(p.named(p.best_weights())), tokenizer)
+
+    def _check_tokenizer(self, tokenizer: huggingface.SavedTokenizer | None) -> None:
+        """ValueError unless it is one that may be written beside the weights."""
         if tokenizer is not None:
             found = getattr(tokenizer, "vocab_size", None)
             if found != self.config.vocab_size or not hasattr(tokenizer, "library"):
@@ -470,8 +491,6 @@ class CustomTransformerWrapper:
                     f"tokenizer: expected one of {self.config.vocab_size} tokens from "
                     f"load_tokenizer, got {show(tokenizer)}"
                 )
-        p = self.model.parameters
-        huggingface.save(directory, self.config, dict(p.named(p.best_weights())), tokenizer)
 
     # -------------------------------------------------------------------------------- information
 

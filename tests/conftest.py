@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import interpreter
+from tests.support import interpreter, promises
 
 ROOT = Path(__file__).parents[1]
 COMPILED = [ROOT / "tests" / name for name in ("gate", "gpu")]
@@ -39,6 +39,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     return True if INTERPRETED in config.stash and is_compiled(collection_path) else None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        promises.attach(item)
 
 
 def pytest_report_header(config: pytest.Config) -> str:

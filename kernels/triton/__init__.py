@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mantrans.kernels import native
 from mantrans.kernels.native import linear_forward
-from mantrans.kernels.reference import document_starts, head_sizes
+from mantrans.kernels.reference import document_starts, head_sizes, window_starts
 from mantrans.kernels.triton import attention
 from mantrans.kernels.triton.adamw import adamw_update
 from mantrans.kernels.triton.attention_tiles import MAX_HEAD_WIDTH
@@ -34,12 +34,14 @@ from mantrans.kernels.triton.layer_norm import (
     layer_norm_backward,
     layer_norm_forward,
 )
+from mantrans.kernels.triton.norm_rotary import norm_rotary_backward, norm_rotary_forward
 from mantrans.kernels.triton.partials import partial_rows, sum_partials
 from mantrans.kernels.triton.rms_norm import (
     add_rms_norm_forward,
     rms_norm_backward,
     rms_norm_forward,
 )
+from mantrans.kernels.triton.rotary import rotary_backward, rotary_forward
 from mantrans.kernels.triton.sgd import sgd_update
 from mantrans.kernels.triton.swiglu import swiglu_backward, swiglu_forward
 
@@ -66,13 +68,18 @@ __all__ = [
     "linear_cross_entropy_forward",
     "linear_cross_entropy_forward_backward",
     "linear_forward",
+    "norm_rotary_backward",
+    "norm_rotary_forward",
     "partial_rows",
     "rms_norm_backward",
     "rms_norm_forward",
+    "rotary_backward",
+    "rotary_forward",
     "sgd_update",
     "sum_partials",
     "swiglu_backward",
     "swiglu_forward",
+    "window_starts",
 ]
 
 

@@ -4,6 +4,8 @@ For each head, with the newest query q (D,) and the cached k_j, v_j (D,) of 0 <=
 
     o = Σ_j p_j v_j     with p_j = exp(s_j) / Σ_j exp(s_j)  and  s_j = q · k_j / √D
 
+With a window the keys begin at length - window instead of 0.
+
 There is one row of scores, so nothing here is a matrix product: the time is that of reading the
 cache once. Few sequences alone would leave most of the GPU idle, therefore the keys of a sequence
 are split among programs, each with an online softmax over its share (Milakov & Gimelshein 2018). A
@@ -48,7 +50,7 @@ PROGRAMS_PER_MULTIPROCESSOR = 4  # that the splitting aims at
 NUM_WARPS = 4
 
 
-@triton.jit(do_not_specialize=["T", "shares"])
+@triton.jit(do_not_specialize=["T", "shares", "window"])
 def share_kernel(
     partial,
     statistics,
@@ -64,6 +66,7 @@ def share_kernel(
     stride_vt,
     n_heads,
     shares,
+    window,
     scale,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -76,7 +79,8 @@ def share_kernel(
     statistics (B·H, S, 2) float32, written: m_s, LOWEST where the share is empty, and l_s.
     q (B, H·D), rows stride_q apart; k_cache, v_cache (B, Tmax, H_kv·D), batches stride_?b and
     positions stride_?t apart: float32, float16 or bfloat16. GROUP = H / H_kv.
-    lengths (B,) int64: how many positions of each cache row count; at most T = Tmax are read.
+    lengths (B,) int64: how many positions of each cache row count; at most T = Tmax are read, and
+    of these the last `window`.
     """
     pair = tl.program_id(0).to(tl.int64)
     share = tl.program_id(1)
@@ -90,8 +94,9 @@ def share_kernel(
     k_cache += batch * stride_kb + head // GROUP * D
     v_cache += batch * stride_vb + head // GROUP * D
     length = tl.minimum(tl.load(lengths + batch), T)
-    size = tl.cdiv(tl.cdiv(length, shares), N) * N
-    begin = share * size
+    first = tl.maximum(length - window, 0)
+    size = tl.cdiv(tl.cdiv(length - first, shares), N) * N
+    begin = first + share * size
     end = tl.minimum(begin + size, length)
 
     # each of the N places of a block keeps a maximum and sums of its own until the end
@@ -180,12 +185,15 @@ def decode_attention(
     lengths: Tensor,
     n_heads: int,
     n_kv_heads: int | None = None,
+    window: int | None = None,
 ) -> Tensor:
-    """Row b of q attends to the keys 0 .. lengths[b]-1 of its cache, per head. No backward.
+    """Row b of q attends to the keys 0 .. lengths[b]-1 of its cache, per head, or to the last
+    `window` of these: none before them is loaded. No backward.
 
     q (B, H·D); k_cache, v_cache (B, Tmax, H_kv·D) in q's dtype: float32, float16 or bfloat16; last
     strides 1, so that they may be slices of a packed projection. n_kv_heads: H_kv, which divides H;
-    None for H. D <= 256. lengths (B,) int64, each in 1 .. Tmax. Returns out (B, H·D), contiguous.
+    None for H. D <= 256. lengths (B,) int64, each in 1 .. Tmax. window: at least 1, None for all.
+    Returns out (B, H·D), contiguous.
     ValueError, before any launch, names an argument whose device, dtype, shape or stride is wrong.
     """
     H_kv, D = check_arguments(q, k_cache, v_cache, lengths, n_heads, n_kv_heads)
@@ -194,7 +202,10 @@ def decode_attention(
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if not pairs:
         return out
-    BLOCK_D, N, shares = split(pairs, T, D, q.device)
+    window = T if window is None else min(window, T)
+    if window < 1:
+        refuse("window", window, "at least 1, or None")
+    BLOCK_D, N, shares = split(pairs, window, D, q.device)
     partial = torch.empty((pairs, shares, D), dtype=torch.float32, device=q.device)
     statistics = torch.empty((pairs, shares, 2), dtype=torch.float32, device=q.device)
     launch(
@@ -212,6 +223,7 @@ def decode_attention(
         *v_cache.stride()[:2],
         n_heads,
         shares,
+        window,
         D**-0.5,
         D=D,
         BLOCK_D=BLOCK_D,

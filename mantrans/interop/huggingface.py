@@ -1,16 +1,19 @@
-"""transformers' GPT-2: our names and theirs, and the folder that both sides read and write.
+"""Folders of transformers: the weights by their names, and the files that both sides read.
 
-    config.json                   the shape; only the fields in FIELDS and ACCEPTED are used
+    config.json                   the shape: see `mantrans.interop.config_json`
     model.safetensors             the weights; or if they are in several files,
     model.safetensors.index.json  {"weight_map": {tensor: file}}
+    tokenizer.json, tokenizer_config.json, generation_config.json     written with a tokenizer
 
-Two things differ: the names, and their Conv1D, which stores a block's matrices transposed,
-(in, out). Their GPT-2 always has biases: a model without them is written with zeros, which gives
-the same outputs, and becomes a model with biases when it is read again. We have no dropout: its
-fields are ignored when reading and written as 0. Ids of special tokens belong to the tokenizer:
-they are ignored when reading and written as null, unless the tokenizer is written too.
+Names and layouts are those of the model's `Family`: some of our matrices are several of theirs, row
+after row, and GPT-2's Conv1D stores a block's matrices transposed, (in, out). Heads of q and k that
+are rotated have the layout of halves on both sides: a pair is (i, i + D/2).
 
-Source: GPT2LMHeadModel of transformers 5.24, and the safetensors format as its README describes it.
+Biases that a family always has are written as zeros for a model without them, which gives the same
+outputs, and becomes a model with biases when it is read again. Ids of special tokens belong to the
+tokenizer: they are ignored when reading and written as null, unless the tokenizer is written too.
+
+Source: transformers 5.24, and the safetensors format as its README describes it.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from io import FileIO
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -31,63 +34,65 @@ from mantrans.checkpoint.atomic import replacing, write_all
 from mantrans.checkpoint.state_file import reason
 from mantrans.checkpoint.tensor_file import content_of, header_for
 from mantrans.config import ModelConfig
-from mantrans.errors import CheckpointError, ConfigError, show, single_line
-from mantrans.models.gpt2 import INNER_NAMES, OUTER_NAMES
-from mantrans.parameters import Parameter
+from mantrans.errors import CheckpointError, show, single_line
+from mantrans.interop import config_json
+from mantrans.models import Family, build
+from mantrans.models.family import packed_rows
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-PREFIX = "transformer."
-OUTPUT = "lm_head.weight"
 MAX_JSON_BYTES = 4 << 20
 
-# our field -> theirs; optional fields have the same defaults
-FIELDS = {
-    "vocab_size": "vocab_size",
-    "max_seq_len": "n_positions",
-    "d_model": "n_embd",
-    "n_blocks": "n_layer",
-    "n_heads": "n_head",
-    "d_ffn": "n_inner",
-    "layer_norm_epsilon": "layer_norm_epsilon",
-    "initializer_range": "initializer_range",
-    "tie_embeddings": "tie_word_embeddings",
-}
-REQUIRED = ("model_type", "vocab_size", "n_positions", "n_embd", "n_layer", "n_head")
-# Fields that change the function of the same weights; the first value is the default.
-ACCEPTED: dict[str, tuple] = {
-    "model_type": ("gpt2",),
-    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
-    "scale_attn_weights": (True,),
-    "scale_attn_by_inverse_layer_idx": (False,),
-    "add_cross_attention": (False,),
-}
 DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
     torch.float16: "F16",
     torch.bfloat16: "BF16",
 }
-# Masks that older versions of transformers saved among the weights.
-_BUFFER = re.compile(r"h\.\d+\.attn\.(masked_)?bias")
+# What older versions of transformers saved among the weights: masks, and RoPE's frequencies.
+_BUFFER = re.compile(r"(h|layers)\.\d+\.(attn\.(masked_)?bias|self_attn\.rotary_emb\.inv_freq)")
 
 
 # ---------------------------------------------------------------------------------- the mapping
 
 
-def their_name(name: str) -> str:
-    """The name of our parameter in GPT2LMHeadModel."""
-    layer, _, kind = name.rpartition(".")
-    if layer in OUTER_NAMES:
-        return f"{OUTER_NAMES[layer]}.{kind}"
-    _, index, layer = layer.split(".", 2)
-    return f"{PREFIX}h.{index}.{INNER_NAMES[layer]}.{kind}"
+class Part(NamedTuple):
+    """One of their tensors: its name, its shape, and which rows it is in a parameter of ours."""
+
+    name: str
+    shape: tuple[int, ...]
+    rows: slice
 
 
-def oriented(name: str, x: Tensor) -> Tensor:
-    """A view of their tensor (or its gradient) in our orientation, or of ours in theirs."""
-    return x.T if name.startswith("blocks.") and x.dim() == 2 else x
+def parts(family: Family, config: ModelConfig, name: str, shape: tuple[int, ...]) -> Iterator[Part]:
+    """Their tensors in our parameter of this name and shape, from the first row on."""
+    names = family.their_names(name)
+    end = 0
+    for theirs, n in zip(names, packed_rows(config, name) if names[1:] else shape[:1], strict=True):
+        start, end = end, end + n
+        own = (n, *shape[1:])
+        yield Part(theirs, own[::-1] if _transposed(family, name) else own, slice(start, end))
+
+
+def to_theirs(
+    family: Family, config: ModelConfig, named: Iterable[tuple[str, Tensor]]
+) -> dict[str, Tensor]:
+    """Views of our parameters, or of their gradients, as the tensors that transformers has."""
+    return {
+        part.name: _turned(family, name, value[part.rows])
+        for name, value in named
+        for part in parts(family, config, name, tuple(value.shape))
+    }
+
+
+def _transposed(family: Family, name: str) -> bool:
+    return family.transposed and name.startswith("blocks.")
+
+
+def _turned(family: Family, name: str, x: Tensor) -> Tensor:
+    """A view of a tensor of theirs in our orientation, or of ours in theirs."""
+    return x.T if x.dim() == 2 and _transposed(family, name) else x
 
 
 # --------------------------------------------------------------------------------------- reading
@@ -104,8 +109,94 @@ def _readable(path: Path) -> Iterator[None]:
         raise CheckpointError(f"{_shown(path)}: cannot be read ({cause})") from None
 
 
-def read_shape(directory: str | Path) -> dict[str, Any]:
-    """The network's shape in a folder's config.json, as keywords of `ModelConfig`.
+class Weights:
+    """A folder's model: its shape, as keywords of `ModelConfig`, and its weights.
+
+    The tensors must be exactly those of the shape. This is checked at once, from the files'
+    headers, before memory is taken. Iteration then gives (our name, tensor as ours), one parameter
+    at a time, in the files' dtype, on the CPU. Names may lack the family's prefix, such as
+    `transformer.`. The format has no checksums, so a changed weight is not found.
+
+    Raises CheckpointError that names the file, and its first field that is wrong or its first
+    tensor that is missing, surplus or of another shape or dtype.
+    """
+
+    def __init__(self, directory: str | Path) -> None:
+        self.folder = Path(directory)
+        self.family, self.shape = read_shape(directory)
+        config = ModelConfig(**self.shape)
+        self.parts = {
+            p.name: list(parts(self.family, config, p.name, p.shape))
+            for p in build(config).parameters()
+        }
+        every = [part for parts in self.parts.values() for part in parts]
+        self.expected = {self._bare(part.name): part.shape for part in every}
+        [self.output] = self.family.their_names("output.weight")
+        [embedding] = self.family.their_names("token_embedding.weight")
+        self.embedding = self._bare(embedding)
+        self.is_tied = self.output not in self.expected
+        self.found: dict[str, tuple[Any, str]] = {}  # bare name: open file, name in it
+        with _readable(self.folder):
+            paths = _weight_files(self.folder)
+        for path in paths:
+            file = _open(path)
+            for name in file.keys():  # noqa: SIM118  (a safetensors file is not a mapping)
+                self._add(path, file, name)
+        for name in self.expected:
+            if name not in self.found:
+                raise CheckpointError(
+                    f"{_shown(self.folder)}: expected the {len(self.expected)} tensors of "
+                    f"{CONFIG}, got no {name}"
+                )
+        self._check_copy()
+
+    def _bare(self, name: str) -> str:
+        """A name without the prefix, which files of the model without its output lack."""
+        return name.removeprefix(self.family.blocks.partition(".")[0] + ".")
+
+    def _add(self, path: Path, file: Any, name: str) -> None:
+        """Add one tensor, or refuse it."""
+        bare = self._bare(name)
+        if _BUFFER.fullmatch(bare):
+            return
+        where = f"{_shown(path)}: tensor {single_line(name)}"
+        if bare in self.found:
+            raise CheckpointError(f"{where}: expected once, got twice")
+        # With tied embeddings the file may contain a copy as the output projection.
+        is_copy = bare == self.output and self.is_tied
+        shape = self.expected.get(self.embedding if is_copy else bare)
+        if shape is None:
+            raise CheckpointError(f"{where}: expected only the tensors of {CONFIG}, got another")
+        claim = file.get_slice(name)
+        _check_claim(where, shape, tuple(claim.get_shape()), claim.get_dtype())
+        self.found[bare] = file, name
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        for name, parts in self.parts.items():
+            tensors = [
+                _turned(self.family, name, self._tensor(self._bare(part.name))) for part in parts
+            ]
+            yield name, torch.cat(tensors) if tensors[1:] else tensors[0]
+
+    def _tensor(self, bare: str) -> Tensor:
+        file, name = self.found[bare]
+        return file.get_tensor(name)
+
+    def _check_copy(self) -> None:
+        """Check that an output projection saved with tied embeddings is equal to the embedding.
+        If they differ, transformers 4 follows the config and transformers 5 the tensors."""
+        if not self.is_tied or self.output not in self.found:
+            return
+        output, embedding = self._tensor(self.output), self._tensor(self.embedding)
+        if output.dtype != embedding.dtype or not torch.equal(output, embedding):
+            raise CheckpointError(
+                f"{_shown(self.folder / CONFIG)}: tie_word_embeddings: expected false, got true: "
+                f"{self.output} differs from {self.embedding}"
+            )
+
+
+def read_shape(directory: str | Path) -> tuple[Family, dict[str, Any]]:
+    """The family of a folder's model, and its shape as keywords of `ModelConfig`.
 
     Raises CheckpointError: "FILE: FIELD: expected X, got Y".
     """
@@ -115,98 +206,13 @@ def read_shape(directory: str | Path) -> dict[str, Any]:
             "folder; nothing is downloaded"
         )
     path = Path(directory) / CONFIG
-    found, where = _read_json(path), _shown(path)
-    for field in REQUIRED:
-        if field not in found:
-            raise CheckpointError(f"{where}: {field}: expected that of a GPT-2, got none")
-    for field, choices in ACCEPTED.items():
-        if found.get(field, choices[0]) not in choices:
-            expected = " or ".join(json.dumps(choice) for choice in choices)
-            raise CheckpointError(
-                f"{where}: {field}: expected {expected}, got {show(found[field])}"
-            )
-    values = {ours: found[theirs] for ours, theirs in FIELDS.items() if theirs in found}
-    try:
-        return ModelConfig.complete(values, where, FIELDS).model_dump(include=set(values))
-    except ConfigError as wrong:
-        raise CheckpointError(str(wrong)) from None
+    return config_json.read(_read_json(path), _shown(path))
 
 
-class Weights:
-    """The tensors of a folder, which must be exactly those of `parameters`.
-
-    This is checked at once, from the files' headers. Iteration then gives (our name, tensor in our
-    orientation), one at a time, in the files' dtype, on the CPU. Names may lack the leading
-    `transformer.`. The format has no checksums, so a changed weight is not found.
-
-    Raises CheckpointError that names the file and the first tensor that is missing, surplus or of
-    another shape or dtype.
-    """
-
-    def __init__(self, directory: str | Path, parameters: Iterable[Parameter]) -> None:
-        self.folder = Path(directory)
-        self.parameters = {_bare(their_name(p.name)): p for p in parameters}
-        self.is_tied = OUTPUT not in self.parameters
-        self.found: dict[str, tuple[Any, str]] = {}  # bare name: open file, name in it
-        with _readable(self.folder):
-            paths = _weight_files(self.folder)
-        for path in paths:
-            file = _open(path)
-            for name in file.keys():  # noqa: SIM118  (a safetensors file is not a mapping)
-                self._add(path, file, name)
-        for name in self.parameters:
-            if name not in self.found:
-                raise CheckpointError(
-                    f"{_shown(self.folder)}: expected the {len(self.parameters)} tensors of "
-                    f"{CONFIG}, got no {name}"
-                )
-        self._check_copy()
-
-    def _add(self, path: Path, file: Any, name: str) -> None:
-        """Add one tensor, or refuse it."""
-        bare = _bare(name)
-        if _BUFFER.fullmatch(bare):
-            return
-        where = f"{_shown(path)}: tensor {single_line(name)}"
-        if bare in self.found:
-            raise CheckpointError(f"{where}: expected once, got twice")
-        # With tied embeddings the file may contain a copy as the output projection.
-        parameter = self.parameters.get("wte.weight" if bare == OUTPUT and self.is_tied else bare)
-        if parameter is None:
-            raise CheckpointError(f"{where}: expected only the tensors of {CONFIG}, got another")
-        claim = file.get_slice(name)
-        _check_claim(where, parameter, claim.get_shape(), claim.get_dtype())
-        self.found[bare] = file, name
-
-    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        for bare, parameter in self.parameters.items():
-            yield parameter.name, oriented(parameter.name, self._tensor(bare))
-
-    def _tensor(self, bare: str) -> Tensor:
-        file, name = self.found[bare]
-        return file.get_tensor(name)
-
-    def _check_copy(self) -> None:
-        """Check that an output projection saved with tied embeddings is equal to the embedding.
-        If they differ, transformers 4 follows the config and transformers 5 the tensors."""
-        if not self.is_tied or OUTPUT not in self.found:
-            return
-        output, embedding = self._tensor(OUTPUT), self._tensor("wte.weight")
-        if output.dtype != embedding.dtype or not torch.equal(output, embedding):
-            raise CheckpointError(
-                f"{_shown(self.folder / CONFIG)}: tie_word_embeddings: expected false, got true: "
-                f"{OUTPUT} differs from wte.weight"
-            )
-
-
-def _check_claim(where: str, parameter: Parameter, shape: list[int], dtype: str) -> None:
+def _check_claim(where: str, expected: tuple[int, ...], shape: tuple[int, ...], dtype: str) -> None:
     """Check a tensor's shape, in their orientation, and its dtype."""
-    transposed = parameter.name.startswith("blocks.") and len(parameter.shape) == 2
-    expected = parameter.shape[::-1] if transposed else parameter.shape
-    if tuple(shape) != expected:
-        raise CheckpointError(
-            f"{where}: expected shape {expected}, as {CONFIG} says, got {tuple(shape)}"
-        )
+    if shape != expected:
+        raise CheckpointError(f"{where}: expected shape {expected}, as {CONFIG} says, got {shape}")
     if dtype not in DTYPES.values():
         raise CheckpointError(f"{where}: expected dtype {', '.join(DTYPES.values())}, got {dtype}")
 
@@ -287,10 +293,6 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _bare(name: str) -> str:
-    return name.removeprefix(PREFIX)
-
-
 def _shown(path: str | Path) -> str:
     return single_line(str(path))
 
@@ -312,19 +314,25 @@ def save(
     weights: dict[str, Tensor],
     tokenizer: SavedTokenizer | None = None,
 ) -> None:
-    """Write a model as the folder that `GPT2LMHeadModel.from_pretrained` reads.
+    """Write a model as the folder that `AutoModelForCausalLM.from_pretrained` reads.
 
     weights: all parameters by our names, on any device; they keep their dtype, which config.json
-    records. tokenizer: written as `AutoTokenizer.from_pretrained` reads it. Each file is replaced
-    atomically: the weights first, the config last. Files of other names in the folder stay.
+    records. tokenizer: written as `AutoTokenizer.from_pretrained` reads it, with the settings of
+    generation. Each file is replaced atomically: the weights first, the config last. Files of other
+    names in the folder stay.
 
-    Raises CheckpointError if a file cannot be written; the earlier file then stays.
+    Raises ConfigError if the model is none of transformers', CheckpointError if a file cannot be
+    written; the earlier file then stays.
     """
+    family = config_json.family_of(config)
     folder = Path(directory)
-    tensors = _theirs(weights)
+    fields = config_json.write(family, config)
+    tensors = all_theirs(family, config, weights)
     dtype = next(iter(tensors.values())).dtype
-    texts = _tokenizer_files(tokenizer, config)
-    texts[CONFIG] = _text(_their_config(config, dtype, tokenizer))
+    end = tokenizer and tokenizer.eot_id
+    ids = {"bos_token_id": end, "eos_token_id": end}
+    texts = {} if tokenizer is None else _tokenizer_files(tokenizer, config, ids)
+    texts[CONFIG] = _text({**fields, "dtype": str(dtype).removeprefix("torch."), **ids})
     path = folder
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -340,10 +348,26 @@ def save(
         raise CheckpointError(f"{_shown(path)}: could not be written ({cause})") from None
 
 
-def _tokenizer_files(tokenizer: SavedTokenizer | None, config: ModelConfig) -> dict[str, str]:
-    """{name: text}; none without a tokenizer."""
-    if tokenizer is None:
-        return {}
+def all_theirs(
+    family: Family, config: ModelConfig, weights: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """Views of our weights as the tensors that a reader of the family expects; zeros for biases
+    that the family always has and our model lacks."""
+    tensors = to_theirs(family, config, weights.items())
+    some = next(iter(tensors.values()))
+    _, shape = config_json.read(config_json.write(family, config), CONFIG)
+    expected = ModelConfig(**shape)
+    for p in build(expected).parameters():
+        for part in parts(family, expected, p.name, p.shape):
+            if part.name not in tensors:
+                tensors[part.name] = some.new_zeros(part.shape)
+    return tensors
+
+
+def _tokenizer_files(
+    tokenizer: SavedTokenizer, config: ModelConfig, ids: dict[str, Any]
+) -> dict[str, str]:
+    """{name: text} of what is written with a tokenizer."""
     end = tokenizer.library.id_to_token(tokenizer.eot_id)
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -355,41 +379,12 @@ def _tokenizer_files(tokenizer: SavedTokenizer | None, config: ModelConfig) -> d
     return {
         "tokenizer.json": tokenizer.library.to_str(pretty=True) + "\n",
         "tokenizer_config.json": _text(settings),
+        "generation_config.json": _text(ids),
     }
 
 
 def _text(values: dict[str, Any]) -> str:
     return json.dumps(values, indent=2) + "\n"
-
-
-def _their_config(
-    config: ModelConfig, dtype: torch.dtype, tokenizer: SavedTokenizer | None
-) -> dict[str, Any]:
-    """config.json: the shape, the accepted values, no dropout, the tokenizer's end of text."""
-    return {
-        "architectures": ["GPT2LMHeadModel"],
-        **{theirs: getattr(config, ours) for ours, theirs in FIELDS.items()},
-        **{field: choices[0] for field, choices in ACCEPTED.items()},
-        "dtype": str(dtype).removeprefix("torch."),
-        "attn_pdrop": 0.0,
-        "embd_pdrop": 0.0,
-        "resid_pdrop": 0.0,
-        "n_ctx": config.max_seq_len,  # read by older programs
-        "bos_token_id": tokenizer and tokenizer.eot_id,
-        "eos_token_id": tokenizer and tokenizer.eot_id,
-    }
-
-
-def _theirs(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Views of our weights under their names; zeros for the biases of a model without biases."""
-    tensors = {}
-    for name, value in weights.items():
-        tensors[their_name(name)] = oriented(name, value)
-        layer, _, kind = name.rpartition(".")
-        has_bias = layer == "final_norm" or layer not in OUTER_NAMES
-        if kind == "weight" and has_bias and f"{layer}.bias" not in weights:
-            tensors[their_name(f"{layer}.bias")] = value.new_zeros(len(value))
-    return tensors
 
 
 def _write_tensors(file: FileIO, tensors: dict[str, Tensor]) -> None:

@@ -58,6 +58,10 @@ class Angles:
         kept = ((turns - low) / (high - low)).clamp(0, 1)
         return frequency * (kept + (1 - kept) / factor)
 
+    def elements(self) -> int:
+        """Numbers in both tables."""
+        return 2 * self.shape[0] * self.shape[1]
+
     def allocate(self, dtype: torch.dtype, device: torch.device) -> None:
         """Compute both in float64, and keep them in `dtype` on the model's device."""
         angles = torch.outer(torch.arange(self.shape[0], dtype=torch.float64), self.frequencies())

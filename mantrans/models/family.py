@@ -25,6 +25,11 @@ class Family:
     defaults: our field -> the value where config.json lacks theirs; fields without are required.
     fixed: our field -> the value that all models of the family have; None is our default.
     accepted: their field -> the values that we can compute; the first is their default.
+    written: their field -> the value that we write, which is of no use to us.
+    repeated: their field -> ours, which has another name for us too; only written.
+    whole_heads: d_model must be a multiple of n_heads, even if head_dim is given.
+    llama_cpp: our field -> the only value with which llama.cpp computes the family.
+    interleaved_in_gguf: llama.cpp's RoPE turns pairs (2i, 2i + 1) of it, not (i, i + D/2).
     """
 
     model_type: str
@@ -39,13 +44,26 @@ class Family:
     rope: Mapping[str, str] = field(default_factory=dict)
     window: bool = False
     accepted: Mapping[str, tuple] = field(default_factory=dict)
+    written: Mapping[str, Any] = field(default_factory=dict)
+    repeated: Mapping[str, str] = field(default_factory=dict)
+    whole_heads: bool = False
+    llama_cpp: Mapping[str, Any] = field(default_factory=dict)
+    interleaved_in_gguf: bool = False
 
     def describes(self, config: ModelConfig) -> bool:
         """Whether a model of this config is one of the family."""
+        return not self.misfits(config)
+
+    def misfits(self, config: ModelConfig) -> dict[str, Any]:
+        """Our fields in which a model of this config is none of the family -> what they would be;
+        {} for a model of the family."""
         own = config.resolved()
-        forced = config.model_copy(update={**own, **self.fixed}).resolved()
-        by_theirs = {theirs: own[ours] for ours, theirs in self.fields.items()}
-        return forced == own and all(by_theirs[t] == own[o] for o, t in self.fields.items())
+        wanted = config.model_copy(update={**own, **self.fixed}).resolved()
+        by_theirs = {theirs: wanted[ours] for ours, theirs in self.fields.items()}
+        wanted |= {ours: by_theirs[theirs] for ours, theirs in self.fields.items()}
+        if self.whole_heads and config.d_model % config.n_heads:
+            wanted["d_model"] = -(-config.d_model // config.n_heads) * config.n_heads
+        return {name: value for name, value in wanted.items() if value != own[name]}
 
     def their_names(self, name: str) -> tuple[str, ...]:
         """Their tensors in our parameter `name`, from the first row on."""

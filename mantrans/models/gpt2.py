@@ -60,4 +60,6 @@ GPT2 = Family(
         "scale_attn_by_inverse_layer_idx": (False,),
         "add_cross_attention": (False,),
     },
+    written={"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0},
+    repeated={"n_ctx": "max_seq_len"},  # llama.cpp's converter reads it
 )

@@ -63,6 +63,9 @@ LLAMA = Family(
     | {"n_kv_heads": None, "qkv_bias": False, "projection_bias": False, "mlp_bias": False},
     fixed=_FIXED | {"qk_norm": False, "attention_window": None},
     accepted={"hidden_act": ("silu",), "pretraining_tp": (1,)},
+    written={"attention_dropout": 0.0},
+    whole_heads=True,
+    interleaved_in_gguf=True,
 )
 QWEN2 = replace(
     LLAMA,
@@ -74,6 +77,9 @@ QWEN2 = replace(
     fixed=_FIXED
     | {"qk_norm": False, "qkv_bias": True, "projection_bias": False, "mlp_bias": False},
     accepted={"hidden_act": ("silu",)},
+    whole_heads=False,
+    interleaved_in_gguf=False,
+    llama_cpp={"attention_window": None, "rope_scaling_factor": None},
 )
 QWEN3 = replace(
     QWEN2,
@@ -83,4 +89,5 @@ QWEN3 = replace(
     defaults=_DEFAULTS
     | {"n_kv_heads": 32, "head_dim": 128, "qkv_bias": False, "projection_bias": False},
     fixed=_FIXED | {"qk_norm": True, "mlp_bias": False},
+    llama_cpp={"attention_window": None, "rope_scaling_factor": None, "qkv_bias": False},
 )

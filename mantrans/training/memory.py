@@ -3,7 +3,8 @@
 Counted are the tensors that are alive at the peak:
 
     weights, masters, gradients, moments    the flat buffers of `parameters.py`, padding included;
-                                            with the gradients, rows of partial sums on a GPU
+                                            with the weights, RoPE's angles; with the gradients,
+                                            rows of partial sums on a GPU
     activations                             what the layers keep (`kept`), or with recompute: block
                                             only each block's input; what the final norm and the
                                             output keep; each token's id, target, document start
@@ -95,6 +96,7 @@ def predict(
     narrow, wide = dtype.itemsize, wide_dtype(dtype).itemsize
     on_gpu = torch.device(device).type == "cuda"
     stored = sum(p.stored_elements for p in network.parameters())
+    constants = 0 if network.angles is None else network.angles.elements() * wide
     partials = _partial_sums(network, device) if _by_triton(config, on_gpu) else 0
     tokens = training.batch_size * config.sequence_length
     block = network.blocks[0].kept().bytes(narrow, wide)
@@ -105,7 +107,7 @@ def predict(
     loss = network.output.workspace().bytes(narrow, wide)
     has_master = narrow < wide and not training.stochastic_rounding
     return MemoryPrediction(
-        weights=stored * narrow,
+        weights=stored * narrow + constants,
         masters=stored * wide if has_master else 0,
         gradients=stored * wide + partials,
         moments=2 * stored * wide if training.optimizer == "adamw" else 0,
@@ -130,7 +132,8 @@ def _on_cpu(config: Config, dtype: torch.dtype) -> int:
     narrow, wide = dtype.itemsize, wide_dtype(dtype).itemsize
     copies = (6 if narrow < wide else 3) * B * T * C * wide
     scores = 4 * B * config.model.n_heads * min(T, QUERY_BLOCK) * T * narrow
-    mask = 0 if config.data.attend_across_documents else B * T * T * narrow
+    windowed = (config.model.attention_window or T) < T
+    mask = B * T * T * narrow if windowed or not config.data.attend_across_documents else 0
     return CPU_LIBRARIES + copies + mask + (scores if narrow < wide else 0)
 
 
@@ -152,7 +155,7 @@ def predict_evaluation(
     )
     validation = rows * T * (block + 5 * 8) + logits
     length = min(config.evaluation.max_generation_length, model.max_seq_len)
-    cached = 2 * len(network.blocks) * model.d_model * narrow
+    cached = 2 * len(network.blocks) * model.key_value_heads * model.head_width * narrow
     padded = network.output.weight.stored_shape[0]
     samples = min(prompts, config.evaluation_batch) * (
         length * (cached + block) + 4 * padded * wide

@@ -554,6 +554,8 @@ class Trainer:
                 self.wrapper.model.ops,
                 d_model=config.d_model,
                 n_heads=config.n_heads,
+                n_kv_heads=config.n_kv_heads,
+                head_dim=config.head_dim,
                 d_ffn=config.feed_forward_width,
                 vocab_size=self.wrapper.model.vocab_size,
                 sequence_length=self.config.sequence_length,

@@ -1,6 +1,6 @@
 """The benchmarks' own logic, at tiny sizes: who is refused, what is recorded, what is reported.
 
-No time is asserted anywhere: machines differ, and so do moods of one machine.
+No time is asserted anywhere: machines differ, and every machine has noise.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def losses_of(name: str, case: steps.Case = CASE) -> list[float]:
 def only_case(folder: Path, stage: str):
     """The one case that a folder's rows hold: a line a candidate."""
     data = report.frame(load(folder), stage)
-    assert len(data.drop_duplicates(report.CASE[:2])) == 1
+    assert len(data.drop_duplicates(report.CASE[:3])) == 1
     return data.set_index("provider")
 
 
@@ -72,6 +72,13 @@ def test_losses_of_ours_and_the_baselines_agree_over_ten_steps() -> None:
     assert expected[0] - expected[-1] > 0.02
     for name in NO_COMPILER:
         assert max(steps.loss_differences(losses_of(name), expected)) < 2e-5, name
+
+
+def test_losses_of_a_llama_agree_over_ten_steps() -> None:
+    case = CASE._replace(model="Llama, tiny")
+    expected = losses_of(steps.JUDGE, case)
+    assert expected[-1] < expected[0]
+    assert max(steps.loss_differences(losses_of("native", case), expected)) < 2e-5
 
 
 def test_a_wrong_gradient_is_seen_in_the_losses(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,11 +189,18 @@ def test_the_report_says_what_the_rows_say(results: Path, tmp_path: Path) -> Non
     page = tmp_path / "benchmarks.md"
     report.write(rows, page)
     text = page.read_text(encoding="utf-8")
+    cases: dict[tuple, dict[str, Measurement]] = {}
     for row in rows:
-        shown = row.stage == "steps" or (row.stage == "operations" and row.provider == "native")
-        if shown and row.metric == "time":
-            assert report.spread(row) in text, row
-    pictures = {path.stem.split("-")[0] for path in (tmp_path / "figures").glob("*.svg")}
+        if row.metric == "time" and row.provider != "reference":
+            cases.setdefault(row.case, {})[row.provider] = row
+    for (_, stage, *_), case in cases.items():
+        ours = case.pop("native")
+        if stage == "steps":
+            assert report.spread(ours) in text
+            assert all(report.factor(row.p50 / ours.p50) in text for row in case.values())
+        elif stage == "operations":
+            assert report.factor(min(row.p50 for row in case.values()) / ours.p50) in text
+    pictures = {path.stem for path in (tmp_path / "figures").glob("*.svg")}
     assert pictures == {"operations", "steps"}
     for path in (tmp_path / "figures").glob("*.svg"):
         assert f"(figures/{path.name})" in text
@@ -213,6 +227,88 @@ def test_rows_that_were_not_replayed_and_all_versions_are_named(results: Path) -
     direct = dataclasses.replace(row, note="launched one by one", versions={"torch": "0.1"})
     assert report.spread(direct) == report.spread(row) + " †"
     assert f"torch 0.1 and {row.versions['torch']}" in report.provenance([row, direct])
+
+
+def measured(p50: float | None, **changes: object) -> Measurement:
+    """A row of a step that ours did, or whoever `changes` names."""
+    shape = {"B": 2, "T": 8, "micro-batches": 1}
+    row = Measurement(
+        "steps", "training step tiny", "native", "step", shape, "float32", "time", "ms",
+        p50, p50, p50, device="a device", date="2026-01-01", versions={},
+    )  # fmt: skip
+    return dataclasses.replace(row, **changes)
+
+
+def of_another(p50: float | None, **changes: object) -> Measurement:
+    return measured(p50, provider="torch.compile", **changes)
+
+
+def in_mib(row: Measurement) -> Measurement:
+    return dataclasses.replace(row, metric="memory", unit="MiB")
+
+
+def cells(table: str) -> list[list[str]]:
+    """The lines of a table without its head."""
+    return [line.strip("| ").split(" | ") for line in table.splitlines()[2:]]
+
+
+def test_steps_slower_or_larger_than_another_are_bold() -> None:
+    rows = [measured(2.0), in_mib(measured(30.0)), of_another(1.0), in_mib(of_another(20.0))]
+    (line,) = cells(report.table_of_steps(report.frame(rows, "steps")))
+    assert line[1:] == ["tiny, float32, B=2 T=8", "2.00 (2.00–2.00)", "8,000", "30",
+                        "torch.compile **0.50×** (**20**)"]  # fmt: skip
+
+
+def test_steps_not_timed_say_why() -> None:
+    rows = [measured(2.0), in_mib(measured(30.0)), of_another(None, note="losses differ")]
+    assert "torch.compile not timed: losses differ" in report.table_of_steps(
+        report.frame(rows, "steps")
+    )
+    rows = [measured(None, note="losses differ"), of_another(1.0), in_mib(of_another(20.0))]
+    (line,) = cells(report.table_of_steps(report.frame(rows, "steps")))
+    assert line[2:] == [
+        "not timed: losses differ",
+        "",
+        "",
+        "torch.compile 1.00 (1.00–1.00) ms (20)",
+    ]
+    (line,) = cells(report.table_of_steps(report.frame(rows[1:], "steps")))
+    assert line[2] == report.NOT_MEASURED
+
+
+def test_operations_without_another_are_not_measured() -> None:
+    changes = {"stage": "operations", "operation": "norm", "direction": "forward", "fraction": 0.5}
+    alone = measured(2.0, **changes)
+    (line,) = cells(report.table_of_operations(report.frame([alone], "operations")))
+    assert line[1:5] == ["norm forward", "0 of 1", "50%", report.NOT_MEASURED]
+    larger = {**changes, "shape": {"N": 4}}
+    rows = [alone, measured(4.0, **larger), of_another(6.0, **larger), of_another(1.0, **changes)]
+    (line,) = cells(report.table_of_operations(report.frame(rows, "operations")))
+    assert line[2] == "2 of 2" and line[4].startswith("**0.50×**") and line[5].startswith("1.50×")
+
+
+def test_machines_are_kept_apart() -> None:
+    """The same case on two machines is two lines; ours is compared on its own machine."""
+    rows = [
+        dataclasses.replace(row, device=device, p50=row.p50 * slower)
+        for device, slower in (("a GPU", 1.0), ("two threads", 4.0))
+        for row in (measured(2.0), of_another(3.0))
+    ]
+    lines = cells(report.table_of_steps(report.frame(rows, "steps")))
+    assert [line[0] for line in lines] == ["a GPU", "two threads"]
+    assert all("torch.compile 1.50×" in line[-1] for line in lines)
+
+
+def test_growth_is_the_exponent_of_the_rows(results: Path) -> None:
+    rows = [row for row in load(results) if row.stage == "scaling"]
+    rows = [
+        dataclasses.replace(row, p50=float(row.shape["T"]) ** 2) if row.metric == "time" else row
+        for row in rows
+    ]
+    time, memory = steps.growth(rows)
+    assert time.startswith("T 16 to 32, native: time ~ T^2.00, expected ")
+    assert memory.startswith("T 16 to 32, native: memory ~ T^")
+    assert list(steps.growth(rows[:2])) == [], "one size has no exponent"
 
 
 def test_exponents() -> None:

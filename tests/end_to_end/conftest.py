@@ -1,4 +1,4 @@
-"""Fixtures of the reliability suite."""
+"""Fixtures of whole runs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from mantrans.data.dataset import prepare
 from mantrans.data.tokenizer import load_tokenizer
-from tests.support.nursery import Nursery
+from tests.support.processes import Processes
 from tests.support.runs import small
 
 
@@ -31,10 +31,8 @@ def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
-    nursery = Nursery(tmp_path_factory.mktemp("nursery"))
-    yield nursery
-    nursery.close()
+def processes(tmp_path_factory: pytest.TempPathFactory) -> Processes:
+    return Processes(tmp_path_factory.mktemp("processes"))
 
 
 @pytest.fixture(autouse=True)

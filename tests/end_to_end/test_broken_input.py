@@ -24,7 +24,7 @@ from mantrans.data.tokenizer import load_tokenizer
 from mantrans.errors import DataError
 from mantrans.training import trainer as trainer_module
 from mantrans.training.trainer import Trainer
-from tests.support.nursery import Nursery
+from tests.support.processes import Processes
 from tests.support.runs import GOLDEN, small
 
 GIB = 2**30
@@ -98,6 +98,7 @@ def attempt(folder: Path) -> tuple[int, str]:
     return status, said.getvalue()
 
 
+@pytest.mark.promise("any configuration")
 @pytest.mark.parametrize("examples", [150, pytest.param(3000, marks=pytest.mark.slow)])
 def test_any_configuration_runs_or_is_refused_in_one_line(
     tmp_path: Path, tokens: Path, two_steps: None, examples: int, record_property: Callable
@@ -144,18 +145,19 @@ HUGE = {
 IN_SHORT = ("model.d_model", "training.batch_size", "training.gradient_accumulation_steps")
 
 
+@pytest.mark.promise("any configuration")
 @pytest.mark.parametrize(
     "field", [pytest.param(f, marks=[pytest.mark.slow] * (f not in IN_SHORT)) for f in HUGE]
 )
 def test_huge_values_are_refused_or_run(
-    tmp_path: Path, tokens: Path, nursery: Nursery, field: str
+    tmp_path: Path, tokens: Path, processes: Processes, field: str
 ) -> None:
     """The largest value that each field accepts, in a process that may have 16 GiB: training
     begins, and is still on its way when it is killed a second later, or one line says what it
     lacks."""
     config = small(tmp_path, tokens, max_steps=8, warmup_steps=0, outlier_z_score=3.0)
     config.save(tmp_path / "c.yaml")
-    child = nursery.start(
+    child = processes.start(
         "--config", "c.yaml", "--set", f"{field}={HUGE[field]}", cwd=tmp_path,
         limits={"RLIMIT_AS": 16 * GIB},
     )  # fmt: skip
@@ -170,6 +172,7 @@ def test_huge_values_are_refused_or_run(
     assert "Traceback" not in ended.text
 
 
+@pytest.mark.promise("any configuration")
 @pytest.mark.parametrize("value", ["a\0b", "\ud800", "x" * 300, "", " ", "/dev/null/x", "/proc/x"])
 @pytest.mark.parametrize(
     "field",
@@ -224,6 +227,7 @@ TEXTS: dict[str, tuple[str, bytes, bool]] = {
 }  # fmt: skip
 
 
+@pytest.mark.promise("odd text")
 @pytest.mark.parametrize("name", TEXTS)
 def test_any_text_file_is_learnt_from_or_refused_in_one_line(tmp_path: Path, name: str) -> None:
     file, raw, is_good = TEXTS[name]
@@ -243,6 +247,7 @@ def test_any_text_file_is_learnt_from_or_refused_in_one_line(tmp_path: Path, nam
     assert not any(path.is_dir() for path in (tmp_path / "cache").glob("*"))
 
 
+@pytest.mark.promise("odd text")
 @pytest.mark.slow
 def test_a_line_of_100_megabytes(tmp_path: Path, record_property: Callable) -> None:
     with (tmp_path / "a.txt").open("wb") as file:
@@ -255,6 +260,7 @@ def test_a_line_of_100_megabytes(tmp_path: Path, record_property: Callable) -> N
     record_property("bytes in one line", data.train.n_bytes + data.validation.n_bytes)
 
 
+@pytest.mark.promise("odd text")
 @pytest.mark.parametrize("setting", ["skip", "refuse"])
 def test_broken_lines_are_skipped_or_refused_as_set(tmp_path: Path, setting: str, capsys) -> None:
     lines = ['{"text": "A cat sat on a mat."}', "{", '{"text": "The dog ran home."}'] * 40
@@ -306,9 +312,10 @@ def changed_tokenizers() -> Iterator[tuple[str, Callable[[dict], None]]]:
         yield function.__name__, function
 
 
+@pytest.mark.promise("wrong tokenizer")
 @pytest.mark.parametrize(("name", "change"), list(changed_tokenizers()))
 def test_a_tokenizer_with_missing_or_extra_tokens_is_refused(
-    tmp_path: Path, tokens: Path, nursery: Nursery, name: str, change: Callable
+    tmp_path: Path, tokens: Path, processes: Processes, name: str, change: Callable
 ) -> None:
     shutil.copytree(GOLDEN / "tokenizer", tmp_path / "tokenizer")
     file = tmp_path / "tokenizer" / "tokenizer.json"
@@ -317,18 +324,19 @@ def test_a_tokenizer_with_missing_or_extra_tokens_is_refused(
     file.write_text(json.dumps(content))
     config = small(tmp_path, tokens, data={"tokenizer": "tokenizer"})
     config.save(tmp_path / "c.yaml")
-    ended = nursery.run("--config", "c.yaml", cwd=tmp_path)
+    ended = processes.run("--config", "c.yaml", cwd=tmp_path)
     assert ended.is_one_line_error and "tokenizer.json cannot be used" in ended.text, ended.text
 
 
+@pytest.mark.promise("wrong tokenizer")
 def test_a_consistent_tokenizer_of_another_size_cannot_continue_a_run(
-    tmp_path: Path, tokens: Path, nursery: Nursery
+    tmp_path: Path, tokens: Path, processes: Processes
 ) -> None:
     """One token more, all in order: a good tokenizer, but not the one of the checkpoint."""
     config = small(tmp_path, tokens, max_steps=2)
     config.save(tmp_path / "c.yaml")
-    assert nursery.run("--config", "c.yaml", cwd=tmp_path).status == 0
-    ended = nursery.run(
+    assert processes.run("--config", "c.yaml", cwd=tmp_path).status == 0
+    ended = processes.run(
         "--config", "c.yaml", "--resume", "latest", "--set", "data.tokenizer=tinystories_bpe_4096",
         cwd=tmp_path,
     )  # fmt: skip

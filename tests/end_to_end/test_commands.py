@@ -47,6 +47,7 @@ INTEGERS = {
 }
 
 
+@pytest.mark.promise("wrong arguments")
 @pytest.mark.parametrize(("command", "limits"), INTEGERS.items())
 def test_an_integer_out_of_range_is_one_line(capsys, command: str, limits: tuple) -> None:
     low, high = limits
@@ -66,6 +67,7 @@ def test_every_integer_of_the_commands_is_tried() -> None:
     assert source.count("type=integer(") == len(INTEGERS)
 
 
+@pytest.mark.promise("wrong arguments")
 @pytest.mark.parametrize("option", ["--hold-out", "--held-out"])
 @pytest.mark.parametrize("text", ["1", "-0.1", "nan", "inf", "x", "", "1e400", "-1e-400x"])
 def test_a_share_out_of_range_is_one_line(capsys, option: str, text: str) -> None:
@@ -101,6 +103,7 @@ TEXTS = {
 }  # fmt: skip
 
 
+@pytest.mark.promise("odd characters")
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
 @pytest.mark.parametrize("command", TEXTS)
 def test_text_that_the_output_lacks_is_printed_escaped(
@@ -119,6 +122,7 @@ def test_text_that_the_output_lacks_is_printed_escaped(
     assert shown.strip() and "Traceback" not in shown
 
 
+@pytest.mark.promise("odd characters")
 @pytest.mark.parametrize(
     ("redirection", "status"),
     [

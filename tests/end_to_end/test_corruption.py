@@ -15,7 +15,7 @@ from mantrans.config import Config
 from mantrans.data.dataset import prepare
 from mantrans.data.tokenizer import SHIPPED, load_tokenizer
 from mantrans.errors import CheckpointError, DataError
-from tests.support.nursery import Nursery
+from tests.support.processes import Processes
 from tests.support.runs import assert_same, checkpoints, finish, outcome, small, stop_after
 
 MANY = pytest.param(4000, marks=pytest.mark.slow)
@@ -35,6 +35,7 @@ def interrupted(tmp_path: Path, tokens: Path) -> Config:
     return config
 
 
+@pytest.mark.promise("damaged checkpoint")
 @pytest.mark.parametrize("trials", [200, MANY])
 def test_damage_to_a_runs_checkpoint_is_found(
     tmp_path: Path, interrupted: Config, trials: int, record_property: Callable
@@ -63,6 +64,7 @@ def test_damage_to_a_runs_checkpoint_is_found(
     record_property("not detected", 0)
 
 
+@pytest.mark.promise("newest intact checkpoint")
 @pytest.mark.parametrize("trials", [12, pytest.param(300, marks=pytest.mark.slow)])
 def test_the_newest_intact_checkpoint_is_taken(
     tmp_path: Path, interrupted: Config, trials: int, record_property: Callable
@@ -91,8 +93,9 @@ def test_the_newest_intact_checkpoint_is_taken(
     record_property("wrong choices", 0)
 
 
+@pytest.mark.promise("newest intact checkpoint")
 def test_a_run_goes_on_from_the_newest_intact_and_says_so(
-    tmp_path: Path, tokens: Path, nursery: Nursery, interrupted: Config
+    tmp_path: Path, tokens: Path, processes: Processes, interrupted: Config
 ) -> None:
     """The two newest are damaged; the resumed run names both and ends as the unbroken one does."""
     finish(small(tmp_path / "unbroken", tokens, keep_checkpoints=4))
@@ -102,23 +105,25 @@ def test_a_run_goes_on_from_the_newest_intact_and_says_so(
     eighth = folder / "step_00000008.pt"
     eighth.write_bytes(eighth.read_bytes()[:-1])
     interrupted.save(tmp_path / "config.yaml")
-    ended = nursery.run("--config", "config.yaml", "--resume", "latest", cwd=tmp_path)
+    ended = processes.run("--config", "config.yaml", "--resume", "latest", cwd=tmp_path)
     assert ended.status == 0, ended.text
     assert "latest.pt: is damaged" in ended.text or "step_00000009.pt: is damaged" in ended.text
     assert "step_00000008.pt: is damaged" in ended.text and "at step 6" in ended.text
     assert_same(outcome(tmp_path / "broken"), outcome(tmp_path / "unbroken"))
 
 
+@pytest.mark.promise("newest intact checkpoint")
 def test_with_nothing_intact_a_run_is_not_silently_begun_anew(
-    tmp_path: Path, nursery: Nursery, interrupted: Config
+    tmp_path: Path, processes: Processes, interrupted: Config
 ) -> None:
     for path in checkpoints(tmp_path / "broken").glob("*.pt"):
         path.write_bytes(path.read_bytes()[:100])
     interrupted.save(tmp_path / "config.yaml")
-    ended = nursery.run("--config", "config.yaml", "--resume", "latest", cwd=tmp_path)
+    ended = processes.run("--config", "config.yaml", "--resume", "latest", cwd=tmp_path)
     assert ended.is_one_line_error and "expected an intact checkpoint" in ended.text
 
 
+@pytest.mark.promise("damaged tokens and tokenizers")
 @pytest.mark.parametrize("trials", [100, pytest.param(2000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ["train.tokens", "validation.tokens"])
 def test_damage_to_token_files_is_found(
@@ -142,27 +147,28 @@ def test_damage_to_token_files_is_found(
     record_property("not detected", 0)
 
 
+@pytest.mark.promise("damaged tokens and tokenizers")
 def test_damaged_tokens_and_tokenizers_stop_a_run_in_one_line(
-    tmp_path: Path, nursery: Nursery
+    tmp_path: Path, processes: Processes
 ) -> None:
     """Run as a command: the file is named, and the advice works."""
     copy = tmp_path / "tokenizer"
     shutil.copytree(SHIPPED / "tinystories_bpe_4096", copy)
     config = small(tmp_path, tmp_path / "cache", data={"tokenizer": str(copy)}, max_steps=2)
     config.save(tmp_path / "config.yaml")
-    assert nursery.run("--config", "config.yaml", cwd=tmp_path).status == 0
+    assert processes.run("--config", "config.yaml", cwd=tmp_path).status == 0
 
     (path,) = (tmp_path / "cache").glob("*/train.tokens")
     path.write_bytes(flipped(path.read_bytes(), 5000, 0))
-    ended = nursery.run("--config", "config.yaml", cwd=tmp_path)
+    ended = processes.run("--config", "config.yaml", cwd=tmp_path)
     assert ended.is_one_line_error and f"delete the folder {path.parent}" in ended.text
     shutil.rmtree(path.parent)
-    assert nursery.run("--config", "config.yaml", cwd=tmp_path).status == 0
+    assert processes.run("--config", "config.yaml", cwd=tmp_path).status == 0
 
     for file, near in (("tokenizer.json", b'"vocab"'), ("manifest.json", b"sha256_of")):
         kept = (copy / file).read_bytes()
         (copy / file).write_bytes(flipped(kept, kept.index(near) + 40, 0))
-        ended = nursery.run("--config", "config.yaml", cwd=tmp_path)
+        ended = processes.run("--config", "config.yaml", cwd=tmp_path)
         assert ended.is_one_line_error and str(copy) in ended.text
         (copy / file).write_bytes(kept)
-    assert nursery.run("--config", "config.yaml", cwd=tmp_path).status == 0
+    assert processes.run("--config", "config.yaml", cwd=tmp_path).status == 0

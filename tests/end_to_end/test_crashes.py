@@ -18,7 +18,7 @@ from mantrans.checkpoint.folder import CheckpointFolder
 from mantrans.checkpoint.state_file import SLOW_WRITE_VARIABLE
 from mantrans.config import Config
 from mantrans.records import read_records
-from tests.support.nursery import Child, Nursery
+from tests.support.processes import Child, Processes
 from tests.support.runs import (
     assert_same,
     checkpoints,
@@ -40,22 +40,23 @@ def config_for(folder: Path, tokens: Path, **training: Any) -> Config:
     return config
 
 
-def start(nursery: Nursery, folder: Path, **keywords: Any) -> Child:
+def start(processes: Processes, folder: Path, **keywords: Any) -> Child:
     """The command a person would type: with --resume latest as soon as there is a checkpoint."""
     resume = ["--resume", "latest"] if any(checkpoints(folder).glob("*.pt")) else []
-    return nursery.start("--config", "config.yaml", *resume, cwd=folder, **keywords)
+    return processes.start("--config", "config.yaml", *resume, cwd=folder, **keywords)
 
 
+@pytest.mark.promise("killed at random")
 @pytest.mark.parametrize("rounds", [8, pytest.param(100, marks=pytest.mark.slow)])
 def test_killed_at_random_moments(
-    tmp_path: Path, tokens: Path, nursery: Nursery, rounds: int, record_property: Callable
+    tmp_path: Path, tokens: Path, processes: Processes, rounds: int, record_property: Callable
 ) -> None:
     """SIGKILL `rounds` times, each followed by a resume; a run that gets to its end is compared
     with the unbroken one, and another is begun."""
     for name in ("unbroken", "timed"):  # the first run ever takes longer
         config_for(tmp_path / name, tokens)
         begun = time.monotonic()
-        assert start(nursery, tmp_path / name, environment=SLOW).wait().status == 0
+        assert start(processes, tmp_path / name, environment=SLOW).wait().status == 0
         duration = time.monotonic() - begun
     expected = outcome(tmp_path / "unbroken")
     rng = random.Random(rounds)
@@ -63,7 +64,7 @@ def test_killed_at_random_moments(
     while kills < rounds or finished == 0:
         folder = tmp_path / f"run_{finished}"
         config_for(folder, tokens)
-        child = start(nursery, folder, environment=SLOW)
+        child = start(processes, folder, environment=SLOW)
         if kills < rounds:
             if kills % 4 == 3:  # three at any moment, and one that waits for a save
                 wait_for_a_save(folder, 3 * duration)
@@ -98,6 +99,7 @@ class Killed(BaseException):
     """What no code catches."""
 
 
+@pytest.mark.promise("killed at random")
 def test_killed_between_the_names_of_a_checkpoint(
     tmp_path: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch, record_property: Callable
 ) -> None:
@@ -137,19 +139,20 @@ def test_killed_between_the_names_of_a_checkpoint(
     record_property("places", places)
 
 
+@pytest.mark.promise("signals")
 @pytest.mark.parametrize(
     ("number", "status"),
     [(signal.SIGTERM, 0), (signal.SIGINT, 130), (signal.SIGHUP, 0), (signal.SIGUSR1, 0)],
     ids=["SIGTERM", "Ctrl-C", "SIGHUP", "SIGUSR1"],
 )
 def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(
-    tmp_path: Path, tokens: Path, nursery: Nursery, number: int, status: int
+    tmp_path: Path, tokens: Path, processes: Processes, number: int, status: int
 ) -> None:
     config_for(tmp_path / "unbroken", tokens)
-    assert start(nursery, tmp_path / "unbroken").wait().status == 0
+    assert start(processes, tmp_path / "unbroken").wait().status == 0
     folder = tmp_path / "broken"
     config_for(folder, tokens)
-    child = start(nursery, folder)
+    child = start(processes, folder)
     child.wait_for("step 4/24")
     child.kill(number)
     ended = child.wait()
@@ -157,11 +160,12 @@ def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(
     stopped = state_file.load(checkpoints(folder) / "latest.pt")["progress"]["step"]
     assert 4 <= stopped < 24
     assert f"stopped at step {stopped} of 24" in ended.text
-    resumed = start(nursery, folder).wait()
+    resumed = start(processes, folder).wait()
     assert resumed.status == 0 and f"at step {stopped}" in resumed.text
     assert_same(outcome(folder), outcome(tmp_path / "unbroken"))
 
 
+@pytest.mark.promise("signals")
 @pytest.mark.parametrize(
     ("first", "second"),
     [
@@ -174,11 +178,11 @@ def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(
     ids=lambda number: signal.Signals(number).name,
 )
 def test_a_second_signal_ends_even_a_save(
-    tmp_path: Path, tokens: Path, nursery: Nursery, first: int, second: int
+    tmp_path: Path, tokens: Path, processes: Processes, first: int, second: int
 ) -> None:
     """The save it breaks off leaves no trace; the checkpoint before it is whole."""
     config_for(tmp_path, tokens, save_every=4, eval_every=24)
-    child = start(nursery, tmp_path, environment={SLOW_WRITE_VARIABLE: "0.02"})
+    child = start(processes, tmp_path, environment={SLOW_WRITE_VARIABLE: "0.02"})
     folder = checkpoints(tmp_path)
     wait_until(lambda: (folder / "latest.pt").exists())
     wait_until(lambda: any(folder.glob(".step_00000008*")))
@@ -189,7 +193,7 @@ def test_a_second_signal_ends_even_a_save(
     assert ended.status == 128 + second and "Traceback" not in ended.text
     assert not any(folder.glob(".step_*"))
     assert state_file.load(folder / "latest.pt")["progress"]["step"] == 4
-    assert start(nursery, tmp_path).wait().status == 0
+    assert start(processes, tmp_path).wait().status == 0
 
 
 def wait_until(condition: Callable[[], bool], timeout: float = 60.0) -> None:
@@ -199,13 +203,14 @@ def wait_until(condition: Callable[[], bool], timeout: float = 60.0) -> None:
         time.sleep(0.002)
 
 
+@pytest.mark.promise("latest.pt")
 def test_latest_is_never_absent(
-    tmp_path: Path, tokens: Path, nursery: Nursery, record_property: Callable
+    tmp_path: Path, tokens: Path, processes: Processes, record_property: Callable
 ) -> None:
     """Looked for without a pause while a run saves after every step, under both of its names."""
     config_for(tmp_path, tokens, save_every=1, log_every=1, keep_checkpoints=1)
     names = [checkpoints(tmp_path) / "latest.pt", tmp_path / "checkpoints" / "latest.pt"]
-    child = start(nursery, tmp_path)
+    child = start(processes, tmp_path)
     wait_until(lambda: all(name.exists() for name in names))
     looks = loads = 0
     seen = 0
@@ -225,10 +230,11 @@ def test_latest_is_never_absent(
     record_property("loads in between", loads)
 
 
-def test_a_kill_loses_no_record(tmp_path: Path, tokens: Path, nursery: Nursery) -> None:
+@pytest.mark.promise("every step on record once")
+def test_a_kill_loses_no_record(tmp_path: Path, tokens: Path, processes: Processes) -> None:
     """What was shown on the screen is in metrics.jsonl, though the process had no time to close."""
     config_for(tmp_path, tokens, log_every=1, save_every=24, eval_every=24)
-    child = start(nursery, tmp_path)
+    child = start(processes, tmp_path)
     child.wait_for("step 9/24")
     child.kill()
     assert child.wait().status == -signal.SIGKILL

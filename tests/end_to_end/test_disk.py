@@ -14,7 +14,7 @@ import pytest
 from mantrans.checkpoint import state_file
 from mantrans.config import Config
 from mantrans.records import read_records
-from tests.support.nursery import Ended, Nursery
+from tests.support.processes import Ended, Processes
 from tests.support.runs import checkpoints, metrics_file, small
 
 # Checkpoints of about 0.7 MB.
@@ -34,9 +34,9 @@ def disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(place)], check=True)
 
 
-def run(nursery: Nursery, config: Config, folder: Path, *arguments: str, **keywords) -> Ended:
+def run(processes: Processes, config: Config, folder: Path, *arguments: str, **keywords) -> Ended:
     config.save(folder / "config.yaml")
-    return nursery.run("--config", "config.yaml", *arguments, cwd=folder, **keywords)
+    return processes.run("--config", "config.yaml", *arguments, cwd=folder, **keywords)
 
 
 def fill(disk: Path, leave: int) -> Path:
@@ -46,14 +46,15 @@ def fill(disk: Path, leave: int) -> Path:
     return ballast
 
 
+@pytest.mark.promise("full disk")
 def test_a_full_disk_costs_a_periodic_save_and_not_the_run(
-    tmp_path: Path, tokens: Path, nursery: Nursery, disk: Path, record_property: Callable
+    tmp_path: Path, tokens: Path, processes: Processes, disk: Path, record_property: Callable
 ) -> None:
     """With room for one checkpoint and no more, each later save fails. The run trains to its end,
     fails there with one line, and the first checkpoint is intact. With room again it is resumed."""
     config = small(tmp_path, tokens, checkpoint_dir=str(disk), eval_every=12, model=WIDE)
     fill(disk, leave=1_200_000)
-    ended = run(nursery, config, tmp_path)
+    ended = run(processes, config, tmp_path)
     assert ended.is_one_line_error and "No space left on device" in ended.text
     assert ended.text.count("training goes on") == 1  # step 8; step 12 is the last
     assert [r["step"] for r in read_records(metrics_file(tmp_path)) if "loss" in r] == [5, 10, 12]
@@ -61,18 +62,19 @@ def test_a_full_disk_costs_a_periodic_save_and_not_the_run(
     assert state_file.load(latest)["progress"]["step"] == 4
     assert not any(latest.parent.glob(".*.partial"))
     (disk / "ballast").unlink()
-    ended = run(nursery, config, tmp_path, "--resume", "latest")
+    ended = run(processes, config, tmp_path, "--resume", "latest")
     assert ended.status == 0 and "at step 4" in ended.text
     assert state_file.load(latest)["progress"]["step"] == 12
     record_property("periodic saves that failed", 1)
     record_property("checkpoints lost", 0)
 
 
+@pytest.mark.promise("full disk")
 @pytest.mark.parametrize("room_comes", [True, False])
 def test_a_full_disk_under_the_records(
     tmp_path: Path,
     tokens: Path,
-    nursery: Nursery,
+    processes: Processes,
     disk: Path,
     room_comes: bool,
     record_property: Callable,
@@ -83,7 +85,7 @@ def test_a_full_disk_under_the_records(
                    eval_every=200, save_every=200)  # fmt: skip
     fill(disk, leave=40_000)
     config.save(tmp_path / "config.yaml")
-    child = nursery.start("--config", "config.yaml", cwd=tmp_path)
+    child = processes.start("--config", "config.yaml", cwd=tmp_path)
     child.wait_for("the records wait in memory")
     if room_comes:
         (disk / "ballast").unlink()
@@ -98,37 +100,40 @@ def test_a_full_disk_under_the_records(
         assert ended.is_one_line_error and "cannot be written" in ended.text
 
 
+@pytest.mark.promise("full disk")
 def test_a_file_size_limit_costs_saves_and_not_the_run(
-    tmp_path: Path, tokens: Path, nursery: Nursery
+    tmp_path: Path, tokens: Path, processes: Processes
 ) -> None:
     """As the disk that is full, for who is not root: no file may grow beyond 30 kB."""
-    ended = run(nursery, small(tmp_path, tokens), tmp_path, limits={"RLIMIT_FSIZE": 30_000})
+    ended = run(processes, small(tmp_path, tokens), tmp_path, limits={"RLIMIT_FSIZE": 30_000})
     assert ended.is_one_line_error and "File too large" in ended.text
     assert ended.text.count("training goes on") == 3  # steps 4, 6 (the best) and 8
     assert not any(checkpoints(tmp_path).glob("*.pt"))
     assert len(read_records(metrics_file(tmp_path))) == 5
 
 
+@pytest.mark.promise("read-only disk")
 @pytest.mark.parametrize("what", ["checkpoint_dir", "output_dir", "cache_dir"])
 def test_a_read_only_disk_is_refused_before_training(
-    tmp_path: Path, tokens: Path, nursery: Nursery, disk: Path, what: str
+    tmp_path: Path, tokens: Path, processes: Processes, disk: Path, what: str
 ) -> None:
     subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
     place = {"data": {what: str(disk / "x")}} if what == "cache_dir" else {what: str(disk / "x")}
-    ended = run(nursery, small(tmp_path, tokens, **place), tmp_path)
+    ended = run(processes, small(tmp_path, tokens, **place), tmp_path)
     assert ended.is_one_line_error and "Read-only file system" in ended.text
     assert str(disk) in ended.text
 
 
+@pytest.mark.promise("read-only disk")
 def test_a_folder_that_loses_its_permission_keeps_what_was_saved(
-    tmp_path: Path, tokens: Path, nursery: Nursery, open_to_all: None
+    tmp_path: Path, tokens: Path, processes: Processes, open_to_all: None
 ) -> None:
     """Between two saves the checkpoint folder becomes read-only. Training goes on without saving;
     asked to stop, it says that it cannot save and fails."""
     config = small(tmp_path, tokens, log_every=1, max_steps=10**6, save_every=50, eval_every=10**6)
     tmp_path.chmod(0o777)
     config.save(tmp_path / "config.yaml")
-    child = nursery.start("--config", "config.yaml", cwd=tmp_path, as_nobody=os.geteuid() == 0)
+    child = processes.start("--config", "config.yaml", cwd=tmp_path, as_nobody=os.geteuid() == 0)
     child.wait_for("step 51/")
     checkpoints(tmp_path).chmod(0o555)
     child.wait_for("training goes on")
@@ -149,9 +154,10 @@ def open_to_all(tmp_path: Path, tokens: Path) -> None:
         file.chmod(0o755)
 
 
+@pytest.mark.promise("read-only disk")
 @pytest.mark.parametrize("what", ["checkpoint_dir", "output_dir"])
 def test_a_folder_without_permission_is_refused_before_training(
-    tmp_path: Path, tokens: Path, nursery: Nursery, what: str, open_to_all: None
+    tmp_path: Path, tokens: Path, processes: Processes, what: str, open_to_all: None
 ) -> None:
     """As a user who is not root, in a folder that is root's (or is marked as not writable)."""
     (tmp_path / "mine").mkdir(mode=0o555)
@@ -160,6 +166,6 @@ def test_a_folder_without_permission_is_refused_before_training(
     places = dict.fromkeys(["output_dir", "checkpoint_dir"], str(tmp_path / "theirs"))
     places[what] = str(tmp_path / "mine")
     config = small(tmp_path, tokens, **places)
-    ended = run(nursery, config, tmp_path, as_nobody=os.geteuid() == 0)
+    ended = run(processes, config, tmp_path, as_nobody=os.geteuid() == 0)
     assert ended.is_one_line_error and "Permission denied" in ended.text
     assert str(tmp_path / "mine") in ended.text

@@ -40,6 +40,7 @@ def saved(tmp_path: Path) -> Path:
 # ------------------------------------------------------------------------------ names in files
 
 
+@pytest.mark.promise("names and links")
 @pytest.mark.parametrize(
     "name",
     [
@@ -61,6 +62,7 @@ def test_an_index_names_only_readable_files_of_its_folder(saved: Path, name: Any
     CustomTransformerWrapper.from_pretrained(saved, device="cpu")
 
 
+@pytest.mark.promise("odd numbers in files")
 @pytest.mark.parametrize("name", ["x" * 300, "x/" * 3000, "a\0b", "\udcff", "\n", "~nobody", " "])
 def test_a_name_that_no_file_can_have_is_refused_by_every_reader(tmp_path, name: str) -> None:
     path = str(tmp_path / name)
@@ -91,6 +93,7 @@ HUGE = [
 ]
 
 
+@pytest.mark.promise("odd numbers in files")
 @pytest.mark.parametrize("line", HUGE, ids=lambda line: line[:9])
 def test_records_that_cannot_be_parsed_are_passed_over(tmp_path: Path, line: str) -> None:
     path, good = tmp_path / "metrics.jsonl", [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}]
@@ -104,6 +107,7 @@ def test_records_that_cannot_be_parsed_are_passed_over(tmp_path: Path, line: str
     assert [r["loss"] for r in read_records(path)] == [2.0, 0.5]
 
 
+@pytest.mark.promise("odd numbers in files")
 @pytest.mark.parametrize("text", HUGE, ids=lambda text: text[:9])
 def test_files_that_cannot_be_parsed_are_refused_in_a_line(tmp_path, saved, text: str) -> None:
     raw = text.encode("utf-8", "surrogatepass")
@@ -152,6 +156,7 @@ RECORD = st.fixed_dictionaries(
 )  # fmt: skip
 
 
+@pytest.mark.promise("odd numbers in files")
 @given(st.lists(ANY_NUMBER, min_size=1, max_size=6), st.booleans(), st.booleans())
 @settings(max_examples=80, deadline=None)
 def test_a_figure_of_any_numbers_is_drawn(values: list, log: bool, from_zero: bool) -> None:
@@ -161,6 +166,7 @@ def test_a_figure_of_any_numbers_is_drawn(values: list, log: bool, from_zero: bo
     assert "nan" not in content and "inf" not in content.replace("info", "")
 
 
+@pytest.mark.promise("odd numbers in files")
 @given(st.lists(RECORD, min_size=1, max_size=5), st.dictionaries(st.sampled_from(
     ["loss", "perplexity", "tokens", "bytes", "bits_per_byte"]), ANY_NUMBER))  # fmt: skip
 @settings(max_examples=40, deadline=None)
@@ -177,6 +183,7 @@ def test_a_page_of_any_numbers_is_written(tmp_path_factory, records: list, repor
 # ------------------------------------------------------------------------------ another function
 
 
+@pytest.mark.promise("another function")
 @pytest.mark.parametrize(
     ("field", "value"), [("n_heads", 4), ("layer_norm_epsilon", 1e-3), ("bias", False)]
 )

@@ -22,7 +22,7 @@ from mantrans.config import Config
 from mantrans.errors import CheckpointError, MantransError
 from mantrans.training.trainer import Trainer
 from mantrans.wrapper import CustomTransformerWrapper
-from tests.support.nursery import EVALUATE, TRAIN, Nursery
+from tests.support.processes import EVALUATE, TRAIN, Processes
 from tests.support.runs import NAME, checkpoints, finish, small, stop_after
 
 ROOT = Path(__file__).parents[2]
@@ -48,9 +48,10 @@ def stopped(tmp_path: Path, tokens: Path) -> Config:
     return config
 
 
+@pytest.mark.promise("code in a checkpoint")
 @pytest.mark.parametrize("how", ["torch.save", "pickle", "pickle in zip"])
 def test_a_pickle_that_runs_code_is_refused_by_every_command(
-    tmp_path: Path, nursery: Nursery, stopped: Config, how: str
+    tmp_path: Path, processes: Processes, stopped: Config, how: str
 ) -> None:
     mark, evil = tmp_path / "executed", tmp_path / "evil.pt"
     if how == "torch.save":
@@ -65,7 +66,7 @@ def test_a_pickle_that_runs_code_is_refused_by_every_command(
         (EVALUATE, ["--checkpoint", "evil.pt"]),
         ("mantrans.cli:main convert", ["evil.pt", "new.pt"]),
     ):
-        ended = nursery.run(*arguments, cwd=tmp_path, main=command)
+        ended = processes.run(*arguments, cwd=tmp_path, main=command)
         assert ended.is_one_line_error and "evil.pt" in ended.text, ended.text
     assert not mark.exists() and not (tmp_path / "new.pt").exists()
 
@@ -101,6 +102,7 @@ def mutated(state: dict[str, Any], chance: random.Random) -> dict[str, Any]:
     return state
 
 
+@pytest.mark.promise("claims of a file")
 @pytest.mark.parametrize("trials", [60, pytest.param(1500, marks=pytest.mark.slow)])
 def test_a_sound_file_with_an_odd_state_is_used_or_refused(
     tmp_path: Path, stopped: Config, trials: int, record_property: Callable
@@ -125,6 +127,7 @@ def test_a_sound_file_with_an_odd_state_is_used_or_refused(
     record_property("tracebacks", 0)
 
 
+@pytest.mark.promise("claims of a file")
 @pytest.mark.parametrize("trials", [40, pytest.param(1000, marks=pytest.mark.slow)])
 def test_evaluation_uses_or_refuses_an_odd_state(
     tmp_path: Path, stopped: Config, trials: int, capsys, record_property: Callable
@@ -146,6 +149,7 @@ def test_evaluation_uses_or_refuses_an_odd_state(
     record_property("tracebacks", 0)
 
 
+@pytest.mark.promise("claims of a file")
 @pytest.mark.parametrize("trials", [60, pytest.param(1500, marks=pytest.mark.slow)])
 def test_a_library_user_gets_a_model_or_one_line_and_keeps_what_he_has(
     tmp_path: Path, stopped: Config, trials: int, record_property: Callable
@@ -181,14 +185,15 @@ def test_a_library_user_gets_a_model_or_one_line_and_keeps_what_he_has(
     record_property("tracebacks", 0)
 
 
+@pytest.mark.promise("claims of a file")
 def test_a_model_that_claims_more_than_the_file_holds_takes_no_memory(
-    tmp_path: Path, nursery: Nursery, stopped: Config
+    tmp_path: Path, processes: Processes, stopped: Config
 ) -> None:
     """The description says 48 billion weights; the file has a few thousand."""
     state = state_file.load(checkpoints(tmp_path) / "latest.pt")
     state["model_config"] |= {"d_model": 65_536, "n_heads": 1, "n_blocks": 1}
     state_file.save(tmp_path / "huge.pt", state)
-    ended = nursery.run(
+    ended = processes.run(
         "--checkpoint", "huge.pt", "--config", "config.yaml", cwd=tmp_path, main=EVALUATE,
         limits={"RLIMIT_AS": 8 * GIB},
     )  # fmt: skip
@@ -197,8 +202,9 @@ def test_a_model_that_claims_more_than_the_file_holds_takes_no_memory(
         CustomTransformerWrapper.from_checkpoint(tmp_path / "huge.pt")
 
 
+@pytest.mark.promise("wrong tokenizer")
 def test_token_ids_beyond_a_models_vocabulary_reach_no_index(
-    tmp_path: Path, nursery: Nursery, stopped: Config
+    tmp_path: Path, processes: Processes, stopped: Config
 ) -> None:
     """A checkpoint whose tables have 100 rows, with the name of a tokenizer of 257 tokens."""
     state = state_file.load(checkpoints(tmp_path) / "latest.pt")
@@ -212,10 +218,11 @@ def test_token_ids_beyond_a_models_vocabulary_reach_no_index(
         (TRAIN, ["--resume", "short.pt"]),
         (EVALUATE, ["--checkpoint", "short.pt"]),
     ):
-        ended = nursery.run(*arguments, "--config", "config.yaml", cwd=tmp_path, main=command)
+        ended = processes.run(*arguments, "--config", "config.yaml", cwd=tmp_path, main=command)
         assert ended.is_one_line_error and "100" in ended.text, ended.text
 
 
+@pytest.mark.promise("names and links")
 @pytest.mark.parametrize(
     "override",
     [
@@ -225,23 +232,24 @@ def test_token_ids_beyond_a_models_vocabulary_reach_no_index(
     + [f"data.tokenizer={name}" for name in ("../x", "a/../../b", "..", "/../etc", "x\0")],
 )
 def test_names_that_leave_their_folder_are_refused(
-    tmp_path: Path, stopped: Config, nursery: Nursery, override: str
+    tmp_path: Path, stopped: Config, processes: Processes, override: str
 ) -> None:
     before = sorted(tmp_path.rglob("*"))
-    ended = nursery.run("--config", "config.yaml", "--set", override, cwd=tmp_path)
+    ended = processes.run("--config", "config.yaml", "--set", override, cwd=tmp_path)
     assert ended.is_one_line_error, ended.text
     assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.promise("alias bombs and code")
 def test_a_yaml_alias_bomb_ends_quickly_and_in_little_memory(
-    tmp_path: Path, nursery: Nursery, record_property: Callable
+    tmp_path: Path, processes: Processes, record_property: Callable
 ) -> None:
     """Ten billion values if it were expanded; the process may not take 1 GiB more than it has."""
     bomb = ['a0: &a0 ["x","x","x","x","x","x","x","x","x","x"]']
     bomb += [f"a{i}: &a{i} [{','.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 10)]
     (tmp_path / "bomb.yaml").write_text("\n".join(bomb))
     begun = time.monotonic()
-    ended = nursery.run("--config", "bomb.yaml", cwd=tmp_path, limits={"RLIMIT_AS": 8 * GIB})
+    ended = processes.run("--config", "bomb.yaml", cwd=tmp_path, limits={"RLIMIT_AS": 8 * GIB})
     seconds = time.monotonic() - begun
     assert ended.is_one_line_error and "aliases" in ended.text and seconds < 10
     record_property("seconds", round(seconds, 2))
@@ -281,6 +289,7 @@ def dangers(source: str) -> list[str]:
     return found
 
 
+@pytest.mark.promise("alias bombs and code")
 def test_the_source_runs_nothing_that_it_reads(record_property: Callable) -> None:
     """But for the converter of a user's own files, which reads pickles as data."""
     assert len(SOURCES) > 30
@@ -297,6 +306,7 @@ def test_the_source_runs_nothing_that_it_reads(record_property: Callable) -> Non
     record_property("source files", len(SOURCES))
 
 
+@pytest.mark.promise("alias bombs and code")
 @pytest.mark.parametrize(
     "line",
     ["eval(x)", "exec(x)", "yaml.load(f, Loader=L)", "torch.load(p)", "pickle.loads(b)",
@@ -308,6 +318,7 @@ def test_the_search_finds_what_it_looks_for(line: str) -> None:
     assert dangers(line)
 
 
+@pytest.mark.promise("names and links")
 def test_a_link_in_the_checkpoint_folder_is_not_followed_out(
     tmp_path: Path, tokens: Path, stopped: Config
 ) -> None:

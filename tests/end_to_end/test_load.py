@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from mantrans.records import read_records
-from tests.support.nursery import Nursery
+from tests.support.processes import Processes
 from tests.support.runs import metrics_file, small
 
 
@@ -22,6 +22,7 @@ def slope(points: list[tuple[float, float]]) -> float:
     return numerator / sum((x - mean_x) ** 2 for x, _ in points)
 
 
+@pytest.mark.promise("long runs")
 @pytest.mark.parametrize(
     ("steps", "kib_per_thousand_steps"),
     [
@@ -32,7 +33,7 @@ def slope(points: list[tuple[float, float]]) -> float:
 def test_memory_and_open_files_stay_flat(
     tmp_path: Path,
     tokens: Path,
-    nursery: Nursery,
+    processes: Processes,
     steps: int,
     kib_per_thousand_steps: float,
     record_property: Callable,
@@ -49,7 +50,7 @@ def test_memory_and_open_files_stay_flat(
     config = small(tmp_path, tokens, max_steps=steps, log_every=10, eval_every=100, save_every=50)
     config.save(tmp_path / "c.yaml")
     every = max(10, steps // 400)
-    child = nursery.start(
+    child = processes.start(
         "c.yaml", "samples.json", str(every), cwd=tmp_path, main="tests.end_to_end.sampled:main"
     )
     ended = child.wait(timeout=3000)
@@ -73,31 +74,35 @@ def test_memory_and_open_files_stay_flat(
     record_property("lines of metrics missing", 0)
 
 
-def test_two_processes_on_one_run(tmp_path: Path, tokens: Path, nursery: Nursery) -> None:
+@pytest.mark.promise("two processes")
+def test_two_processes_on_one_run(tmp_path: Path, tokens: Path, processes: Processes) -> None:
     """The second is refused with the first one's number, under the same run folder and under the
     same checkpoint folder alone; killed, the first leaves no lock behind."""
     config = small(tmp_path, tokens, max_steps=10**6, log_every=1, save_every=20)
     config.save(tmp_path / "c.yaml")
-    first = nursery.start("--config", "c.yaml", cwd=tmp_path)
+    first = processes.start("--config", "c.yaml", cwd=tmp_path)
     first.wait_for("step 25/")
     for elsewhere in ([], ["--set", "training.output_dir=elsewhere"]):
-        second = nursery.run("--config", "c.yaml", *elsewhere, cwd=tmp_path)
+        second = processes.run("--config", "c.yaml", *elsewhere, cwd=tmp_path)
         assert second.is_one_line_error and f"is in use by process {first.pid}" in second.text
     first.kill()
     assert first.wait().status == -signal.SIGKILL
-    third = nursery.start("--config", "c.yaml", "--resume", "latest", cwd=tmp_path)
+    third = processes.start("--config", "c.yaml", "--resume", "latest", cwd=tmp_path)
     third.wait_for("resumed from")
     third.wait_for("/1000000")  # before its first step a signal ends it at once
     third.kill(signal.SIGTERM)
     assert third.wait().status == 0
 
 
-def test_runs_of_other_names_share_folders(tmp_path: Path, tokens: Path, nursery: Nursery) -> None:
+@pytest.mark.promise("two processes")
+def test_runs_of_other_names_share_folders(
+    tmp_path: Path, tokens: Path, processes: Processes
+) -> None:
     """Four at once, one set of token files, one checkpoint folder: each ends as it does alone."""
     config = small(tmp_path, tokens, log_every=1)
     config.save(tmp_path / "c.yaml")
     children = [
-        nursery.start(
+        processes.start(
             "--config", "c.yaml", "--set", f"training.experiment_name=run{n}", cwd=tmp_path
         )
         for n in range(4)

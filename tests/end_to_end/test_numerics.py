@@ -37,6 +37,7 @@ def optimizer_bits(trainer: Trainer) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in state.items()}
 
 
+@pytest.mark.promise("NaN and infinity")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("where", PLACES)
 def test_a_bad_step_changes_nothing_and_is_counted(
@@ -71,6 +72,7 @@ def test_a_bad_step_changes_nothing_and_is_counted(
     record_property("updates from them", 0)
 
 
+@pytest.mark.promise("too many skips")
 @pytest.mark.parametrize("where", PLACES)
 def test_too_many_in_a_row_end_the_run(tmp_path: Path, tokens: Path, where: str) -> None:
     """From step 6 on every step is bad: the third stops the run, whose checkpoints are good."""
@@ -85,6 +87,7 @@ def test_too_many_in_a_row_end_the_run(tmp_path: Path, tokens: Path, where: str)
     assert trainer.progress.step == 12
 
 
+@pytest.mark.promise("too many skips")
 def test_the_count_in_a_row_goes_on_after_a_resume(tmp_path: Path, tokens: Path) -> None:
     """Stopped after the second of three bad steps: the first one after the resume is the third."""
     config = small(tmp_path, tokens, log_every=1, max_consecutive_skips=3)
@@ -98,6 +101,7 @@ def test_the_count_in_a_row_goes_on_after_a_resume(tmp_path: Path, tokens: Path)
         finish(config, prepared, resume="latest")
 
 
+@pytest.mark.promise("too many skips")
 def test_a_run_whose_last_step_is_bad_is_saved_all_the_same(tmp_path: Path, tokens: Path) -> None:
     """A skipped step leaves good weights behind: they are the run's result."""
     config = small(tmp_path, tokens, log_every=1)
@@ -106,6 +110,7 @@ def test_a_run_whose_last_step_is_bad_is_saved_all_the_same(tmp_path: Path, toke
     assert state["progress"]["step"] == 12 and state["progress"]["skipped"] == 1
 
 
+@pytest.mark.promise("too many skips")
 @pytest.mark.parametrize("end", ["last step", "signal"])
 def test_broken_weights_never_replace_a_good_checkpoint(
     tmp_path: Path, tokens: Path, end: str
@@ -130,6 +135,7 @@ def test_broken_weights_never_replace_a_good_checkpoint(
     assert state["progress"]["step"] == 8
 
 
+@pytest.mark.promise("--debug-nan")
 @pytest.mark.parametrize(
     ("layer", "name"),
     [
@@ -154,6 +160,7 @@ def test_debug_nan_names_the_first_layer(
         trainer.run()
 
 
+@pytest.mark.promise("outlier guard")
 def test_the_outlier_guard_decides_alike_after_a_resume(
     tmp_path: Path, tokens: Path, record_property: Callable
 ) -> None:
@@ -177,6 +184,7 @@ def test_the_outlier_guard_decides_alike_after_a_resume(
     record_property("outliers refused", 1)
 
 
+@pytest.mark.promise("outlier guard")
 def test_another_outlier_window_begins_empty_and_says_so(
     tmp_path: Path, tokens: Path, capsys
 ) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.nursery import Nursery
+from tests.support.processes import Processes
 from tests.support.runs import assert_same, finish, outcome, small
 
 LOST = {
@@ -30,11 +30,12 @@ def expected(tmp_path_factory: pytest.TempPathFactory, tokens: Path) -> dict[str
     return outcome(folder)
 
 
+@pytest.mark.promise("lost output")
 @pytest.mark.parametrize("streams", LOST.values(), ids=LOST)
 def test_lost_output_costs_the_run_nothing(
     tmp_path: Path,
     tokens: Path,
-    nursery: Nursery,
+    processes: Processes,
     expected: dict[str, Any],
     streams: dict[int, str],
     record_property: Callable,
@@ -42,27 +43,29 @@ def test_lost_output_costs_the_run_nothing(
     """Tokenizing, training, validating, saving, the report: status 0, and all files as ever."""
     config = small(tmp_path, tokens, data={"cache_dir": str(tmp_path / "tokens")})
     config.save(tmp_path / "config.yaml")
-    ended = nursery.run("--config", "config.yaml", cwd=tmp_path, streams=streams)
+    ended = processes.run("--config", "config.yaml", cwd=tmp_path, streams=streams)
     assert ended.status == 0, ended.text
     assert_same(outcome(tmp_path), expected)
     record_property("lines seen", 0)
 
 
+@pytest.mark.promise("lost output")
 @pytest.mark.parametrize("streams", LOST.values(), ids=LOST)
 def test_a_mistake_has_its_status_without_output(
-    tmp_path: Path, nursery: Nursery, streams: dict[int, str]
+    tmp_path: Path, processes: Processes, streams: dict[int, str]
 ) -> None:
-    assert nursery.run("--config", "absent.yaml", cwd=tmp_path, streams=streams).status == 2
+    assert processes.run("--config", "absent.yaml", cwd=tmp_path, streams=streams).status == 2
 
 
+@pytest.mark.promise("lost output")
 def test_a_terminal_that_is_closed_costs_the_run_nothing(
-    tmp_path: Path, tokens: Path, nursery: Nursery, expected: dict[str, Any]
+    tmp_path: Path, tokens: Path, processes: Processes, expected: dict[str, Any]
 ) -> None:
     """With its bar; nohup has kept the hang-up itself away."""
     small(tmp_path, tokens).save(tmp_path / "config.yaml")
     ours, theirs = pty.openpty()
     streams = dict.fromkeys((1, 2), os.ttyname(theirs))
-    child = nursery.start("--config", "config.yaml", cwd=tmp_path, streams=streams)
+    child = processes.start("--config", "config.yaml", cwd=tmp_path, streams=streams)
     watchdog = threading.Timer(60, child.kill)
     watchdog.start()
     seen = b""

@@ -82,6 +82,7 @@ def alarm() -> Iterator[None]:
     signal.signal(signal.SIGALRM, before)
 
 
+@pytest.mark.promise("something in the way")
 @pytest.mark.parametrize("resume", [None, "latest"], ids=["anew", "resumed"])
 @pytest.mark.parametrize(
     "kind", [QUICK, *(pytest.param(kind, marks=pytest.mark.slow) for kind in OTHERS)]

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.end_to_end import golden
-from tests.support.nursery import Nursery
+from tests.support.processes import Processes
 from tests.support.runs import assert_same, finish, outcome, small
 
 # Two CPU backends, which form the same sums in different orders, and one thread or two were seen to
@@ -19,21 +19,23 @@ from tests.support.runs import assert_same, finish, outcome, small
 BOUND = 1e-4
 
 
+@pytest.mark.promise("same seed")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
 def test_the_same_seed_gives_the_same_bits(
-    tmp_path: Path, tokens: Path, nursery: Nursery, dtype: str, record_property: Callable
+    tmp_path: Path, tokens: Path, processes: Processes, dtype: str, record_property: Callable
 ) -> None:
     """Twice in this process and once in another: weights, moments, metrics, samples."""
     for name in ("first", "second"):
         finish(small(tmp_path / name, tokens, model={"dtype": dtype}))
     (tmp_path / "third").mkdir()
     small(tmp_path / "third", tokens, model={"dtype": dtype}).save(tmp_path / "third" / "c.yaml")
-    assert nursery.run("--config", "c.yaml", cwd=tmp_path / "third").status == 0
+    assert processes.run("--config", "c.yaml", cwd=tmp_path / "third").status == 0
     for name in ("second", "third"):
         assert_same(outcome(tmp_path / name), outcome(tmp_path / "first"))
     record_property("runs compared", 3)
 
 
+@pytest.mark.promise("same seed")
 def test_another_seed_gives_other_bits(tmp_path: Path, tokens: Path) -> None:
     """Or the test above would prove nothing."""
     for seed in (0, 1):
@@ -43,6 +45,7 @@ def test_another_seed_gives_other_bits(tmp_path: Path, tokens: Path) -> None:
     assert first["report"]["samples"] != second["report"]["samples"]
 
 
+@pytest.mark.promise("golden curve")
 @pytest.mark.parametrize("backend", ["native", "reference"])
 def test_the_golden_curve(
     tmp_path: Path, tokens: Path, backend: str, record_property: Callable
@@ -62,6 +65,7 @@ def test_the_golden_curve(
         record_property("exact on this machine", "yes")
 
 
+@pytest.mark.promise("golden curve")
 @pytest.mark.slow
 def test_the_golden_curve_with_two_threads(
     tmp_path: Path, tokens: Path, record_property: Callable

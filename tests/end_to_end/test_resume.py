@@ -36,6 +36,7 @@ def with_bad_steps(trainer: Trainer) -> None:
     poison(trainer, range(10, 11), "loss", 3.0)
 
 
+@pytest.mark.promise("interrupted anywhere")
 @pytest.mark.parametrize(
     ("dtype", "every"),
     [("float32", 1), ("bfloat16", 4), pytest.param("bfloat16", 1, marks=pytest.mark.slow)],
@@ -71,6 +72,7 @@ def test_interrupted_at_any_step(
     record_property("bits that differ", 0)
 
 
+@pytest.mark.promise("interrupted anywhere")
 def test_interrupted_many_times(tmp_path: Path, tokens: Path, record_property: Callable) -> None:
     """Stopped after each single step: twelve processes' worth of runs make one run."""
     finish(small(tmp_path / "unbroken", tokens))
@@ -84,6 +86,7 @@ def test_interrupted_many_times(tmp_path: Path, tokens: Path, record_property: C
     record_property("interruptions", 11)
 
 
+@pytest.mark.promise("resumed from best.pt or a finished run")
 def test_from_the_best_checkpoint(tmp_path: Path, tokens: Path, record_property: Callable) -> None:
     """best.pt is of step 6; the run went on to 8, and what it wrote after 6 is taken back."""
     finish(small(tmp_path / "unbroken", tokens))
@@ -97,6 +100,7 @@ def test_from_the_best_checkpoint(tmp_path: Path, tokens: Path, record_property:
     record_property("steps taken again", 2)
 
 
+@pytest.mark.promise("resumed from best.pt or a finished run")
 def test_a_finished_run_can_be_resumed(tmp_path: Path, tokens: Path) -> None:
     config = small(tmp_path, tokens)
     finish(config)
@@ -105,6 +109,7 @@ def test_a_finished_run_can_be_resumed(tmp_path: Path, tokens: Path) -> None:
     assert_same(outcome(tmp_path), before)
 
 
+@pytest.mark.promise("every step on record once")
 def test_every_step_and_every_validation_is_on_record_once(tmp_path: Path, tokens: Path) -> None:
     config = small(tmp_path, tokens, log_every=1)
     finish(config, lambda trainer: stop_after(trainer, 7))

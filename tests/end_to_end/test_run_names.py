@@ -49,6 +49,7 @@ def files(folder: Path) -> dict[str, bytes]:
 # ------------------------------------------------------------------------------- a second run
 
 
+@pytest.mark.promise("a second run of a name")
 def test_a_second_run_keeps_the_first_whole(
     here: Path, tokens: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -70,6 +71,7 @@ def test_a_second_run_keeps_the_first_whole(
     assert not list(here.rglob(".*.lock"))
 
 
+@pytest.mark.promise("a second run of a name")
 @pytest.mark.parametrize("shared", [False, True], ids=["two folders", "one folder for both"])
 def test_the_number_is_free_in_both_places(here: Path, tokens: Path, shared: bool) -> None:
     places = {"output_dir": "all", "checkpoint_dir": "all"} if shared else {}
@@ -99,6 +101,7 @@ def test_a_run_that_was_never_saved_is_not_kept(here: Path, tokens: Path) -> Non
     assert [path.name for path in (here / "runs").iterdir()] == ["small"]
 
 
+@pytest.mark.promise("a second run of a name")
 @pytest.mark.parametrize("count", ["1", "2"])
 def test_restarted_by_torchrun_it_goes_on(
     here: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch, count: str
@@ -128,6 +131,7 @@ REFUSED: dict[str, Any] = {
 }
 
 
+@pytest.mark.promise("refused starts")
 @pytest.mark.parametrize("settings", REFUSED.values(), ids=REFUSED)
 def test_a_refused_start_leaves_everything_as_it_was(
     here: Path, tokens: Path, settings: dict[str, Any]
@@ -151,6 +155,7 @@ def damaged(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1])
 
 
+@pytest.mark.promise("refused starts")
 def test_a_resume_is_refused_before_anything_is_tokenized(
     here: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -188,6 +193,7 @@ FORMS = (
 )  # fmt: skip
 
 
+@pytest.mark.promise("--resume")
 @pytest.mark.parametrize("form", FORMS)
 def test_a_run_is_resumed_by_any_of_its_names_with_its_own_settings(
     here: Path, tokens: Path, capsys: pytest.CaptureFixture[str], form: str
@@ -211,6 +217,7 @@ def test_a_run_is_resumed_by_any_of_its_names_with_its_own_settings(
     )
 
 
+@pytest.mark.promise("--resume")
 def test_a_moved_run_goes_on_where_it_is_now(here: Path, tokens: Path) -> None:
     """Under its new name, and in folders of other names: never over the one with its old name."""
     finish(config(tokens, max_steps=4))
@@ -223,6 +230,7 @@ def test_a_moved_run_goes_on_where_it_is_now(here: Path, tokens: Path) -> None:
     assert files(here / "checkpoints" / "small") == ours
 
 
+@pytest.mark.promise("a second run of a name")
 def test_another_runs_checkpoint_does_not_go_on_over_this_run(here: Path, tokens: Path) -> None:
     """`small` from `other`'s weights is a new `small`: the one there moves away as ever."""
     finish(config(tokens))
@@ -234,6 +242,7 @@ def test_another_runs_checkpoint_does_not_go_on_over_this_run(here: Path, tokens
     assert next(r["step"] for r in read_records(here / "runs/small/metrics.jsonl")) == 5
 
 
+@pytest.mark.promise("order of checkpoints")
 def test_from_an_older_checkpoint_the_records_and_the_rest_are_right(
     here: Path, tokens: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -247,6 +256,7 @@ def test_from_an_older_checkpoint_the_records_and_the_rest_are_right(
     assert before <= {path.read_bytes() for path in (here / "checkpoints" / "small").rglob("*.pt")}
 
 
+@pytest.mark.promise("--resume")
 @pytest.mark.parametrize(
     ("first", "then", "said"),
     [

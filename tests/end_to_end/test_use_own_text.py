@@ -12,6 +12,7 @@ from mantrans.cli import main
 from tests.support.readme import own_text_commands, write_own_texts
 
 
+@pytest.mark.promise("README's commands")
 def test_the_readmes_commands_for_a_text_of_ones_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -95,6 +95,7 @@ print(tokenizer.decode(theirs.generate(ids, max_length=12)[0]))
 """
 
 
+@pytest.mark.promise("README's commands")
 @pytest.mark.slow
 def test_a_text_of_ones_own_is_learnt_outside_the_clone(
     installed: Environment, tmp_path: Path

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 
+@pytest.hookimpl(trylast=True)  # after -m has chosen
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Where there is no CUDA device, one skipped test stands for all that need it."""
     gpu = [item for item in items if item.get_closest_marker("gpu")]

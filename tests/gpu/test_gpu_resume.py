@@ -23,6 +23,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+@pytest.mark.promise("resumed on a GPU")
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS.keys())
 def test_a_resumed_run_has_the_bits_of_an_unbroken_one(
     device: torch.device, tmp_path: Path, settings: dict[str, Any]

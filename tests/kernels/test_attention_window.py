@@ -12,13 +12,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from mantrans.kernels import native, reference
+from mantrans.kernels import native, reference, triton
 from mantrans.kernels import operations as described
 from mantrans.kernels.operations import Draw, Shapes
+from tests.kernels.common import each_backend
 from tests.support.compare import assert_close
 
 NATIVE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 CPU = torch.device("cpu")
+slow = pytest.mark.slow
 
 
 def band(T: int, window: int, document_start: Tensor | None = None) -> Tensor:
@@ -56,8 +58,7 @@ def inputs(s: Shapes, dtype: torch.dtype) -> tuple[Tensor, Tensor, tuple[int, in
 
 
 @pytest.mark.parametrize("documents", [False, True])
-@pytest.mark.parametrize("window", [1, 2, 5, 13, 40])
-@pytest.mark.parametrize("H_kv", [6, 2, 1])
+@pytest.mark.parametrize(("window", "H_kv"), [(1, 6), (2, 2), (5, 1), (5, 6), (13, 2), (40, 1)])
 def test_window_equals_pytorch_under_autograd(H_kv: int, window: int, documents: bool) -> None:
     B, T, H, D = 2, 13, 6, 5
     qkv, dout, heads = inputs(Shapes(B=B, T=T, H=H, H_kv=H_kv, D=D), torch.float64)
@@ -88,8 +89,16 @@ def test_window_wider_than_the_sequence_is_none() -> None:
 
 @pytest.mark.parametrize("flash", ["forward", "forward and backward", "never"])
 @pytest.mark.parametrize("documents", [False, True])
-@pytest.mark.parametrize("window", [1, 9, 40, 512])
-@pytest.mark.parametrize("dtype", NATIVE, ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("window", [9, *(pytest.param(n, marks=slow) for n in (1, 40, 512))])
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        torch.float32,
+        torch.bfloat16,
+        *(pytest.param(x, marks=slow) for x in (torch.float64, torch.float16)),
+    ],
+    ids=str,
+)
 def test_native_window_equals_reference(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, window: int, documents: bool, flash: str
 ) -> None:
@@ -98,7 +107,7 @@ def test_native_window_equals_reference(
     monkeypatch.setattr(native, "LONGEST_BATCHED", 0 if "backward" in flash else 1024)
     if flash == "never":
         monkeypatch.setattr(native, "_flash_forward", lambda qkv: False)
-    monkeypatch.setattr(native, "QUERY_BLOCK", 32)
+    monkeypatch.setattr(native, "DOCUMENT_BLOCK", 32)
     B, T = 2, 77
     qkv, dout, heads = inputs(Shapes(B=B, T=T, H=2, H_kv=1, D=8), dtype)
     starts = starts_of(B, T, window, documents)
@@ -115,7 +124,7 @@ def test_native_window_never_visits_what_lies_outside(
     """NaN outside every window of a block of queries or keys does not reach that block."""
     if not flash:
         monkeypatch.setattr(native, "_flash_forward", lambda qkv: False)
-    n, window = native.QUERY_BLOCK, 10
+    n, window = native.DOCUMENT_BLOCK, 10
     T, D = 3 * n, 4
     qkv, dout, _ = inputs(Shapes(B=2, T=T, D=D), torch.float32)
     starts = starts_of(2, T, window, documents=False)
@@ -149,28 +158,82 @@ def test_native_causal_attention_is_one_call_of_pytorchs_kernel() -> None:
     assert dqkv.equal(reference.join_heads(gradients))
 
 
+# ---------------------------------------------------------------------------------------- triton
+
+
+@pytest.mark.parametrize(
+    ("dtype", "D"), [(torch.bfloat16, 64), pytest.param(torch.float32, 12, marks=slow)], ids=str
+)
+@pytest.mark.parametrize(
+    ("window", "H_kv", "documents"),
+    [
+        (10, 1, False),
+        pytest.param(10, 1, True, marks=slow),
+        *(pytest.param(n, 3, d, marks=slow) for n in (1, 64, 2000) for d in (False, True)),
+    ],
+)
+def test_triton_window_equals_reference(
+    window: int, H_kv: int, documents: bool, dtype: torch.dtype, D: int
+) -> None:
+    """Windows smaller than a block, of a block and more, and wider than the sequence."""
+    B, T = 1, 131
+    qkv, dout, heads = inputs(Shapes(B=B, T=T, H=3, H_kv=H_kv, D=D), dtype)
+    starts = starts_of(B, T, window, documents)
+    expected = attend(reference, qkv.double(), dout.double(), heads, starts)
+    for x, wanted in zip(attend(triton, qkv, dout, heads, starts), expected, strict=True):
+        assert_close(x, wanted, 4e-6 if dtype == torch.float32 else NATIVE[dtype])
+
+
+def test_triton_window_never_visits_what_lies_outside() -> None:
+    """NaN in keys, values and upstream gradients outside every window of a block of 128 positions,
+    which no block of the kernels exceeds, does not reach that block: 0 · NaN would be NaN."""
+    n, window, D = 128, 10, 64
+    qkv, dout, _ = inputs(Shapes(T=3 * n, D=D), torch.bfloat16)
+    starts = starts_of(1, 3 * n, window, documents=False)
+    out, statistics = triton.attention_forward(qkv, 1, starts)
+    clean = triton.attention_backward(dout, qkv, out, statistics, 1, starts)
+
+    broken = qkv.clone()
+    broken[:, :n, D:] = torch.nan  # queries from 2 n on see keys from 2 n - 9 on
+    assert triton.attention_forward(broken, 1, starts)[0][:, 2 * n :].equal(out[:, 2 * n :])
+    dqkv = triton.attention_backward(dout, broken, out, statistics, 1, starts)
+    assert dqkv[:, 2 * n :].equal(clean[:, 2 * n :])
+
+    dout[:, 2 * n :] = torch.nan  # keys before n are seen by queries before n + 10
+    dqkv = triton.attention_backward(dout, qkv, out, statistics, 1, starts)
+    assert dqkv[:, :n].equal(clean[:, :n])
+    assert dqkv[:, 3 * n - 1].isnan().all()  # the test can see it
+
+
+def test_triton_decoding_splits_the_window_alone() -> None:
+    """Shares of a long cache are those of its last keys, with the bits of a cache of these."""
+    B, T, window, H, D = 2, 3000, 700, 2, 16
+    s = Shapes(B=B, T=T, H=H, H_kv=H, D=D)
+    i = described.DecodeAttention().inputs(s, Draw(torch.float32, CPU))
+    q, k, v = i["q"], i["k"], i["v"]
+    k[:, : T - window] = v[:, : T - window] = torch.nan
+    out = triton.decode_attention(q, k, v, i["lengths"], H, window=window)
+    lengths = torch.full((B,), window)
+    alone = triton.decode_attention(q, *(x[:, -window:].contiguous() for x in (k, v)), lengths, H)
+    assert out.equal(alone)
+    with pytest.raises(ValueError, match=r"^window: expected at least 1, or None, got 0$"):
+        triton.decode_attention(q, k, v, i["lengths"], H, window=0)
+
+
 # -------------------------------------------------------------------------------------- decoding
 
-BACKENDS = [
-    pytest.param(ops, dtype, id=f"{ops.__name__.rpartition('.')[2]}-{str(dtype)[6:]}")
-    for ops in (reference, native)
-    for dtype in NATIVE
-]
-each_backend = pytest.mark.parametrize(("ops", "dtype"), BACKENDS)
 
-
-@pytest.mark.parametrize("lengths", [[11, 1, 6], [7, 7, 7], [11, 11, 4]], ids=str)
-@pytest.mark.parametrize("window", [1, 3, 7, 11, 99])
-@pytest.mark.parametrize("H_kv", [6, 2])
+@pytest.mark.parametrize("lengths", [[11, 1, 6], [7, 7, 7]], ids=str)
+@pytest.mark.parametrize(("window", "H_kv"), [(1, 2), (3, 1), (7, 2), (11, 1), (99, 2)])
 @each_backend
 def test_decoding_with_a_window(
     ops: Any, dtype: torch.dtype, H_kv: int, window: int, lengths: list[int]
 ) -> None:
     """NaN in all that a row does not see; and the caches stay as they are where it was written."""
     operation = described.WindowDecodeAttention()
-    i = dict(operation.inputs(Shapes(B=3, T=11, H=6, H_kv=H_kv, D=5), Draw(dtype, CPU)))
+    i = dict(operation.inputs(Shapes(B=3, T=11, H=2, H_kv=H_kv, D=5), Draw(dtype, CPU)))
     full = described.DecodeAttention().inputs(
-        Shapes(B=3, T=11, H=6, H_kv=H_kv, D=5), Draw(dtype, CPU)
+        Shapes(B=3, T=11, H=2, H_kv=H_kv, D=5), Draw(dtype, CPU)
     )
     i |= {"lengths": torch.tensor(lengths), "window": window, "k": full["k"], "v": full["v"]}
     seen = operation.seen(i)
@@ -191,7 +254,7 @@ def test_decoding_with_a_window(
 @each_backend
 def test_decoding_with_a_window_follows_windowed_attention(ops: Any, dtype: torch.dtype) -> None:
     """Position after position, the cached step gives what the whole sequence gives."""
-    T, H, H_kv, D, window = 9, 4, 2, 6, 3
+    T, H, H_kv, D, window = 6, 2, 1, 6, 3
     qkv, _, _ = inputs(Shapes(B=2, T=T, H=H, H_kv=H_kv, D=D), dtype)
     starts = starts_of(2, T, window, documents=False)
     whole, _ = reference.attention_forward(qkv.double(), H, starts, H_kv)

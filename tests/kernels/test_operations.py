@@ -347,6 +347,7 @@ def test_decode_attention_is_the_last_row_of_attention(
     assert_close(actual, expected, 1e-12)
 
 
+@pytest.mark.promise("decoding on a CPU")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("lengths", [[400] * 5, [400, 1, 399, 256, 17], [3, 2, 3, 1, 1]], ids=str)
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 30.0])

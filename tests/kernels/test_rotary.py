@@ -16,9 +16,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from mantrans.kernels import native, reference
+from mantrans.kernels import native, reference, triton
 from mantrans.kernels import operations as described
 from mantrans.kernels.operations import Draw, Shapes
+from tests.kernels.common import BACKENDS, each_backend, in_partials, random_gradients
 from tests.support.compare import assert_close
 
 NATIVE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 5e-5, torch.bfloat16: 4e-4}
@@ -123,39 +124,38 @@ def test_rotary_of_halves_is_the_original_of_neighbors_in_another_order() -> Non
     assert_close(reference.rotate(halves, cos, sin), expected, 1e-12)
 
 
+def angles_at(positions: Tensor, D: int) -> tuple[Tensor, Tensor]:
+    """cos and sin (T, D/2) of any positions."""
+    frequency = 10_000.0 ** -(torch.arange(0, D, 2, dtype=torch.float64) / D)
+    angle = positions.double()[:, None] * frequency
+    return angle.cos(), angle.sin()
+
+
 @pytest.mark.parametrize("shift", [1, 1000, 2**20 - 8])
 def test_rotary_makes_scores_depend_on_the_distance_alone(shift: int) -> None:
     """q · k is the same `shift` positions further on, up to position 2^20 - 1."""
-    T, D = 8, 32
+    D = 32
     torch.manual_seed(0)
     q, k = torch.randn(2, D, dtype=torch.float64)
-    cos, sin = angles(2**20, D)
 
-    def scores(positions: Tensor) -> Tensor:
-        return (
-            reference.rotate(q, cos[positions], sin[positions])
-            @ reference.rotate(k, cos[positions], sin[positions]).T
-        )
+    def scores(first: int) -> Tensor:
+        cos, sin = angles_at(torch.arange(8) + first, D)
+        return reference.rotate(q, cos, sin) @ reference.rotate(k, cos, sin).T
 
-    here, there = (scores(torch.arange(T) + begin) for begin in (0, shift))
-    # an angle of 10^6 is rounded to 1e-10 of a turn before its cosine is taken
+    here, there = scores(0), scores(shift)
+    # an angle of 10^6 is rounded to 1e-10 before its cosine is taken
     assert_close(there, here, 1e-12 if shift < 2000 else 1e-9)
     assert (here - here[0, 0]).abs().max() > 0.1  # of another distance they are others
 
 
 # ---------------------------------------------------------------------------------- the backends
 
-BACKENDS = [
-    pytest.param(ops, dtype, id=f"{ops.__name__.rpartition('.')[2]}-{str(dtype)[6:]}")
-    for ops in (reference, native)
-    for dtype in NATIVE
-]
-each_backend = pytest.mark.parametrize(("ops", "dtype"), BACKENDS)
+FLOAT16 = [pytest.param(ops, torch.float16) for ops in (native, triton)]
 
 
 @each_shape
 @each_operation
-@each_backend
+@pytest.mark.parametrize(("ops", "dtype"), [*BACKENDS, *FLOAT16])
 def test_rotary_equals_reference(
     ops: Any, dtype: torch.dtype, operation: described.Operation, s: Shapes
 ) -> None:
@@ -187,7 +187,7 @@ def test_rotary_turns_q_and_k_alone(ops: Any, dtype: torch.dtype) -> None:
 
 @each_backend
 def test_rotary_backward_undoes_the_forward(ops: Any, dtype: torch.dtype) -> None:
-    i = dict(described.Rotary().inputs(Shapes(B=2, T=300, H=3, H_kv=1, D=64), Draw(dtype, CPU)))
+    i = dict(described.Rotary().inputs(Shapes(B=2, T=40, H=3, H_kv=1, D=64), Draw(dtype, CPU)))
     rotated = ops.rotary_forward(i["qkv"].clone(), i["cos"], i["sin"], 3, 1)
     back = ops.rotary_backward(rotated, i["cos"], i["sin"], 3, 1)
     assert_close(back, i["qkv"], {torch.float64: 1e-15, torch.float32: 2e-7}.get(dtype, 4e-3))
@@ -201,8 +201,11 @@ def test_rotary_of_a_table_of_positions(
     """Decoding: each row of the batch is at positions of its own, here up to 2^20 - 1."""
     B, T, H, H_kv, D = 3, 2, 4, 2, 6
     i = dict(operation.inputs(Shapes(B=B, T=T, H=H, H_kv=H_kv, D=D), Draw(dtype, CPU)))
-    cos, sin = angles(2**20, D, dtype)
+    cos = torch.full((2**20, D // 2), torch.nan, dtype=reference.wide_dtype(dtype))
+    sin = cos.clone()
     positions = torch.tensor([[0, 1], [2**20 - 1, 5], [77, 1000]])
+    some = positions.flatten()
+    cos[some], sin[some] = (x.to(cos.dtype) for x in angles_at(some, D))
     x = i["qkv"]
 
     def rotated(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None) -> Tensor:
@@ -278,3 +281,79 @@ def test_rotary_native_in_pieces(
     monkeypatch.setattr(native, "CACHED_ELEMENTS", 4 * 2 * 5 * 8)  # four positions
     for name, value in run(operation, native, i).items():
         assert_close(value, whole[name], 1e-6 if name in operation.vectors else 0.0, name)
+
+
+# ---------------------------------------------------------------------------------------- triton
+
+
+@pytest.mark.parametrize(
+    "D", [34, *(pytest.param(D, marks=pytest.mark.slow) for D in (2, 96, 200, 256))]
+)
+def test_triton_rotary_of_any_even_width(D: int) -> None:
+    """Up to 256, not a power of two: over several programs and several tiles of one."""
+    s = Shapes(B=2, T=7, H=9, H_kv=3, D=D)
+    for operation in OPERATIONS:
+        i = dict(operation.inputs(s, Draw(torch.float32, CPU)))
+        expected, actual = run(operation, reference, i), run(operation, triton, i)
+        for name, value in expected.items():
+            assert_close(actual[name], value, 2e-6, name)
+
+
+def test_triton_norm_rotary_adds_to_rows_of_partial_sums() -> None:
+    H, H_kv, D = 3, 1, 16
+    s = Shapes(B=2, T=33, H=H, H_kv=H_kv, D=D)
+    i = dict(described.NormRotary().inputs(s, Draw(torch.float32, CPU)))
+    weights, table = (i["q_weight"], i["k_weight"]), (i["cos"], i["sin"])
+    _, rstd = triton.norm_rotary_forward(i["qkv"], *weights, *table, EPS, H, H_kv)
+
+    def backward(ops: Any, vectors: list[Tensor]) -> Tensor:
+        return ops.norm_rotary_backward(
+            i["drotated"].clone(), i["qkv"], *weights, rstd, *table, *vectors, H, H_kv
+        )
+
+    vectors = random_gradients(torch.Generator().manual_seed(0), (D,), (D,))
+    expected = [x.clone() for x in vectors]
+    dqkv = in_partials(lambda rows: backward(triton, rows), vectors)
+    assert_close(dqkv, backward(reference, expected), 2e-6)
+    for actual, wanted in zip(vectors, expected, strict=True):
+        assert_close(actual, wanted, 2e-6)
+    assert dqkv.equal(backward(triton, vectors))  # the same bits, whoever sums up
+
+
+def rotary_arguments() -> dict[str, Any]:
+    i = described.NormRotary().inputs(Shapes(B=1, T=3, H=2, H_kv=1, D=4), Draw(torch.float32, CPU))
+    return dict(i)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"qkv": torch.zeros(1, 3, 12)}, r"head width: expected an even number.*, got 3"),
+        ({"qkv": torch.zeros(1, 3, 15)}, r"q, k and v: expected a width of .* = 4·D together"),
+        ({"qkv": torch.zeros(3, 16)}, r"qkv: expected shape \(\*, \*, \*\), got \(3, 16\)"),
+        ({"qkv": torch.zeros(1, 3, 16).double()}, r"qkv: expected dtype .*, got float64"),
+        ({"qkv": torch.zeros(1, 3, 32)[..., ::2]}, r"qkv: expected a contiguous tensor"),
+        ({"qkv": torch.zeros(1, 4, 16)}, r"qkv: expected at most 3, the rows of cos, got 4"),
+        ({"cos": torch.zeros(3, 4)}, r"cos: expected shape \(\*, 2\), got \(3, 4\)"),
+        ({"sin": torch.zeros(3, 2).bfloat16()}, r"sin: expected dtype float32, got bfloat16"),
+        ({"sin": torch.zeros(4, 2)}, r"sin: expected shape \(3, 2\), that of cos"),
+        ({"k_weight": torch.zeros(3)}, r"k_weight: expected shape \(4\), got \(3,\)"),
+        ({"positions": torch.zeros(3)}, r"positions: expected dtype int64, got float32"),
+    ],
+)
+def test_triton_rotary_refuses_what_it_would_misread(changed: dict[str, Any], message: str) -> None:
+    i = rotary_arguments() | changed
+    with pytest.raises(ValueError, match=f"^{message}"):
+        triton.norm_rotary_forward(
+            i["qkv"], i["q_weight"], i["k_weight"], i["cos"], i["sin"], EPS, 2, 1,
+            i.get("positions"),
+        )  # fmt: skip
+
+
+def test_triton_norm_rotary_backward_refuses_rows_of_another_stride() -> None:
+    i = rotary_arguments()
+    arguments = i["drotated"], i["qkv"], i["q_weight"], i["k_weight"], torch.zeros(3, 3)
+    with pytest.raises(ValueError, match=r"^dk_weight: expected .* of dq_weight, got strides"):
+        triton.norm_rotary_backward(
+            *arguments, i["cos"], i["sin"], torch.zeros(4, 4), torch.zeros(4, 8)[:, :4], 2, 1
+        )

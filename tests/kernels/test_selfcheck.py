@@ -140,9 +140,21 @@ def sgd_that_decays_too_much(*arguments: Any) -> None:
     native.sgd_update(*arguments)
 
 
-def decoding_that_reads_too_far(q, k_cache, v_cache, lengths, n_heads, n_kv_heads):
+def decoding_that_reads_too_far(q, k_cache, v_cache, lengths, *heads, window=None):
     too_far = (lengths + 1).clamp(max=k_cache.shape[1])
-    return native.decode_attention(q, k_cache, v_cache, too_far, n_heads, n_kv_heads)
+    return native.decode_attention(q, k_cache, v_cache, too_far, *heads, window)
+
+
+def decoding_without_window(*arguments: Any, window: int | None = None) -> Tensor:
+    return native.decode_attention(*arguments)
+
+
+def rotary_backward_that_turns_on(*arguments: Any) -> Tensor:
+    return native.rotary_forward(*arguments)
+
+
+def norm_rotary_with_one_gain(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, *rest: Any) -> Any:
+    return native.norm_rotary_forward(qkv, q_weight, q_weight, *rest)
 
 
 def linear_in_tf32(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -163,7 +175,10 @@ def linear_in_tf32(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
         ("adamw_update", adamw_that_never_skips, "finite=False"),
         ("sgd_update", sgd_that_decays_too_much, "finite=True"),
         ("decode_attention", decoding_that_reads_too_far, "never written"),
+        ("decode_attention", decoding_without_window, "out with a window"),
         ("linear_forward", linear_in_tf32, "y"),
+        ("rotary_backward", rotary_backward_that_turns_on, "dqkv"),
+        ("norm_rotary_forward", norm_rotary_with_one_gain, "rotated"),
     ],
 )
 def test_a_wrong_operation_is_named(operation: str, wrong: Callable[..., Any], output: str) -> None:
@@ -199,6 +214,8 @@ def test_long_runs_are_cut_to_what_takes_seconds() -> None:
     assert shapes.N * shapes.V <= selfcheck.MAX_LOGITS
     assert shapes.Vp % 128 == 0 and shapes.Vp >= shapes.V
     assert selfcheck.run_shapes(768, 12, 3072, 50_257, 512).T == 512
+    qwen3 = selfcheck.run_shapes(1024, 16, 3072, 151_936, 1024, n_kv_heads=8, head_dim=128)
+    assert (qwen3.H, qwen3.H_kv, qwen3.D) == (16, 8, 128)
 
 
 def test_the_error_measure() -> None:

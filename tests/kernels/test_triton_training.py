@@ -125,6 +125,7 @@ def test_the_backend_passes_its_selfcheck(monkeypatch: pytest.MonkeyPatch) -> No
     }
 
 
+@pytest.mark.promise("NaN and infinity")
 @pytest.mark.parametrize(("optimizer", "stochastic"), [("adamw", False), ("sgd", True)])
 def test_a_step_that_is_not_finite_changes_nothing(optimizer: str, stochastic: bool) -> None:
     """The other backends, and more numbers: tests/mantrans/training/test_step_refused.py."""

@@ -1,4 +1,4 @@
-"""The command line: help is quick, mistakes and accidents end in one line, generate writes text."""
+"""The command line: mistakes and accidents end in one line, generate writes text."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 import mantrans.wrapper
 from mantrans import CustomTransformer
-from mantrans.cli import COMMANDS, main
+from mantrans.cli import main
 from mantrans.config import Config
 from mantrans.data.tokenizer import load_tokenizer
 from mantrans.evaluation.evaluator import generate_samples, printable
@@ -50,24 +50,7 @@ def error_line(capsys: pytest.CaptureFixture[str]) -> str:
     return line
 
 
-# ------------------------------------------------------------------------------------------ help
-
-
-def test_help_needs_no_torch() -> None:
-    program = """
-import sys
-from mantrans.cli import main
-for command in sys.argv[1:]:
-    try:
-        main([command, "--help"])
-    except SystemExit as ended:
-        assert ended.code == 0
-    assert "torch" not in sys.modules, command
-"""
-    command = [sys.executable, "-c", program, "--help", *COMMANDS]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("usage: mantrans") == 1 + len(COMMANDS)
+# --------------------------------------------------------------------------------------- commands
 
 
 def test_the_installed_command_and_the_module_are_main() -> None:

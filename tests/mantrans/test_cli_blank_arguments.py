@@ -20,6 +20,7 @@ OPTIONS = (
 )  # fmt: skip
 
 
+@pytest.mark.promise("refused starts")
 @pytest.mark.parametrize("blank", ["", " ", "\t\n"])
 @pytest.mark.parametrize("options", OPTIONS)
 def test_a_blank_argument_is_refused(

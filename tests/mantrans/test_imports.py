@@ -34,12 +34,16 @@ def imported(program: str, among: set[str], *arguments: str) -> set[str]:
 def test_help_imports_nothing_heavy() -> None:
     program = """
 import sys
+from contextlib import redirect_stdout
+from io import StringIO
 from mantrans.cli import main
 for command in sys.argv[1:]:
-    try:
-        main([command, "--help"])
-    except SystemExit as ended:
-        assert ended.code == 0
+    with redirect_stdout(StringIO()) as shown:
+        try:
+            main([command, "--help"])
+        except SystemExit as ended:
+            assert ended.code == 0
+    assert shown.getvalue().startswith("usage: mantrans"), command
 """
     commands = [name for name in COMMANDS if name != "tokenizer"]  # its options are its module's
     assert imported(program, HEAVY | OPTIONAL | LATER, "--help", *commands) == set()

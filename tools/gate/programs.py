@@ -67,7 +67,13 @@ def of_config(path: Path) -> Iterator[Program]:
     group = f"config {path.stem}"
     model = config.model
     shapes = selfcheck.run_shapes(
-        model.d_model, model.n_heads, model.feed_forward_width, vocabulary, config.sequence_length
+        model.d_model,
+        model.n_heads,
+        model.feed_forward_width,
+        vocabulary,
+        config.sequence_length,
+        model.n_kv_heads,
+        model.head_dim,
     )
     yield from selfcheck_programs(group, shapes, torch.bfloat16)
     yield Program(group, "step", lambda: step_of(config, vocabulary))

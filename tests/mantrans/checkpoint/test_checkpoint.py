@@ -248,6 +248,7 @@ def test_what_is_not_data_is_named_before_anything_is_written(tmp_path: Path) ->
 # ---------------------------------------------------------------------------------------- damage
 
 
+@pytest.mark.promise("damaged checkpoint")
 def test_a_flipped_bit_anywhere_is_detected(short: Path) -> None:
     """Every byte of the file, one random bit each: of length, header, tensors and seal."""
     content = short.read_bytes()
@@ -263,6 +264,7 @@ def test_a_flipped_bit_anywhere_is_detected(short: Path) -> None:
             assert "--resume latest" in refusal(broken)
 
 
+@pytest.mark.promise("damaged checkpoint")
 def test_truncation_at_any_length_is_detected(short: Path) -> None:
     content = short.read_bytes()
     broken = short.with_name("broken.pt")
@@ -274,6 +276,7 @@ def test_truncation_at_any_length_is_detected(short: Path) -> None:
     assert "bytes of tensors, got" in refusal(broken)
 
 
+@pytest.mark.promise("damaged checkpoint")
 def test_blocks_of_zeros_and_swapped_blocks_are_detected(saved: Path) -> None:
     content = saved.read_bytes()
     rng = random.Random(1)
@@ -291,6 +294,7 @@ def test_blocks_of_zeros_and_swapped_blocks_are_detected(saved: Path) -> None:
                     load(broken)
 
 
+@pytest.mark.promise("damaged checkpoint")
 def test_a_damaged_tensor_is_named(saved: Path) -> None:
     content = bytearray(saved.read_bytes())
     start = content.index(example_state()["moments"].view(torch.uint8).numpy().tobytes())
@@ -327,6 +331,7 @@ class FailingDisk:
         return b""
 
 
+@pytest.mark.promise("damaged checkpoint")
 def test_a_bad_sector_and_a_file_that_shrinks_are_said_in_one_line(
     saved: Path, monkeypatch: Any
 ) -> None:
@@ -376,6 +381,7 @@ def test_the_hostile_files_below_differ_from_a_good_one_in_one_thing(tmp_path: P
 COUNTS, BYTES, PLACE = "expected counts", r"expected \d+ bytes", "a gap before it, overlaps"
 
 
+@pytest.mark.promise("claims of a file")
 @pytest.mark.parametrize(
     ("claim", "expected"),
     [
@@ -418,6 +424,7 @@ def test_claims_beyond_the_file_are_refused_without_allocating(
     assert peak < 16 << 20 and len(message) < 400
 
 
+@pytest.mark.promise("claims of a file")
 def test_tensors_that_overlap_or_lie_askew_are_refused(tmp_path: Path) -> None:
     def claim(dtype: str, shape: list[int], *offsets: int) -> dict[str, Any]:
         return {"dtype": dtype, "shape": shape, "data_offsets": list(offsets)}
@@ -436,6 +443,7 @@ def test_tensors_that_overlap_or_lie_askew_are_refused(tmp_path: Path) -> None:
 GOOD_HEADER = header_of({"w": GOOD})
 
 
+@pytest.mark.promise("claims of a file")
 @pytest.mark.parametrize(
     "header",
     [
@@ -476,6 +484,7 @@ def test_a_malformed_header_is_refused_in_little_time_and_memory(
     assert time.perf_counter() - begun < 5
 
 
+@pytest.mark.promise("claims of a file")
 @pytest.mark.parametrize("claimed", [2**64 - 1, 2**63, 2**40, 2**24 + 1, 10_000])
 def test_a_header_longer_than_the_file_is_refused_before_it_is_read(
     tmp_path: Path, claimed: int
@@ -499,6 +508,7 @@ def test_values_that_json_lacks_are_read_from_their_own_forms(tmp_path: Path) ->
     assert_same(load(path), alike)
 
 
+@pytest.mark.promise("claims of a file")
 @pytest.mark.parametrize(
     "state",
     [
@@ -520,6 +530,7 @@ def test_a_malformed_state_is_refused(tmp_path: Path, state: str) -> None:
     assert "is damaged or not a checkpoint" in refusal(path)
 
 
+@pytest.mark.promise("code in a checkpoint")
 @settings(max_examples=400, deadline=None, database=None)
 @given(st.data())
 def test_a_mutated_header_gives_plain_data_or_is_refused(
@@ -549,6 +560,7 @@ class Runs:
         return self.call
 
 
+@pytest.mark.promise("code in a checkpoint")
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("protocol", [0, 1, 2, 3, 4, 5])
 def test_a_pickle_that_would_run_code_is_refused(tmp_path: Path, protocol: int) -> None:
@@ -585,6 +597,7 @@ def test_plain_data_larger_than_any_state_are_neither_written_nor_read(
 # -------------------------------------------------------------------------- failures of the machine
 
 
+@pytest.mark.promise("full disk")
 def test_a_full_disk_leaves_the_old_file_and_no_other(tmp_path: Path, monkeypatch: Any) -> None:
     """ENOSPC at every single write of a save."""
     path = tmp_path / "x.pt"
@@ -644,6 +657,7 @@ def full_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(disk)], check=True)
 
 
+@pytest.mark.promise("full disk")
 def test_a_really_full_disk(full_disk: Path) -> None:
     folder = CheckpointFolder(full_disk, "run", keep=2)
     folder.save(1, example_state(1))
@@ -690,6 +704,7 @@ for step in range(int(sys.argv[2]), 10**6):
 """
 
 
+@pytest.mark.promise("killed at random")
 def test_a_kill_inside_a_save_loses_nothing(tmp_path: Path) -> None:
     """SIGKILL at random moments, with writes slowed so that most fall inside one."""
     rng = random.Random(2)
@@ -775,6 +790,7 @@ def test_somebody_elses_file_is_not_replaced_by_a_link(tmp_path: Path) -> None:
     assert load(folder.latest)["step"] == 1
 
 
+@pytest.mark.promise("newest intact checkpoint")
 def test_the_newest_intact_checkpoint_is_found_behind_damaged_ones(tmp_path: Path) -> None:
     folder = CheckpointFolder(tmp_path, "run", keep=5)
     for step in (1, 2, 3):
@@ -795,6 +811,7 @@ def test_the_newest_intact_checkpoint_is_found_behind_damaged_ones(tmp_path: Pat
 # --------------------------------------------------------------------------------------- the lock
 
 
+@pytest.mark.promise("two processes")
 def test_a_second_process_is_refused_and_a_dead_one_leaves_no_lock(tmp_path: Path) -> None:
     code = (
         "import time; from mantrans.training.lock import run_lock\n"

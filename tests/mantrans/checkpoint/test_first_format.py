@@ -56,6 +56,7 @@ def test_the_run_folders_config_is_the_file_it_was_begun_with() -> None:
     assert Config.load(OLD / "float32.yaml").model.bias is False
 
 
+@pytest.mark.promise("first format")
 def test_the_run_folder_is_read_by_the_records_reader_and_the_report(tmp_path: Path) -> None:
     records = read_records(OLD / "bfloat16" / "metrics.jsonl")
     assert [record["step"] for record in records] == [3, 4, 6, 8, 8]
@@ -68,6 +69,7 @@ def test_the_run_folder_is_read_by_the_records_reader_and_the_report(tmp_path: P
 # ------------------------------------------------------------------------------- the checkpoints
 
 
+@pytest.mark.promise("first format")
 @DTYPES
 def test_a_converted_checkpoint_has_every_value_of_the_old_one(tmp_path: Path, dtype: str) -> None:
     convert(OLD / f"{dtype}.pt", tmp_path / "new.pt")
@@ -79,6 +81,7 @@ def test_a_converted_checkpoint_has_every_value_of_the_old_one(tmp_path: Path, d
         assert torch.equal(weight, old["parameters"][name].to(model.dtype))
 
 
+@pytest.mark.promise("first format")
 @DTYPES
 def test_training_goes_on_from_a_converted_checkpoint_with_the_losses_of_the_old_code(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str

@@ -40,6 +40,7 @@ def with_times(folder: Path, how: str) -> None:
         os.utime(path, (time, time))
 
 
+@pytest.mark.promise("order of checkpoints")
 @pytest.mark.parametrize("moved", ["in place", "copied", "renamed"])
 @pytest.mark.parametrize("how", ["equal", "shuffled", "in the future"])
 def test_times_do_not_decide(tmp_path: Path, how: str, moved: str) -> None:
@@ -53,6 +54,7 @@ def test_times_do_not_decide(tmp_path: Path, how: str, moved: str) -> None:
     assert load(path)["mark"] == 4 and skipped == []
 
 
+@pytest.mark.promise("order of checkpoints")
 @pytest.mark.parametrize("how", ["equal", "shuffled", "in the future"])
 def test_rotation_removes_what_was_saved_first(tmp_path: Path, how: str) -> None:
     saved(tmp_path, 100, 200, 300, 110)  # resumed from 100
@@ -73,6 +75,7 @@ def test_what_cannot_be_read_is_not_removed(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.promise("order of checkpoints")
 @pytest.mark.parametrize("outside", [False, True], ids=["inside", "a copy elsewhere"])
 @pytest.mark.parametrize("links", [True, False], ids=["hard links", "no hard links"])
 @pytest.mark.parametrize("keep", [0, 1, 9])
@@ -105,6 +108,7 @@ def test_resuming_from_an_older_one_sets_the_later_ones_aside(
     assert load(newest_intact(folder.folder)[0])["mark"] == 31
 
 
+@pytest.mark.promise("order of checkpoints")
 def test_files_from_before_the_counter_are_ordered_by_their_steps(tmp_path: Path) -> None:
     """A later one with a counter is newer than any of them, whatever its step."""
     folder = tmp_path / "run"
@@ -122,6 +126,7 @@ def test_files_from_before_the_counter_are_ordered_by_their_steps(tmp_path: Path
     assert load(newest_intact(folder)[0])["mark"] == 15
 
 
+@pytest.mark.promise("order of checkpoints")
 def test_any_history_loses_nothing_newer(tmp_path: Path) -> None:
     """Random saves, resumes from older ones and changes of times: the newest is always the last
     saved, and nothing that was saved after it is ever missing."""

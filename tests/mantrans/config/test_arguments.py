@@ -58,6 +58,7 @@ def test_every_number_of_a_config_is_tried() -> None:
     assert len(NUMBERS) >= 15 and ("evaluation", "top_p") in NUMBERS
 
 
+@pytest.mark.promise("limits of numbers")
 @pytest.mark.parametrize(("section", "name"), NUMBERS)
 @pytest.mark.parametrize("value", [5e-324, -5e-324, 1e-310, 1e-46, 1e-40, 1.1e-38])
 def test_a_number_that_float32_rounds_to_0_is_refused(section, name, value) -> None:
@@ -66,6 +67,7 @@ def test_a_number_that_float32_rounds_to_0_is_refused(section, name, value) -> N
         Config.from_dict({"training": {"max_steps": 1}}, "test", [override])
 
 
+@pytest.mark.promise("limits of numbers")
 @pytest.mark.parametrize("name", ["beta1", "beta2"])
 @pytest.mark.parametrize("value", [1 - 2**-26, 1 - 1e-12, 1 - 2**-53])
 def test_a_number_that_float32_rounds_to_its_limit_is_refused(name, value) -> None:
@@ -79,6 +81,7 @@ def test_a_number_that_float32_rounds_to_its_limit_is_refused(name, value) -> No
 POSITIVE = st.floats(SMALLEST_NORMAL, 1.0) | st.floats(-126, 0).map(lambda power: 2.0**power)
 
 
+@pytest.mark.promise("limits of numbers")
 @given(
     temperature=st.just(0.0) | POSITIVE | st.floats(1.0, 100.0),
     top_p=st.none() | POSITIVE,
@@ -197,6 +200,7 @@ def may_be(rule: Any, kind: Any) -> bool:
     return str(kind) in str(rule) if kind is None else kind.__name__ in str(rule)
 
 
+@pytest.mark.promise("wrong arguments")
 @pytest.mark.parametrize("door", DOORS)
 def test_a_wrong_argument_is_named(model, folder, door: str) -> None:
     """Every argument of every door, with wrong values and types of many kinds."""
@@ -279,6 +283,7 @@ NO_IDS: list[Any] = [
 ]  # fmt: skip
 
 
+@pytest.mark.promise("wrong arguments")
 @pytest.mark.parametrize("wrong", NO_IDS, ids=lambda x: type(x).__name__)
 def test_what_is_no_batch_of_token_ids_is_refused(model, wrong: Any) -> None:
     before = model.model.parameters.weights.clone()
@@ -297,6 +302,7 @@ def test_what_is_no_batch_of_token_ids_is_refused(model, wrong: Any) -> None:
     assert torch.equal(model.model.parameters.weights, before)
 
 
+@pytest.mark.promise("wrong arguments")
 @pytest.mark.parametrize(
     "wrong", [[[1.5]], [1, 2], [[1], ["a"]], [[2**70]], [[None]], [[[1]]], [[]], [[True]], "a", 5]
 )

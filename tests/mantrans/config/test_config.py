@@ -159,6 +159,7 @@ def test_a_validation_text_and_a_share_held_out_exclude_each_other(tmp_path: Pat
 OF_ITS_SET = {"subset_size": 80, "val_subset_size": 4, "text_field": "body"}
 
 
+@pytest.mark.promise("what is used is said")
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_ones_own_text_is_used_whole_under_any_shipped_configuration(path: Path) -> None:
     sets = ["data.dataset=local", "data.path=a.txt"]
@@ -349,6 +350,7 @@ def test_a_byte_order_mark_is_no_obstacle(tmp_path: Path) -> None:
     assert Config.load(path).training.max_steps == 10
 
 
+@pytest.mark.promise("alias bombs and code")
 def test_an_alias_bomb_ends_at_once_and_in_little_memory(tmp_path: Path) -> None:
     bomb = 'a0: &a0 ["x","x","x","x","x","x","x","x","x","x"]\n'
     for level in range(1, 12):
@@ -413,6 +415,7 @@ def mutated(draw: st.DrawFn) -> Any:
     return values
 
 
+@pytest.mark.promise("any configuration")
 @settings(
     max_examples=2000, deadline=None, suppress_health_check=[HealthCheck.too_slow], database=None
 )
@@ -431,7 +434,8 @@ def test_a_mutated_configuration_is_valid_or_refused_in_one_line(values: Any) ->
     assert Config.from_dict(config.to_dict()) == config
     text = strict_yaml.dump(config.to_dict())
     assert Config.from_dict(strict_yaml.parse(text, "dumped")) == config
-    assert config.model.d_model % config.model.n_heads == 0
+    assert config.model.head_dim or config.model.d_model % config.model.n_heads == 0
+    assert config.model.n_heads % config.model.key_value_heads == 0
     assert config.sequence_length <= config.model.max_seq_len
 
 
@@ -440,6 +444,7 @@ WORDS = ["model", "training:", "max_steps: 10", "3e-4", ".nan"]
 PIECES = st.sampled_from([*"{}[]\n\t#,@%\"'", *MARKS, *WORDS])
 
 
+@pytest.mark.promise("any configuration")
 @settings(max_examples=1000, deadline=None, database=None)
 @given(st.lists(PIECES | st.text(max_size=3), max_size=25).map("".join))
 def test_any_text_is_yaml_or_refused_in_one_line(text: str) -> None:
@@ -449,6 +454,7 @@ def test_any_text_is_yaml_or_refused_in_one_line(text: str) -> None:
         assert str(error).startswith("c.yaml:") and str(error).isprintable()
 
 
+@pytest.mark.promise("any configuration")
 @settings(max_examples=250, deadline=None, database=None)
 @given(st.text(max_size=60).filter(lambda text: "=" not in text), VALUES)
 def test_any_override_is_applied_or_refused_in_one_line(

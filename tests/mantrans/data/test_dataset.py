@@ -209,6 +209,7 @@ def test_a_progress_bar_is_shown_unless_quiet(
 # --- how much of the text is used --------------------------------------------------------------
 
 
+@pytest.mark.promise("what is used is said")
 @pytest.mark.parametrize("suffix", ["txt", "jsonl", "parquet"])
 @pytest.mark.parametrize("own_validation", [False, True])
 def test_what_is_used_of_how_much_is_known_at_each_start(
@@ -284,6 +285,7 @@ def test_a_validation_text_of_ones_own(tmp_path: Path, tokenizer: Tokenizer) -> 
     assert one.validation.n_documents == 1 and one.train.n_documents == 60
 
 
+@pytest.mark.promise("other tokens")
 def test_files_to_validate_on_are_never_trained_on(
     tmp_path: Path, tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -58,6 +58,7 @@ def zstd(raw: bytes) -> bytes:
 PACKERS: dict[str, Callable[[bytes], bytes]] = {".gz": gzip.compress, ".zst": zstd}
 
 
+@pytest.mark.promise("not UTF-8")
 @pytest.mark.parametrize("suffix", PACKERS)
 @pytest.mark.parametrize(("kind", "content"), [(".txt", TEXT), (".jsonl", LINES)])
 def test_compressed_text_is_read_as_it_is(
@@ -73,6 +74,7 @@ def test_compressed_text_is_read_as_it_is(
         assert documents(*local_files(tmp_path / name).files) == STORIES
 
 
+@pytest.mark.promise("not UTF-8")
 @pytest.mark.parametrize("suffix", PACKERS)
 def test_damaged_compressed_text_is_refused_in_one_line(tmp_path: Path, suffix: str) -> None:
     file, packed = tmp_path / f"a.txt{suffix}", PACKERS[suffix](TEXT.encode())
@@ -99,6 +101,7 @@ ALPHABETS = {
 }
 
 
+@pytest.mark.promise("not UTF-8")
 @pytest.mark.parametrize("language", ALPHABETS)
 @pytest.mark.parametrize(
     ("encoding", "mark"),
@@ -164,6 +167,7 @@ OTHERS: dict[str, tuple[Callable[[bytes], bytes], str]] = {
 }
 
 
+@pytest.mark.promise("not UTF-8")
 @pytest.mark.parametrize("name", OTHERS)
 @pytest.mark.parametrize("suffix", [".txt", ".jsonl"])
 def test_what_is_no_text_is_named_with_what_to_do(tmp_path: Path, name: str, suffix: str) -> None:
@@ -210,6 +214,7 @@ def tree(root: Path) -> None:
         (root / name).write_text("x")
 
 
+@pytest.mark.promise("what is used is said")
 def test_linked_folders_are_followed_once_and_said(tmp_path: Path) -> None:
     root, outside = tmp_path / "root", tmp_path / "outside"
     tree(root)
@@ -245,6 +250,7 @@ def test_a_folder_that_cannot_be_read_is_not_passed_over(tmp_path: Path) -> None
             find_source("local", path=tmp_path / "root")
 
 
+@pytest.mark.promise("not UTF-8")
 def test_what_is_no_file_is_refused_as_what_it_is(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.txt")
     with socket.socket(socket.AF_UNIX) as listening:

@@ -57,6 +57,7 @@ def test_a_batch_for_one_seed_never_changes(folder: Path) -> None:
     ]
 
 
+@pytest.mark.promise("every token")
 @settings(max_examples=60, deadline=None)
 @given(
     count=st.integers(2, 600),
@@ -85,6 +86,7 @@ def test_every_epoch_has_every_window_once(
         assert len(np.unique(two)) == len(stream) - 1  # each at least once
 
 
+@pytest.mark.promise("every token")
 @pytest.mark.parametrize("length", [1, 2, 3, 7, 64, 1024])
 def test_any_two_successive_epochs_have_every_target(folder: Path, length: int) -> None:
     """At every remainder of the stream's length, with many windows and with one."""
@@ -99,6 +101,7 @@ def test_any_two_successive_epochs_have_every_target(folder: Path, length: int) 
             assert one | other == set(range(1, size))
 
 
+@pytest.mark.promise("every token")
 def test_a_run_of_the_first_rule_keeps_its_batches(folder: Path) -> None:
     """As they were when checkpoints did not say how windows are laid out."""
     loader = BatchLoader(counting(folder, 2999), 2, 128, seed=7)

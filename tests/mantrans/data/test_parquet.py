@@ -42,6 +42,7 @@ ODD_COLUMNS = {
 }
 
 
+@pytest.mark.promise("Parquet and lines")
 @pytest.mark.parametrize("name", ODD_COLUMNS)
 def test_other_columns_do_not_matter(tmp_path: Path, name: str) -> None:
     file = written(tmp_path / "a.parquet", **{name: ODD_COLUMNS[name], "text": ["one", "two", "3"]})
@@ -63,6 +64,7 @@ def test_every_type_of_text_is_read(tmp_path: Path, kind: Any) -> None:
     assert (report.rows, report.broken, report.empty) == (4, 1, 1)
 
 
+@pytest.mark.promise("Parquet and lines")
 @pytest.mark.parametrize(
     ("column", "name"),
     [
@@ -84,6 +86,7 @@ def test_a_column_of_another_type_is_refused_by_its_name(
             texts(file, refuse=refuse)
 
 
+@pytest.mark.promise("Parquet and lines")
 def test_empty_parts_and_parts_without_text_pass(tmp_path: Path) -> None:
     empty = written(tmp_path / "a.parquet", text=pyarrow.array([], pyarrow.string()))
     nulls = written(tmp_path / "b.parquet", text=pyarrow.nulls(3))
@@ -95,6 +98,7 @@ def test_empty_parts_and_parts_without_text_pass(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.promise("what is used is said")
 def test_rows_without_text_are_counted_or_refused_as_set(tmp_path: Path) -> None:
     good_and_bad = pyarrow.array([b"one", None, b"", b"\xff\xfe", b"two"]).view(pyarrow.string())
     file = written(tmp_path / "a.parquet", text=good_and_bad)
@@ -108,6 +112,7 @@ def test_rows_without_text_are_counted_or_refused_as_set(tmp_path: Path) -> None
         texts(file, refuse=True)
 
 
+@pytest.mark.promise("what is used is said")
 def test_what_was_skipped_is_said_at_each_start(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -47,6 +47,7 @@ def other_subset(folder: Path) -> str:
     return "data.subset_size None → 9"
 
 
+@pytest.mark.promise("other tokens")
 @pytest.mark.parametrize("change", [replace_text, other_subset])
 def test_other_tokens_than_the_checkpoints_are_refused(
     tmp_path: Path, begun: Config, change: Any, capsys: pytest.CaptureFixture[str]
@@ -78,6 +79,7 @@ def test_a_loss_of_another_validation_text_is_not_the_best(tmp_path: Path, begun
     trainer.folders.close()
 
 
+@pytest.mark.promise("other tokens")
 def test_the_same_tokens_under_another_name_are_the_same(tmp_path: Path, begun: Config) -> None:
     (tmp_path / "moved").mkdir()
     (tmp_path / "text.txt").rename(tmp_path / "moved" / "other.txt")
@@ -87,6 +89,7 @@ def test_the_same_tokens_under_another_name_are_the_same(tmp_path: Path, begun: 
     trainer.folders.close()
 
 
+@pytest.mark.promise("every token")
 @pytest.mark.parametrize("length", ["max_steps", "num_epochs"])
 def test_a_run_begun_before_there_was_a_record_goes_on_with_its_batches(
     tmp_path: Path, length: str
@@ -124,6 +127,7 @@ def test_an_odd_record_of_tokens_is_refused_in_one_line(
     assert str(error.value).isprintable() and "odd.pt" in str(error.value)
 
 
+@pytest.mark.promise("warm-up and decay")
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

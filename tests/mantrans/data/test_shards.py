@@ -65,6 +65,7 @@ def test_an_empty_stream_can_be_written(tmp_path: Path) -> None:
     stream.require_vocabulary(1)
 
 
+@pytest.mark.promise("damaged tokens and tokenizers")
 def test_every_flipped_byte_is_found(tmp_path: Path) -> None:
     path = written(tmp_path / "a.tokens", range(100))
     whole = path.read_bytes()
@@ -77,6 +78,7 @@ def test_every_flipped_byte_is_found(tmp_path: Path) -> None:
             TokenStream(path)
 
 
+@pytest.mark.promise("damaged tokens and tokenizers")
 def test_every_truncation_and_every_surplus_is_found(tmp_path: Path) -> None:
     path = written(tmp_path / "a.tokens", range(100))
     whole = path.read_bytes()
@@ -90,6 +92,7 @@ def test_every_truncation_and_every_surplus_is_found(tmp_path: Path) -> None:
             TokenStream(path)
 
 
+@pytest.mark.promise("claims of a file")
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
@@ -117,6 +120,7 @@ def test_a_hostile_header_is_refused(tmp_path: Path, changes: dict, reason: str)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 * 1024  # KiB
 
 
+@pytest.mark.promise("wrong tokenizer")
 def test_a_token_outside_the_vocabulary_is_refused(tmp_path: Path) -> None:
     stream = TokenStream(written(tmp_path / "a.tokens", [1, 4095]))
     stream.require_vocabulary(4096)

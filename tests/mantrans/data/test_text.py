@@ -98,6 +98,7 @@ def test_cutting_a_document_does_not_change_its_tokens(monkeypatch: pytest.Monke
     assert list(chain.from_iterable(parts)) == whole
 
 
+@pytest.mark.promise("odd text")
 @pytest.mark.parametrize(
     ("raw", "expected"),
     [
@@ -119,6 +120,7 @@ def test_unusual_text_files(tmp_path: Path, raw: bytes, expected: list[str]) -> 
     assert documents([*text.read_txt(file)]) == expected
 
 
+@pytest.mark.promise("odd text")
 @pytest.mark.parametrize(
     ("raw", "place"),
     [
@@ -145,6 +147,7 @@ def test_text_that_is_not_utf8_is_refused_with_its_place(
 BLANKS = ["", "   ", "\t", "\xa0", "\xa0 \u2003\t", "\f", "\u3000", "\x1c"]
 
 
+@pytest.mark.promise("Parquet and lines")
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r", "\x85", "\u2028", "\u2029", "\v", "\f"])
 @pytest.mark.parametrize("blank", BLANKS, ids=ascii)
 def test_a_blank_line_is_unicodes(
@@ -190,6 +193,7 @@ BROKEN = {
 }
 
 
+@pytest.mark.promise("odd text")
 @pytest.mark.parametrize("line", BROKEN, ids=range(len(BROKEN)))
 def test_broken_lines_are_counted_or_refused(tmp_path: Path, line: bytes) -> None:
     file = tmp_path / "a.jsonl"

@@ -177,12 +177,14 @@ def test_the_hash_sees_every_change(shipped: Tokenizer, tmp_path: Path) -> None:
     assert len(hashes) == 3
 
 
+@pytest.mark.promise("names and links")
 @pytest.mark.parametrize("name", ["../secrets", "a/../../b", "", " ", "nul\0", "..", "/srv/../etc"])
 def test_names_without_a_tokenizer_are_refused(name: str) -> None:
     with pytest.raises(DataError, match=r"expected"):
         load_tokenizer(name)
 
 
+@pytest.mark.promise("names and links")
 @pytest.mark.parametrize("name", ["../here", "../../{top}/here", "inside/../../here", "../here/."])
 def test_a_path_of_ones_own_may_climb(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
@@ -200,6 +202,7 @@ def test_a_path_of_ones_own_may_climb(
         load_tokenizer("own/../../../../../here")
 
 
+@pytest.mark.promise("names and links")
 def test_a_link_out_of_the_shipped_folder_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -244,6 +247,7 @@ def damaged_copy(folder: Path) -> tuple[Path, bytes]:
     return folder / "tokenizer.json", (folder / "tokenizer.json").read_bytes()
 
 
+@pytest.mark.promise("damaged tokens and tokenizers")
 def test_every_flipped_byte_and_truncation_is_found(tmp_path: Path) -> None:
     file, whole = damaged_copy(tmp_path / "copy")
     chance = random.Random(0)
@@ -333,6 +337,7 @@ def as_another_model(content: dict) -> None:
     content["added_tokens"] = []
 
 
+@pytest.mark.promise("wrong tokenizer")
 @pytest.mark.parametrize(
     "change",
     [

@@ -472,6 +472,7 @@ def written(folder: Path, name: str) -> Path:
     return file
 
 
+@pytest.mark.promise("own text measured")
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.txt.gz", "a.jsonl.gz", "README.md", "a"])
 def test_a_text_of_ones_own_is_measured_whole_and_needs_no_data(
     without_data: Run, capsys: pytest.CaptureFixture[str], name: str
@@ -495,6 +496,7 @@ def test_a_text_of_ones_own_is_measured_whole_and_needs_no_data(
     assert sorted(without_data.folder.rglob("*")) == sorted([*before, report])  # nothing is cached
 
 
+@pytest.mark.promise("own text measured")
 def test_samples_need_no_data(without_data: Run, capsys: pytest.CaptureFixture[str]):
     assert command(without_data) == 2
     assert "data.path: expected a file" in capsys.readouterr().err
@@ -510,6 +512,7 @@ def test_samples_need_no_data(without_data: Run, capsys: pytest.CaptureFixture[s
     assert main(generate) == 0 and capsys.readouterr().out.startswith("Tom")
 
 
+@pytest.mark.promise("own text measured")
 @pytest.mark.parametrize("kind", ["absent", "empty", "blank", "folder", "binary", "latin"])
 def test_a_text_that_cannot_be_measured_is_refused_in_a_line(
     without_data: Run, capsys: pytest.CaptureFixture[str], kind: str
@@ -526,6 +529,7 @@ def test_a_text_that_cannot_be_measured_is_refused_in_a_line(
         assert line.startswith("error: ") and str(file) in line and "expected" in line
 
 
+@pytest.mark.promise("own text measured")
 def test_a_prompt_without_room_is_said(trained: Run, capsys: pytest.CaptureFixture[str]):
     """The report is the same, with a line about it."""
     prompts = trained.config.evaluation.generation_prompts

@@ -213,6 +213,7 @@ def break_weight(ours: CustomTransformerWrapper, value: float) -> None:
     ours.model.parameters.write("final_norm.bias", torch.full((ours.config.d_model,), value))
 
 
+@pytest.mark.promise("logits that are not finite")
 @pytest.mark.parametrize("value", [NAN, INF, 3e38])
 @pytest.mark.parametrize("backend", ["reference", "native"])
 def test_a_broken_model_speaks_up_when_it_generates(backend: str, value: float) -> None:
@@ -257,6 +258,7 @@ def trained(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.promise("logits that are not finite")
 @pytest.mark.parametrize("temperature", ["0", "0.8"])
 def test_commands_end_in_one_line_for_a_broken_checkpoint(
     trained: Path, temperature: str, capsys
@@ -274,6 +276,7 @@ def test_commands_end_in_one_line_for_a_broken_checkpoint(
     assert "nan nats" in capsys.readouterr().out
 
 
+@pytest.mark.promise("logits that are not finite")
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 def test_a_run_whose_model_gives_no_samples_ends_well(tmp_path: Path, temperature: float) -> None:
     """The weights are finite and are saved, but too large for any logit to be finite."""

@@ -8,7 +8,6 @@ may be lost.
 from __future__ import annotations
 
 import json
-import logging
 import os
 import re
 import shutil
@@ -25,10 +24,10 @@ from mantrans import CustomTransformerWrapper
 from mantrans.data.tokenizer import load_tokenizer
 from mantrans.errors import CheckpointError
 from mantrans.interop import huggingface
-from mantrans.interop.huggingface import oriented, their_name
+from mantrans.models import GPT2
 from mantrans.wrapper import shift
 from tests.support.compare import assert_close
-from tests.support.huggingface import gpt2
+from tests.support.huggingface import gpt2, oriented, their_load, their_name
 
 transformers = pytest.importorskip("transformers", reason="transformers is the oracle here")
 safetensors = pytest.importorskip("safetensors", reason="files are read with it")
@@ -54,23 +53,6 @@ def build(**options: Any) -> CustomTransformerWrapper:
 
 def load(folder: Path, dtype: torch.dtype = torch.float32, **options: Any):
     return CustomTransformerWrapper.from_pretrained(folder, dtype=dtype, device="cpu", **options)
-
-
-def their_load(folder: Path, dtype: torch.dtype | str = "auto") -> torch.nn.Module:
-    """What transformers makes of a folder; it must have nothing to remark about it."""
-    remarks: list[str] = []
-    handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda record: remarks.append(record.getMessage())  # type: ignore[method-assign]
-    logger = logging.getLogger("transformers")
-    logger.addHandler(handler)
-    try:
-        model, info = transformers.GPT2LMHeadModel.from_pretrained(
-            folder, dtype=dtype, output_loading_info=True, attn_implementation="eager"
-        )
-    finally:
-        logger.removeHandler(handler)
-    assert not remarks and not any(info.values()), (remarks, info)
-    return model.eval()
 
 
 def logits_of(model: torch.nn.Module, ids: Tensor = IDS) -> Tensor:
@@ -133,8 +115,8 @@ def test_the_mapping_is_what_makes_them_agree(tmp_path, monkeypatch) -> None:
     """Two layers of one shape exchanged: every name and shape is right, and the function wrong."""
     ours = build()
     ours.save_pretrained(tmp_path / "right")
-    swapped = {**huggingface.INNER_NAMES, "norm_1": "ln_2", "norm_2": "ln_1"}
-    monkeypatch.setattr(huggingface, "INNER_NAMES", swapped)
+    swapped = {**GPT2.inner, "norm_1": ("ln_2",), "norm_2": ("ln_1",)}
+    monkeypatch.setitem(vars(GPT2), "inner", swapped)
     ours.save_pretrained(tmp_path / "wrong")
     expected = ours.forward(IDS)["logits"]
     assert_close(logits_of(their_load(tmp_path / "right")), expected, 1e-5)
@@ -170,6 +152,7 @@ def test_what_older_and_other_readers_rely_on(tmp_path) -> None:
     assert config.architectures == ["GPT2LMHeadModel"]
 
 
+@pytest.mark.promise("Auto classes")
 def test_the_tokenizer_goes_along_and_transformers_loads_both(tmp_path) -> None:
     """`Auto` classes need nothing but the folder; our own tokens of a text are theirs."""
     tokenizer = load_tokenizer(Path(__file__).parents[2] / "golden/tokenizer")
@@ -371,8 +354,9 @@ def refusal(folder: Path) -> str:
 
 
 FIELDS = [
-    ({"model_type": "gptj"}, 'model_type: expected "gpt2"', "got gptj"),
-    ({"model_type": ...}, "model_type: expected that of a GPT-2", "got none"),
+    ({"model_type": "gptj"}, "model_type: expected one of gpt2, llama, qwen2, qwen3", "got gptj"),
+    ({"model_type": ["gpt2"]}, "model_type: expected one of gpt2, llama", "got a list"),
+    ({"model_type": ...}, "model_type: expected one of gpt2, llama", "got none"),
     ({"activation_function": "relu"}, 'activation_function: expected "gelu_new"', "got relu"),
     ({"activation_function": "gelu"}, '"gelu_pytorch_tanh"', "got gelu"),
     (
@@ -383,7 +367,7 @@ FIELDS = [
     ({"scale_attn_weights": False}, "scale_attn_weights: expected true", "got false"),
     ({"scale_attn_by_inverse_layer_idx": True}, "layer_idx: expected false", "got true"),
     ({"add_cross_attention": True}, "add_cross_attention: expected false", "got true"),
-    ({"n_embd": ...}, "n_embd: expected that of a GPT-2", "got none"),
+    ({"n_embd": ...}, "n_embd: expected that of a gpt2 model", "got none"),
     ({"n_embd": "24"}, "n_embd: expected an integer", "24 (text)"),
     ({"n_embd": 25}, "n_embd: expected a multiple of n_head (3)", "got 25"),
     ({"n_layer": 10**9}, "n_layer: expected an integer", "at most 1024, got 1000000000"),

@@ -331,6 +331,7 @@ def rows_of(content: str) -> dict[str, list[str]]:
     return {name: values for name, *values in rows}
 
 
+@pytest.mark.promise("bits per byte")
 def test_runs_of_several_tokenizers_are_compared_by_bits_per_byte(tmp_path: Path) -> None:
     one = measured_run(tmp_path / "one", [2.5, 1.5])
     own = {"dataset": "local", "path": "texts/mine.txt", "tokenizer": "mine"}

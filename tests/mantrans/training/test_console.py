@@ -95,6 +95,7 @@ def test_one_file_writes_to_the_console() -> None:
     assert found == [], "these write to the console past mantrans.terminal"
 
 
+@pytest.mark.promise("lost output")
 def test_closed_streams_are_not_taken_by_files(tmp_path: Path) -> None:
     program = (
         "import os; from mantrans import terminal\n"
@@ -110,6 +111,7 @@ def test_closed_streams_are_not_taken_by_files(tmp_path: Path) -> None:
     assert (tmp_path / "file").read_bytes() == b""
 
 
+@pytest.mark.promise("lost output")
 @pytest.mark.parametrize(
     "arguments",
     ["summary configs/quickstart.yaml", "--help", "train --help", "report --help"],

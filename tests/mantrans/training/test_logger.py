@@ -44,6 +44,7 @@ def steps_of(path: Path) -> list[int]:
 # ---------------------------------------------------------------------------------------- records
 
 
+@pytest.mark.promise("every step on record once")
 def test_an_interrupted_run_has_the_bytes_of_an_unbroken_one(tmp_path: Path) -> None:
     def work(log: RunLogger, first: int, last: int) -> None:
         for step in range(first, last + 1):
@@ -62,6 +63,7 @@ def test_an_interrupted_run_has_the_bytes_of_an_unbroken_one(tmp_path: Path) -> 
     assert (tmp_path / "broken" / "metrics.jsonl").read_bytes() == whole
 
 
+@pytest.mark.promise("every step on record once")
 def test_a_resume_drops_later_records_and_a_line_cut_short(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     kept = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.5}, {"step": 2, "validation_loss": 1.0}]
@@ -100,6 +102,7 @@ def test_timings_are_kept_apart(tmp_path: Path) -> None:
     assert read_records(tmp_path / "timings.jsonl") == [timing]
 
 
+@pytest.mark.promise("full disk")
 def test_a_full_disk_makes_no_gap_and_is_said_once(tmp_path: Path, monkeypatch: Any) -> None:
     """Steps 3 to 6 meet a full disk that takes half a line; step 7 writes them all."""
     is_full = False
@@ -121,6 +124,7 @@ def test_a_full_disk_makes_no_gap_and_is_said_once(tmp_path: Path, monkeypatch: 
     assert stream.getvalue().count("No space left on device") == 1
 
 
+@pytest.mark.promise("every step on record once")
 def test_a_kill_loses_no_record(tmp_path: Path) -> None:
     code = (
         "import os, signal; from mantrans.training.logger import RunLogger\n"

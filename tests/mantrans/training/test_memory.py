@@ -33,6 +33,7 @@ SIZES = {
 EVALUATION = {"evaluation.batch_size": 2**20, "evaluation.max_generation_length": 2**20}
 
 
+@pytest.mark.promise("memory")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
 @pytest.mark.parametrize(("field", "most"), SIZES.items())
 def test_each_size_is_refused_where_it_no_longer_fits(
@@ -55,6 +56,7 @@ def test_each_size_is_refused_where_it_no_longer_fits(
     assert fits == sorted(fits, reverse=True) and fits[0] and not fits[-1]
 
 
+@pytest.mark.promise("memory")
 @pytest.mark.parametrize("field", EVALUATION)
 def test_batches_of_evaluation_are_refused_too(monkeypatch: pytest.MonkeyPatch, field: str) -> None:
     """As far as there is data to fill them: a huge limit on little text is harmless."""
@@ -76,6 +78,7 @@ def system(root: Path, **files: str) -> Path:
     return root
 
 
+@pytest.mark.promise("memory")
 def test_available_memory_is_the_least_of_system_and_groups(tmp_path: Path) -> None:
     group = "sys/fs/cgroup/job/step"
     root = system(tmp_path, proc__meminfo=f"MemTotal: 9 kB\nMemAvailable: {4 * GIB // 1024} kB\n")
@@ -154,6 +157,12 @@ print(predicted, peak - before)
 """
 
 
+LLAMA = (
+    "model.norm=rms_norm model.position=rope model.mlp=swiglu model.bias=false model.n_kv_heads=1"
+)
+
+
+@pytest.mark.promise("memory")
 @pytest.mark.slow
 @pytest.mark.parametrize("documents", [True, False])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -166,6 +175,13 @@ print(predicted, peak - before)
         "model.d_model=64 model.max_seq_len=1024 training.batch_size=8",
         "model.d_model=64 model.max_seq_len=64 training.batch_size=64 model.n_blocks=8",
         "model.d_model=16 model.max_seq_len=16 training.gradient_accumulation_steps=1024",
+        f"{LLAMA} model.d_model=128 model.max_seq_len=128 training.batch_size=64",
+        f"{LLAMA} model.d_model=128 model.max_seq_len=128 training.batch_size=64 "
+        "model.qk_norm=true training.recompute=block",
+        f"{LLAMA} model.d_model=128 model.max_seq_len=128 training.batch_size=64 "
+        "model.qk_norm=true training.recompute=gelu",
+        f"{LLAMA} model.d_model=64 model.max_seq_len=1024 training.batch_size=8 "
+        "model.attention_window=100",
     ],
 )
 def test_a_step_takes_no_more_than_is_counted(shape: str, dtype: str, documents: bool) -> None:

@@ -36,6 +36,7 @@ def test_another_kind_does_not_end_at_once_but_ctrl_c_does() -> None:
         os.kill(os.getpid(), signal.SIGINT)
 
 
+@pytest.mark.promise("signals")
 @pytest.mark.parametrize("number", STOPPING)
 def test_a_signal_that_is_ignored_stays_ignored(number: int) -> None:
     before = signal.signal(number, signal.SIG_IGN)
@@ -50,6 +51,7 @@ def test_a_signal_that_is_ignored_stays_ignored(number: int) -> None:
         signal.signal(number, before)
 
 
+@pytest.mark.promise("signals")
 def test_a_closed_terminal_hangs_up_once(tmp_path: Path) -> None:
     """A process in a terminal of its own: the system sends one SIGHUP when the terminal is closed,
     the test the other, as a shell does. The work after the first goes on."""

@@ -153,6 +153,7 @@ def test_the_step_is_the_wrappers_train_step() -> None:
     assert_same_bits(everything(wrapper), everything(other))
 
 
+@pytest.mark.promise("NaN and infinity")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("where", ["weights", "gradients"])
 def test_a_step_that_is_not_finite_is_skipped_and_counted(dtype, where, monkeypatch) -> None:
@@ -260,6 +261,7 @@ def test_the_diagnosis_sees_what_only_a_later_micro_batch_breaks(micro_batches: 
     assert said == "the first gradient that is not finite is that of blocks.0.mlp.down.weight"
 
 
+@pytest.mark.promise("outlier guard")
 def test_outlier_guard_refuses_what_is_far_above_and_learns_a_new_level() -> None:
     guard = OutlierGuard(4.0, 16, CPU)
     generator = torch.Generator().manual_seed(0)
@@ -281,6 +283,7 @@ def test_outlier_guard_refuses_what_is_far_above_and_learns_a_new_level() -> Non
     assert not answers[0] and answers[-1]
 
 
+@pytest.mark.promise("outlier guard")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("z_score", [1e-6, 1.0, 4.0])
 @pytest.mark.parametrize("level", [0.0, 1e-30, 1e-3, 1.0, 2.7182818, 1e6, 1e30])

@@ -91,6 +91,7 @@ def bad_step(wrapper: CustomTransformerWrapper, bad: dict[str, Any]) -> StepOutc
     return wrapper.optimizer.step(number("loss"), number("rate"), max_grad_norm=norm)
 
 
+@pytest.mark.promise("NaN and infinity")
 @pytest.mark.parametrize(("backend", "dtype", "optimizer", "stochastic"), KINDS)
 def test_a_step_that_is_not_finite_changes_nothing(backend, dtype, optimizer, stochastic) -> None:
     wrapper = build(backend, dtype, optimizer, stochastic)
@@ -100,6 +101,7 @@ def test_a_step_that_is_not_finite_changes_nothing(backend, dtype, optimizer, st
     assert bad_step(wrapper, {}).applied and not unchanged(wrapper, before)
 
 
+@pytest.mark.promise("rates and empty batches")
 @pytest.mark.parametrize("rate", [NAN, INF, -1.0, 1e300, 100.1, -1e-9, 1e-40])
 def test_a_rate_that_cannot_be_is_refused_at_the_door(rate: float) -> None:
     wrapper = build()
@@ -113,6 +115,7 @@ def test_a_rate_that_cannot_be_is_refused_at_the_door(rate: float) -> None:
     assert unchanged(wrapper, before)
 
 
+@pytest.mark.promise("rates and empty batches")
 @pytest.mark.parametrize("backend", ["native", "reference"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("gradient", [float("nan"), float("inf"), -float("inf")])
@@ -138,6 +141,7 @@ NO_TARGETS = {
 }
 
 
+@pytest.mark.promise("rates and empty batches")
 @pytest.mark.parametrize(("backend", "dtype", "optimizer", "stochastic"), KINDS)
 def test_a_batch_without_targets_changes_nothing_and_is_logged(
     caplog, backend, dtype, optimizer, stochastic
@@ -176,6 +180,7 @@ class Source(HostTokens):
         return torch.arange(2 * (T + 1)).view(2, T + 1) % V
 
 
+@pytest.mark.promise("rates and empty batches")
 @pytest.mark.parametrize("micro_batches", [1, 2])
 def test_a_training_step_without_targets_changes_nothing(monkeypatch, micro_batches: int) -> None:
     wrapper, source = build(), Source()
@@ -216,6 +221,7 @@ def test_every_field_that_changes_the_function_is_tried() -> None:
     assert known == set(build().config.model_fields_set | type(build().config).model_fields.keys())
 
 
+@pytest.mark.promise("another function")
 @pytest.mark.parametrize(("name", "value"), OTHERS.items())
 def test_a_checkpoint_of_another_function_is_refused(tmp_path, name: str, value: Any) -> None:
     """Also where every shape fits, as with n_heads: the field, what is expected, what it is."""

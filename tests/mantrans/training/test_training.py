@@ -85,6 +85,7 @@ def assert_same(a, b, where: str = "state") -> None:
         assert a == b, where
 
 
+@pytest.mark.promise("interrupted anywhere")
 @pytest.mark.parametrize("stop", [1, 5, 7])
 @pytest.mark.parametrize(
     "settings",
@@ -110,6 +111,7 @@ def test_a_resumed_run_has_the_bits_of_an_unbroken_one(tmp_path, settings, stop)
     assert_same(outcome(broken), outcome(unbroken))
 
 
+@pytest.mark.promise("logits at a time")
 @pytest.mark.parametrize("recorded", [7, None, "absent"])
 def test_a_resumed_run_computes_its_logits_as_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recorded: int | str | None
@@ -192,6 +194,7 @@ def test_real_stories_are_learnt(tmp_path: Path) -> None:
     assert report["bits_per_byte"] < math.log2(4096) / 3.6
 
 
+@pytest.mark.promise("too many skips")
 def test_steps_that_are_not_finite_end_the_run_with_a_report(tmp_path: Path) -> None:
     trainer = Trainer(small(tmp_path, max_consecutive_skips=3, log_every=1), quiet=True)
     advance = trainer._advance
@@ -212,6 +215,7 @@ def test_steps_that_are_not_finite_end_the_run_with_a_report(tmp_path: Path) -> 
     assert all(x.isfinite().all() for x in state["parameters"].values())
 
 
+@pytest.mark.promise("--debug-nan")
 def test_debug_nan_stops_at_once_and_names_the_layer(tmp_path: Path) -> None:
     trainer = Trainer(small(tmp_path, log_every=1), debug_nan=True, quiet=True)
     model = trainer.wrapper.model
@@ -271,6 +275,7 @@ def test_schedules() -> None:
 # -------------------------------------------------------------------------------- command line
 
 
+@pytest.mark.promise("signals")
 def test_sigterm_saves_and_says_how_to_go_on(tmp_path: Path) -> None:
     small(tmp_path, max_steps=100_000, log_every=1, save_every=100_000).save(tmp_path / "c.yaml")
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

@@ -1,31 +1,32 @@
-"""Starts real training processes in a hundredth of a second: a process that has imported everything
-forks for each of them.
+"""Starts real training processes in a hundredth of a second: multiprocessing's fork server has
+imported everything, and forks for each of them.
 
-`python -m tests.support.nursery` is that process; `Nursery` speaks to it, one JSON line each
-way (start → pid, wait → exit status). A child is a process like any other: it has its own signals,
-limits, files and end, and can be killed at any moment.
+A child is a process like any other: it has its own signals, limits, files and end, and can be
+killed at any moment.
 """
 
 from __future__ import annotations
 
 import contextlib
 import importlib
-import json
+import multiprocessing
 import os
 import resource
 import signal
-import subprocess
 import sys
-import threading
 import time
 import traceback
 from dataclasses import dataclass
+from multiprocessing import forkserver
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 ROOT = Path(__file__).parents[2]
 NOBODY = 65534
-PRELOADED = (
+PRELOADED = [
+    "__main__",  # else every child runs the script `pytest`, if it was that
     "mantrans.training.trainer",
     "tests.end_to_end.sampled",
     "encodings.utf_8_sig",  # a child that is nobody may not be able to read it
@@ -34,7 +35,8 @@ PRELOADED = (
     "tensorboard.summary.writer.event_file_writer",
     "tensorboard.compat.proto.event_pb2",
     "tensorboard.compat.proto.summary_pb2",
-)
+]
+TRAIN, EVALUATE = "mantrans.cli:main train", "mantrans.cli:main evaluate"
 
 
 @dataclass(frozen=True)
@@ -51,18 +53,19 @@ class Ended:
         return self.status == 2 and "Traceback" not in self.text and last[0].startswith("error: ")
 
 
-TRAIN, EVALUATE = "mantrans.cli:main train", "mantrans.cli:main evaluate"
-
-
 class Child:
-    """A process that the nursery started."""
+    """A process, and the file that holds its output."""
 
-    def __init__(self, nursery: Nursery, pid: int, output: Path) -> None:
-        self.nursery, self.pid, self.output = nursery, pid, output
+    def __init__(self, process: BaseProcess, output: Path) -> None:
+        self.process, self.output = process, output
+        process.start()
+        assert process.pid is not None
+        self.pid = process.pid
 
     def kill(self, number: int = signal.SIGKILL) -> None:
-        """Send a signal. The pid stays the child's until `wait`."""
-        os.kill(self.pid, number)
+        """Send a signal, unless it has ended."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, number)
 
     def said(self) -> str:
         """What it has printed so far."""
@@ -70,13 +73,12 @@ class Child:
 
     def wait(self, timeout: float = 120.0) -> Ended:
         """Wait until it has ended; after `timeout` seconds it is killed."""
-        watchdog = threading.Timer(timeout, self.kill)
-        watchdog.start()
-        try:
-            status = self.nursery.ask({"wait": self.pid})["status"]
-        finally:
-            watchdog.cancel()
-        return Ended(status, self.said())
+        self.process.join(timeout)
+        if self.process.exitcode is None:
+            self.process.kill()
+            self.process.join()
+        assert self.process.exitcode is not None
+        return Ended(self.process.exitcode, self.said())
 
     def wait_for(self, text: str, timeout: float = 60.0) -> None:
         """Return as soon as it has printed `text`."""
@@ -86,19 +88,18 @@ class Child:
             time.sleep(0.005)
 
 
-class Nursery:
-    """The forking process, from here."""
+class Processes:
+    """Starts them; the fork server is started with the first."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.started = folder, 0
+        self.context = multiprocessing.get_context("forkserver")
+        self.context.set_forkserver_preload(PRELOADED)
         environment = {
-            **os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1",
-            "TOKENIZERS_PARALLELISM": "false",
+            "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false",
         }  # fmt: skip
-        command = [sys.executable, "-m", "tests.support.nursery"]
-        self.process = subprocess.Popen(
-            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
+        with mock.patch.dict(os.environ, environment):
+            forkserver.ensure_running()
 
     def start(
         self,
@@ -117,75 +118,51 @@ class Nursery:
         """
         self.started += 1
         output = self.folder / f"output_{self.started}.txt"
-        answer = self.ask(
-            {
-                "arguments": [*main.split(), *arguments],
-                "cwd": str(cwd),
-                "environment": environment or {},
-                "limits": limits or {},
-                "as_nobody": as_nobody,
-                "output": str(output),
-                "streams": streams or {},
-            }
-        )
-        return Child(self, answer["pid"], output)
+        output.touch(0o666)
+        process = self.context.Process(
+            target=_run,
+            args=(
+                [*main.split(), *arguments], str(cwd), environment or {}, limits or {}, as_nobody,
+                str(output), streams or {},
+            ),
+        )  # fmt: skip
+        return Child(process, output)
 
     def run(self, *arguments: str, **keywords: Any) -> Ended:
         """Start and wait."""
         return self.start(*arguments, **keywords).wait()
 
-    def ask(self, question: dict[str, Any]) -> dict[str, Any]:
-        assert self.process.stdin is not None and self.process.stdout is not None
-        self.process.stdin.write(json.dumps(question) + "\n")
-        self.process.stdin.flush()
-        return json.loads(self.process.stdout.readline())
 
-    def close(self) -> None:
-        self.process.communicate(timeout=60)
-
-
-def serve() -> None:
-    """The forking process itself."""
-    for module in PRELOADED:
-        with contextlib.suppress(ImportError):  # tensorboard is optional
-            importlib.import_module(module)
-    answers = os.fdopen(os.dup(1), "w")
-    for line in sys.stdin:
-        question = json.loads(line)
-        if "wait" in question:
-            _, status = os.waitpid(question["wait"], 0)
-            answer = {"status": os.waitstatus_to_exitcode(status)}
-        else:
-            Path(question["output"]).touch(0o666)
-            pid = os.fork()
-            if pid == 0:
-                _be_born(question)
-            answer = {"pid": pid}
-        print(json.dumps(answer), file=answers, flush=True)
-
-
-def _be_born(question: dict[str, Any]) -> None:
+def _run(
+    arguments: list[str],
+    cwd: str,
+    environment: dict[str, str],
+    limits: dict[str, int],
+    as_nobody: bool,
+    output: str,
+    streams: dict[int, str],
+) -> None:
     """In the child: put everything in place, run, and end without returning."""
-    null, output = os.open(os.devnull, os.O_RDONLY), os.open(question["output"], os.O_WRONLY)
-    os.dup2(null, 0)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
-    for number, what in question["streams"].items():
-        _redirect(int(number), what)
-    os.chdir(question["cwd"])
-    os.environ.update(question["environment"])
-    for name, value in question["limits"].items():
+    writing = os.open(output, os.O_WRONLY)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.dup2(writing, 1)
+    os.dup2(writing, 2)
+    for number, what in streams.items():
+        _redirect(number, what)
+    os.chdir(cwd)
+    os.environ.update(environment)
+    for name, value in limits.items():
         resource.setrlimit(getattr(resource, name), (value, value))
-    if question["as_nobody"]:
+    if as_nobody:
         os.setgroups([])
         os.setgid(NOBODY)
         os.setuid(NOBODY)
-    sys.argv = question["arguments"]
-    os._exit(_status(sys.argv[0]))
+    sys.argv = arguments
+    os._exit(_status(arguments[0]))
 
 
 def _redirect(number: int, what: str) -> None:
-    """Another standard output or error: see `Nursery.start`."""
+    """Another standard output or error: see `Processes.start`."""
     if what == "closed":  # and Python, started so, has no stream
         os.close(number)
         setattr(sys, ("stdin", "stdout", "stderr")[number], None)
@@ -215,7 +192,3 @@ def _status(main: str) -> int:
         except OSError:
             status = 120  # the interpreter's, for output that it could not write at its exit
     return status if isinstance(status, int) else 0
-
-
-if __name__ == "__main__":
-    serve()
