@@ -1,4 +1,4 @@
-"""One training step of each candidate: ours, the same GPT in PyTorch with autograd, transformers'.
+"""One training step of each candidate: ours, the same model under autograd, transformers'.
 
 All have the same start weights, batches, AdamW settings, clipping and learning rate. "bfloat16" is
 what each recommends: bfloat16 weights with float32 masters for ours, float32 weights under autocast
@@ -25,13 +25,22 @@ from mantrans.models import GPT2
 from mantrans.training.step import TrainStep
 from mantrans.wrapper import CustomTransformerWrapper
 
-# name -> (C, blocks, H, F, V)
-MODELS = {
-    "seed-sized": (256, 4, 4, 512, 4096),
-    "TinyStories 33M": (768, 4, 16, 3072, 4096),
-    "GPT-2 124M": (768, 12, 12, 3072, 50304),
-    "GPT-2 350M": (1024, 24, 16, 4096, 50304),
-    "tiny": (32, 2, 2, 64, 4096),
+# name -> (C, blocks, H, F, V), and what is not GPT-2's
+LLAMA = {"norm": "rms_norm", "position": "rope", "mlp": "swiglu", "bias": False}
+MODELS: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
+    "seed-sized": ((256, 4, 4, 512, 4096), {}),
+    "TinyStories 33M": ((768, 4, 16, 3072, 4096), {}),
+    "GPT-2 124M": ((768, 12, 12, 3072, 50304), {}),
+    "GPT-2 350M": ((1024, 24, 16, 4096, 50304), {}),
+    "tiny": ((32, 2, 2, 64, 4096), {}),
+    "Llama, seed-sized": ((256, 4, 4, 704, 4096), LLAMA),
+    "Llama 15M": ((288, 6, 6, 768, 4096), LLAMA),
+    "SmolLM2 135M": ((576, 30, 9, 1536, 49152), {**LLAMA, "n_kv_heads": 3, "rope_theta": 1e5}),
+    "Qwen2.5 0.5B": (
+        (896, 24, 14, 4864, 151936),
+        {**LLAMA, "n_kv_heads": 2, "rope_theta": 1e6, "qkv_bias": True, "layer_norm_epsilon": 1e-6},
+    ),
+    "Llama, tiny": ((32, 2, 4, 64, 4096), {**LLAMA, "n_kv_heads": 2}),
 }
 TOKENIZER = "tinystories_bpe_4096"
 LEARNING_RATE = 3e-4
@@ -42,9 +51,9 @@ NamedTensors = Iterable[tuple[str, Tensor]]
 
 def model_config(name: str, T: int) -> ModelConfig:
     """The named model with positions for sequences of T."""
-    C, blocks, H, width, V = MODELS[name]
+    (C, blocks, H, width, V), others = MODELS[name]
     return ModelConfig(
-        d_model=C, n_blocks=blocks, n_heads=H, d_ffn=width, max_seq_len=T, vocab_size=V
+        d_model=C, n_blocks=blocks, n_heads=H, d_ffn=width, max_seq_len=T, vocab_size=V, **others
     )
 
 
@@ -84,49 +93,91 @@ class Batches:
 # ---------------------------------------------------------------------------- models of autograd
 
 
+def _norm(config: ModelConfig, width: int) -> nn.Module:
+    if config.norm == "rms_norm":
+        return nn.RMSNorm(width, config.layer_norm_epsilon)
+    return nn.LayerNorm(width, config.layer_norm_epsilon, bias=config.bias)
+
+
+def _bias(config: ModelConfig, kind: str) -> bool:
+    own = getattr(config, kind)
+    return config.bias if own is None else own
+
+
 class Block(nn.Module):
     """Pre-norm attention and MLP, scaled_dot_product_attention inside."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        C, width, bias = config.d_model, config.feed_forward_width, config.bias
-        self.n_heads = config.n_heads
-        self.norm_1 = nn.LayerNorm(C, config.layer_norm_epsilon, bias=bias)
-        self.qkv = nn.Linear(C, 3 * C, bias=bias)
-        self.projection = nn.Linear(C, C, bias=bias)
-        self.norm_2 = nn.LayerNorm(C, config.layer_norm_epsilon, bias=bias)
-        self.up = nn.Linear(C, width, bias=bias)
-        self.down = nn.Linear(width, C, bias=bias)
+        C, width, self.D = config.d_model, config.feed_forward_width, config.head_width
+        self.heads = (config.n_heads, config.key_value_heads, config.key_value_heads)
+        projection_bias, mlp_bias = _bias(config, "projection_bias"), _bias(config, "mlp_bias")
+        self.norm_1 = _norm(config, C)
+        self.qkv = nn.Linear(C, sum(self.heads) * self.D, bias=_bias(config, "qkv_bias"))
+        self.projection = nn.Linear(config.n_heads * self.D, C, bias=projection_bias)
+        self.norm_2 = _norm(config, C)
+        self.gated = config.mlp == "swiglu"
+        if self.gated:
+            self.gate_up = nn.Linear(C, 2 * width, bias=mlp_bias)
+        else:
+            self.up = nn.Linear(C, width, bias=mlp_bias)
+        self.down = nn.Linear(width, C, bias=mlp_bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        B, T, C = x.shape
-        qkv = self.qkv(self.norm_1(x)).view(B, T, 3, self.n_heads, C // self.n_heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.projection(out.transpose(1, 2).reshape(B, T, C))
-        return x + self.down(F.gelu(self.up(self.norm_2(x)), approximate="tanh"))
+    def forward(self, x: Tensor, angles: tuple[Tensor, Tensor] | None) -> Tensor:
+        B, T, _ = x.shape
+        heads = self.qkv(self.norm_1(x)).view(B, T, -1, self.D).transpose(1, 2)
+        q, k, v = heads.split(self.heads, dim=1)
+        if angles is not None:
+            q, k = (_rotate(z, *angles).to(v.dtype) for z in (q, k))
+        grouped = q.shape[1] != k.shape[1]
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+        x = x + self.projection(out.transpose(1, 2).reshape(B, T, -1))
+        return x + self.down(self._hidden(self.norm_2(x)))
+
+    def _hidden(self, y: Tensor) -> Tensor:
+        if not self.gated:
+            return F.gelu(self.up(y), approximate="tanh")
+        gate, up = self.gate_up(y).chunk(2, dim=-1)
+        return F.silu(gate) * up
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """RoPE in the layout of halves. x (B, H, T, D); cos, sin (T, D/2)."""
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
 class GPT(nn.Module):
-    """GPT-2 for autograd; forward: tokens, targets (B, T) int64 -> mean loss, 0-d float32."""
+    """A config's model for autograd; forward: tokens, targets (B, T) -> mean loss, 0-d float32."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         assert config.vocab_size is not None
-        C = config.d_model
+        C, D, T = config.d_model, config.head_width, config.max_seq_len
         self.token_embedding = nn.Embedding(config.vocab_size, C)
-        self.position_embedding = nn.Embedding(config.max_seq_len, C)
+        self.learned = config.position == "learned"
+        if self.learned:
+            self.position_embedding = nn.Embedding(T, C)
+        else:
+            frequency = config.rope_theta ** -(torch.arange(0, D, 2) / D)
+            angles = torch.outer(torch.arange(T), frequency)
+            self.register_buffer("cos", angles.cos())
+            self.register_buffer("sin", angles.sin())
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_blocks))
-        self.final_norm = nn.LayerNorm(C, config.layer_norm_epsilon, bias=config.bias)
+        self.final_norm = _norm(config, C)
         self.output = nn.Linear(C, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.output.weight = self.token_embedding.weight
 
     def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        position = torch.arange(tokens.shape[1], device=tokens.device)
-        x = self.token_embedding(tokens) + self.position_embedding(position)
+        T = tokens.shape[1]
+        x, angles = self.token_embedding(tokens), None
+        if self.learned:
+            x = x + self.position_embedding(torch.arange(T, device=tokens.device))
+        else:
+            angles = self.cos[:T], self.sin[:T]
         for block in self.blocks:
-            x = block(x)
+            x = block(x, angles)
         logits = self.output(self.final_norm(x))
         return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100)
 
@@ -198,12 +249,10 @@ def new_model(
         options = {"beta1": BETAS[0], "beta2": BETAS[1], "epsilon": EPSILON}
         options |= {"weight_decay": WEIGHT_DECAY, "max_grad_norm": MAX_GRAD_NORM}
         optimizer = {"optimizer": "adamw", "optimizer_options": options}
-    assert config.vocab_size is not None
-    return CustomTransformerWrapper(
-        config.vocab_size, config.d_model, config.n_blocks, config.n_heads, config.d_ffn,
-        config.max_seq_len, dtype=dtype, device=machine.device(), backend=backend, seed=1,
-        **optimizer,
-    )  # fmt: skip
+    shape = config.model_copy(update={"dtype": dtype})
+    return CustomTransformerWrapper.from_config(
+        shape, device=machine.device(), backend=backend, seed=1, **optimizer
+    )
 
 
 def _reduced_precision_reductions(allowed: bool) -> None:

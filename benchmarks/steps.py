@@ -78,23 +78,34 @@ def cases(quick: bool) -> list[Case]:
     everybody = ALL_ON_GPU if machine.on_gpu() else ALL_ON_CPU
     few = FEW_ON_GPU if machine.on_gpu() else FEW_ON_CPU
     if quick:
-        return [Case("tiny", 2, 16, 2, "float32", everybody)]
+        tiny = Case("tiny", 2, 16, 2, "float32", everybody)
+        return [tiny, tiny._replace(model="Llama, tiny", candidates=few)]
     if machine.on_gpu():
         return [
             Case("GPT-2 124M", 16, 1024, candidates=everybody),
             Case("seed-sized", 64, 256, candidates=everybody),
             Case("TinyStories 33M", 32, 512, candidates=everybody),
             Case("GPT-2 350M", 8, 1024, candidates=everybody),
+            Case("Qwen2.5 0.5B", 16, 1024, candidates=few),
+            Case("SmolLM2 135M", 16, 1024, candidates=few),
+            Case("Llama, seed-sized", 64, 256, candidates=few),
             Case("GPT-2 124M", 16, 1024, 8, candidates=everybody),
             Case("seed-sized", 64, 256, 8, candidates=everybody),
             *(Case("GPT-2 124M", 16384 // T, T, candidates=few) for T in (8192, 256, 4096, 2048)),
         ]
     in_float32 = Case("seed-sized", 16, 256, 1, "float32", everybody)
     if not machine.has_native_bfloat16():
-        return [in_float32, Case("seed-sized", 4, 1024, 1, "float32", few)]
+        return [
+            in_float32,
+            Case("Llama, seed-sized", 16, 256, 1, "float32", few),
+            Case("Llama 15M", 8, 256, 1, "float32", few),
+            Case("seed-sized", 4, 1024, 1, "float32", few),
+        ]
     return [
         Case("seed-sized", 16, 256, candidates=everybody),
         in_float32,
+        Case("Llama, seed-sized", 16, 256, candidates=few),
+        Case("Llama 15M", 8, 256, candidates=few),
         Case("seed-sized", 2, 256, 8, candidates=everybody),
         Case("TinyStories 33M", 2, 512, candidates=everybody),
         Case("GPT-2 124M", 1, 256, candidates=everybody),

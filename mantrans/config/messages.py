@@ -137,7 +137,8 @@ def refusal(
     elif error["type"] == "clash":
         found = error["ctx"]
         where = f"{source}: {path(section, found['field'])}"
-        expected = found["expected"].format(path(section, found["other"]), found["value"])
+        value = "true" if found["value"] is True else found["value"]
+        expected = found["expected"].format(path(section, found["other"]), value)
         got = show(found["got"])
     elif rest:
         name = path(section, rest[0])

@@ -74,6 +74,13 @@ def test_losses_of_ours_and_the_baselines_agree_over_ten_steps() -> None:
         assert max(steps.loss_differences(losses_of(name), expected)) < 2e-5, name
 
 
+def test_losses_of_a_llama_agree_over_ten_steps() -> None:
+    case = CASE._replace(model="Llama, tiny")
+    expected = losses_of(steps.JUDGE, case)
+    assert expected[-1] < expected[0]
+    assert max(steps.loss_differences(losses_of("native", case), expected)) < 2e-5
+
+
 def test_a_wrong_gradient_is_seen_in_the_losses(monkeypatch: pytest.MonkeyPatch) -> None:
     """The check is worth something: a model whose GELU has no gradient is not timed."""
     from mantrans.kernels import native
