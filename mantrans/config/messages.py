@@ -43,6 +43,8 @@ ELSEWHERE = {
     "clip": "training.max_grad_norm",
     "wd": "training.weight_decay",
     "eps": "training.epsilon",
+    "model_name_or_path": "training.init_from",
+    "pretrained": "training.init_from",
     "name": "training.experiment_name",
     "run_name": "training.experiment_name",
     "eval_interval": "training.eval_every",
@@ -137,7 +139,8 @@ def refusal(
     elif error["type"] == "clash":
         found = error["ctx"]
         where = f"{source}: {path(section, found['field'])}"
-        expected = found["expected"].format(path(section, found["other"]), found["value"])
+        value = "true" if found["value"] is True else found["value"]
+        expected = found["expected"].format(path(section, found["other"]), value)
         got = show(found["got"])
     elif rest:
         name = path(section, rest[0])

@@ -100,9 +100,9 @@ class Attention:
             qkv = self.rotary.forward(qkv[:, None], lengths[:, None] - 1)[0][:, 0]
         q, k, v = qkv.split(self.widths, dim=-1)
         cache.append(k, v, lengths)
-        window = {} if self.window is None else {"window": self.window}
+        heads = self.n_heads, self.n_kv_heads
         out = self.ops.decode_attention(
-            q.contiguous(), cache.k, cache.v, lengths, self.n_heads, self.n_kv_heads, **window
+            q.contiguous(), cache.k, cache.v, lengths, *heads, self.window
         )
         return self.projection.forward(out)
 
@@ -124,10 +124,9 @@ class Attention:
         return own if self.rotary is None else own + self.rotary.kept()
 
     def workspace(self) -> int:
-        """dy, dout, dqkv before and after the rotation, and the three inputs of the kernels that
-        are copies, of H heads each."""
+        """dy, dout, dqkv, and the three inputs of the kernels that are copies, of H heads each."""
         M, C = self.qkv.weight.shape
-        return C + (M if self.rotary is None else 2 * M) + 4 * self.widths[0]
+        return C + M + 4 * self.widths[0]
 
 
 class KeyValueCache(NamedTuple):

@@ -73,6 +73,7 @@ class MLP:
         if a is None:
             a = self.activate(h)
         da = self.down.backward(dy, a, accumulate)
+        del a  # if it was recomputed, its memory is free for dh
         dh = self.activate_backward(da, h)
         return self.first.backward(dh, x, accumulate)
 

@@ -157,6 +157,11 @@ print(predicted, peak - before)
 """
 
 
+LLAMA = (
+    "model.norm=rms_norm model.position=rope model.mlp=swiglu model.bias=false model.n_kv_heads=1"
+)
+
+
 @pytest.mark.promise("memory")
 @pytest.mark.slow
 @pytest.mark.parametrize("documents", [True, False])
@@ -170,6 +175,13 @@ print(predicted, peak - before)
         "model.d_model=64 model.max_seq_len=1024 training.batch_size=8",
         "model.d_model=64 model.max_seq_len=64 training.batch_size=64 model.n_blocks=8",
         "model.d_model=16 model.max_seq_len=16 training.gradient_accumulation_steps=1024",
+        f"{LLAMA} model.d_model=128 model.max_seq_len=128 training.batch_size=64",
+        f"{LLAMA} model.d_model=128 model.max_seq_len=128 training.batch_size=64 "
+        "model.qk_norm=true training.recompute=block",
+        f"{LLAMA} model.d_model=128 model.max_seq_len=128 training.batch_size=64 "
+        "model.qk_norm=true training.recompute=gelu",
+        f"{LLAMA} model.d_model=64 model.max_seq_len=1024 training.batch_size=8 "
+        "model.attention_window=100",
     ],
 )
 def test_a_step_takes_no_more_than_is_counted(shape: str, dtype: str, documents: bool) -> None:
