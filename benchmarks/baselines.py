@@ -2,7 +2,7 @@
 
 All have the same start weights, batches, AdamW settings, clipping and learning rate. "bfloat16" is
 what each recommends: bfloat16 weights with float32 masters for ours, float32 weights under autocast
-for the others. The vocabulary of the GPT-2 models is the padded one, 50,304, for everybody: an odd
+for the others. The vocabulary of the GPT-2 models is the padded one, 50,304, for all: an odd
 50,257 would slow the others' matrix products down, while ours pad by themselves.
 """
 
@@ -71,7 +71,7 @@ def _all_stories() -> Tensor:
 class Batches:
     """Some batches of stories that lie on the device; step i takes number i, round and round.
 
-    It is a `mantrans.training.batches.TokenSource`, and the baselines read the same rows: nobody's
+    It is a `mantrans.training.batches.TokenSource`, and the baselines read the same rows: no
     loading of data is timed. Stories are read again where they are too few.
     """
 

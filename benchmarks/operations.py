@@ -166,7 +166,7 @@ def gpu_cases() -> Iterator[Case]:
 class Implementation(NamedTuple):
     """prepare(tensors) gives a call without arguments that does the work.
 
-    direct: launches go out one by one, for a graph cannot hold autograd's backward of an earlier
+    direct: launched one by one, because a graph cannot hold autograd's backward of an earlier
     forward.
     """
 
@@ -364,7 +364,7 @@ def check(implementation: Implementation, case: Case) -> None:
     found = implementation.prepare(case.tensors(99))()
     for name in found.keys() & expected.keys():
         if name == "saved" or not isinstance(found[name], Tensor):
-            continue  # what a backend keeps for its own backward is its own affair
+            continue  # each backend chooses what it keeps for its backward
         start = buffers[name].double() if name.startswith("d") and name in buffers else 0.0
         right = expected[name].double() - start
         result = found[name].detach().double() - (start if implementation.name in OURS else 0.0)
