@@ -1,4 +1,4 @@
-"""The Python blocks of the pages in docs/ run, what they assert is so, and links lead somewhere."""
+"""The Python blocks of README and docs/ run, what they assert is so, and links lead somewhere."""
 
 from __future__ import annotations
 
@@ -8,14 +8,16 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PAGES = sorted(path for path in (ROOT / "docs").rglob("*.md") if "```python" in path.read_text())
+TEXTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [path for path in TEXTS if "```python" in path.read_text(encoding="utf-8")]
 FUNCTION = re.compile(r"^def (\w+)", re.MULTILINE)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_page_runs(page: Path) -> None:
+def test_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of a page share their variables. Blank lines stand in for the prose, so that the
     line number of a failure is that of the page."""
+    monkeypatch.chdir(tmp_path)
     code, inside = [], False
     for line in page.read_text().splitlines():
         fence = line.startswith("```")
@@ -35,7 +37,6 @@ def test_the_index_names_functions_that_exist() -> None:
 
 
 LINK = re.compile(r"\]\((?!https?://)([^)#\s]*)(?:#([^)\s]*))?\)")
-TEXTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def anchor(heading: str) -> str:
