@@ -265,19 +265,19 @@ def rms_norm_backward(
     dresidual: Tensor | None = None,
     dbranch_bias: Tensor | None = None,
 ) -> Tensor:
-    """See `reference.rms_norm_backward`. Both sums are products with p = dy x:
-    Σ_rows dy x̂ = pᵀ rstd and Σ_columns g x = p γ."""
+    """See `reference.rms_norm_backward`."""
     if _too_large_to_square(rstd):
         return reference.rms_norm_backward(dy, x, weight, rstd, dweight, dresidual, dbranch_bias)
     dy_rows, x_rows, C = flat_rows(dy), flat_rows(x), x.shape[-1]
     dx, gain = torch.empty_like(x_rows), weight.to(rstd.dtype)
     for rows in _cached_rows(dx):
-        part, upstream, r = x_rows[rows].to(gain), dy_rows[rows].to(gain), rstd[rows]
-        p = upstream * part
-        dweight.addmv_(p.T, r)
-        slope = torch.mv(p, gain).mul_(r).div_(C).mul_(r).mul_(r)  # r³ alone could be too small
-        g, out = torch.mul(upstream, gain, out=p), _wide_part(dx, rows)
-        torch.mul(g, r[:, None], out=out).addcmul_(part, slope[:, None], value=-1)
+        upstream, r = dy_rows[rows].to(rstd.dtype), rstd[rows, None]
+        x_hat = x_rows[rows] * r
+        p = upstream * x_hat
+        dweight += p.sum(0)
+        mean_gx = torch.mv(p, gain).div_(C)[:, None]
+        g = torch.mul(upstream, gain, out=p)
+        out = torch.mul(g.addcmul_(x_hat, mean_gx, value=-1), r, out=_wide_part(dx, rows))
         if dresidual is not None:
             out += flat_rows(dresidual)[rows]
         _write_part(dx, rows, out)
@@ -289,7 +289,9 @@ def rms_norm_backward(
 def _cached_rows(x: Tensor) -> Iterator[slice]:
     """Slices of the rows of x (N, C) whose float32 copies stay in a CPU's cache; a GPU has no use
     for them."""
-    return row_chunks(len(x), len(x) if x.is_cuda else max(1, CACHED_ELEMENTS // x.shape[1]))
+    return row_chunks(
+        len(x), len(x) if x.is_cuda else max(1, CACHED_ELEMENTS // max(1, x.shape[1]))
+    )
 
 
 def _wide_part(out: Tensor, rows: slice) -> Tensor:
@@ -760,7 +762,7 @@ def swiglu_forward(h: Tensor) -> Tensor:
     packed, F = flat_rows(h), h.shape[-1] // 2
     y, wide = packed.new_empty(len(packed), F), wide_dtype(h.dtype)
     for rows in _cached_rows(y):
-        gate, up = packed[rows].to(wide).split(F, dim=-1)
+        gate, up = packed[rows].to(wide).chunk(2, dim=-1)
         out = y[rows] if y.dtype == wide else gate
         aten.silu.out(gate, out=out).mul_(up)
         _write_part(y, rows, out)
@@ -770,13 +772,13 @@ def swiglu_forward(h: Tensor) -> Tensor:
 def swiglu_backward(dy: Tensor, h: Tensor) -> Tensor:
     """See `reference.swiglu_backward`. With a = g s, the slope s (1 + g (1 - s)) is a + s (1 - a):
     the point between a and 1 that `lerp` finds. One sigmoid serves both gradients."""
-    packed, dy_rows, F = flat_rows(h), flat_rows(dy), dy.shape[-1]
+    packed, dy_rows = flat_rows(h), flat_rows(dy)
     dh, wide = torch.empty_like(packed), wide_dtype(h.dtype)
     one = dh.new_ones((), dtype=wide)
     for rows in _cached_rows(dy_rows):
-        gate, up = packed[rows].to(wide).split(F, dim=-1)
+        gate, up = packed[rows].to(wide).chunk(2, dim=-1)
         upstream, out = dy_rows[rows].to(wide), _wide_part(dh, rows)
-        dgate, dup = out.split(F, dim=-1)
+        dgate, dup = out.chunk(2, dim=-1)
         s = torch.sigmoid(gate, out=dgate)
         silu = torch.mul(gate, s, out=dup)
         torch.lerp(silu, one, s, out=dgate).mul_(up).mul_(upstream)

@@ -645,9 +645,9 @@ def swiglu_backward(dy: Tensor, h: Tensor) -> Tensor:
     dy (..., F); h (..., 2F). Returns dh (..., 2F).
     """
     gate, up = widen(h).chunk(2, dim=-1)
-    s = torch.sigmoid(gate)
-    dgate = widen(dy) * up * s * (1 + gate * (1 - s))
-    dup = widen(dy) * gate * s
+    s, rest = torch.sigmoid(gate), torch.sigmoid(-gate)  # 1 - s would keep few digits
+    dgate = widen(dy) * (up * (s * (1 + gate * rest)))  # dy u alone could be infinite
+    dup = widen(dy) * (gate * s)
     return torch.cat((dgate, dup), dim=-1).to(h.dtype)
 
 

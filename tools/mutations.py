@@ -155,7 +155,7 @@ MUTATIONS = (
     ),
     Mutation(
         "a row of partial sums is overwritten, not added to",
-        "layer_norm",
+        "norm_tiles",
         "sums += tl.load(ptrs, mask=in_columns, other=0.0)",
         "sums += 0.0",
         "layer_norm",

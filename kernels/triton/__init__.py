@@ -12,14 +12,7 @@ import torch
 from torch import Tensor
 
 from mantrans.kernels import native
-from mantrans.kernels.native import (
-    add_rms_norm_forward,
-    linear_forward,
-    rms_norm_backward,
-    rms_norm_forward,
-    swiglu_backward,
-    swiglu_forward,
-)
+from mantrans.kernels.native import linear_forward
 from mantrans.kernels.reference import document_starts, head_sizes, window_starts
 from mantrans.kernels.triton import attention
 from mantrans.kernels.triton.adamw import adamw_update
@@ -43,8 +36,14 @@ from mantrans.kernels.triton.layer_norm import (
 )
 from mantrans.kernels.triton.norm_rotary import norm_rotary_backward, norm_rotary_forward
 from mantrans.kernels.triton.partials import partial_rows, sum_partials
+from mantrans.kernels.triton.rms_norm import (
+    add_rms_norm_forward,
+    rms_norm_backward,
+    rms_norm_forward,
+)
 from mantrans.kernels.triton.rotary import rotary_backward, rotary_forward
 from mantrans.kernels.triton.sgd import sgd_update
+from mantrans.kernels.triton.swiglu import swiglu_backward, swiglu_forward
 
 __all__ = [
     "adamw_update",

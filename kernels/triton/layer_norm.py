@@ -10,49 +10,28 @@
 
 db is the gradient of the branch's last bias: x = residual + branch, so dx is the branch's gradient.
 
-Both directions read whole rows once into registers, in tiles of several rows so that many loads are
-in flight at a time. Sums are float32. The mean is kept in float64: a large one, rounded to
-float32, would shift all deviations from it. The backward runs a fixed number of programs, each with
-many rows: its share of dγ, dβ and db stays in registers, one sum per element of the tile, until its
-last row, then is added to one row of partial sums (see `partials`). So the gradient has the same
-bits in every run, and the number of rows changes nothing but the grid.
+Both directions read whole rows once (see `norm_tiles`). Sums are float32. The mean is kept in
+float64: a large one, rounded to float32, would shift all deviations from it.
 """
 
 from __future__ import annotations
-
-from functools import partial
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from mantrans.kernels.triton.launch import (
-    cdiv,
-    check_tensor,
-    launch,
-    multiprocessors,
-    next_power_of_two,
-    refuse,
+from mantrans.kernels.triton.launch import check_tensor
+from mantrans.kernels.triton.norm_tiles import (
+    check_rows,
+    check_statistic,
+    check_vectors,
+    launch_backward,
+    launch_forward,
+    load_row_vector,
+    load_sum,
+    store_sums,
 )
-from mantrans.kernels.triton.partials import check_vector_gradient, most_programs, rows_for
-
-MAX_WIDTH = 8192  # a row must fit into the registers of one program
-COLUMNS_A_WARP = 256  # 32 lanes with 8 bf16 (16 bytes) each
-MAX_WARPS = 16
-# Elements per lane of each tensor: two 16-byte loads of bf16 of each in flight, and in the backward
-# enough registers for three sums.
-ELEMENTS_A_LANE = 16
-# Of the backward. With up to 128 registers per lane, 16 warps are resident. A program has at least
-# four of them, because each program needs a row of partial sums.
-WARPS_A_MULTIPROCESSOR = 16
-MIN_BACKWARD_WARPS = 4
-
-
-@triton.jit
-def load_row_vector(ptr, columns, in_columns):
-    """γ or β as float32, shape (1, BLOCK_COLUMNS)."""
-    return tl.load(ptr + columns, mask=in_columns, other=0.0).to(tl.float32)[None, :]
 
 
 @triton.jit(do_not_specialize=["n_rows"])
@@ -89,15 +68,7 @@ def layer_norm_forward_kernel(
     in_columns = columns < n_columns
     offsets = rows[:, None] * n_columns + columns[None, :]
     mask = in_rows[:, None] & in_columns[None, :]
-
-    if branch_ptr is None:
-        x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    else:
-        branch = tl.load(branch_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-        residual = tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-        rounded = (residual + branch).to(x_ptr.dtype.element_ty)
-        tl.store(x_ptr + offsets, rounded, mask=mask)
-        x = rounded.to(tl.float32)  # normalize the rounded x, which the backward reads
+    x = load_sum(x_ptr, branch_ptr, residual_ptr, offsets, mask)
 
     share = 1.0 / n_columns
     mean = tl.sum(x * share, 1)
@@ -116,16 +87,6 @@ def layer_norm_forward_kernel(
     tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=mask)
     tl.store(mean_ptr + rows, mean.to(tl.float64) + rest, mask=in_rows)
     tl.store(rstd_ptr + rows, rstd, mask=in_rows)
-
-
-@triton.jit
-def store_sums(rows_ptr, tile, program, stride, columns, in_columns, ACCUMULATE: tl.constexpr):
-    """Add the column sums of tile (BLOCK_ROWS, BLOCK_COLUMNS) to row `program`, or overwrite it."""
-    ptrs = rows_ptr + program.to(tl.int64) * stride + columns
-    sums = tl.sum(tile, 0)
-    if ACCUMULATE:
-        sums += tl.load(ptrs, mask=in_columns, other=0.0)
-    tl.store(ptrs, sums, mask=in_columns)
 
 
 @triton.jit(do_not_specialize=["n_rows", "n_programs"])
@@ -198,35 +159,11 @@ def layer_norm_backward_kernel(
             dbranch_bias += tl.where(mask, rounded.to(tl.float32), 0.0)
 
     store_sums(dweight_ptr, dweight, program, stride, columns, in_columns, ACCUMULATE)
-    if dbias_ptr is not None:
-        store_sums(dbias_ptr, dbias, program, stride, columns, in_columns, ACCUMULATE)
-    if dbranch_bias_ptr is not None:
-        store_sums(dbranch_bias_ptr, dbranch_bias, program, stride, columns, in_columns, ACCUMULATE)
+    store_sums(dbias_ptr, dbias, program, stride, columns, in_columns, ACCUMULATE)
+    store_sums(dbranch_bias_ptr, dbranch_bias, program, stride, columns, in_columns, ACCUMULATE)
 
 
 # ---------------------------------------------------------------------------------- launchers
-
-
-def tile(n_columns: int, min_warps: int = 1) -> tuple[int, int, int]:
-    """(BLOCK_ROWS, BLOCK_COLUMNS, warps): the warps are side by side along a row."""
-    block_columns = next_power_of_two(n_columns)
-    warps = min(MAX_WARPS, max(min_warps, block_columns // COLUMNS_A_WARP))
-    return max(1, 32 * ELEMENTS_A_LANE * warps // block_columns), block_columns, warps
-
-
-def backward_tile(n_columns: int) -> tuple[int, int, int]:
-    """The same for the backward. With the most warps a lane has 128 registers: room for three sums
-    of one row, not of two."""
-    block_rows, block_columns, warps = tile(n_columns, MIN_BACKWARD_WARPS)
-    return (1 if warps == MAX_WARPS else block_rows), block_columns, warps
-
-
-def check_width(argument: str, x: Tensor) -> int:
-    """The row length C of x; refuses more than MAX_WIDTH."""
-    check_tensor(argument, x)
-    if x.dim() == 0 or not 1 <= x.shape[-1] <= MAX_WIDTH:
-        refuse(argument, f"shape {tuple(x.shape)}", f"a last axis of 1 to {MAX_WIDTH}")
-    return x.shape[-1]
 
 
 def normalize(
@@ -243,28 +180,11 @@ def normalize(
     if bias is not None:
         check_tensor("bias", bias, shape=(C,), device=x.device)
     N = x.numel() // C
-    block_rows, block_columns, warps = tile(C)
     y = torch.empty_like(x)
     mean = torch.empty(N, dtype=torch.float64, device=x.device)
     rstd = torch.empty(N, dtype=torch.float32, device=x.device)
-    launch(
-        layer_norm_forward_kernel,
-        (cdiv(N, block_rows),),
-        x,
-        branch,
-        residual,
-        weight,
-        bias,
-        y,
-        mean,
-        rstd,
-        N,
-        C,
-        eps,
-        BLOCK_ROWS=block_rows,
-        BLOCK_COLUMNS=block_columns,
-        num_warps=warps,
-    )
+    arguments = (x, branch, residual, weight, bias, y, mean, rstd)
+    launch_forward(layer_norm_forward_kernel, y, *arguments, eps=eps)
     return y, mean, rstd
 
 
@@ -279,7 +199,7 @@ def layer_norm_forward(
     squares are not finite y is NaN.
     Raises ValueError for another dtype, shape, stride or device.
     """
-    check_width("x", x)
+    check_rows("x", x)
     return normalize(x, None, None, weight, bias, eps)
 
 
@@ -291,10 +211,7 @@ def add_layer_norm_forward(
     branch, residual (..., C) of one dtype; the rest as in `layer_norm_forward`.
     Returns y (..., C), x (..., C), mean (N,), rstd (N,).
     """
-    check_width("residual", residual)
-    check_tensor(
-        "branch", branch, shape=residual.shape, dtype=residual.dtype, device=residual.device
-    )
+    check_rows("residual", residual, branch=branch)
     x = torch.empty_like(residual)
     y, mean, rstd = normalize(x, branch, residual, weight, bias, eps)
     return y, x, mean, rstd
@@ -318,67 +235,12 @@ def layer_norm_backward(
     dweight, dbias, dbranch_bias (C,) float32, or partial sums (P, C), all of one row stride.
     Returns dx (..., C). Raises ValueError for another dtype, shape, stride or device.
     """
-    C = check_width("x", x)
-    N = x.numel() // C
-    check_backward(dy, x, weight, mean, rstd, dresidual)
-    vectors = check_vectors(C, x.device, dweight, dbias, dbranch_bias)
-    block_rows, block_columns, warps = backward_tile(C)
-    resident = max(1, WARPS_A_MULTIPROCESSOR // warps) * multiprocessors(x.device)
-    n_programs = min(cdiv(N, block_rows), resident, most_programs(*vectors) or resident)
+    C = check_rows("x", x, dy=dy, dresidual=dresidual)
+    check_tensor("weight", weight, shape=(C,), device=x.device)
+    check_statistic("mean", mean, x, torch.float64)
+    check_statistic("rstd", rstd, x, torch.float32)
+    vectors = check_vectors(x, dweight, dbias=dbias, dbranch_bias=dbranch_bias)
     dx = torch.empty_like(x)
-    with rows_for(n_programs, *vectors) as rows:
-        launch(
-            layer_norm_backward_kernel,
-            (n_programs,),
-            dy,
-            x,
-            weight,
-            mean,
-            rstd,
-            dresidual,
-            dx,
-            *rows.tensors,
-            N,
-            C,
-            n_programs,
-            rows.stride,
-            ACCUMULATE=rows.accumulate,
-            BLOCK_ROWS=block_rows,
-            BLOCK_COLUMNS=block_columns,
-            num_warps=warps,
-        )
+    arguments = (dy, x, weight, mean, rstd, dresidual, dx)
+    launch_backward(layer_norm_backward_kernel, dx, *arguments, vectors=vectors)
     return dx
-
-
-def check_backward(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    dresidual: Tensor | None,
-) -> None:
-    """Refuse arguments of `layer_norm_backward` that do not fit x."""
-    C, device = x.shape[-1], x.device
-    check_activation = partial(check_tensor, shape=x.shape, dtype=x.dtype, device=device)
-    check_activation("dy", dy)
-    check_tensor("weight", weight, shape=(C,), device=device)
-    rows = (x.numel() // C,)
-    check_tensor("mean", mean, shape=rows, dtype=torch.float64, device=device)
-    check_tensor("rstd", rstd, shape=rows, dtype=torch.float32, device=device)
-    if dresidual is not None:
-        check_activation("dresidual", dresidual)
-
-
-def check_vectors(
-    C: int, device: torch.device, dweight: Tensor, dbias: Tensor | None, dbranch_bias: Tensor | None
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The vectors' gradients; refuses any but all (C,), or all rows of one stride."""
-    check_vector_gradient("dweight", dweight, C, device)
-    for name, vector in (("dbias", dbias), ("dbranch_bias", dbranch_bias)):
-        if vector is None:
-            continue
-        check_vector_gradient(name, vector, C, device)
-        if vector.dim() != dweight.dim() or vector.stride(0) != dweight.stride(0):
-            refuse(name, f"strides {vector.stride()}", f"{dweight.stride()}, those of dweight")
-    return dweight, dbias, dbranch_bias
