@@ -16,9 +16,9 @@ from mantrans.config import Config
 from mantrans.errors import CheckpointError, MantransError
 from mantrans.records import read_records
 from mantrans.training.trainer import Trainer
+from tests.support.compare import assert_same_bits
 from tests.support.processes import Processes
 from tests.support.runs import (
-    assert_same,
     checkpoints,
     finish,
     metrics_file,
@@ -78,7 +78,7 @@ def test_interrupted_and_resumed(
         finish(config(folder), prepared)
         resumed = finish(config(folder), with_bad_steps, resume="latest")
         assert resumed.progress.step == unbroken.total_steps
-        assert_same(outcome(folder), expected, f"stopped after {stop}")
+        assert_same_bits(outcome(folder), expected, f"stopped after {stop}")
     record_property("places of interruption", len(stops))
 
 
@@ -116,7 +116,7 @@ def test_killed_at_random_moments(
             child.kill()
         ended = child.wait()
         if ended.status == 0:
-            assert_same(outcome(folder), expected)
+            assert_same_bits(outcome(folder), expected)
             finished += 1
             continue
         assert ended.status == -signal.SIGKILL, ended.text
