@@ -33,7 +33,7 @@ MODELS: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
     "GPT-2 124M": ((768, 12, 12, 3072, 50304), {}),
     "GPT-2 350M": ((1024, 24, 16, 4096, 50304), {}),
     "tiny": ((32, 2, 2, 64, 4096), {}),
-    "Llama, seed-sized": ((256, 4, 4, 704, 4096), LLAMA),
+    "Llama 4M": ((256, 4, 4, 704, 4096), LLAMA),
     "Llama 15M": ((288, 6, 6, 768, 4096), LLAMA),
     "SmolLM2 135M": ((576, 30, 9, 1536, 49152), {**LLAMA, "n_kv_heads": 3, "rope_theta": 1e5}),
     "Qwen2.5 0.5B": (

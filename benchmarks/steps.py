@@ -88,7 +88,7 @@ def cases(quick: bool) -> list[Case]:
             Case("GPT-2 350M", 8, 1024, candidates=everybody),
             Case("Qwen2.5 0.5B", 16, 1024, candidates=few),
             Case("SmolLM2 135M", 16, 1024, candidates=few),
-            Case("Llama, seed-sized", 64, 256, candidates=few),
+            Case("Llama 4M", 64, 256, candidates=few),
             Case("GPT-2 124M", 16, 1024, 8, candidates=everybody),
             Case("seed-sized", 64, 256, 8, candidates=everybody),
             *(Case("GPT-2 124M", 16384 // T, T, candidates=few) for T in (8192, 256, 4096, 2048)),
@@ -97,14 +97,14 @@ def cases(quick: bool) -> list[Case]:
     if not machine.has_native_bfloat16():
         return [
             in_float32,
-            Case("Llama, seed-sized", 16, 256, 1, "float32", few),
+            Case("Llama 4M", 16, 256, 1, "float32", few),
             Case("Llama 15M", 8, 256, 1, "float32", few),
             Case("seed-sized", 4, 1024, 1, "float32", few),
         ]
     return [
         Case("seed-sized", 16, 256, candidates=everybody),
         in_float32,
-        Case("Llama, seed-sized", 16, 256, candidates=few),
+        Case("Llama 4M", 16, 256, candidates=few),
         Case("Llama 15M", 8, 256, candidates=few),
         Case("seed-sized", 2, 256, 8, candidates=everybody),
         Case("TinyStories 33M", 2, 512, candidates=everybody),
