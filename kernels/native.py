@@ -18,6 +18,7 @@ from mantrans.kernels.reference import (
     CHUNK_ROWS,
     IGNORE_INDEX,
     attention_scale,
+    check_window,
     document_starts,
     flat_rows,
     head_sizes,
@@ -587,6 +588,7 @@ def decode_attention(
     kernel is slow in q's dtype, a few rows at a time, so that the copies stay in the cache."""
     if q.device.type != "cpu" or not q.numel():
         return reference.decode_attention(q, k_cache, v_cache, lengths, n_heads, n_kv_heads, window)
+    check_window(window)
     if window is not None and window < lengths.max():
         k_cache, v_cache = (_last_positions(x, lengths, window) for x in (k_cache, v_cache))
         lengths = lengths.clamp(max=window)

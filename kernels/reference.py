@@ -481,10 +481,18 @@ def window_starts(tokens: Tensor, window: int, document_start: Tensor | None = N
     document's first token if that is later: a `document_start` for `attention_forward`.
 
     tokens (B, T), of which only the shape counts; document_start (B, T) int32. Returns one such.
+    ValueError for a window below 1.
     """
+    check_window(window)
     first = torch.arange(tokens.shape[1], device=tokens.device, dtype=torch.int32) - (window - 1)
     first = first.clamp(min=0).expand(tokens.shape)
     return first.contiguous() if document_start is None else first.maximum(document_start)
+
+
+def check_window(window: int | None) -> None:
+    """ValueError unless a query sees at least its own key; None: all."""
+    if window is not None and window < 1:
+        raise ValueError(f"window: expected at least 1, got {window}")
 
 
 def document_starts(tokens: Tensor, end_of_text: int) -> Tensor:
@@ -580,6 +588,7 @@ def decode_attention(
     in `attention_forward`. window: only the last `window` of these keys are seen; None: all.
     The queries of a group are rows of one product. Returns out (B, H·D).
     """
+    check_window(window)
     B, T, width = k_cache.shape
     H_kv, D = head_sizes(q.shape[1] + 2 * width, n_heads, n_kv_heads)
     k, v = (widen(x).reshape(B, T, H_kv, D).transpose(1, 2) for x in (k_cache, v_cache))

@@ -24,6 +24,7 @@ head width, N keys of a block, S shares of a sequence; a "pair" is one (batch, q
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -31,6 +32,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mantrans.kernels.reference import check_window
 from mantrans.kernels.triton.attention_tiles import accepted_head_sizes, padded
 from mantrans.kernels.triton.launch import (
     cdiv,
@@ -45,6 +47,7 @@ LOG2_E = tl.constexpr(math.log2(math.e))
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # no number is less; -inf - -inf would be NaN
 
 BLOCK_ELEMENTS = 4096  # of a block of keys: 32 registers a thread for keys, as many for values
+SCATTERED_ELEMENTS = 2048  # where each element is loaded by itself: two registers more an address
 SMALLEST_SHARE = 256  # keys; less work than this is not worth a program
 PROGRAMS_PER_MULTIPROCESSOR = 4  # that the splitting aims at
 NUM_WARPS = 4
@@ -170,12 +173,15 @@ class Split(NamedTuple):
 LARGEST_SPLIT = 32  # shares of a sequence: one tile of merge_kernel
 
 
-def split(pairs: int, T: int, D: int, device: torch.device) -> Split:
+def split(pairs: int, T: int, D: int, caches: Sequence[Tensor]) -> Split:
     """Enough shares to fill the device, each with enough keys to be worth a program."""
     BLOCK_D = padded(D)
+    device = caches[0].device
+    starts = [D, *(n for x in caches for n in (x.data_ptr(), *x.stride()[:2]))]
+    elements = SCATTERED_ELEMENTS if any(n % 16 for n in starts) else BLOCK_ELEMENTS
     wanted = cdiv(PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(device), pairs)
     shares = max(1, min(wanted, cdiv(T, SMALLEST_SHARE), LARGEST_SPLIT))
-    return Split(BLOCK_D, BLOCK_ELEMENTS // BLOCK_D, shares)
+    return Split(BLOCK_D, elements // BLOCK_D, shares)
 
 
 def decode_attention(
@@ -202,10 +208,9 @@ def decode_attention(
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if not pairs:
         return out
+    check_window(window)
     window = T if window is None else min(window, T)
-    if window < 1:
-        refuse("window", window, "at least 1, or None")
-    BLOCK_D, N, shares = split(pairs, window, D, q.device)
+    BLOCK_D, N, shares = split(pairs, window, D, (k_cache, v_cache))
     partial = torch.empty((pairs, shares, D), dtype=torch.float32, device=q.device)
     statistics = torch.empty((pairs, shares, 2), dtype=torch.float32, device=q.device)
     launch(

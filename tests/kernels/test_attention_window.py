@@ -216,8 +216,6 @@ def test_triton_decoding_splits_the_window_alone() -> None:
     lengths = torch.full((B,), window)
     alone = triton.decode_attention(q, *(x[:, -window:].contiguous() for x in (k, v)), lengths, H)
     assert out.equal(alone)
-    with pytest.raises(ValueError, match=r"^window: expected at least 1, or None, got 0$"):
-        triton.decode_attention(q, k, v, i["lengths"], H, window=0)
 
 
 # -------------------------------------------------------------------------------------- decoding
@@ -265,3 +263,12 @@ def test_decoding_with_a_window_follows_windowed_attention(ops: Any, dtype: torc
             q[:, t].contiguous(), k.clone(), v.clone(), lengths, H, H_kv, window=window
         )
         assert_close(out, whole[:, t], NATIVE[dtype])
+
+
+@pytest.mark.parametrize("ops", [reference, native, triton], ids=["reference", "native", "triton"])
+def test_a_window_without_keys_is_refused(ops: Any) -> None:
+    q, cache = torch.zeros(1, 4), torch.zeros(1, 3, 4)
+    with pytest.raises(ValueError, match=r"^window: expected at least 1, got 0$"):
+        ops.decode_attention(q, cache, cache, torch.tensor([2]), 1, window=0)
+    with pytest.raises(ValueError, match=r"^window: expected at least 1, got -3$"):
+        ops.window_starts(torch.zeros(1, 3), -3)

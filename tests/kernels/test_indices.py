@@ -13,7 +13,16 @@ from torch import Tensor
 from triton.runtime import interpreter
 
 from mantrans.kernels import native, reference, triton
-from mantrans.kernels.triton import attention_tiles, embedding, gelu, layer_norm, rms_norm, swiglu
+from mantrans.kernels.triton import (
+    attention_tiles,
+    embedding,
+    gelu,
+    layer_norm,
+    norm_rotary,
+    rms_norm,
+    rotary,
+    swiglu,
+)
 from mantrans.kernels.triton import partials as partial_sums
 from mantrans.kernels.triton.bias_gradient import BLOCK_COLUMNS, column_sums_kernel
 from tests.support.compare import assert_close
@@ -169,3 +178,41 @@ def test_embedding_positions_beyond_the_last_int32() -> None:
 def test_attention_refuses_what_int32_cannot_count() -> None:
     with pytest.raises(ValueError, match="qkv: expected T · n_heads / n_kv_heads of at most"):
         triton.attention_forward(torch.zeros(1, 1, 10 * 16).expand(1, 2**28, 160), 8, None, 1)
+
+
+@pytest.mark.parametrize("n_rows", [FAR // 6 + 5, FAR + 5])
+def test_rotary_beyond_the_last_int32(n_rows: int) -> None:
+    """Elements, heads counted through all rows, and rows; the last program's only tile."""
+    T, H, H_kv, D, block = 8, 1, 1, 2, 1024
+    generator = torch.Generator().manual_seed(0)
+    last = torch.randn(3, 3 * D, generator=generator).bfloat16()
+    positions = torch.arange(n_rows - 3, n_rows) % T
+    cos, sin = torch.randn(2, T, D // 2, generator=generator)
+    gains = torch.randn(2, D, generator=generator)
+    x, y, dy = (untouched(n_rows, 3 * D) for _ in range(3))
+    rstd = untouched(n_rows, H + H_kv, dtype=torch.float32)
+    shapes = {"HALF": D // 2, "BLOCK_HEADS": block, "BLOCK_HALF": 1}
+    table = cos[positions], sin[positions]
+
+    x[-3:] = last
+    run(rotary.rotary_kernel, ((n_rows * 2 - 1) // block,), x, cos, sin, None, n_rows, 2, T, 3 * D,
+        BACK=False, **shapes)  # fmt: skip
+    assert_close(x[-3:], reference.rotary_forward(last[None], *table, H)[0], 4e-3)
+
+    x[-3:], dy[-3:] = last, last.flip(0)
+    run(norm_rotary.norm_rotary_forward_kernel, ((n_rows * 3 - 1) // block,), y, x, *gains, rstd,
+        cos, sin, None, n_rows, H, H + H_kv, H + 2 * H_kv, T, 3 * D, 1e-5, **shapes)  # fmt: skip
+    want, want_rstd = reference.norm_rotary_forward(last[None], *gains, *table, 1e-5, H)
+    assert_close(y[-3:], want[0], 4e-3)
+    assert_close(rstd[-3:], want_rstd, 1e-6)
+
+    tiles = -(-n_rows // block)  # of q, and as many of k
+    dq, dk = (untouched(tiles, D, dtype=torch.float32) for _ in range(2))
+    run(norm_rotary.norm_rotary_backward_kernel, (tiles - 1,), dy, x, *gains, rstd, cos, sin, dq,
+        dk, n_rows, H, H_kv, T, tiles, tiles, 3 * D, D, ACCUMULATE=False, **shapes)  # fmt: skip
+    sums = torch.zeros(2, D)
+    want = reference.norm_rotary_backward(
+        last.flip(0)[None], last[None], *gains, want_rstd, *table, *sums, H
+    )
+    assert_close(dy[-3:], want[0], 4e-3)
+    assert_close(torch.stack((dq[-1], dk[-1])), sums, 2e-6)
