@@ -21,7 +21,8 @@ from mantrans.errors import ConfigError, DataError, MantransError
 from mantrans.training.summary import summary
 from mantrans.training.trainer import Trainer
 from tests.support import families
-from tests.support.runs import GOLDEN, assert_same, outcome, small, stop_after
+from tests.support.compare import assert_same_bits
+from tests.support.runs import GOLDEN, outcome, small, stop_after
 
 transformers = pytest.importorskip("transformers", reason="it makes the folder")
 GOLDEN_TOKENIZER = load_tokenizer(GOLDEN / "tokenizer")
@@ -167,7 +168,7 @@ def test_a_resumed_run_needs_no_folder_and_is_exact(tmp_path, tokens, pretrained
     if given == "the checkpoint's config":
         config = Config.from_dict(state_file.load(latest)["config"])
     train(config, resume="latest")
-    assert_same(outcome(tmp_path / "parts"), outcome(tmp_path / "whole"))
+    assert_same_bits(outcome(tmp_path / "parts"), outcome(tmp_path / "whole"))
     for command in (
         ["generate", "--checkpoint", str(latest), "--prompt", "One", "--max-length", "9"],
         ["evaluate", "--checkpoint", str(latest), "--max-batches", "1"],
