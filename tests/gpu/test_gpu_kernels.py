@@ -86,7 +86,7 @@ def other_cases() -> Iterator[Case]:
 def rotary_cases() -> Iterator[Case]:
     """Widths of one and of several 16-byte loads, and of none; groups; one position and many."""
     for dtype in ALL:
-        for D in (10, 64, 96, 128, 256):
+        for D in (10, 64, 96, 128, 256) if dtype == torch.bfloat16 else (64, 96):
             for T in (1, 1000):
                 yield "rotary", dtype, STANDARD._replace(T=T, H=6, H_kv=2, D=D)
     for H, H_kv, D in ((14, 2, 64), (16, 8, 128)):  # Qwen2.5-0.5B's and Qwen3-0.6B's
