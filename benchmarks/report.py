@@ -143,9 +143,9 @@ def factor(value: float) -> str:
     return f"**{value:.2f}×**" if round(value, 2) < 1 else f"{value:.2f}×"
 
 
-def markdown(header: Sequence[str], rows: Iterable[Sequence[str]], text: int) -> str:
-    """A table whose first `text` columns are text and whose others are numbers."""
-    rule = ["---"] * text + ["---:"] * (len(header) - text)
+def markdown(header: Sequence[str], rows: Iterable[Sequence[str]], numbers: Sequence[int]) -> str:
+    """A table whose columns `numbers` are numbers, flush right."""
+    rule = ["---:" if place in numbers else "---" for place in range(len(header))]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in [header, rule, *rows])
 
 
@@ -171,7 +171,7 @@ def table_of_steps(data: pd.DataFrame) -> str:
         "machine", "model", "ours, ms (p20–p80)", "tokens/s", "peak MiB",
         "times as fast as (their peak MiB)",
     )  # fmt: skip
-    return markdown(header, lines, text=2)
+    return markdown(header, lines, numbers=(2, 3, 4))
 
 
 def title(operation: str, size: str, dtype: str) -> str:
@@ -265,7 +265,7 @@ def table_of_operations(data: pd.DataFrame) -> str:
         "ours at its worst",
         "at its best",
     )
-    return markdown(header, lines, text=6)
+    return markdown(header, lines, numbers=(2, 3))
 
 
 def _who(other: Any) -> str:

@@ -1,4 +1,5 @@
-"""The command line: mantrans train | evaluate | summary | generate | tokenizer | report | convert.
+"""The command line: mantrans train | evaluate | summary | generate | tokenizer | report | export |
+convert.
 
 Each command parses its arguments, then imports and calls the module that does the work, so that
 `--help` does not import torch. Only `main` turns an error into a line and an exit status. train.py,
@@ -276,6 +277,25 @@ def report(arguments: list[str]) -> int:
     return 0
 
 
+def export(arguments: list[str]) -> int:
+    """write a model for transformers or llama.cpp"""
+    parser = Parser(
+        "mantrans export",
+        description="Write a checkpoint's model and its tokenizer as a folder that transformers "
+        "reads, or with --gguf as the file that llama.cpp reads.",
+    )
+    add = parser.add_argument
+    add("--checkpoint", type=Path, required=True, help="a model that train.py saved")
+    add("--output", type=Path, required=True, help="the folder, or the file, to write")
+    add("--gguf", action="store_true", help="a GGUF file (needs the package gguf)")
+    options = parser.parse_args(arguments)
+    from mantrans.inference.export import export as write
+
+    write(options.checkpoint, options.output, options.gguf)
+    terminal.show(str(options.output))
+    return 0
+
+
 def convert(arguments: list[str]) -> int:
     """convert a checkpoint of the first format to the current one"""
     parser = Parser(
@@ -294,7 +314,7 @@ def convert(arguments: list[str]) -> int:
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     command.__name__: command
-    for command in (train, evaluate, summary, generate, tokenizer, report, convert)
+    for command in (train, evaluate, summary, generate, tokenizer, report, export, convert)
 }
 
 

@@ -185,7 +185,8 @@ class CustomTransformerWrapper:
         if labels is None:
             return {"logits": logits}
         targets = shift(self._checked_labels(labels, input_ids)).flatten()
-        flat = logits.reshape(len(targets), -1)
+        # without the padding of the vocabulary's last rows, as kernels read it
+        flat = logits.reshape(len(targets), -1).contiguous()
         losses, _ = self.model.ops.cross_entropy_forward(flat, targets, self.config.vocab_size)
         return {"logits": logits, "loss": losses.sum() * mean_scale(targets, losses.dtype)}
 

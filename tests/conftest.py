@@ -1,12 +1,14 @@
-"""One process runs Triton's kernels either interpreted or compiled: what `pytest` does here.
+"""Interprets Triton's kernels or compiles them, and shows how long each folder of tests took.
 
-A run interprets, on the CPU, unless every path it is given lies in a folder of COMPILED. Those
-folders are left out of an interpreted run: `make test` starts a second process for them.
+A process does one or the other. A run interprets, on the CPU, unless every path it is given lies in
+a folder of COMPILED. Those folders are left out of an interpreted run: `make test` starts a second
+process for them.
 """
 
 from __future__ import annotations
 
 import os
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -50,3 +52,16 @@ def pytest_report_header(config: pytest.Config) -> str:
     if INTERPRETED in config.stash:
         return "triton: interpreted; what compiles is run by `pytest tests/gate tests/gpu`"
     return "triton: compiled"
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Seconds of all cases and fixtures of a folder. An issue may add 40 to `make test`."""
+    seconds: Counter[str] = Counter()
+    for reports in terminalreporter.stats.values():
+        for report in (r for r in reports if isinstance(r, pytest.TestReport)):
+            seconds[str(Path(report.nodeid.partition("::")[0]).parent)] += report.duration
+    if len(seconds) > 1:
+        terminalreporter.section("seconds a folder")
+        for folder in sorted(seconds):
+            terminalreporter.write_line(f"{seconds[folder]:8.1f}  {folder}")
+        terminalreporter.write_line(f"{seconds.total():8.1f}  together")

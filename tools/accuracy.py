@@ -1,6 +1,7 @@
 """Every operation's largest error against float64, beside that of PyTorch's own in the same dtype.
 
     python -m tools.accuracy --write docs/accuracy.md     on a CPU, Triton interpreted
+    python -m tools.accuracy --results                    each result of an operation apart
     python -m tools.accuracy --device cuda                on a GPU
 
 The operations are those of `mantrans.kernels.operations`, on ordinary and on hard inputs; the exact
@@ -387,16 +388,19 @@ def shown(value: float) -> str:
     return f"{value:.1f}" if value < 100 else f"{value:.0e}".replace("e+0", "e").replace("e+", "e")
 
 
-Found = dict[tuple[str, str, str, bool], float]  # output, dtype, column, ordinary -> largest error
+Found = dict[tuple[str, str, str, bool], float]  # line, dtype, column, ordinary -> largest error
 
 
-def cell(found: Found, output: str, dtype: str, column: str) -> str:
-    ordinary, hard = (shown(found[output, dtype, column, easy]) for easy in (True, False))
+def cell(found: Found, line: str, dtype: str, column: str) -> str:
+    ordinary, hard = (shown(found[line, dtype, column, easy]) for easy in (True, False))
     return ordinary if dtype == "float64" else f"{ordinary} · {hard}"
 
 
-def table(backends: Sequence[str], device: torch.device) -> tuple[list[str], list[str]]:
-    """The table's lines, and the broken promises."""
+def table(
+    backends: Sequence[str], device: torch.device, results: bool
+) -> tuple[list[str], list[str]]:
+    """The table's lines, and the broken promises. results: a line a result, not a line an
+    operation, which has the largest error of all its results."""
     columns = [
         (dtype, column)
         for dtype in DTYPES
@@ -404,8 +408,8 @@ def table(backends: Sequence[str], device: torch.device) -> tuple[list[str], lis
         if dtype != "float64" or column not in ("PyTorch", "triton")
     ]
     lines = [
-        "| operation | result | " + " | ".join(" ".join(names) for names in columns) + " |",
-        "|---" * (len(columns) + 2) + "|",
+        "| operation | " + " | ".join(" ".join(names) for names in columns) + " |",
+        "|---" * (len(columns) + 1) + "|",
     ]
     broken: list[str] = []
     for case in CASES:
@@ -416,11 +420,12 @@ def table(backends: Sequence[str], device: torch.device) -> tuple[list[str], lis
                 broken += broken_promises(case, DTYPES[dtype], kind, errors)
                 for output, values in errors.items():
                     for column, value in values.items():
-                        key = (output, dtype, column, kind == "ordinary")
+                        line = f"{case.name} {output}" if results else case.name
+                        key = (line, dtype, column, kind == "ordinary")
                         found[key] = max(found.get(key, 0.0), value)
-        for output in dict.fromkeys(key[0] for key in found):
-            cells = " | ".join(cell(found, output, *where) for where in columns)
-            lines.append(f"| {case.name} | {output} | {cells} |")
+        for line in dict.fromkeys(key[0] for key in found):
+            cells = " | ".join(cell(found, line, *where) for where in columns)
+            lines.append(f"| {line} | {cells} |")
     return lines, broken
 
 
@@ -433,16 +438,19 @@ Written by `python -m tools.accuracy --write docs/accuracy.md`; do not edit.
 
 {kinds}
 
-The exact result is that of PyTorch's operation with autograd in float64, on the same, already
-rounded inputs. An error is measured in eps of the dtype (1.2e-7 in float32, 7.8e-3 in bfloat16)
-times the largest magnitude of its row of the exact result: rounding that result costs half an eps
-at most. For vectors, for the gradients of attention and for that of the output table it is the
-whole tensor's magnitude, for a loss, a norm or a moment its own. ∞: not finite.
+A line has the largest error of all results of its operation, gradients included; `python -m
+tools.accuracy --results` prints each apart, and the tests hold each to the promise.
+
+The exact result is PyTorch's with autograd in float64, on the same, already rounded inputs. An
+error is measured in eps of the dtype (1.2e-7 in float32, 7.8e-3 in bfloat16) times the largest
+magnitude of its row of the exact result: rounding that result costs half an eps at most. For
+vectors, for the gradients of attention and for that of the output table it is the whole tensor's
+magnitude, for a loss, a norm or a moment its own. ∞: not finite. In float64 the exact result is
+PyTorch's own, so that the columns say how far apart the two are.
 
 In bfloat16 our gradients of weights are float32, PyTorch's are bfloat16; masters, moments and the
-norm are float32 in both. In float64 the yardstick is PyTorch's own result in float64, so that the
-columns say how far apart the two are. Native, and all matrix products but the reference's, are
-PyTorch's kernels called without autograd.
+norm are float32 in both. Native, and all matrix products but the reference's, are PyTorch's kernels
+called without autograd.
 
 Measured on {device} with torch {torch}, Triton {triton}.
 
@@ -451,7 +459,7 @@ Measured on {device} with torch {torch}, Triton {triton}.
 
 def page(lines: list[str], device: torch.device) -> str:
     kinds = dict.fromkeys(kind for case in CASES for kind in case.kinds if kind != "ordinary")
-    cells = "A cell is the largest error on ordinary inputs · on hard ones: "
+    cells = "A cell is the error on ordinary inputs · on hard ones: "
     head = INTRODUCTION.format(
         promise=PROMISE,
         kinds=fill(f"{cells}{', '.join(kinds)}. In float64 only the first is shown.", 100),
@@ -467,13 +475,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--write", type=Path, metavar="FILE", help="where to write; else printed")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=BACKENDS)
+    parser.add_argument("--results", action="store_true", help="a line a result")
     options = parser.parse_args(arguments)
     device = torch.device(options.device)
     if device.type == "cpu" and "triton" in options.backends:
         from tests.support import interpreter
 
         interpreter.start()
-    lines, broken = table(options.backends, device)
+    lines, broken = table(options.backends, device, options.results)
     if options.write:
         options.write.write_text(page(lines, device), encoding="utf-8")
     else:

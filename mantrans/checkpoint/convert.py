@@ -30,7 +30,7 @@ def convert(old: str | Path, new: str | Path) -> None:
         with zipfile.ZipFile(old) as archive:
             if not _COMMENT.fullmatch(archive.comment) or archive.testzip():
                 raise zipfile.BadZipFile("its contents have changed, or another program wrote it")
-        state = torch.load(old, map_location="cpu", weights_only=True)
+        state = torch.load(old, map_location="cpu", weights_only=True)  # noqa: TID251
     except Exception as error:  # zipfile, pickle and torch raise many kinds for a broken file
         raise CheckpointError(
             f"{old}: expected an intact checkpoint of the first format, got one that cannot be "

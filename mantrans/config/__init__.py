@@ -233,6 +233,11 @@ class TrainingConfig(Section):
         pattern=r"^(?!.*\.pt$)[A-Za-z0-9][A-Za-z0-9._-]{0,99}$",
         form="a letter or digit, then up to 99 of letters, digits, . _ - (not ending in .pt)",
     )
+    init_from: FilePath | None = setting(
+        None,
+        "folder of a model of transformers to train on: its shape, its weights, and its tokenizer "
+        "unless data.tokenizer is given; null: new weights",
+    )
     seed: int = setting(0, "of the weights, the batches and the samples", ge=0, le=2**63 - 1)
     device: Text = setting(
         "auto",
@@ -435,9 +440,36 @@ class Config(Section):
         """Write every field, defaults included, as YAML, which `load` reads."""
         Path(path).write_text(strict_yaml.dump(self.to_dict()), encoding="utf-8")
 
+    def with_model(self, shape: dict[str, Any], source: str) -> Self:
+        """This configuration with a model of the shape of `source`, as keywords of `ModelConfig`,
+        and with the tokenizer of training.init_from, unless another is given.
+
+        Raises ConfigError where a field of the model that is given here is not that of `source`.
+        """
+        model = ModelConfig.complete({**shape, "dtype": self.model.dtype}, source)
+        expected = model.resolved()
+        given = self.model.model_dump(include=self.model.model_fields_set, exclude_none=True)
+        for name in given.keys() - {"dtype", "initializer_range"}:
+            if given[name] != expected[name]:
+                raise ConfigError(
+                    f"model.{name}: expected {show(expected[name])}, as {source} has, "
+                    f"got {show(given[name])}"
+                )
+        values = {**self.to_dict(), "model": model.model_dump()}
+        if "tokenizer" not in self.data.model_fields_set:
+            values["data"]["tokenizer"] = self.training.init_from
+        config = self.checked(values, "configuration")
+        if config.sequence_length > model.max_seq_len:
+            raise ConfigError(
+                f"data.max_length: expected at most the {model.max_seq_len} positions of {source}, "
+                f"got {config.sequence_length}"
+            )
+        return config
+
     @model_validator(mode="after")
     def _agree(self) -> Self:
-        if self.sequence_length > self.model.max_seq_len:
+        is_complete = self.training.init_from is None  # else the model is the folder's
+        if is_complete and self.sequence_length > self.model.max_seq_len:
             raise clash(self, "data.max_length", "at most {} ({})", "model.max_seq_len")
         if self.model.dtype in ("float32", "float64") and self.training.stochastic_rounding:
             raise clash(

@@ -43,6 +43,8 @@ ELSEWHERE = {
     "clip": "training.max_grad_norm",
     "wd": "training.weight_decay",
     "eps": "training.epsilon",
+    "model_name_or_path": "training.init_from",
+    "pretrained": "training.init_from",
     "name": "training.experiment_name",
     "run_name": "training.experiment_name",
     "eval_interval": "training.eval_every",

@@ -6,18 +6,24 @@ is unknown; text is neither normalized nor given a leading space, so that any te
 exactly; `<|endoftext|>` is the only special token. In a document this text is *never* read as the
 special token, so no document can end itself early; the end of a document is the number `eot_id`,
 which only `shards` appends. `tokenizer_tool` trains tokenizers.
+
+A model's own tokenizer, which comes with it, may be `foreign`: it may have more tokens that are
+added, its end of text may be another of ENDS, and it may bring text into Unicode's form NFC, as
+Qwen's do.
 """
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
+import unicodedata
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from operator import index
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import tokenizers
@@ -26,6 +32,8 @@ from mantrans.assets import ASSETS
 from mantrans.errors import DataError
 
 END_OF_TEXT = "<|endoftext|>"
+ENDS = (END_OF_TEXT, "<|end_of_text|>")  # the latter is Llama 3's; the first that there is, is used
+NFC: Final = "NFC"
 TOKENIZER_FILE = "tokenizer.json"
 MANIFEST_FILE = "manifest.json"
 OWN = Path("assets", "models", "tokenizers")  # of the current directory
@@ -48,20 +56,25 @@ class Tokenizer:
     text.
     """
 
-    def __init__(self, library: tokenizers.Tokenizer, name: str, source: str) -> None:
+    def __init__(
+        self, library: tokenizers.Tokenizer, name: str, source: str, foreign: bool = False
+    ) -> None:
         library.no_truncation()
         library.no_padding()
         library.encode_special_tokens = True  # "<|endoftext|>" in a text is text
         self.library = library
         self.name = name
         description = json.loads(library.to_str())
-        vocabulary = _vocabulary(library, source)
+        ends = ENDS if foreign else (END_OF_TEXT,)
+        vocabulary = _vocabulary(library, source, ends)
         self.vocab_size = len(vocabulary)
-        self.eot_id = vocabulary.index(END_OF_TEXT)
+        self.eot_id = next(vocabulary.index(end) for end in ends if end in vocabulary)
         self.token_bytes = np.array([len(token) for token in vocabulary], dtype=np.int64)
         self.token_bytes[self.eot_id] = 0
         self.hash = _canonical_hash(description, vocabulary)
-        _check_lossless(self, vocabulary, description, source)
+        _check_bytes(vocabulary, description, source)
+        _check_added(description, source, foreign)
+        _check_lossless(self, description, source, foreign)
 
     def encode(self, text: str) -> list[int]:
         """The tokens of `text`, without special tokens."""
@@ -93,6 +106,16 @@ class Tokenizer:
                     f"got {number}"
                 )
         return self.library.decode(numbers, skip_special_tokens=False)
+
+    def padded(self, vocab_size: int) -> Tokenizer:
+        """This tokenizer for a model of at least as many rows, some of which stand for no token: no
+        text has their ids, which decode to nothing."""
+        if vocab_size == self.vocab_size:
+            return self
+        larger = copy.copy(self)
+        larger.vocab_size = vocab_size
+        larger.token_bytes = np.pad(self.token_bytes, (0, vocab_size - self.vocab_size))
+        return larger
 
     def __repr__(self) -> str:
         return f"Tokenizer({self.name!r}, vocab_size={self.vocab_size}, hash={self.hash[:12]})"
@@ -138,6 +161,20 @@ def _find(name: str) -> Tokenizer:
     )
 
 
+def tokenizer_from_text(text: str, name: str, source: str) -> Tokenizer:
+    """The foreign tokenizer of a `tokenizer.json` with this content; errors as `load_tokenizer`."""
+    try:
+        library = tokenizers.Tokenizer.from_str(text)
+    except Exception as error:  # the library raises bare Exception
+        raise _damaged(Path(source), str(error)) from None
+    return Tokenizer(library, name, source, foreign=True)
+
+
+def foreign_tokenizer(folder: str | Path) -> Tokenizer:
+    """The tokenizer that comes with a model in a folder. DataError as for `load_tokenizer`."""
+    return _from_folder(Path(folder), foreign=True)
+
+
 def known_names() -> list[str]:
     """The names of the tokenizers on this disk."""
     return sorted(
@@ -157,7 +194,7 @@ def write_manifest(folder: Path, tokenizer: Tokenizer, facts: dict[str, Any]) ->
     (folder / MANIFEST_FILE).write_text(text, encoding="utf-8")
 
 
-def _from_folder(folder: Path) -> Tokenizer:
+def _from_folder(folder: Path, foreign: bool = False) -> Tokenizer:
     """Read a folder of either kind; the library's message about a bad file becomes one line."""
     file = folder / TOKENIZER_FILE
     vocab, merges = folder / "vocab.json", folder / "merges.txt"
@@ -180,7 +217,7 @@ def _from_folder(folder: Path) -> Tokenizer:
         raise
     except Exception as error:  # the library raises bare Exception
         raise _damaged(file, str(error)) from None
-    return Tokenizer(library, folder.resolve().name, str(file))
+    return Tokenizer(library, folder.resolve().name, str(file), foreign)
 
 
 def _gpt2_library(vocab: Path, merges: Path) -> tokenizers.Tokenizer:
@@ -229,7 +266,7 @@ def _gpt2_from_hub() -> Tokenizer:
         raise _damaged(Path(file), str(error)) from None
 
 
-def _vocabulary(library: tokenizers.Tokenizer, source: str) -> list[str]:
+def _vocabulary(library: tokenizers.Tokenizer, source: str, ends: tuple[str, ...]) -> list[str]:
     """Tokens by id; checks that ids are 0, 1, 2, … and that the end of text is among them."""
     by_text = library.get_vocab(with_added_tokens=True)
     tokens = sorted(by_text, key=by_text.__getitem__)
@@ -241,8 +278,8 @@ def _vocabulary(library: tokenizers.Tokenizer, source: str) -> list[str]:
                 f"expected token ids 0 to {len(ids) - 1}, each once, got {found} in place of "
                 f"{expected}",
             )
-    if END_OF_TEXT not in by_text:
-        raise _damaged(Path(source), f"it has no token {END_OF_TEXT}")
+    if not any(end in by_text for end in ends):
+        raise _damaged(Path(source), f"it has no token {' or '.join(ends)}")
     return tokens
 
 
@@ -254,14 +291,13 @@ def _canonical_hash(description: dict[str, Any], vocabulary: list[str]) -> str:
     ]
     splitting = description.get("pre_tokenizer") or {}
     splitting = {key: value for key, value in splitting.items() if key != "trim_offsets"}
-    content = json.dumps([vocabulary, merges, splitting], sort_keys=True, separators=(",", ":"))
+    parts = [vocabulary, merges, splitting] + ([NFC] if _is_nfc(description) else [])
+    content = json.dumps(parts, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(content.encode()).hexdigest()
 
 
-def _check_lossless(
-    tokenizer: Tokenizer, vocabulary: list[str], description: dict[str, Any], source: str
-) -> None:
-    """Refuse a tokenizer that lacks a byte, or that does not restore texts exactly."""
+def _check_bytes(vocabulary: list[str], description: dict[str, Any], source: str) -> None:
+    """Refuse a tokenizer that lacks a byte."""
     if description["model"].get("type") != "BPE":
         raise _damaged(Path(source), f"it is {description['model'].get('type')}, not BPE")
     missing = set(tokenizers.pre_tokenizers.ByteLevel.alphabet()) - set(vocabulary)
@@ -269,16 +305,39 @@ def _check_lossless(
         raise _damaged(
             Path(source), f"{len(missing)} of the 256 byte tokens are missing: not byte-level BPE"
         )
-    extra = [token["content"] for token in description.get("added_tokens", [])]
-    if set(extra) - {END_OF_TEXT}:
+
+
+def _check_added(description: dict[str, Any], source: str, foreign: bool) -> None:
+    """Refuse added tokens that no text can be trusted with."""
+    added = description.get("added_tokens", [])
+    extra = {token["content"] for token in added} - {END_OF_TEXT}
+    if extra and not foreign:
         raise _damaged(
             Path(source), f"it has added tokens besides {END_OF_TEXT}: {sorted(extra)[:3]}"
         )
+    for token in added:
+        # One that is not special is found in texts, where it must not take spaces with it.
+        if not token["special"] and (token["lstrip"] or token["rstrip"]):
+            raise _damaged(Path(source), f"its token {token['content']!r} takes spaces with it")
+
+
+def _check_lossless(
+    tokenizer: Tokenizer, description: dict[str, Any], source: str, foreign: bool
+) -> None:
+    """Refuse a tokenizer that does not restore texts exactly."""
     for probe in _PROBES:
+        restored = probe
+        if foreign and _is_nfc(description):
+            restored = unicodedata.normalize(NFC, probe)
         ids = tokenizer.encode(probe)
-        lossless = ids and max(ids) < len(vocabulary) and tokenizer.eot_id not in ids
-        if not lossless or tokenizer.decode(ids) != probe:
+        lossless = ids and max(ids) < tokenizer.vocab_size and tokenizer.eot_id not in ids
+        if not lossless or tokenizer.decode(ids) != restored:
             raise _damaged(Path(source), f"it does not restore the text {probe!r} exactly")
+
+
+def _is_nfc(description: dict[str, Any]) -> bool:
+    """Whether texts are brought into that form of Unicode before they are split."""
+    return description.get("normalizer") == {"type": NFC}
 
 
 def _check_size(file: Path) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mantrans import terminal
+from mantrans.checkpoint import state_file
 from mantrans.config import Config
 from mantrans.data.dataset import prepare, tokenized
 from mantrans.data.shards import TokenStream
@@ -79,7 +80,11 @@ def choose_config(arguments: argparse.Namespace, state: dict[str, Any]) -> Confi
                 f"checkpoint's), got {override}"
             )
     if arguments.config:
-        return Config.load(arguments.config, arguments.overrides)
+        config = Config.load(arguments.config, arguments.overrides)
+        if config.training.init_from is None:
+            return config
+        with state_file.understood(arguments.checkpoint):
+            return config.with_model(state["model_config"], str(arguments.checkpoint))
     return Config.from_dict(state["config"], str(arguments.checkpoint), arguments.overrides)
 
 

@@ -5,11 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from mantrans.checkpoint import state_file
 from mantrans.config import Config
-from mantrans.data.tokenizer import Tokenizer, load_tokenizer
+from mantrans.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_from_text
 from mantrans.errors import CheckpointError
 from mantrans.wrapper import CustomTransformerWrapper
+
+LARGEST_VOCABULARY = 2**24  # as model.vocab_size
 
 
 def load_trained(path: Path) -> dict[str, Any]:
@@ -32,9 +36,8 @@ def load_model(
     device: None for the config's training.device.
     Raises CheckpointError if the tokenizer or the model is not the checkpoint's.
     """
-    tokenizer = load_tokenizer(config.data.tokenizer)
     with state_file.understood(path):
-        refuse_other_tokenizer(state["tokenizer"], tokenizer)
+        tokenizer = tokenizer_of(state, config)
         check_vocabulary(state, tokenizer)
         wrapper = CustomTransformerWrapper.from_state_dict(
             state,
@@ -43,6 +46,35 @@ def load_model(
             inference=True,
         )
     return wrapper, tokenizer
+
+
+def tokenizer_of(state: dict[str, Any], config: Config) -> Tokenizer:
+    """The tokenizer of `config`, which must be the one of the checkpoint.
+
+    One that came with a folder (training.init_from) is in the checkpoint, and the folder is not
+    needed again; it has an id for each row of the model, as when the run began.
+    Raises CheckpointError if it is another, DataError if it cannot be used.
+    """
+    saved, chosen = state["tokenizer"], config.data.tokenizer
+    file = saved.get("file")
+    if file is not None and chosen == state["config"]["data"]["tokenizer"]:
+        text = bytes(file.numpy()).decode()
+        tokenizer = tokenizer_from_text(text, saved["name"], f"{chosen} (in the checkpoint)")
+    else:
+        tokenizer = load_tokenizer(chosen)
+    refuse_other_tokenizer(saved, tokenizer)
+    rows = state["model_config"]["vocab_size"]
+    is_padded = type(rows) is int and tokenizer.vocab_size < rows <= LARGEST_VOCABULARY
+    return tokenizer.padded(rows) if file is not None and is_padded else tokenizer
+
+
+def saved_tokenizer(tokenizer: Tokenizer, with_file: bool) -> dict[str, Any]:
+    """What a checkpoint says of its tokenizer. with_file: the tokenizer itself too."""
+    about = {"name": tokenizer.name, "hash": tokenizer.hash, "vocab_size": tokenizer.vocab_size}
+    if with_file:
+        content = bytearray(tokenizer.library.to_str().encode())
+        about["file"] = torch.frombuffer(content, dtype=torch.uint8)
+    return about
 
 
 def check_vocabulary(state: dict[str, Any], tokenizer: Tokenizer) -> None:

@@ -138,6 +138,7 @@ class Weights:
         self.found: dict[str, tuple[Any, str]] = {}  # bare name: open file, name in it
         with _readable(self.folder):
             paths = _weight_files(self.folder)
+        self.files = [self.folder / CONFIG, *paths]
         for path in paths:
             file = _open(path)
             for name in file.keys():  # noqa: SIM118  (a safetensors file is not a mapping)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from mantrans.config import Config
+from mantrans.interop.huggingface import read_shape
 from mantrans.runtime import resolve_dtype
 from mantrans.training.flops import flops_per_token
 from mantrans.training.memory import parameter_groups, predict
@@ -13,11 +14,14 @@ _KNOWN_VOCABULARIES = {"gpt2": 50_257}
 
 
 def summary(config: Config, tokens_per_epoch: int | None = None) -> str:
-    """Return the summary as text; sets config.model.vocab_size if it is null.
+    """Return the summary as text; sets config.model.vocab_size if it is null. With
+    training.init_from the shape is the folder's.
 
     Raises:
         MantransError: the tokenizer, which determines the vocabulary size, cannot be loaded.
     """
+    if folder := config.training.init_from:
+        config = config.with_model(read_shape(folder)[1], folder)
     if config.model.vocab_size is None:
         config.model.vocab_size = _vocabulary(config.data.tokenizer)
     parts = [_parameters(config), _work(config, tokens_per_epoch)]

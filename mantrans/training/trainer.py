@@ -20,10 +20,9 @@ from mantrans.config import Config, TrainingConfig
 from mantrans.config.arguments import Steps, checked
 from mantrans.data.dataset import prepare
 from mantrans.data.loader import RULE, BatchLoader
-from mantrans.data.tokenizer import load_tokenizer
 from mantrans.errors import CheckpointError, ConfigError, MantransError, ModelError
 from mantrans.evaluation.evaluator import as_json, as_text, evaluate, measure_stream
-from mantrans.inference.trained import refuse_other_tokenizer
+from mantrans.inference.trained import saved_tokenizer
 from mantrans.kernels import selfcheck
 from mantrans.optim.guards import OutlierGuard
 from mantrans.optim.schedule import scheduled_learning_rate
@@ -44,6 +43,7 @@ from mantrans.training.resume import (
 )
 from mantrans.training.run_folder import RunFolders
 from mantrans.training.signals import StopSignals
+from mantrans.training.start import start
 from mantrans.training.step import TrainStep
 from mantrans.wrapper import CustomTransformerWrapper
 
@@ -113,8 +113,10 @@ class Trainer:
         checkpoint, notes = self._open_checkpoint(resume)
         goes_on = checkpoint is not None and self.folders.is_of_this_run(*checkpoint.origin)
         self.folders.check(replaced=not goes_on and self.folders.has_run())
-        self.tokenizer = load_tokenizer(self.config.data.tokenizer)
+        begun = start(self.config, checkpoint)
+        self.config, self.tokenizer, self.origin = begun.config, begun.tokenizer, begun.origin
         self._build(checkpoint)
+        notes += begun.load_weights(self.wrapper)
         if checkpoint:
             notes += self._load_state(checkpoint)
         self._load_data(quiet)
@@ -185,7 +187,6 @@ class Trainer:
         rows: int | Literal["auto"] | None = "auto"
         if checkpoint:
             with state_file.understood(checkpoint.path):
-                refuse_other_tokenizer(checkpoint.state["tokenizer"], self.tokenizer)
                 rows = checkpoint.logits_chunk_rows()
         self.memory = memory.require_memory(self.config, self.tokenizer.vocab_size, rows)
         disable_malloc_trim()
@@ -340,11 +341,8 @@ class Trainer:
         return {
             **self.wrapper.state_dict(),
             "config": self.config.to_dict(),
-            "tokenizer": {
-                "name": self.tokenizer.name,
-                "hash": self.tokenizer.hash,
-                "vocab_size": self.tokenizer.vocab_size,
-            },
+            "tokenizer": saved_tokenizer(self.tokenizer, with_file=self.origin is not None),
+            **({"init_from": self.origin} if self.origin else {}),
             "data": {"batches": self.loader.rule, **self.dataset.identity},
             "progress": self.progress.saved(),
             "guard": self.guard.state() if self.guard else {},
@@ -463,6 +461,7 @@ class Trainer:
         """Validate and sample once more; print the report and where the files are."""
         report = self._evaluate()
         about = {"step": self.progress.step, **self.wrapper.get_model_info()}
+        about |= {"init_from": self.origin} if self.origin else {}
         self._write_report({"run": about} | report)
         from mantrans.report.page import write_page  # its templates are needed only here
 

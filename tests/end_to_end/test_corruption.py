@@ -15,16 +15,12 @@ from mantrans.config import Config
 from mantrans.data.dataset import prepare
 from mantrans.data.tokenizer import SHIPPED, load_tokenizer
 from mantrans.errors import CheckpointError, DataError
+from tests.support.compare import assert_same_bits
+from tests.support.damage import damaged
 from tests.support.processes import Processes
-from tests.support.runs import assert_same, checkpoints, finish, outcome, small, stop_after
+from tests.support.runs import checkpoints, finish, outcome, small, stop_after
 
 MANY = pytest.param(4000, marks=pytest.mark.slow)
-
-
-def flipped(whole: bytes, place: int, bit: int) -> bytes:
-    broken = bytearray(whole)
-    broken[place] ^= 1 << bit
-    return bytes(broken)
 
 
 @pytest.fixture
@@ -52,7 +48,7 @@ def test_damage_to_a_runs_checkpoint_is_found(
             place = chance.randrange(len(whole))
         else:
             place = (chance.randrange(2 * edge) - edge) % len(whole)
-        path.write_bytes(flipped(whole, place, chance.randrange(8)))
+        path.write_bytes(damaged(whole, chance, place))
         with pytest.raises(CheckpointError, match=r"latest\.pt: .*latest"):
             state_file.verify(path)
         length = chance.randrange(len(whole)) if trial % 4 else len(whole) - 1 - trial // 4
@@ -76,18 +72,17 @@ def test_the_newest_intact_checkpoint_is_taken(
     chance = random.Random(1)
     newest_first = ["step_00000009.pt", "step_00000008.pt", "step_00000006.pt", "step_00000004.pt"]
     for _ in range(trials):
-        damaged = chance.randrange(1, 4)
+        bad = chance.randrange(1, 4)
         for number, name in enumerate(reversed(newest_first)):
             whole = (kept / name).read_bytes()
-            if number >= 4 - damaged:
+            if number >= 4 - bad:
                 cut = whole[: chance.randrange(len(whole))]
-                flip = flipped(whole, chance.randrange(len(whole)), chance.randrange(8))
-                whole = chance.choice([cut, flip, b""])
+                whole = chance.choice([cut, damaged(whole, chance), b""])
             (folder / name).write_bytes(whole)
         for name in ("latest.pt", "best.pt"):
             (folder / name).unlink(missing_ok=True)
         path, notes = newest_intact(folder)
-        assert path.name == newest_first[damaged] and len(notes) == damaged
+        assert path.name == newest_first[bad] and len(notes) == bad
         assert all(name in note for name, note in zip(newest_first, notes, strict=False))
     record_property("folders with damage", trials)
     record_property("wrong choices", 0)
@@ -101,7 +96,9 @@ def test_a_run_goes_on_from_the_newest_intact_and_says_so(
     finish(small(tmp_path / "unbroken", tokens, keep_checkpoints=4))
     folder = checkpoints(tmp_path / "broken")
     latest = folder / "latest.pt"
-    latest.write_bytes(flipped(latest.read_bytes(), 20_000, 3))  # step_00000009.pt is the same file
+    latest.write_bytes(
+        damaged(latest.read_bytes(), random.Random(3), 20_000)
+    )  # step_00000009.pt is the same file
     eighth = folder / "step_00000008.pt"
     eighth.write_bytes(eighth.read_bytes()[:-1])
     interrupted.save(tmp_path / "config.yaml")
@@ -109,7 +106,7 @@ def test_a_run_goes_on_from_the_newest_intact_and_says_so(
     assert ended.status == 0, ended.text
     assert "latest.pt: is damaged" in ended.text or "step_00000009.pt: is damaged" in ended.text
     assert "step_00000008.pt: is damaged" in ended.text and "at step 6" in ended.text
-    assert_same(outcome(tmp_path / "broken"), outcome(tmp_path / "unbroken"))
+    assert_same_bits(outcome(tmp_path / "broken"), outcome(tmp_path / "unbroken"))
 
 
 @pytest.mark.promise("newest intact checkpoint")
@@ -137,7 +134,7 @@ def test_damage_to_token_files_is_found(
     whole = path.read_bytes()
     chance = random.Random(0)
     for trial in range(trials):
-        broken = flipped(whole, chance.randrange(len(whole)), chance.randrange(8))
+        broken = damaged(whole, chance)
         if trial % 2:
             broken = whole[: chance.randrange(len(whole))]
         path.write_bytes(broken)
@@ -159,7 +156,7 @@ def test_damaged_tokens_and_tokenizers_stop_a_run_in_one_line(
     assert processes.run("--config", "config.yaml", cwd=tmp_path).status == 0
 
     (path,) = (tmp_path / "cache").glob("*/train.tokens")
-    path.write_bytes(flipped(path.read_bytes(), 5000, 0))
+    path.write_bytes(damaged(path.read_bytes(), random.Random(0), 5000))
     ended = processes.run("--config", "config.yaml", cwd=tmp_path)
     assert ended.is_one_line_error and f"delete the folder {path.parent}" in ended.text
     shutil.rmtree(path.parent)
@@ -167,7 +164,7 @@ def test_damaged_tokens_and_tokenizers_stop_a_run_in_one_line(
 
     for file, near in (("tokenizer.json", b'"vocab"'), ("manifest.json", b"sha256_of")):
         kept = (copy / file).read_bytes()
-        (copy / file).write_bytes(flipped(kept, kept.index(near) + 40, 0))
+        (copy / file).write_bytes(damaged(kept, random.Random(0), kept.index(near) + 40))
         ended = processes.run("--config", "config.yaml", cwd=tmp_path)
         assert ended.is_one_line_error and str(copy) in ended.text
         (copy / file).write_bytes(kept)

@@ -18,9 +18,9 @@ from mantrans.checkpoint.folder import CheckpointFolder
 from mantrans.checkpoint.state_file import SLOW_WRITE_VARIABLE
 from mantrans.config import Config
 from mantrans.records import read_records
+from tests.support.compare import assert_same_bits
 from tests.support.processes import Child, Processes
 from tests.support.runs import (
-    assert_same,
     checkpoints,
     finish,
     metrics_file,
@@ -73,7 +73,7 @@ def test_killed_at_random_moments(
             child.kill()
         ended = child.wait()
         if ended.status == 0:
-            assert_same(outcome(folder), expected)
+            assert_same_bits(outcome(folder), expected)
             finished += 1
             continue
         assert ended.status == -signal.SIGKILL, ended.text
@@ -131,7 +131,7 @@ def test_killed_between_the_names_of_a_checkpoint(
                 places += 1
         resume = "latest" if list(checkpoints(folder).glob("*.pt")) else None
         finish(small(folder, tokens, **settings), resume=resume)
-        assert_same(outcome(folder), expected, f"killed before name {places}")
+        assert_same_bits(outcome(folder), expected, f"killed before name {places}")
         for name in ("latest.pt", "best.pt"):
             path = tmp_path / f"killed_{places - 1}" / "checkpoints" / name
             assert path.resolve() == (checkpoints(folder) / name).resolve()
@@ -162,7 +162,7 @@ def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(
     assert f"stopped at step {stopped} of 24" in ended.text
     resumed = start(processes, folder).wait()
     assert resumed.status == 0 and f"at step {stopped}" in resumed.text
-    assert_same(outcome(folder), outcome(tmp_path / "unbroken"))
+    assert_same_bits(outcome(folder), outcome(tmp_path / "unbroken"))
 
 
 @pytest.mark.promise("signals")

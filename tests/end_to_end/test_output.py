@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
+from tests.support.compare import assert_same_bits
 from tests.support.processes import Processes
-from tests.support.runs import assert_same, finish, outcome, small
+from tests.support.runs import finish, outcome, small
 
 LOST = {
     "a full disk": {1: "/dev/full", 2: "/dev/full"},
@@ -45,7 +46,7 @@ def test_lost_output_costs_the_run_nothing(
     config.save(tmp_path / "config.yaml")
     ended = processes.run("--config", "config.yaml", cwd=tmp_path, streams=streams)
     assert ended.status == 0, ended.text
-    assert_same(outcome(tmp_path), expected)
+    assert_same_bits(outcome(tmp_path), expected)
     record_property("lines seen", 0)
 
 
@@ -75,4 +76,4 @@ def test_a_terminal_that_is_closed_costs_the_run_nothing(
     os.close(ours)
     watchdog.cancel()
     assert child.wait().status == 0
-    assert_same(outcome(tmp_path), expected)
+    assert_same_bits(outcome(tmp_path), expected)

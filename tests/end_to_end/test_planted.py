@@ -19,7 +19,8 @@ import pytest
 from mantrans.config import Config
 from mantrans.errors import MantransError
 from mantrans.training.trainer import Trainer
-from tests.support.runs import assert_same, outcome, small, stop_after
+from tests.support.compare import assert_same_bits
+from tests.support.runs import outcome, small, stop_after
 
 
 def a_socket(path: Path) -> None:
@@ -115,7 +116,7 @@ def test_what_is_in_the_way_is_refused_before_the_first_step_or_replaced(
             refused += 1
             continue
         trainer.run()
-        assert_same(outcome(folder), kept["outcome"], f"{kind} as {place}")
+        assert_same_bits(outcome(folder), kept["outcome"], f"{kind} as {place}")
         replaced += 1
     assert refused > 0
     record_property("places", refused + replaced)

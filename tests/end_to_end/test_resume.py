@@ -11,8 +11,8 @@ import pytest
 from mantrans.config import Config
 from mantrans.records import read_records
 from mantrans.training.trainer import Trainer
+from tests.support.compare import assert_same_bits
 from tests.support.runs import (
-    assert_same,
     checkpoints,
     finish,
     metrics_file,
@@ -67,7 +67,7 @@ def test_interrupted_at_any_step(
         finish(config(folder), prepared)
         resumed = finish(config(folder), with_bad_steps, resume="latest")
         assert resumed.progress.step == total
-        assert_same(outcome(folder), expected, f"stopped after {stop}")
+        assert_same_bits(outcome(folder), expected, f"stopped after {stop}")
     record_property("places of interruption", len(stops))
     record_property("bits that differ", 0)
 
@@ -82,7 +82,7 @@ def test_interrupted_many_times(tmp_path: Path, tokens: Path, record_property: C
             config, lambda trainer, stop=stop: stop_after(trainer, stop),
             resume="latest" if stop > 1 else None,
         )  # fmt: skip
-    assert_same(outcome(tmp_path / "broken"), outcome(tmp_path / "unbroken"))
+    assert_same_bits(outcome(tmp_path / "broken"), outcome(tmp_path / "unbroken"))
     record_property("interruptions", 11)
 
 
@@ -96,7 +96,7 @@ def test_from_the_best_checkpoint(tmp_path: Path, tokens: Path, record_property:
     resumed = Trainer(config, resume=str(best), quiet=True)
     assert resumed.progress.step == 6
     resumed.run()
-    assert_same(outcome(tmp_path / "broken"), outcome(tmp_path / "unbroken"))
+    assert_same_bits(outcome(tmp_path / "broken"), outcome(tmp_path / "unbroken"))
     record_property("steps taken again", 2)
 
 
@@ -106,7 +106,7 @@ def test_a_finished_run_can_be_resumed(tmp_path: Path, tokens: Path) -> None:
     finish(config)
     before = outcome(tmp_path)
     finish(config, resume="latest")
-    assert_same(outcome(tmp_path), before)
+    assert_same_bits(outcome(tmp_path), before)
 
 
 @pytest.mark.promise("every step on record once")

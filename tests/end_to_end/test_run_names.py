@@ -18,7 +18,8 @@ from mantrans.records import read_records
 from mantrans.training import trainer as trainer_module
 from mantrans.training.lock import run_lock
 from mantrans.training.trainer import Trainer
-from tests.support.runs import GOLDEN, assert_same, finish, outcome, small, stop_after
+from tests.support.compare import assert_same_bits
+from tests.support.runs import GOLDEN, finish, outcome, small, stop_after
 
 
 @pytest.fixture(scope="module")
@@ -211,7 +212,7 @@ def test_a_run_is_resumed_by_any_of_its_names_with_its_own_settings(
     assert "at step 4" in said and "changed since" not in said
     expected, found = (files(here / top / "small") for top in ("other", "runs"))
     assert found["metrics.jsonl"] == expected["metrics.jsonl"]
-    assert_same(
+    assert_same_bits(
         state_file.load("checkpoints/small/latest.pt")["parameters"],
         state_file.load("other2/small/latest.pt")["parameters"],
     )
@@ -252,7 +253,7 @@ def test_from_an_older_checkpoint_the_records_and_the_rest_are_right(
     assert main(["train", "--resume", "checkpoints/small/step_00000004.pt"]) == 0
     note = "checkpoints saved after checkpoints/small/step_00000004.pt moved to "
     assert note + "checkpoints/small/abandoned.1" in capsys.readouterr().err
-    assert_same(outcome(here), expected)
+    assert_same_bits(outcome(here), expected)
     assert before <= {path.read_bytes() for path in (here / "checkpoints" / "small").rglob("*.pt")}
 
 

@@ -78,11 +78,3 @@ def everything(wrapper: CustomTransformerWrapper) -> dict[str, Tensor]:
     if p.master is not None:
         found["master"] = p.master
     return {name: x.clone() for name, x in found.items()}
-
-
-def assert_same_bits(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
-    """The same tensors to the bit; a NaN is equal to itself."""
-    assert a.keys() == b.keys()
-    for name in a:
-        bits = [x.contiguous().view(-1).view(torch.uint8) for x in (a[name], b[name])]
-        assert torch.equal(*bits), name

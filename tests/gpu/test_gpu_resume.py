@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from mantrans.config import Config
-from tests.support.runs import assert_same, finish, outcome, small, stop_after
+from tests.support.compare import assert_same_bits
+from tests.support.runs import finish, outcome, small, stop_after
 
 pytestmark = pytest.mark.gpu
 
@@ -41,4 +42,4 @@ def test_a_resumed_run_has_the_bits_of_an_unbroken_one(
         finish(config(folder), lambda trainer, stop=stop: stop_after(trainer, stop))
         resumed = finish(config(folder), resume="latest", check_kernels=False)
         assert resumed.progress.step == resumed.total_steps
-        assert_same(outcome(tmp_path / folder), outcome(tmp_path / "unbroken"), folder)
+        assert_same_bits(outcome(tmp_path / folder), outcome(tmp_path / "unbroken"), folder)

@@ -21,12 +21,12 @@ from mantrans.training.batches import DeviceTokens, HostTokens
 from tests.gpu.small_runs import (
     END_OF_TEXT,
     PlainTokens,
-    assert_same_bits,
     build,
     everything,
     loader,
     train,
 )
+from tests.support.compare import assert_same_bits
 
 pytestmark = pytest.mark.gpu
 

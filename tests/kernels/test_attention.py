@@ -14,6 +14,7 @@ the same shapes through plain pointers and the smaller tiles of older GPUs too.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -39,6 +40,17 @@ def other_ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
     """Runs a test once as on Hopper and once as on older GPUs."""
     monkeypatch.setattr(attention_tiles, "architecture", lambda device: request.param)
     return request.param
+
+
+def in_each_dtype(*shapes: tuple[int, ...]) -> list[Any]:
+    """Shapes (B, T, ...) in each dtype. Slow: more than a block in float32, whose tiles are many,
+    and more than one position in float16, which goes bfloat16's way."""
+    longest = {torch.float32: 65, torch.float16: 1, torch.bfloat16: 10**6}
+    return [
+        pytest.param(*shape, dtype, marks=[pytest.mark.slow] if shape[1] > most else [])
+        for shape in shapes
+        for dtype, most in longest.items()
+    ]
 
 
 def documents(B: int, T: int, *beginnings: int) -> Tensor:
@@ -97,10 +109,9 @@ def check(
 # ------------------------------------------------------------------------- forward and backward
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=ids)
 @pytest.mark.parametrize(
-    ("B", "T", "H", "D"),
-    [
+    ("B", "T", "H", "D", "dtype"),
+    in_each_dtype(
         (2, 1, 2, 16),  # one position: one key, one row of every tile
         (1, 33, 3, 24),  # odd T; D between powers of two
         (2, 127, 1, 40),  # one under a block; one head
@@ -109,20 +120,21 @@ def check(
         (1, 65, 1, 100),  # D without 16-byte rows in 16-bit dtypes: pointers even on Hopper
         (1, 270, 1, 16),  # several blocks: the unmasked loops
         (1, 70, 1, 256),  # the widest head
-    ],
+    ),
+    ids=ids,
 )
 def test_parity(B: int, T: int, H: int, D: int, dtype: torch.dtype, other_ways: int) -> None:
     check(B, T, H, D, dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=ids)
 @pytest.mark.parametrize(
-    ("B", "T", "H", "H_kv", "D"),
-    [
+    ("B", "T", "H", "H_kv", "D", "dtype"),
+    in_each_dtype(
         (2, 1, 2, 1, 16),  # one position
         (1, 33, 6, 2, 24),  # groups of three, odd T, D between powers of two
         (2, 70, 4, 2, 40),  # several blocks of both, several sequences
-    ],
+    ),
+    ids=ids,
 )
 @pytest.mark.parametrize("beginnings", [None, (1, 30, 63, 65)], ids=["plain", "documents"])
 def test_groups(
@@ -143,7 +155,7 @@ def test_head_widths(D: int, other_ways: int) -> None:
     check(1, 40, 2, D, torch.bfloat16)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=ids)
+@pytest.mark.parametrize(("B", "T", "dtype"), in_each_dtype((1, 270)), ids=ids)
 @pytest.mark.parametrize(
     "beginnings",
     [
@@ -154,8 +166,10 @@ def test_head_widths(D: int, other_ways: int) -> None:
     ],
     ids=["on-edges", "beside-edges", "inside", "single-positions"],
 )
-def test_documents(beginnings: tuple[int, ...], dtype: torch.dtype, other_ways: int) -> None:
-    check(1, 270, 1, 64, dtype, documents(1, 270, *beginnings))
+def test_documents(
+    B: int, T: int, beginnings: tuple[int, ...], dtype: torch.dtype, other_ways: int
+) -> None:
+    check(B, T, 1, 64, dtype, documents(B, T, *beginnings))
 
 
 def test_documents_differ_between_sequences(other_ways: int) -> None:

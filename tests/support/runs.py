@@ -62,21 +62,6 @@ def outcome(folder: Path) -> dict[str, Any]:
     return {**states, "metrics": metrics_file(folder).read_bytes(), "report": report}
 
 
-def assert_same(one: Any, other: Any, where: str = "") -> None:
-    """Equal bits in tensors, equal values with NaN equal to itself elsewhere."""
-    assert type(one) is type(other), where
-    if isinstance(one, torch.Tensor):
-        assert one.dtype == other.dtype and one.shape == other.shape, where
-        bits = [x.contiguous().view(-1).view(torch.uint8) for x in (one, other)]
-        assert torch.equal(*bits), where
-    elif isinstance(one, dict):
-        assert list(one) == list(other), where
-        for key in one:
-            assert_same(one[key], other[key], f"{where}.{key}")
-    else:
-        assert repr(one) == repr(other), where
-
-
 def stop_after(trainer: Trainer, step: int) -> None:
     """As if SIGTERM came during step number `step`."""
     advance = trainer._advance

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -53,3 +55,22 @@ def test_links_lead_to_files_and_headings_that_exist(text: Path) -> None:
         if heading:
             headings = re.findall(r"^#+ .*$", path.read_text(encoding="utf-8"), re.MULTILINE)
             assert heading in map(anchor, headings), f"{target}#{heading}: no such heading"
+
+
+@pytest.mark.slow
+def test_site_has_no_warning_dead_link_or_formula_left_as_text(tmp_path: Path) -> None:
+    """`make docs` builds every page; a link to a source file is a name or the file itself."""
+    command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going"]
+    subprocess.run([*command, str(ROOT / "docs"), str(tmp_path)], check=True)
+    pages = [page for page in tmp_path.rglob("*.html") if "_static" not in page.parts]
+    assert len(pages) > len(list((ROOT / "docs").rglob("*.md")))  # and search, index
+    for page in pages:
+        html = page.read_text(encoding="utf-8")
+        assert r"\(" not in html and r"\[" not in html, page
+        for target in re.findall(r'(?:href|src)="([^"]+)"', html):
+            path, _, heading = target.partition("#")
+            if not re.match(r"\w+:", target):
+                found = page.parent / path.partition("?")[0] if path else page
+                assert found.exists(), f"{page.name}: {target}"
+                if heading:
+                    assert f'id="{heading}"' in found.read_text(encoding="utf-8"), target

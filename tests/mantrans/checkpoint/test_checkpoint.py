@@ -35,6 +35,8 @@ from mantrans.checkpoint.folder import CheckpointFolder, newest_intact
 from mantrans.checkpoint.state_file import load, save, verify
 from mantrans.errors import CheckpointError, MantransError
 from mantrans.training.lock import run_lock
+from tests.support.compare import assert_same_bits
+from tests.support.damage import damaged
 
 ROOT = Path(__file__).parents[3]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.int32]
@@ -53,25 +55,6 @@ def example_state(step: int = 0) -> dict[str, Any]:
         "loss": [1.5, float("inf"), -0.0, 1e-310, 2**70, -(2**40), -1, (1, (2, ())), ()],
         3: "an integer key",
     }
-
-
-def assert_same(one: Any, other: Any) -> None:
-    """Equality of values, types, dtypes, shapes and bits."""
-    assert type(one) is type(other)
-    if isinstance(one, torch.Tensor):
-        assert (one.dtype, one.shape) == (other.dtype, other.shape)
-        bits = [t.contiguous().view(-1).view(torch.uint8) for t in (one, other)]
-        assert torch.equal(*bits)
-    elif isinstance(one, dict):
-        assert list(one) == list(other)
-        for key in one:
-            assert_same(one[key], other[key])
-    elif isinstance(one, list | tuple):
-        assert len(one) == len(other)
-        for left, right in zip(one, other, strict=True):
-            assert_same(left, right)
-    else:
-        assert repr(one) == repr(other)
 
 
 def refusal(path: Path) -> str:
@@ -104,7 +87,7 @@ def saved(tmp_path: Path) -> Path:
 
 
 def test_a_state_comes_back_bit_for_bit(saved: Path) -> None:
-    assert_same(load(saved), example_state())
+    assert_same_bits(load(saved), example_state())
     verify(saved)
 
 
@@ -120,7 +103,7 @@ def test_the_package_safetensors_reads_the_same(saved: Path) -> None:
         plainly = dict(json.loads(file.metadata()["state"])["$dict"])
         assert plainly["config"] == state["config"] and plainly[3] == state[3]
     assert tensors.pop("seal").shape == (len(expected) + 1, 32)
-    assert_same(dict(sorted(tensors.items())), dict(sorted(expected.items())))
+    assert_same_bits(dict(sorted(tensors.items())), dict(sorted(expected.items())))
 
 
 def test_each_tensor_is_stored_whole_whatever_it_is_a_view_of(tmp_path: Path) -> None:
@@ -152,17 +135,17 @@ def test_a_model_finds_its_tensors_by_name_in_whatever_order_they_come(tmp_path:
     trained.train_step(ids, ids)
     save(tmp_path / "x.pt", backwards({**trained.state_dict(), "extra": {}}))
     other.load_checkpoint(tmp_path / "x.pt")
-    assert_same(other.state_dict(), trained.state_dict())
+    assert_same_bits(other.state_dict(), trained.state_dict())
     other.train_step(ids, ids)
     trained.train_step(ids, ids)
-    assert_same(other.state_dict(), trained.state_dict())
+    assert_same_bits(other.state_dict(), trained.state_dict())
 
 
 def test_paths_that_read_alike_name_different_tensors(tmp_path: Path) -> None:
     state = {"a": {"b": torch.zeros(1)}, "a.b": torch.ones(2), "seal": torch.full((3,), 2.0)}
     state |= {"__metadata__": torch.full((4,), 3.0), "seal'": torch.zeros(5)}  # type: ignore[dict-item]
     save(tmp_path / "x.pt", state)
-    assert_same(load(tmp_path / "x.pt"), state)
+    assert_same_bits(load(tmp_path / "x.pt"), state)
 
 
 def test_loaded_tensors_are_the_files_bytes_and_writing_to_them_is_private(saved: Path) -> None:
@@ -177,7 +160,7 @@ def test_loaded_tensors_are_the_files_bytes_and_writing_to_them_is_private(saved
     loaded = load(saved)
     loaded["moments"].zero_()
     save(saved, {"other": 1})
-    assert_same(loaded["weights"], example_state()["weights"])
+    assert_same_bits(loaded["weights"], example_state()["weights"])
     save(saved, example_state())
     assert saved.read_bytes() == before
 
@@ -198,7 +181,7 @@ def test_every_dtype_and_layout_of_memory(tmp_path: Path, dtype: torch.dtype) ->
         "bytes": base.view(torch.uint8),
     }
     save(tmp_path / "x.pt", state)
-    assert_same(load(tmp_path / "x.pt"), {k: v.contiguous() for k, v in state.items()})
+    assert_same_bits(load(tmp_path / "x.pt"), {k: v.contiguous() for k, v in state.items()})
 
 
 PLAIN = st.recursive(
@@ -217,7 +200,7 @@ PLAIN = st.recursive(
 def test_any_plain_data_comes_back(tmp_path_factory: pytest.TempPathFactory, state: Any) -> None:
     path = tmp_path_factory.getbasetemp() / "plain.pt"
     save(path, state)
-    assert_same(load(path), state)
+    assert_same_bits(load(path), state)
 
 
 def test_numpy_numbers_become_plain_ones(tmp_path: Path) -> None:
@@ -255,9 +238,7 @@ def test_a_flipped_bit_anywhere_is_detected(short: Path) -> None:
     rng = random.Random(0)
     broken = short.with_name("broken.pt")
     for place in range(len(content)):
-        changed = bytearray(content)
-        changed[place] ^= 1 << rng.randrange(8)
-        broken.write_bytes(changed)
+        broken.write_bytes(damaged(content, rng, place))
         with pytest.raises(CheckpointError, match=r"broken\.pt: is damaged"):
             load(broken)
         if place % 10 == 0:
@@ -375,7 +356,7 @@ def sealed(path: Path, header: str | bytes, content: bytes = CONTENT, tensors: i
 
 def test_the_hostile_files_below_differ_from_a_good_one_in_one_thing(tmp_path: Path) -> None:
     path = sealed(tmp_path / "good.pt", header_of({"w": GOOD}))
-    assert_same(load(path), {"w": torch.arange(4.0).view(2, 2)})
+    assert_same_bits(load(path), {"w": torch.arange(4.0).view(2, 2)})
 
 
 COUNTS, BYTES, PLACE = "expected counts", r"expected \d+ bytes", "a gap before it, overlaps"
@@ -502,10 +483,10 @@ def beside_the_tensor(value: str) -> str:
 def test_values_that_json_lacks_are_read_from_their_own_forms(tmp_path: Path) -> None:
     value = '[{"$tuple":[]},{"$float":"7ff0000000000000"},{"$dict":[[1,2],["$x",null]]}]'
     path = sealed(tmp_path / "x.pt", header_of({"w": GOOD}, beside_the_tensor(value)))
-    assert_same(load(path)["v"], [(), float("inf"), {1: 2, "$x": None}])
+    assert_same_bits(load(path)["v"], [(), float("inf"), {1: 2, "$x": None}])
     alike = {"$tensor": "w", "$tuple": [], "in": {"$float": "7ff0000000000000"}, "$": {"$dict": []}}
     save(path, alike)
-    assert_same(load(path), alike)
+    assert_same_bits(load(path), alike)
 
 
 @pytest.mark.promise("claims of a file")
@@ -547,7 +528,7 @@ def test_a_mutated_header_gives_plain_data_or_is_refused(
     except CheckpointError as error:
         assert str(error).isprintable()
     else:
-        assert_same(value, plain.restore(*plain.flatten(value)))
+        assert_same_bits(value, plain.restore(*plain.flatten(value)))
 
 
 class Runs:
@@ -625,7 +606,7 @@ def test_a_full_disk_leaves_the_old_file_and_no_other(tmp_path: Path, monkeypatc
         else:
             break
     assert attempt > 2 + 7  # the header, seven tensors, the seal
-    assert_same(load(path), example_state(2))
+    assert_same_bits(load(path), example_state(2))
 
 
 @pytest.fixture
@@ -663,9 +644,9 @@ def test_a_really_full_disk(full_disk: Path) -> None:
     folder.save(1, example_state(1))
     with pytest.raises(CheckpointError, match="No space left on device"):
         folder.save(2, {"w": torch.zeros(100_000)})
-    assert_same(load(folder.latest), example_state(1))
+    assert_same_bits(load(folder.latest), example_state(1))
     folder.save(3, example_state(3))
-    assert_same(load(folder.latest), example_state(3))
+    assert_same_bits(load(folder.latest), example_state(3))
 
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: Any) -> None:
@@ -777,7 +758,7 @@ def test_without_hard_links_a_copy_does(tmp_path: Path, monkeypatch: Any) -> Non
     folder = CheckpointFolder(tmp_path, "run", keep=1)
     for step in (1, 2):
         folder.save(step, example_state(step), best=True)
-    assert_same(load(folder.latest), example_state(2))
+    assert_same_bits(load(folder.latest), example_state(2))
     assert not folder.latest.samefile(folder.folder / "step_00000002.pt")
 
 

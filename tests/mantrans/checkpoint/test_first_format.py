@@ -5,6 +5,7 @@ What this project once wrote stays readable; a checkpoint is converted first.
 
 from __future__ import annotations
 
+import random
 import shutil
 import subprocess
 import sys
@@ -24,7 +25,8 @@ from mantrans.errors import CheckpointError
 from mantrans.records import read_records
 from mantrans.report.page import write_page
 from mantrans.training.trainer import Trainer
-from tests.support.runs import assert_same
+from tests.support.compare import assert_same_bits
+from tests.support.damage import damaged
 
 ROOT = Path(__file__).parents[3]
 OLD = ROOT / "tests" / "data" / "v0"
@@ -74,7 +76,7 @@ def test_the_run_folder_is_read_by_the_records_reader_and_the_report(tmp_path: P
 def test_a_converted_checkpoint_has_every_value_of_the_old_one(tmp_path: Path, dtype: str) -> None:
     convert(OLD / f"{dtype}.pt", tmp_path / "new.pt")
     old = torch.load(OLD / f"{dtype}.pt", weights_only=True)
-    assert_same(load(tmp_path / "new.pt"), old)
+    assert_same_bits(load(tmp_path / "new.pt"), old)
     model = CustomTransformerWrapper.from_checkpoint(tmp_path / "new.pt", device="cpu")
     assert str(model.dtype) == f"torch.{dtype}" and model.model.parameters.updates == 4
     for name, weight in model.model.named_parameters():
@@ -140,10 +142,9 @@ def test_what_is_damaged_or_no_checkpoint_is_not_converted(
     """Bits flipped all over the file; cut short; a zip of something else; no file."""
     whole = (OLD / "float32.pt").read_bytes()
     broken, new = tmp_path / "broken.pt", tmp_path / "new.pt"
+    rng = random.Random(0)
     for place in range(0, len(whole), 499):
-        changed = bytearray(whole)
-        changed[place] ^= 1
-        broken.write_bytes(changed)
+        broken.write_bytes(damaged(whole, rng, place))
         try:
             convert(broken, new)
         except CheckpointError as error:
@@ -151,7 +152,7 @@ def test_what_is_damaged_or_no_checkpoint_is_not_converted(
                 f"{broken}: expected an intact checkpoint of the first format"
             )
         else:  # the bit was in padding, or in something that zip says twice
-            assert_same(load(new), torch.load(OLD / "float32.pt", weights_only=True))
+            assert_same_bits(load(new), torch.load(OLD / "float32.pt", weights_only=True))
             new.unlink()
     broken.write_bytes(whole[:-1])
     assert cli.main(["convert", str(broken), str(new)]) == 2

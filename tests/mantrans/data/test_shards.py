@@ -14,6 +14,7 @@ import pytest
 
 from mantrans.data.shards import HEADER_BYTES, MAGIC, TokenFileWriter, TokenStream, token_dtype
 from mantrans.errors import DataError
+from tests.support.damage import damaged
 
 
 def written(path: Path, tokens: Any = range(1000), vocab_size: int = 4096) -> Path:
@@ -69,11 +70,10 @@ def test_an_empty_stream_can_be_written(tmp_path: Path) -> None:
 def test_every_flipped_byte_is_found(tmp_path: Path) -> None:
     path = written(tmp_path / "a.tokens", range(100))
     whole = path.read_bytes()
-    places = [*range(200), *random.Random(0).sample(range(200, HEADER_BYTES), 200)]
+    rng = random.Random(0)
+    places = [*range(200), *rng.sample(range(200, HEADER_BYTES), 200)]
     for place in [*places, *range(HEADER_BYTES, len(whole))]:
-        broken = bytearray(whole)
-        broken[place] ^= 1 << place % 8
-        path.write_bytes(broken)
+        path.write_bytes(damaged(whole, rng, place))
         with pytest.raises(DataError, match=r"a\.tokens is damaged: .* delete the folder"):
             TokenStream(path)
 

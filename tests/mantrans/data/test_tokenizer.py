@@ -30,6 +30,7 @@ from mantrans.data.tokenizer import (
     load_tokenizer,
 )
 from mantrans.errors import DataError
+from tests.support.damage import damaged
 
 SHARED = Path(__file__).parents[4] / "shared" / "data"
 SAMPLE = SHARED / "tinystories_sample.txt"
@@ -252,9 +253,7 @@ def test_every_flipped_byte_and_truncation_is_found(tmp_path: Path) -> None:
     file, whole = damaged_copy(tmp_path / "copy")
     chance = random.Random(0)
     for _ in range(200):
-        broken = bytearray(whole)
-        broken[chance.randrange(len(whole))] ^= 1 << chance.randrange(8)
-        file.write_bytes(broken)
+        file.write_bytes(damaged(whole, chance))
         with pytest.raises(DataError, match=r"tokenizer\.json cannot be used: its bytes"):
             load_tokenizer(file.parent)
         file.write_bytes(whole[: chance.randrange(len(whole))])
@@ -276,9 +275,7 @@ def test_without_a_manifest_damage_is_an_error_or_harmless(tmp_path: Path) -> No
     chance = random.Random(1)
     refused = 0
     for _ in range(40):
-        broken = bytearray(whole)
-        broken[chance.randrange(len(whole))] ^= 1 << chance.randrange(8)
-        (tmp_path / "copy" / "tokenizer.json").write_bytes(broken)
+        (tmp_path / "copy" / "tokenizer.json").write_bytes(damaged(whole, chance))
         try:
             tokenizer = load_tokenizer(tmp_path / "copy")
         except DataError as error:

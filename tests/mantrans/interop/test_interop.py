@@ -26,7 +26,7 @@ from mantrans.errors import CheckpointError
 from mantrans.interop import huggingface
 from mantrans.models import GPT2
 from mantrans.wrapper import shift
-from tests.support.compare import assert_close
+from tests.support.compare import assert_close, assert_same_bits
 from tests.support.huggingface import gpt2, oriented, their_load, their_name
 
 transformers = pytest.importorskip("transformers", reason="transformers is the oracle here")
@@ -63,12 +63,6 @@ def logits_of(model: torch.nn.Module, ids: Tensor = IDS) -> Tensor:
 def weights_of(ours: CustomTransformerWrapper) -> dict[str, Tensor]:
     p = ours.model.parameters
     return {name: value.clone() for name, value in p.named(p.best_weights())}
-
-
-def assert_same_bits(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert found.keys() == expected.keys()
-    for name, value in found.items():
-        assert value.dtype == expected[name].dtype and torch.equal(value, expected[name]), name
 
 
 # ------------------------------------------------------------------------------ there and back

@@ -21,7 +21,7 @@ from mantrans import CustomTransformerWrapper
 from mantrans.data.tokenizer import load_tokenizer
 from mantrans.errors import CheckpointError
 from tests.support import families
-from tests.support.compare import assert_close
+from tests.support.compare import assert_close, assert_same_bits
 from tests.support.huggingface import their_load
 
 transformers = pytest.importorskip("transformers", reason="transformers is the oracle here")
@@ -40,12 +40,6 @@ def load(folder: Path, dtype: torch.dtype = torch.float32, **options: Any):
 def weights_of(model: CustomTransformerWrapper) -> dict[str, Tensor]:
     p = model.model.parameters
     return {name: value.clone() for name, value in p.named(p.best_weights())}
-
-
-def assert_same_bits(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert found.keys() == expected.keys()
-    for name, value in found.items():
-        assert value.dtype == expected[name].dtype and torch.equal(value, expected[name]), name
 
 
 def logits_of(model: torch.nn.Module) -> Tensor:

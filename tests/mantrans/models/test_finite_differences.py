@@ -27,7 +27,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "layer norms and rope": {**LLAMA, "norm": "layer_norm", "bias": True},
     "rms norms and gelu": {"norm": "rms_norm", "n_kv_heads": 1},
 }  # fmt: skip
-FEW = ("llama", "qwen3", "gpt2 with head norms")
+FEW = ("qwen3", "gpt2 with head norms")
 STEP = 2e-3
 
 

@@ -21,6 +21,7 @@ from mantrans.training import step as step_module
 from mantrans.training.batches import DeviceTokens, HostTokens
 from mantrans.training.diagnosis import first_non_finite
 from mantrans.training.step import TrainStep
+from tests.support.compare import assert_same_bits
 
 V, B, T, EOT = 53, 4, 12, 0
 CPU = torch.device("cpu")
@@ -66,12 +67,6 @@ def everything(wrapper: CustomTransformerWrapper) -> dict[str, Tensor]:
     if p.master is not None:
         found["master"] = p.master
     return {name: x.clone() for name, x in found.items()}
-
-
-def assert_same_bits(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
-    assert a.keys() == b.keys()
-    for name in a:
-        assert torch.equal(a[name], b[name]), name
 
 
 @pytest.fixture
