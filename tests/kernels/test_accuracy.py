@@ -14,6 +14,7 @@ FAST = [
     ("layer_norm", "large mean"),
     ("layer_norm", "constant"),
     ("attention", "large offset"),
+    ("norm_rotary", "huge"),
     ("bias_gelu", "ordinary"),
     ("cross_entropy", "sure"),
     ("cross_entropy", "larger offset"),
