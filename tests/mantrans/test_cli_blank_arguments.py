@@ -14,7 +14,7 @@ OPTIONS = (
     "evaluate --checkpoint c.pt --set", "evaluate --checkpoint c.pt --device", "summary",
     "generate --checkpoint", "generate --prompt a --checkpoint c.pt --device", "report",
     "report r --output", "report r --compare", "report r --compare other", "convert",
-    "convert old.pt",
+    "convert old.pt", "export --checkpoint", "export --checkpoint c.pt --output",
     "tokenizer train --output", "tokenizer analyze --tokenizer", "tokenizer encode --tokenizer",
     "tokenizer analyze --tokenizer t --input",
 )  # fmt: skip

@@ -131,7 +131,10 @@ def test_greedy_continuations_are_equal(tmp_path) -> None:
     assert torch.equal(load(tmp_path).generate(prompt, max_length=20, temperature=0), expected)
 
 
-@pytest.mark.parametrize("case", ["gpt2", "llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize(
+    "case",
+    ["gpt2", "llama", *(pytest.param(x, marks=pytest.mark.slow) for x in ("qwen2", "qwen3"))],
+)
 def test_pipeline_runs_on_a_folder_with_a_tokenizer(tmp_path, case) -> None:
     """The text of a greedy continuation is ours, and `Auto` classes need nothing but the folder."""
     tokenizer = load_tokenizer("tinystories_bpe_4096")
