@@ -99,7 +99,7 @@ def attempt(folder: Path) -> tuple[int, str]:
 
 
 @pytest.mark.promise("any configuration")
-@pytest.mark.parametrize("examples", [150, pytest.param(3000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("examples", [60, pytest.param(3000, marks=pytest.mark.slow)])
 def test_any_configuration_runs_or_is_refused_in_one_line(
     tmp_path: Path, tokens: Path, two_steps: None, examples: int, record_property: Callable
 ) -> None:
