@@ -42,7 +42,7 @@ def with_bad_steps(trainer: Trainer) -> None:
     poison(trainer, range(4, 5), "loss", math.nan)
 
 
-@pytest.mark.promise("interrupted at any step")
+@pytest.mark.promise("interrupted anywhere")
 @pytest.mark.parametrize(
     ("name", "dtype", "recompute", "stops"),
     [

@@ -105,7 +105,7 @@ def mutated(state: dict[str, Any], chance: random.Random) -> dict[str, Any]:
 
 
 @pytest.mark.promise("claims of a file")
-@pytest.mark.parametrize("trials", [60, pytest.param(1500, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("trials", [25, pytest.param(1500, marks=pytest.mark.slow)])
 def test_a_sound_file_with_an_odd_state_is_used_or_refused(
     tmp_path: Path, stopped: Config, trials: int, record_property: Callable
 ) -> None:
@@ -130,7 +130,7 @@ def test_a_sound_file_with_an_odd_state_is_used_or_refused(
 
 
 @pytest.mark.promise("claims of a file")
-@pytest.mark.parametrize("trials", [40, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("trials", [20, pytest.param(1000, marks=pytest.mark.slow)])
 def test_evaluation_uses_or_refuses_an_odd_state(
     tmp_path: Path, stopped: Config, trials: int, capsys, record_property: Callable
 ) -> None:

@@ -52,6 +52,7 @@ def test_a_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
         assert f"mantrans/{name}" in expected
 
 
+@pytest.mark.slow
 def test_a_wheel_made_from_the_source_archive_is_the_same(
     sources: Path, wheel: Path, tmp_path: Path
 ) -> None:
@@ -65,6 +66,7 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Environm
     return environment
 
 
+@pytest.mark.slow
 def test_the_quickstart_trains_outside_the_clone(installed: Environment, tmp_path: Path) -> None:
     settings = [
         "--set=training.max_steps=20", "--set=training.log_every=10", "--set=training.device=cpu",
@@ -109,6 +111,7 @@ def test_a_text_of_ones_own_is_learnt_outside_the_clone(
     assert exported.startswith("Once upon a time")
 
 
+@pytest.mark.slow
 def test_uninstalling_leaves_nothing(sources: Path, tmp_path: Path) -> None:
     environment = Environment(tmp_path / "environment")
     before = environment.files()

@@ -73,7 +73,11 @@ print(kernels.__file__)
 """
 
 
-@pytest.mark.parametrize("ours_first", [True, False], ids=["clone first", "clone last"])
+@pytest.mark.parametrize(
+    "ours_first",
+    [True, pytest.param(False, marks=pytest.mark.slow)],
+    ids=["clone first", "clone last"],
+)
 def test_a_package_of_that_name_is_found_and_used_by_transformers(
     tmp_path: Path, ours_first: bool
 ) -> None:

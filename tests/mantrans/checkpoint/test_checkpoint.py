@@ -686,6 +686,7 @@ for step in range(int(sys.argv[2]), 10**6):
 
 
 @pytest.mark.promise("killed at random")
+@pytest.mark.slow
 def test_a_kill_inside_a_save_loses_nothing(tmp_path: Path) -> None:
     """SIGKILL at random moments, with writes slowed so that most fall inside one."""
     rng = random.Random(2)

@@ -417,7 +417,7 @@ def mutated(draw: st.DrawFn) -> Any:
 
 @pytest.mark.promise("any configuration")
 @settings(
-    max_examples=2000, deadline=None, suppress_health_check=[HealthCheck.too_slow], database=None
+    max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow], database=None
 )
 @given(mutated())
 @example({"training": {"max_steps": 10, "seed": True}})
@@ -445,7 +445,7 @@ PIECES = st.sampled_from([*"{}[]\n\t#,@%\"'", *MARKS, *WORDS])
 
 
 @pytest.mark.promise("any configuration")
-@settings(max_examples=1000, deadline=None, database=None)
+@settings(max_examples=300, deadline=None, database=None)
 @given(st.lists(PIECES | st.text(max_size=3), max_size=25).map("".join))
 def test_any_text_is_yaml_or_refused_in_one_line(text: str) -> None:
     try:
