@@ -1,4 +1,4 @@
-"""The token embedding, and GPT-2's learned positions."""
+"""The token embedding, and learned positions."""
 
 from __future__ import annotations
 

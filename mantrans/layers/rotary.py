@@ -17,6 +17,8 @@ from torch import Tensor
 from mantrans.layers.elements import Elements
 from mantrans.parameters import Parameter
 
+PART = 8192  # positions whose angles are computed at once
+
 
 class Scaling(NamedTuple):
     """Llama 3.1's frequencies for contexts longer than the original (Dubey et al. 2024).
@@ -63,9 +65,14 @@ class Angles:
         return 2 * self.shape[0] * self.shape[1]
 
     def allocate(self, dtype: torch.dtype, device: torch.device) -> None:
-        """Compute both in float64, and keep them in `dtype` on the model's device."""
-        angles = torch.outer(torch.arange(self.shape[0], dtype=torch.float64), self.frequencies())
-        self.cos, self.sin = (x.to(device, dtype) for x in (angles.cos(), angles.sin()))
+        """Compute both in float64, a part at a time, and keep them in `dtype` on the model's
+        device."""
+        self.cos, self.sin = torch.empty(2, *self.shape, dtype=dtype, device=device)
+        frequencies = self.frequencies()
+        for positions in torch.arange(self.shape[0], dtype=torch.float64).split(PART):
+            angles = torch.outer(positions, frequencies)
+            rows = slice(int(positions[0]), int(positions[-1]) + 1)
+            self.cos[rows], self.sin[rows] = angles.cos(), angles.sin()
 
 
 class Rotary:

@@ -22,7 +22,7 @@ from mantrans.config import SECTIONS, strict_yaml
 from mantrans.data.dataset import prepare
 from mantrans.data.tokenizer import load_tokenizer
 from mantrans.errors import DataError
-from mantrans.training import trainer as trainer_module
+from mantrans.training import start
 from mantrans.training.trainer import Trainer
 from tests.support.processes import Processes
 from tests.support.runs import GOLDEN, small
@@ -86,7 +86,7 @@ def two_steps(monkeypatch: pytest.MonkeyPatch) -> None:
         self.total_steps = min(self.total_steps, 2)
 
     monkeypatch.setattr(Trainer, "_load_data", shortened)
-    monkeypatch.setattr(trainer_module, "load_tokenizer", functools.cache(load_tokenizer))
+    monkeypatch.setattr(start, "load_tokenizer", functools.cache(load_tokenizer))
 
 
 def attempt(folder: Path) -> tuple[int, str]:

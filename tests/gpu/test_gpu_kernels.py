@@ -54,14 +54,16 @@ def attention_cases() -> Iterator[Case]:
 
 
 def row_cases() -> Iterator[Case]:
-    """Each tile shape of LayerNorm and GELU, with fewer and with more rows than programs."""
+    """Each tile of the norms, GELU and SwiGLU, with fewer and with more rows than programs."""
     for dtype in ALL:
         for C in (48, 64, 256, 512, 768, 1000, 1024, 1280, 1600, 4096, 8192):
             for N in (1, 5000):
                 yield "layer_norm", dtype, STANDARD._replace(C=C, N=N)
+                yield "rms_norm", dtype, STANDARD._replace(C=C, N=N)
         for F in (64, 1000, 3072):
             for N in (1, 5000):
                 yield "gelu", dtype, STANDARD._replace(F=F, N=N)
+                yield "swiglu", dtype, STANDARD._replace(F=F, N=N)
                 yield "linear", dtype, STANDARD._replace(F=F, N=N)
 
 

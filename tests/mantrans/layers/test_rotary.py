@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mantrans.kernels import native, reference
 from mantrans.kernels.reference import window_starts
-from mantrans.layers import Angles, Attention, Rotary, Scaling
+from mantrans.layers import Angles, Attention, Rotary, Scaling, rotary
 from mantrans.parameters import Parameters
 from tests.support.compare import assert_close
 
@@ -22,13 +22,14 @@ CPU = torch.device("cpu")
 
 
 def test_angles_are_position_times_frequency_in_float64() -> None:
-    angles = Angles(5000, 4, 10_000.0)
+    length = rotary.PART + 17  # more than one part
+    angles = Angles(length, 4, 10_000.0)
     angles.allocate(torch.float32, CPU)
-    assert angles.cos.shape == angles.sin.shape == (5000, 2)
+    assert angles.cos.shape == angles.sin.shape == (length, 2)
     assert angles.elements() == angles.cos.numel() + angles.sin.numel()
-    for position in (0, 1, 17, 4999):
+    for position in (0, 1, 17, rotary.PART - 1, rotary.PART, length - 1):
         for pair, frequency in enumerate((1.0, 0.01)):
-            # the product in float32 would be off by 2e-4 radians at position 4999
+            # the product in float32 would be off by 2e-4 radians at the last positions
             expected = torch.tensor(
                 [math.cos(position * frequency), math.sin(position * frequency)]
             )
@@ -59,12 +60,12 @@ def layer(H_kv: int, norms: bool, window: int | None, ops=native, theta=20.0) ->
     """In float64, with random weights, biases and gains."""
     angles = Angles(T, D, theta)
     angles.allocate(torch.float64, CPU)
-    rotary = Rotary(
+    turning = Rotary(
         ops, "a", angles, n_heads=H, n_kv_heads=H_kv, norm_epsilon=EPS if norms else None
     )
     attention = Attention(
         ops, "a", C, n_heads=H, n_kv_heads=H_kv, head_width=D, std=1.0, residual_std=1.0,
-        projection_bias=False, rotary=rotary, window=window,
+        projection_bias=False, rotary=turning, window=window,
     )  # fmt: skip
     parameters = Parameters(attention.parameters(), torch.float64, CPU)
     assert ("a.q_norm.weight" in parameters.by_name) == norms
@@ -158,6 +159,6 @@ def test_it_counts_what_it_keeps_and_does(H_kv: int, norms: bool, window: int | 
 def test_without_theta_no_pair_is_turned() -> None:
     angles = Angles(T, D, None)
     angles.allocate(torch.float64, CPU)
-    rotary = Rotary(reference, "a", angles, n_heads=H, n_kv_heads=2, norm_epsilon=None)
+    turning = Rotary(reference, "a", angles, n_heads=H, n_kv_heads=2, norm_epsilon=None)
     qkv = torch.randn(B, T, (H + 4) * D, dtype=torch.float64)
-    assert torch.equal(rotary.forward(qkv)[0], qkv)
+    assert torch.equal(turning.forward(qkv)[0], qkv)
