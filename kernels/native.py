@@ -773,19 +773,26 @@ def swiglu_forward(h: Tensor) -> Tensor:
 
 def swiglu_backward(dy: Tensor, h: Tensor) -> Tensor:
     """See `reference.swiglu_backward`. With a = g s, the slope s (1 + g (1 - s)) is a + s (1 - a):
-    the point between a and 1 that `lerp` finds. One sigmoid serves both gradients."""
-    packed, dy_rows = flat_rows(h), flat_rows(dy)
-    dh, wide = torch.empty_like(packed), wide_dtype(h.dtype)
-    one = dh.new_ones((), dtype=wide)
-    for rows in _cached_rows(dy_rows):
-        gate, up = packed[rows].to(wide).chunk(2, dim=-1)
-        upstream, out = dy_rows[rows].to(wide), _wide_part(dh, rows)
-        dgate, dup = out.chunk(2, dim=-1)
-        s = torch.sigmoid(gate, out=dgate)
-        silu = torch.mul(gate, s, out=dup)
-        torch.lerp(silu, one, s, out=dgate).mul_(up).mul_(upstream)
-        silu.mul_(upstream)
-        _write_part(dh, rows, out)
+    the point between a and 1 that `lerp` finds. One sigmoid serves both gradients, which are
+    written over gate and up: in dh itself, or in float32 memory that all parts share, because fresh
+    memory is in no cache."""
+    packed, dy_rows, wide = flat_rows(h), flat_rows(dy), wide_dtype(h.dtype)
+    dh, one, is_wide = torch.empty_like(packed), packed.new_ones((), dtype=wide), h.dtype == wide
+    parts = list(_cached_rows(dy_rows))
+    size = parts[0].stop if parts else 0
+    x_memory = packed.new_empty(size, packed.shape[1], dtype=wide)
+    dy_memory, s_memory = packed.new_empty(2, size, dy_rows.shape[1], dtype=wide)
+    for rows in parts:
+        here = slice(rows.stop - rows.start)
+        x = (dh[rows] if is_wide else x_memory[here]).copy_(packed[rows])
+        upstream = dy_rows[rows] if is_wide else dy_memory[here].copy_(dy_rows[rows])
+        gate, up = x.chunk(2, dim=-1)
+        s = torch.sigmoid(gate, out=s_memory[here])
+        a = gate.mul_(s)
+        slope_up = torch.lerp(a, one, s, out=s).mul_(up)
+        torch.mul(a, upstream, out=up)  # du
+        torch.mul(slope_up, upstream, out=gate)  # dg; dy u alone could be infinite
+        _write_part(dh, rows, x)
     return dh.view(h.shape)
 
 

@@ -54,14 +54,16 @@ def attention_cases() -> Iterator[Case]:
 
 
 def row_cases() -> Iterator[Case]:
-    """Each tile shape of LayerNorm and GELU, with fewer and with more rows than programs."""
+    """Each tile of the norms, GELU and SwiGLU, with fewer and with more rows than programs."""
     for dtype in ALL:
         for C in (48, 64, 256, 512, 768, 1000, 1024, 1280, 1600, 4096, 8192):
             for N in (1, 5000):
                 yield "layer_norm", dtype, STANDARD._replace(C=C, N=N)
+                yield "rms_norm", dtype, STANDARD._replace(C=C, N=N)
         for F in (64, 1000, 3072):
             for N in (1, 5000):
                 yield "gelu", dtype, STANDARD._replace(F=F, N=N)
+                yield "swiglu", dtype, STANDARD._replace(F=F, N=N)
                 yield "linear", dtype, STANDARD._replace(F=F, N=N)
 
 
@@ -83,7 +85,23 @@ def other_cases() -> Iterator[Case]:
                 yield "decoding", dtype, STANDARD._replace(T=T, D=D)
 
 
-CASES = [*attention_cases(), *row_cases(), *vocabulary_cases(), *other_cases()]
+def rotary_cases() -> Iterator[Case]:
+    """Widths of one and of several 16-byte loads, and of none; groups; one position and many."""
+    for dtype in ALL:
+        for D in (10, 64, 96, 128, 256) if dtype == torch.bfloat16 else (64, 96):
+            for T in (1, 1000):
+                yield "rotary", dtype, STANDARD._replace(T=T, H=6, H_kv=2, D=D)
+    for H, H_kv, D in ((14, 2, 64), (16, 8, 128)):  # Qwen2.5-0.5B's and Qwen3-0.6B's
+        yield "rotary", torch.bfloat16, STANDARD._replace(T=4096, H=H, H_kv=H_kv, D=D)
+
+
+CASES = [
+    *attention_cases(),
+    *rotary_cases(),
+    *row_cases(),
+    *vocabulary_cases(),
+    *other_cases(),
+]
 
 
 def label(case: Case) -> str:

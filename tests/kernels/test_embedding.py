@@ -10,6 +10,7 @@ from mantrans.kernels.triton import embedding
 from tests.kernels.common import (
     DTYPES,
     SUM_TOLERANCE,
+    each_backend,
     each_dtype,
     generator,
     normal,
@@ -84,6 +85,24 @@ def check_backward(dx, tokens, n_tokens):
     reference.embedding_backward(dx, tokens, *expected)
     assert_close(actual[0], expected[0], SUM_TOLERANCE, "dtoken_table")
     assert_close(actual[1], expected[1], SUM_TOLERANCE, "dposition_table")
+
+
+@each_backend
+@pytest.mark.parametrize("B, T, C, V", SHAPES[2:5], ids=str)
+def test_without_positions(ops, dtype, B, T, C, V):
+    """The rows themselves, and the same gradient as beside positions."""
+    source = generator(B, T, C, V, 2)
+    tokens = torch.randint(0, V, (B, T), generator=source)
+    table, dx = normal(source, V + 3, C, dtype=dtype), normal(source, B, T, C, dtype=dtype)
+    assert torch.equal(ops.embedding_forward(tokens, table), table[tokens])
+    wide = reference.wide_dtype(dtype)
+    alone, beside = (torch.ones(V + 3, C, dtype=wide) for _ in range(2))
+    ops.embedding_backward(dx, tokens, alone)
+    ops.embedding_backward(dx, tokens, beside, torch.zeros(T, C, dtype=wide))
+    assert torch.equal(alone, beside)
+    expected = torch.ones(V + 3, C, dtype=torch.float64)
+    expected.index_add_(0, tokens.flatten(), dx.flatten(0, 1).double())
+    assert_close(alone, expected, SUM_TOLERANCE)
 
 
 def test_the_order_of_equal_tokens_is_fixed():

@@ -19,7 +19,9 @@ def embedding(ops: ModuleType, B: int, T: int) -> list[Tensor]:
     tokens, tables = torch.zeros(B, T, dtype=torch.int64), [ones(V, C), ones(6, C)]
     x = ops.embedding_forward(tokens, *tables)
     ops.embedding_backward(x, tokens, *tables)
-    return [x, *tables]
+    alone = ops.embedding_forward(tokens, tables[0])
+    ops.embedding_backward(alone, tokens, tables[0])
+    return [x, alone, *tables]
 
 
 def linear(ops: ModuleType, B: int, T: int) -> list[Tensor]:
@@ -39,6 +41,14 @@ def layer_norm(ops: ModuleType, B: int, T: int) -> list[Tensor]:
     return [y, mean, rstd, *added, dx, *vectors]
 
 
+def rms_norm(ops: ModuleType, B: int, T: int) -> list[Tensor]:
+    x, (dweight, dbranch_bias) = ones(B, T, C), ones(2, C)
+    y, rstd = ops.rms_norm_forward(x, ones(C), 1e-5)
+    added = ops.add_rms_norm_forward(x, x, ones(C), 1e-5)
+    dx = ops.rms_norm_backward(y, x, ones(C), rstd, dweight, x, dbranch_bias)
+    return [y, rstd, *added, dx, dweight, dbranch_bias]
+
+
 def attention(ops: ModuleType, B: int, T: int) -> list[Tensor]:
     qkv, results = ones(B, T, 3 * H * D), []
     for start in (None, torch.zeros(B, T, dtype=torch.int32)):
@@ -56,6 +66,12 @@ def gelu(ops: ModuleType, B: int, T: int) -> list[Tensor]:
     h, dbias = ones(B, T, F), ones(F)
     y = ops.bias_gelu_forward(h, ones(F))
     return [y, ops.bias_gelu_backward(y, h, ones(F), dbias), dbias]
+
+
+def swiglu(ops: ModuleType, B: int, T: int) -> list[Tensor]:
+    h = ones(B, T, 2 * F)
+    y = ops.swiglu_forward(h)
+    return [y, ops.swiglu_backward(y, h)]
 
 
 def loss(ops: ModuleType, B: int, T: int) -> list[Tensor]:
@@ -81,7 +97,18 @@ def starts_and_norm(ops: ModuleType, B: int, T: int) -> list[Tensor]:
 @pytest.mark.parametrize(("B", "T"), [(0, 5), (3, 0), (0, 0)])
 @pytest.mark.parametrize(
     "program",
-    [embedding, linear, layer_norm, attention, decoding, gelu, loss, starts_and_norm],
+    [
+        embedding,
+        linear,
+        layer_norm,
+        rms_norm,
+        attention,
+        decoding,
+        gelu,
+        swiglu,
+        loss,
+        starts_and_norm,
+    ],
 )
 def test_operations_without_rows(program, B: int, T: int) -> None:
     expected = program(reference, B, T)

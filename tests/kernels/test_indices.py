@@ -19,7 +19,9 @@ from mantrans.kernels.triton import (
     gelu,
     layer_norm,
     norm_rotary,
+    rms_norm,
     rotary,
+    swiglu,
 )
 from mantrans.kernels.triton import partials as partial_sums
 from mantrans.kernels.triton.bias_gradient import BLOCK_COLUMNS, column_sums_kernel
@@ -125,6 +127,11 @@ def test_rows_beyond_the_last_int32(n_rows: int) -> None:
         dx, dweight, None, None, n_rows, 1, tiles, 1, ACCUMULATE=False, BLOCK_ROWS=512,
         BLOCK_COLUMNS=1)  # fmt: skip
     assert dweight[-1].item() == 6
+    dweight.zero_()
+    run(rms_norm.rms_norm_backward_kernel, (tiles - 1,), dy, x, torch.ones(1), rstd, None, dx,
+        dweight, None, n_rows, 1, tiles, 1, ACCUMULATE=False, BLOCK_ROWS=512,
+        BLOCK_COLUMNS=1)  # fmt: skip
+    assert dweight[-1].item() == 12
     tiles = -(-n_rows // 8)
     dbias = untouched(tiles, 1, dtype=torch.float32)
     run(gelu.bias_gelu_backward_kernel, (0, tiles - 1), dy, x, None, dx, dbias, n_rows, 1, tiles, 1,
@@ -132,6 +139,23 @@ def test_rows_beyond_the_last_int32(n_rows: int) -> None:
     want = native.bias_gelu_backward(torch.ones(2), torch.full((2,), 2.0))
     assert_close(dx[-2:, 0], want, 4e-3)
     assert_close(dbias[-1], want.sum()[None], 1e-6)
+
+
+def test_swiglu_of_more_elements_than_int32_counts() -> None:
+    """2 F of a row passes 2³¹ at its second half, and rows do, however narrow."""
+    for N, F in ((3, FAR // 2 + 512), (FAR + 3, 1)):
+        h, dy, dh = untouched(N, 2 * F), untouched(N, F), untouched(N, 2 * F)
+        h[-1, F - 1], h[-1, -1], dy[-1, -1] = 2, 3, 1
+        block = min(F, 256)
+        last = -(-N // 8) * -(-F // block) - 1
+        shape = {"BLOCK_ROWS": 8, "BLOCK_COLUMNS": block}
+        y = untouched(N, F)
+        run(swiglu.swiglu_forward_kernel, (last,), h, y, N, F, **shape)
+        run(swiglu.swiglu_backward_kernel, (last,), dy, h, dh, N, F, **shape)
+        small = torch.tensor([[2.0, 3.0]])
+        assert_close(y[-1, -1:], native.swiglu_forward(small)[0], 4e-3)
+        want = native.swiglu_backward(torch.ones(1, 1), small)
+        assert_close(torch.stack([dh[-1, F - 1], dh[-1, -1]]), want[0], 4e-3)
 
 
 def test_embedding_positions_beyond_the_last_int32() -> None:

@@ -98,6 +98,9 @@ def attention(B: int, T: int, H: int, D: int, H_kv: int | None = None, documents
 CASES = {
     "embedding": Case(described.Embedding(), Shapes(B=3, T=5, C=12, V=7, Vp=9)),
     "embedding T=1": Case(described.Embedding(), Shapes(C=12, V=7, Vp=7)),
+    "embedding without positions": Case(
+        described.TokenEmbedding(), Shapes(B=3, T=5, C=12, V=7, Vp=9)
+    ),
     "linear": Case(described.Linear(), Shapes(N=18, C=6, F=11)),
     "linear no bias": Case(described.Linear(), Shapes(N=18, C=6, F=11), bias=False),
     "linear one row": Case(described.Linear(), Shapes(C=3)),

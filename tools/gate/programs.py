@@ -145,8 +145,9 @@ def of_gpu_tests(dtypes: Sequence[torch.dtype]) -> Iterator[Program]:
         draw, program = by_name[name]
         label = test_gpu_kernels.label(case)
         yield Program(group, label, bound(program, draw, shapes, dtype))
-        if name == "layer_norm":
-            yield Program(group, f"{label} without biases", bound_norm(dtype, shapes.N, shapes.C))
+        if name in ("layer_norm", "rms_norm"):
+            norm = bound_norm(name, dtype, shapes.N, shapes.C)
+            yield Program(group, f"{label} without biases", norm)
     for run, T in test_gpu_selfcheck.RUNS:
         for dtype in (torch.bfloat16, torch.float32):
             shapes = selfcheck.run_shapes(**run, sequence_length=T)
@@ -183,12 +184,18 @@ def bound_step(**options: Any) -> Callable[[], object]:
     return run
 
 
-def bound_norm(dtype: torch.dtype, N: int, C: int) -> Callable[[], object]:
-    """Layer norm without biases, as in a model with `bias: false`: no program has that."""
+def bound_norm(name: str, dtype: torch.dtype, N: int, C: int) -> Callable[[], object]:
+    """A norm without biases, as in a model with `bias: false`: no program has that."""
 
     def run() -> None:
         x, weight = torch.empty(N, C, dtype=dtype), torch.empty(C, dtype=dtype)
         rows = torch.empty(ops.partial_rows(CPU), C)
+        if name == "rms_norm":
+            y, rstd = ops.rms_norm_forward(x, weight, 1e-5)
+            ops.add_rms_norm_forward(x, x, weight, 1e-5)
+            for residual in (None, x):
+                ops.rms_norm_backward(y, x, weight, rstd, rows, residual)
+            return
         y, mean, rstd = ops.layer_norm_forward(x, weight, None, 1e-5)
         ops.add_layer_norm_forward(x, x, weight, None, 1e-5)
         for residual in (None, x):
