@@ -48,7 +48,7 @@ def main() -> int:
     module, seconds = COMMANDS[arguments.command]
     if arguments.seconds is None:
         arguments.seconds = seconds
-    disable_malloc_trim()  # everybody is measured with it, as `train.py` trains
+    disable_malloc_trim()  # as in `train.py`, for every candidate
     return importlib.import_module(f"benchmarks.{module}").main(arguments)
 
 

@@ -2,7 +2,7 @@
 
 All have the same start weights, batches, AdamW settings, clipping and learning rate. "bfloat16" is
 what each recommends: bfloat16 weights with float32 masters for ours, float32 weights under autocast
-for the others. The vocabulary of the GPT-2 models is the padded one, 50,304, for everybody: an odd
+for the others. The vocabulary of the GPT-2 models is the padded one, 50,304, for all: an odd
 50,257 would slow the others' matrix products down, while ours pad by themselves.
 """
 
@@ -33,7 +33,7 @@ MODELS: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
     "GPT-2 124M": ((768, 12, 12, 3072, 50304), {}),
     "GPT-2 350M": ((1024, 24, 16, 4096, 50304), {}),
     "tiny": ((32, 2, 2, 64, 4096), {}),
-    "Llama, seed-sized": ((256, 4, 4, 704, 4096), LLAMA),
+    "Llama 4M": ((256, 4, 4, 704, 4096), LLAMA),
     "Llama 15M": ((288, 6, 6, 768, 4096), LLAMA),
     "SmolLM2 135M": ((576, 30, 9, 1536, 49152), {**LLAMA, "n_kv_heads": 3, "rope_theta": 1e5}),
     "Qwen2.5 0.5B": (
@@ -71,7 +71,7 @@ def _all_stories() -> Tensor:
 class Batches:
     """Some batches of stories that lie on the device; step i takes number i, round and round.
 
-    It is a `mantrans.training.batches.TokenSource`, and the baselines read the same rows: nobody's
+    It is a `mantrans.training.batches.TokenSource`, and the baselines read the same rows: no
     loading of data is timed. Stories are read again where they are too few.
     """
 

@@ -39,7 +39,7 @@ ROOT = Path(__file__).parents[1]
 PASSED, FAILED, OUT_OF_TIME = "passed", "failed", "out of time"
 SANITIZER = "/usr/local/cuda/bin/compute-sanitizer"
 GPU_TESTS = ("step", "model", "memory", "resume", "selfcheck")
-# What the table asks for. Everybody and everything else is measured by `ops` and `step`, which take
+# What the table asks for. All others are measured by `ops` and `step`, which take
 # longer than a suite may.
 OPERATIONS_AGAINST = "SDPA flash,SDPA cuDNN"
 STEPS = (
@@ -108,7 +108,7 @@ class Bench(NamedTuple):
         self.python("-m", "benchmarks", command, *limits, *options)
 
     def tests(self, most: int, *files: str) -> str:
-        """Deal the tests out to as many processes as there are cores, at most `most`: nearly all of
+        """Split the tests among as many processes as there are cores, at most `most`: nearly all of
         their time is compiling. Returns the counts."""
         n = min(os.cpu_count() or 1, most)
         with tempfile.TemporaryDirectory() as folder:

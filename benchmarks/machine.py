@@ -96,7 +96,7 @@ def cache_bytes() -> int:
 
 @cache
 def has_native_bfloat16() -> bool:
-    """Whether the device multiplies bfloat16 itself: without that nobody would train in it."""
+    """Whether the device multiplies bfloat16 itself: without that it is not worth training in."""
     if on_gpu():
         return torch.cuda.get_device_capability() >= (8, 0)
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()

@@ -117,6 +117,9 @@ def model_cases(B: int, T: int, C: int, H: int, F: int, V: int, dtype: str) -> I
     s = Shapes(B=B, T=T, H=H, H_kv=H, D=C // H, C=C, F=F, V=V, Vp=V, N=B * T, P=P)
     sizes: list[tuple[Operation, Shapes]] = [
         (described.Attention(), s),
+        (described.WindowAttention(), s),
+        (described.Rotary(), s),
+        (described.NormRotary(), s),
         (described.AddLayerNorm(), s),
         (described.AddRmsNorm(), s),
         (described.FusedCrossEntropy(), s._replace(N=min(s.N, 1024))),
@@ -160,6 +163,12 @@ def gpu_cases() -> Iterator[Case]:
         (described.AddRmsNorm(), Shapes(N=16384, C=896)),  # Qwen2.5-0.5B's
         (described.SwiGLU(), Shapes(N=16384, F=4864)),
     ]
+    qwen2_5 = Shapes(B=16, T=1024, H=14, H_kv=2, D=64)
+    qwen3 = Shapes(B=16, T=1024, H=16, H_kv=8, D=128)
+    sizes += [
+        (o, s) for o in (described.Rotary(), described.NormRotary()) for s in (qwen2_5, qwen3)
+    ]
+    sizes += [(described.WindowAttention(), Shapes(B=4, T=4096, H=16, H_kv=8, D=128))]
     for operation, shapes in sizes:
         yield from directions(operation, shapes, "bfloat16")
 
@@ -170,7 +179,7 @@ def gpu_cases() -> Iterator[Case]:
 class Implementation(NamedTuple):
     """prepare(tensors) gives a call without arguments that does the work.
 
-    direct: launches go out one by one, for a graph cannot hold autograd's backward of an earlier
+    direct: launched one by one, because a graph cannot hold autograd's backward of an earlier
     forward.
     """
 
@@ -378,7 +387,7 @@ def check(implementation: Implementation, case: Case) -> None:
     found = implementation.prepare(case.tensors(99))()
     for name in found.keys() & expected.keys():
         if name == "saved" or not isinstance(found[name], Tensor):
-            continue  # what a backend keeps for its own backward is its own affair
+            continue  # each backend chooses what it keeps for its backward
         start = buffers[name].double() if name.startswith("d") and name in buffers else 0.0
         right = expected[name].double() - start
         result = found[name].detach().double() - (start if implementation.name in OURS else 0.0)

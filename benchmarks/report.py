@@ -25,9 +25,9 @@ END = "<!-- end of results -->"
 NOTHING = "No results: there are no rows."
 NOT_MEASURED = "not measured"
 ONE_BY_ONE = "launched one by one"
-# Of several of ours the first one there is stands for us: it is what a user gets on that device.
+# Of several of ours the first is shown: it is what a user gets on that device.
 OURS = ("triton captured", "triton", "native")
-# The textbook and ourselves in another mode are measured too, but nobody would pick them instead.
+# The textbook and ourselves in another mode are measured too, but are no alternatives.
 NO_BASELINES = (*OURS, "reference")
 CASE = ["device", "operation", "direction", "size", "dtype"]
 OUR_COLOR, OTHER_COLORS = "#c2410c", ("#334155", "#7c93b2", "#b7a26a", "#94a3b8")
@@ -44,7 +44,7 @@ def main(arguments: Namespace) -> int:
 
 
 def write(rows: Sequence[Measurement], page: Path) -> None:
-    """Replace what stands between the marks of `page`; a page that is not there begins as ours."""
+    """Replace the text between the marks of `page`; a missing page begins as ours."""
     text = (page if page.exists() else PAGE).read_text(encoding="utf-8")
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
@@ -133,13 +133,13 @@ def short(value: float) -> str:
 
 
 def spread(row: Any) -> str:
-    """Median and quantiles in ms; a dagger where launches went out one by one."""
+    """Median and quantiles in ms; a dagger where calls were launched one by one."""
     mark = " †" if row.note == ONE_BY_ONE else ""
     return f"{short(row.p50)} ({short(row.p20)}–{short(row.p80)}){mark}"
 
 
 def factor(value: float) -> str:
-    """How many times faster ours is: bold where it is slower, so that nobody overlooks it."""
+    """How many times faster ours is: bold where it is slower, to be seen."""
     return f"**{value:.2f}×**" if round(value, 2) < 1 else f"{value:.2f}×"
 
 
@@ -150,7 +150,7 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[str]], numbers: Sequ
 
 
 def table_of_steps(data: pd.DataFrame) -> str:
-    """A line a case: ours beside everybody who was measured with it."""
+    """A line a case: ours beside all that were measured with it."""
     lines, before = [], None
     for (device, operation, _, size, dtype), case in data.groupby(CASE, sort=False):
         ours = case[(case.p50 == case.ours) & ~case.baseline]

@@ -31,13 +31,13 @@ from mantrans.training import flops, memory
 
 STEPS_IN_COMMON = 10
 JUDGE = "PyTorch eager"
-# How far somebody's losses may be from the judge's: the root mean square of the ten differences, as
+# How far losses may be from the judge's: the root mean square of the ten differences, as
 # a part of what the judge's loss falls by. Tried: ours are 0.06% away in bfloat16 on the seed-sized
-# model, 0.4% on GPT-2 350M and 0.6% on the 33M one (everybody rounds elsewhere, and AdamW's first
+# model, 0.4% on GPT-2 350M and 0.6% on the 33M one (each rounds elsewhere, and AdamW's first
 # steps amplify it); in float32 0.001%, 0.01% and 0.02%. Without GELU's or attention's gradient
 # they are 4% away in either dtype, with attention's sign turned 8%.
 TOLERANCE = {"bfloat16": 1e-2, "float32": 5e-4}
-# Estimates from above. Nobody is built who would not be ready before the time is over.
+# Upper estimates. A candidate that would not be ready in time is not built.
 BUILD_SECONDS = {"torch.compile": 60, "torch.compile reduce-overhead": 60, "transformers": 15}
 ALL_ON_CPU = ("native", "PyTorch eager", "torch.compile", "transformers")
 ALL_ON_GPU = ("triton captured", "triton", *baselines.BASELINES)
@@ -88,7 +88,7 @@ def cases(quick: bool) -> list[Case]:
             Case("GPT-2 350M", 8, 1024, candidates=everybody),
             Case("Qwen2.5 0.5B", 16, 1024, candidates=few),
             Case("SmolLM2 135M", 16, 1024, candidates=few),
-            Case("Llama, seed-sized", 64, 256, candidates=few),
+            Case("Llama 4M", 64, 256, candidates=few),
             Case("GPT-2 124M", 16, 1024, 8, candidates=everybody),
             Case("seed-sized", 64, 256, 8, candidates=everybody),
             *(Case("GPT-2 124M", 16384 // T, T, candidates=few) for T in (8192, 256, 4096, 2048)),
@@ -97,14 +97,14 @@ def cases(quick: bool) -> list[Case]:
     if not machine.has_native_bfloat16():
         return [
             in_float32,
-            Case("Llama, seed-sized", 16, 256, 1, "float32", few),
+            Case("Llama 4M", 16, 256, 1, "float32", few),
             Case("Llama 15M", 8, 256, 1, "float32", few),
             Case("seed-sized", 4, 1024, 1, "float32", few),
         ]
     return [
         Case("seed-sized", 16, 256, candidates=everybody),
         in_float32,
-        Case("Llama, seed-sized", 16, 256, candidates=few),
+        Case("Llama 4M", 16, 256, candidates=few),
         Case("Llama 15M", 8, 256, candidates=few),
         Case("seed-sized", 2, 256, 8, candidates=everybody),
         Case("TinyStories 33M", 2, 512, candidates=everybody),
@@ -150,7 +150,7 @@ def measure(
 ) -> bool:
     """Agree, time for about `seconds`, record. True if one of ours failed.
 
-    end: on `time.monotonic`'s clock, after which nobody should still be building.
+    end: on `time.monotonic`'s clock, after which nothing may still be building.
     """
     torch._dynamo.reset()
     config = baselines.model_config(case.model, case.T)

@@ -227,6 +227,25 @@ CASES = [
     Case(described.AddRmsNorm(), NORM),
     Case(described.Attention(), ATTENTION, ATTENTION_SCALES),
     Case(described.DocumentAttention(), ATTENTION, ATTENTION_SCALES),
+    Case(described.WindowAttention(), ATTENTION, ATTENTION_SCALES),
+    Case(
+        described.Rotary(),
+        {
+            "ordinary": Kind(HEADS),
+            "long": Kind(HEADS._replace(T=2048, D=4)),
+            "huge": Kind(HEADS, scaled(1e15, "qkv", "drotated")),
+        },
+    ),
+    Case(
+        described.NormRotary(),
+        {
+            "ordinary": Kind(HEADS),
+            "many rows": Kind(HEADS._replace(T=2048, D=4)),
+            "wide rows": Kind(HEADS._replace(T=4, D=256)),
+            "huge": Kind(HEADS, scaled(1e15, "qkv")),
+            "tiny": Kind(HEADS, scaled(1e-15, "qkv")),
+        },
+    ),
     Case(
         described.BiasGelu(),
         {

@@ -3,7 +3,7 @@
 A file counts as unchanged while its path, device, inode, size and both times of change (mtime and
 ctime, in nanoseconds) are the same as when it was read. Every write through the file system sets
 ctime to the present, and no program can set it to anything else. So this assumes that nothing
-writes to the disk without the file system, that bits do not flip on it, and that nobody sets the
+writes to the disk without the file system, that bits do not flip on it, and that no one sets the
 clock back to the same nanosecond. To verify all files again, delete the record.
 """
 

@@ -89,7 +89,7 @@ def was_restarted() -> bool:
 def own_config(resume: str, defaults: str, overrides: Sequence[str]) -> Config:
     """The configuration of the run that `resume` names, changed by overrides.
 
-    Its name and folders are those where it was found, for it may have been moved since. defaults:
+    Its name and folders are those where it was found: it may have been moved. defaults:
     the config file that says where runs are, and for "latest" which one.
     Raises CheckpointError or ConfigError (one line).
     """

@@ -69,7 +69,7 @@ def refused(m: TensorMap) -> Iterator[str]:
 
 
 def resources(kernel: Kernel, card: Card) -> Iterator[str]:
-    """What a multiprocessor must have, and memory that nobody allocates."""
+    """What a multiprocessor must have, and memory that nothing allocates."""
     if kernel.shared > card.shared:
         yield f"shared memory: expected at most {card.shared:,} bytes, got {kernel.shared:,}"
     if kernel.warps * 32 > LARGEST_PROGRAM:
@@ -78,7 +78,7 @@ def resources(kernel: Kernel, card: Card) -> Iterator[str]:
     if taken > REGISTERS:
         yield f"registers: expected at most {REGISTERS:,} a program, got {taken:,}"
     if kernel.scratch:
-        yield f"global scratch: expected 0 bytes, for nobody allocates any, got {kernel.scratch}"
+        yield f"global scratch: expected 0 bytes, got {kernel.scratch}"
 
 
 def spills(kernel: Kernel, card: Card) -> Iterator[str]:
