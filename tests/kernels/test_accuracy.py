@@ -13,8 +13,11 @@ FAST = [
     ("linear", "ordinary"),
     ("layer_norm", "large mean"),
     ("layer_norm", "constant"),
+    ("add_rms_norm", "huge"),
     ("attention", "large offset"),
+    ("norm_rotary", "huge"),
     ("bias_gelu", "ordinary"),
+    ("swiglu", "large mean"),
     ("cross_entropy", "sure"),
     ("cross_entropy", "larger offset"),
     ("linear_cross_entropy", "ordinary"),
@@ -22,6 +25,7 @@ FAST = [
     ("gradient_norm", "huge"),
     ("adamw", "1e-25 to 1e18"),
 ]
+FAST_IN_TRITON = [("layer_norm", "large mean"), ("cross_entropy", "larger offset")]
 
 
 def assert_promise(name: str, kind: str, dtype: str, backends: list[str]) -> None:
@@ -34,11 +38,13 @@ def assert_promise(name: str, kind: str, dtype: str, backends: list[str]) -> Non
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("name", "kind"), FAST)
 def test_no_worse_than_pytorch_here(name: str, kind: str, dtype: str) -> None:
-    assert_promise(name, kind, dtype, ["reference", "native"])
+    fast = (name, kind) in FAST_IN_TRITON
+    assert_promise(name, kind, dtype, ["reference", "native", *["triton"] * fast])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("name", "kind"), ALL)
 def test_no_worse_than_pytorch_anywhere(name: str, kind: str, dtype: str) -> None:
-    assert_promise(name, kind, dtype, ["reference", "native"])
+    triton = ["triton"] * (dtype in ("float32", "bfloat16"))
+    assert_promise(name, kind, dtype, ["reference", "native", *triton])

@@ -204,6 +204,25 @@ def test_the_same_shape_may_be_given(tmp_path, tokens, pretrained) -> None:
     Trainer(configured(tmp_path, tokens, pretrained, model=shape), quiet=True).folders.close()
 
 
+def test_on_the_command_line_it_replaces_the_files_model(tmp_path, tokens, pretrained) -> None:
+    """And the file's tokenizer, but not what other overrides say, before it or after it."""
+    small(tmp_path, tokens).save(tmp_path / "c.yaml")
+    mine = ["data.max_length=16", f"training.init_from={pretrained}"]
+    found = Config.load(tmp_path / "c.yaml", mine)
+    assert found.model.model_fields_set == {"dtype"} and found.model.dtype == "float32"
+    assert "tokenizer" not in found.data.model_fields_set and found.training.batch_size == 4
+    for overrides in (["model.d_model=64", *mine], [*mine, "model.d_model=64"]):
+        assert refusal(Config.load(tmp_path / "c.yaml", overrides)).startswith("model.d_model: exp")
+    Trainer(found, quiet=True).folders.close()
+    found.with_model(found.model.model_dump() | {"vocab_size": 9}, "x").save(tmp_path / "d.yaml")
+    again = Config.load(tmp_path / "d.yaml", [mine[1]])  # the same folder: nothing is replaced
+    assert "d_model" in again.model.model_fields_set
+    assert (
+        "d_model"
+        in Config.load(tmp_path / "c.yaml", ["training.init_from=null"]).model.model_fields_set
+    )
+
+
 def test_longer_sequences_than_the_folder_has_positions_are_refused(
     tmp_path, tokens, pretrained
 ) -> None:
