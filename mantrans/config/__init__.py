@@ -128,9 +128,14 @@ class ModelConfig(Section):
         return self.n_heads if self.n_kv_heads is None else self.n_kv_heads
 
     def resolved(self) -> dict[str, Any]:
-        """All fields, with the defaults that depend on other fields resolved."""
+        """All fields; defaults that depend on other fields are resolved, and fields that change
+        nothing in this network have their defaults."""
+        rope = [name for name in type(self).model_fields if name.startswith("rope_")]
+        unused = rope if self.position == "learned" else rope[1:]
+        unused = [] if self.rope_scaling_factor is not None else unused
         return {
             **self.model_dump(),
+            **{name: type(self).model_fields[name].default for name in unused},
             "d_ffn": self.feed_forward_width,
             "n_kv_heads": self.key_value_heads,
             "head_dim": self.head_width,
