@@ -117,6 +117,9 @@ def model_cases(B: int, T: int, C: int, H: int, F: int, V: int, dtype: str) -> I
     s = Shapes(B=B, T=T, H=H, H_kv=H, D=C // H, C=C, F=F, V=V, Vp=V, N=B * T, P=P)
     sizes: list[tuple[Operation, Shapes]] = [
         (described.Attention(), s),
+        (described.WindowAttention(), s),
+        (described.Rotary(), s),
+        (described.NormRotary(), s),
         (described.AddLayerNorm(), s),
         (described.AddRmsNorm(), s),
         (described.FusedCrossEntropy(), s._replace(N=min(s.N, 1024))),
@@ -160,6 +163,12 @@ def gpu_cases() -> Iterator[Case]:
         (described.AddRmsNorm(), Shapes(N=16384, C=896)),  # Qwen2.5-0.5B's
         (described.SwiGLU(), Shapes(N=16384, F=4864)),
     ]
+    qwen2_5 = Shapes(B=16, T=1024, H=14, H_kv=2, D=64)
+    qwen3 = Shapes(B=16, T=1024, H=16, H_kv=8, D=128)
+    sizes += [
+        (o, s) for o in (described.Rotary(), described.NormRotary()) for s in (qwen2_5, qwen3)
+    ]
+    sizes += [(described.WindowAttention(), Shapes(B=4, T=4096, H=16, H_kv=8, D=128))]
     for operation, shapes in sizes:
         yield from directions(operation, shapes, "bfloat16")
 

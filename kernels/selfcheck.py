@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from mantrans.kernels import operations, reference
-from mantrans.kernels.operations import Draw, Inputs, Operation, Shapes
+from mantrans.kernels.operations import EPS, Draw, Inputs, Operation, Shapes
 
 # Largest allowed root mean square of the error, relative to that of the exact result.
 BOUNDS = {
@@ -150,7 +150,8 @@ def rms_norm(ops: Any, i: Inputs) -> Outputs:
 
 
 def rotary_inputs(s: Shapes, draw: Draw) -> Inputs:
-    return operations.NormRotary().inputs(s._replace(D=max(2, s.D // 2 * 2)), draw)
+    i = operations.NormRotary().inputs(s._replace(D=max(2, s.D // 2 * 2)), draw)
+    return {**i, "positions": draw.integers(s.T, s.B, s.T)}
 
 
 def rotary(ops: Any, i: Inputs) -> Outputs:
@@ -158,6 +159,15 @@ def rotary(ops: Any, i: Inputs) -> Outputs:
     alone = {name: x.clone() if isinstance(x, Tensor) else x for name, x in i.items()}
     outputs = outputs_of(operations.Rotary(), ops, alone)
     outputs |= by_partial_sums(operations.NormRotary(), ops, i)
+    # at positions of a table, as in decoding
+    gains, angles = (i["q_weight"], i["k_weight"]), (i["cos"], i["sin"])
+    where = *i["heads"], i["positions"]
+    normed, _ = ops.norm_rotary_forward(i["qkv"], *gains, *angles, EPS, *where)
+    rotated = ops.rotary_forward(i["qkv"].clone(), *angles, *where)
+    outputs |= {
+        ("norm_rotary_forward", "rotated by positions"): normed,
+        ("rotary_forward", "rotated by positions"): rotated,
+    }
     return outputs | outputs_of(operations.NormRotary(), ops, i)
 
 

@@ -51,7 +51,9 @@ _PAIRS = [
 ]
 _ALTERNATIVES = dict(_PAIRS) | {other: one for one, other in _PAIRS}
 # What a file says about its own dataset, and about no other.
-_OF_A_DATASET = ("subset_size", "val_subset_size", "path", "val_path", "text_field")
+_OF_A_DATASET = tuple(
+    f"data.{name}" for name in ("subset_size", "val_subset_size", "path", "val_path", "text_field")
+)
 
 
 class ModelConfig(Section):
@@ -126,9 +128,14 @@ class ModelConfig(Section):
         return self.n_heads if self.n_kv_heads is None else self.n_kv_heads
 
     def resolved(self) -> dict[str, Any]:
-        """All fields, with the defaults that depend on other fields resolved."""
+        """All fields; defaults that depend on other fields are resolved, and fields that change
+        nothing in this network have their defaults."""
+        rope = [name for name in type(self).model_fields if name.startswith("rope_")]
+        unused = rope if self.position == "learned" else rope[1:]
+        unused = [] if self.rope_scaling_factor is not None else unused
         return {
             **self.model_dump(),
+            **{name: type(self).model_fields[name].default for name in unused},
             "d_ffn": self.feed_forward_width,
             "n_kv_heads": self.key_value_heads,
             "head_dim": self.head_width,
@@ -419,7 +426,8 @@ class Config(Section):
         An override's value is read as YAML. An override of `max_steps` replaces the `num_epochs` in
         `values` and vice versa; likewise `warmup_steps` and `warmup_ratio`, `val_path` and
         `validation_fraction`. Another `dataset` than that in `values` takes the fields that
-        describe that one along: they do not apply to it unless they are overrides too.
+        describe that one along: they do not apply to it unless they are overrides too. So does
+        another `init_from` with the model's shape and the tokenizer.
 
         Raises:
             ConfigError: a section or field is unknown, or a value is not accepted.
@@ -481,6 +489,8 @@ class Config(Section):
         return self
 
 
+# What a file says about its own model, and about no other.
+_OF_A_MODEL = ("data.tokenizer", *(f"model.{n}" for n in ModelConfig.model_fields if n != "dtype"))
 SECTIONS: dict[str, Any] = {name: field.annotation for name, field in Config.model_fields.items()}
 
 
@@ -503,14 +513,19 @@ def _apply(override: str, values: dict[Any, Any], sources: dict[str, str]) -> No
         values[section], sources[section] = {}, source
     if isinstance(values[section], dict):
         for other in _replaced(section, name, value, values[section]):
-            if f"{section}.{other}" not in sources:
-                values[section].pop(other, None)
+            home, _, field_name = other.partition(".")
+            if other not in sources and isinstance(values.get(home), dict):
+                values[home].pop(field_name, None)
         values[section][name], sources[f"{section}.{name}"] = value, source
 
 
 def _replaced(section: str, name: str, value: Any, fields: dict[Any, Any]) -> tuple[str, ...]:
-    """The fields of the file that an override of `name` does away with."""
+    """The fields of the file, as section.field, that an override of `name` does away with."""
     if (section, name) == ("data", "dataset"):
         before = fields.get(name, DataConfig.model_fields[name].default)
         return () if value == before else _OF_A_DATASET
-    return (_ALTERNATIVES[name],) if value is not None and name in _ALTERNATIVES else ()
+    if (section, name) == ("training", "init_from"):
+        return () if value in (None, fields.get(name)) else _OF_A_MODEL
+    return (
+        (f"{section}.{_ALTERNATIVES[name]}",) if value is not None and name in _ALTERNATIVES else ()
+    )

@@ -85,7 +85,23 @@ def other_cases() -> Iterator[Case]:
                 yield "decoding", dtype, STANDARD._replace(T=T, D=D)
 
 
-CASES = [*attention_cases(), *row_cases(), *vocabulary_cases(), *other_cases()]
+def rotary_cases() -> Iterator[Case]:
+    """Widths of one and of several 16-byte loads, and of none; groups; one position and many."""
+    for dtype in ALL:
+        for D in (10, 64, 96, 128, 256) if dtype == torch.bfloat16 else (64, 96):
+            for T in (1, 1000):
+                yield "rotary", dtype, STANDARD._replace(T=T, H=6, H_kv=2, D=D)
+    for H, H_kv, D in ((14, 2, 64), (16, 8, 128)):  # Qwen2.5-0.5B's and Qwen3-0.6B's
+        yield "rotary", torch.bfloat16, STANDARD._replace(T=4096, H=H, H_kv=H_kv, D=D)
+
+
+CASES = [
+    *attention_cases(),
+    *rotary_cases(),
+    *row_cases(),
+    *vocabulary_cases(),
+    *other_cases(),
+]
 
 
 def label(case: Case) -> str:
