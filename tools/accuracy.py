@@ -224,6 +224,7 @@ CASES = [
     ),
     Case(LayerNorm(), NORM, NORM_SCALES),
     Case(described.AddLayerNorm(), NORM, NORM_SCALES),
+    Case(described.AddRmsNorm(), NORM),
     Case(described.Attention(), ATTENTION, ATTENTION_SCALES),
     Case(described.DocumentAttention(), ATTENTION, ATTENTION_SCALES),
     Case(described.WindowAttention(), ATTENTION, ATTENTION_SCALES),
@@ -252,6 +253,16 @@ CASES = [
             "tiny": Kind(GELU, scaled(1e-15, "h", "bias")),
             "negative": Kind(GELU, shifted(-4.0, "h")),
             "huge": Kind(GELU, scaled(1e10, "h", "bias")),
+        },
+    ),
+    Case(
+        described.SwiGLU(),
+        {
+            "ordinary": Kind(GELU),
+            "tiny": Kind(GELU, scaled(1e-15, "h")),
+            "negative": Kind(GELU, shifted(-4.0, "h")),
+            "large mean": Kind(GELU, shifted(15.0, "h")),
+            "huge": Kind(GELU, scaled(1e10, "h")),
         },
     ),
     Case(
