@@ -290,9 +290,8 @@ def rms_norm_backward(
 def _cached_rows(x: Tensor) -> Iterator[slice]:
     """Slices of the rows of x (N, C) whose float32 copies stay in a CPU's cache; a GPU has no use
     for them."""
-    return row_chunks(
-        len(x), len(x) if x.is_cuda else max(1, CACHED_ELEMENTS // max(1, x.shape[1]))
-    )
+    size = len(x) if x.is_cuda else CACHED_ELEMENTS // max(1, x.shape[1])
+    return row_chunks(len(x), max(1, size))
 
 
 def _wide_part(out: Tensor, rows: slice) -> Tensor:

@@ -47,7 +47,7 @@ def start(processes: Processes, folder: Path, **keywords: Any) -> Child:
 
 
 @pytest.mark.promise("killed at random")
-@pytest.mark.parametrize("rounds", [8, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("rounds", [4, pytest.param(100, marks=pytest.mark.slow)])
 def test_killed_at_random_moments(
     tmp_path: Path, tokens: Path, processes: Processes, rounds: int, record_property: Callable
 ) -> None:

@@ -32,7 +32,9 @@ BACKENDS = [
     if not (ops is triton and dtype == torch.float64)
 ]
 each_backend = pytest.mark.parametrize(("ops", "dtype"), BACKENDS)
-each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "fp16", "bf16"])
+# float16 goes bfloat16's way.
+SOME_SLOW = [torch.float32, pytest.param(torch.float16, marks=pytest.mark.slow), torch.bfloat16]
+each_dtype = pytest.mark.parametrize("dtype", SOME_SLOW, ids=["fp32", "fp16", "bf16"])
 
 
 def generator(*seed: int) -> torch.Generator:

@@ -120,6 +120,7 @@ def any_starts(T: int) -> Tensor:
     return torch.minimum(steps.cumsum(0) - steps[0], torch.arange(T))
 
 
+SLOW_STARTS = ("window-63", "any")
 STARTS = {
     "window-1": window(70, 1),  # every document is one position
     "window-4": window(33, 4),
@@ -131,7 +132,13 @@ STARTS = {
 
 
 @each_backend
-@pytest.mark.parametrize("start", STARTS.values(), ids=STARTS.keys())
+@pytest.mark.parametrize(
+    "start",
+    [
+        pytest.param(start, id=name, marks=[pytest.mark.slow] if name in SLOW_STARTS else [])
+        for name, start in STARTS.items()
+    ],
+)
 def test_any_start_that_does_not_fall(ops: ModuleType, dtype: torch.dtype, start: Tensor) -> None:
     """Below 0 means 0. On both ways through the kernels, of which float32, in smaller tiles, has
     one."""

@@ -62,9 +62,9 @@ def train(
 # activations are rounded to 8 bits after every operation, in the reference at the same places, so
 # what is left are values that lie close to a rounding boundary.
 BOUNDS = [
-    ("sgd", torch.float32, 1e-1, 5e-6, 5e-7),
+    pytest.param("sgd", torch.float32, 1e-1, 5e-6, 5e-7, marks=pytest.mark.slow),
     ("adamw", torch.float32, 1e-3, 2e-4, 5e-7),
-    ("adamw", torch.bfloat16, 1e-3, 1e-1, 5e-4),
+    pytest.param("adamw", torch.bfloat16, 1e-3, 1e-1, 5e-4, marks=pytest.mark.slow),
 ]
 
 
@@ -81,7 +81,7 @@ def test_five_steps_go_where_the_reference_goes(
     assert (weights - expected).double().norm() <= weight_bound * way
 
 
-@pytest.mark.parametrize("tied_with_bias", [True, False])
+@pytest.mark.parametrize("tied_with_bias", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_every_gradient_with_documents(tied_with_bias: bool) -> None:
     """One backward with documents and ignored labels, against float64, parameter by parameter."""
     tokens = batch(0, T=33)

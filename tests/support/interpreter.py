@@ -23,6 +23,7 @@ TRITON_INTERPRET counts when Triton is imported, so `start()` comes before any s
 
 from __future__ import annotations
 
+import functools
 import inspect
 import os
 import sys
@@ -306,12 +307,15 @@ def patch_search(interpreter: Any) -> None:
             if tl.core.is_builtin(member):  # not replaced by an earlier call
                 interpreter._patch_attr(package, name, member, builder, scope)
 
-    def patch_lang_once(function: Any) -> Any:
+    @functools.cache
+    def modules_of(function: Any) -> tuple[bool, ...]:
         values = [x for x in function.__globals__.values() if inspect.ismodule(x)]
-        modules = (tl in values, tl.core in values)
-        if modules in replaced:
+        return tl in values, tl.core in values
+
+    def patch_lang_once(function: Any) -> Any:
+        if modules_of(function) in replaced:
             return interpreter._LangPatchScope()
-        replaced.add(modules)
+        replaced.add(modules_of(function))
         return patch_lang(function)
 
     def fresh_launch(self: Any, *arguments: Any, **named: Any) -> Any:

@@ -195,7 +195,7 @@ PLAIN = st.recursive(
 )
 
 
-@settings(max_examples=150, deadline=None, database=None)
+@settings(max_examples=50, deadline=None, database=None)
 @given(st.dictionaries(st.text(max_size=8), PLAIN, max_size=5))
 def test_any_plain_data_comes_back(tmp_path_factory: pytest.TempPathFactory, state: Any) -> None:
     path = tmp_path_factory.getbasetemp() / "plain.pt"

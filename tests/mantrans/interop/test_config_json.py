@@ -345,3 +345,35 @@ def test_a_model_is_written_as_the_first_family_that_fits(shape, architecture) -
         expected |= {"bias": True, "qkv_bias": True, "projection_bias": True, "mlp_bias": True}
     expected["dtype"] = again["dtype"]
     assert again == expected
+
+
+HOSTILE_VALUES = [
+    None, True, False, 0, 1, -1, 3, 2**63, BIG, -BIG, 0.5, -0.0, 1e308, float("nan"), float("inf"),
+    "", "3", "1e5", "a\nb\x1b[31m", "x" * 10_000, [], [1], [[]], {}, {"a": {}}, ["full_attention"],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["Llama-3.2-1B", "Qwen3-0.6B"])
+def test_no_value_of_any_field_is_a_traceback(name) -> None:
+    """Refused in one line that names the file, or read as a shape of the family."""
+    fields = PUBLISHED[name][0] | {"layer_types": None, "use_sliding_window": True}
+    fields |= {"rope_parameters": None, "sliding_window": 8, "max_window_layers": 0}
+    fields = changed(fields, {"sliding_window": ..., "use_sliding_window": ...})
+    spoiled = [changed(fields, {field: value}) for field in fields for value in HOSTILE_VALUES]
+    for inner in fields.get("rope_scaling") or ():
+        for value in HOSTILE_VALUES:
+            spoiled.append({**fields, "rope_scaling": {**fields["rope_scaling"], inner: value}})
+    outcomes = set()
+    for values in spoiled:
+        try:
+            family, shape = config_json.read(values, "config.json")
+        except CheckpointError as wrong:
+            message = str(wrong)
+            assert message.startswith("config.json: ") and message.isprintable(), message
+            assert len(message) < 600, message
+            outcomes.add("refused")
+        else:
+            misfits = family.misfits(ModelConfig(**shape)).keys()
+            assert misfits <= {"d_model"}  # version 5 refuses widths that version 4 reads
+            outcomes.add("read")
+    assert outcomes == {"refused", "read"} and len(spoiled) > 500
