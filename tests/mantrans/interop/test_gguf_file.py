@@ -212,7 +212,6 @@ def bpe(pre_tokenizer: tokenizers.pre_tokenizers.PreTokenizer) -> tokenizers.Tok
 
 
 def test_the_tokenizer_is_in_the_file(tmp_path) -> None:
-    transformers = pytest.importorskip("transformers", reason="it reads GGUF too")
     tokenizer = load_tokenizer("tinystories_bpe_4096")
     build("qwen2", vocab_size=tokenizer.vocab_size).save_gguf(tmp_path / "model.gguf", tokenizer)
     fields, _ = read(tmp_path / "model.gguf")
@@ -228,6 +227,13 @@ def test_the_tokenizer_is_in_the_file(tmp_path) -> None:
     ids = ("bos_token_id", "eos_token_id")
     assert {fields[f"tokenizer.ggml.{x}"] for x in ids} == {tokenizer.eot_id}
     assert fields["tokenizer.ggml.add_bos_token"] is False
+
+
+@pytest.mark.slow
+def test_transformers_makes_the_same_tokens_from_the_file(tmp_path) -> None:
+    transformers = pytest.importorskip("transformers", reason="it reads GGUF too")
+    tokenizer = load_tokenizer("tinystories_bpe_4096")
+    build("qwen2", vocab_size=tokenizer.vocab_size).save_gguf(tmp_path / "model.gguf", tokenizer)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path, gguf_file="model.gguf")
     text = "Once upon a time, there was a cat 12345."
     assert theirs(text)["input_ids"] == tokenizer.encode(text)
