@@ -12,6 +12,7 @@ extensions = ["myst_parser"]
 myst_enable_extensions = ["dollarmath", "amsmath"]
 myst_heading_anchors = 3
 highlight_language = "text"
+smartquotes = False  # they make one dash of the two in --resume
 html_theme = "furo"
 html_title = "mantrans"
 html_show_copyright = False

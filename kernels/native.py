@@ -290,9 +290,8 @@ def rms_norm_backward(
 def _cached_rows(x: Tensor) -> Iterator[slice]:
     """Slices of the rows of x (N, C) whose float32 copies stay in a CPU's cache; a GPU has no use
     for them."""
-    return row_chunks(
-        len(x), len(x) if x.is_cuda else max(1, CACHED_ELEMENTS // max(1, x.shape[1]))
-    )
+    size = len(x) if x.is_cuda else CACHED_ELEMENTS // max(1, x.shape[1])
+    return row_chunks(len(x), max(1, size))
 
 
 def _wide_part(out: Tensor, rows: slice) -> Tensor:
@@ -321,7 +320,7 @@ def rotary_forward(
     """See `reference.rotary_forward`. Written over qkv, in the layout of halves."""
     for part, angles in _pieces((qkv,), cos, sin, positions):
         turned, _ = rotary_heads(part[0], n_heads, n_kv_heads)
-        _turn(turned, *angles, out=turned)
+        turned.copy_(_turned(turned, *angles))
     return qkv
 
 
@@ -345,8 +344,7 @@ def norm_rotary_forward(
 ) -> tuple[Tensor, Tensor]:
     """See `reference.norm_rotary_forward`, which also computes what float32 squares cannot.
 
-    The gains are multiplied into the angles first: each head is then read once for its root and
-    once for its rotation."""
+    Gains are multiplied into the angles, of which there are as many for all heads."""
     B, T, width = qkv.shape
     H_kv, D = head_sizes(width, n_heads, n_kv_heads)
     rotated = torch.empty_like(qkv)
@@ -361,11 +359,8 @@ def norm_rotary_forward(
         part[2].copy_(r)
         heads = heads * r[..., None]
         for who, weight in _queries_and_keys(n_heads, q_weight, k_weight):
-            (w1, w2), (cos_t, sin_t) = weight.to(wide).chunk(2), angles
-            x1, x2 = heads[:, :, who].chunk(2, dim=-1)
-            y1, y2 = out[:, :, who].chunk(2, dim=-1)
-            y1.copy_((x1 * (w1 * cos_t)).addcmul_(x2, w2 * sin_t, value=-1))
-            y2.copy_((x2 * (w2 * cos_t)).addcmul_(x1, w1 * sin_t))
+            gained = (angle * weight.to(wide) for angle in angles)
+            out[:, :, who] = _turned(heads[:, :, who], *gained)
     if _too_large_to_square(rstd):
         return reference.norm_rotary_forward(
             qkv, q_weight, k_weight, cos, sin, eps, n_heads, n_kv_heads, positions
@@ -394,8 +389,7 @@ def norm_rotary_backward(
         d_heads, _ = rotary_heads(part[0], n_heads, n_kv_heads)
         raw, _ = rotary_heads(part[1], n_heads, n_kv_heads)
         r = part[2][..., None]
-        dy = torch.empty(d_heads.shape, dtype=r.dtype, device=r.device)  # of the normalized heads
-        _turn(d_heads, angles[0], -angles[1], out=dy)
+        dy = _turned(d_heads, angles[0], -angles[1])  # of the normalized heads
         x_hat = raw * r
         weights = _queries_and_keys(n_heads, q_weight, k_weight)
         for total, (who, weight) in zip(sums, weights, strict=True):
@@ -420,27 +414,30 @@ def _queries_and_keys(n_heads: int, of_q: Tensor, of_k: Tensor) -> tuple[tuple[s
     return (slice(0, n_heads), of_q), (slice(n_heads, None), of_k)
 
 
-def _turn(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
-    """`reference.rotate` of heads x (..., D) in cos's dtype, into `out`, which may be x itself."""
-    x1, x2 = x.to(cos.dtype).chunk(2, dim=-1)
-    y1, y2 = out.chunk(2, dim=-1)
-    turned = (x1 * cos).addcmul_(x2, sin, value=-1)
-    y2.copy_((x2 * cos).addcmul_(x1, sin))
-    y1.copy_(turned)
+def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """`reference.rotate` of heads x (..., D) as a new tensor, in cos's dtype. cos and sin are (...,
+    D): each half of a head is multiplied by its own. Whole heads are read where that can be:
+    PyTorch goes through a half's few elements in a loop of their own."""
+    x = x.to(cos.dtype)
+    y = x * cos
+    (x1, x2), (y1, y2), (sin1, sin2) = (z.chunk(2, dim=-1) for z in (x, y, sin))
+    y1.addcmul_(x2, sin2, value=-1)
+    y2.addcmul_(x1, sin1)
+    return y
 
 
 def _pieces(
     tensors: tuple[Tensor, ...], cos: Tensor, sin: Tensor, positions: Tensor | None
-) -> Iterator[tuple[tuple[Tensor, ...], tuple[Tensor, Tensor]]]:
+) -> Iterator[tuple[tuple[Tensor, ...], tuple[Tensor, ...]]]:
     """Tensors (B, T, ...) a few positions at a time, so that a CPU's temporaries stay in its cache,
-    with cos and sin of these positions, (rows, 1, D/2) or (B, rows, 1, D/2)."""
+    with cos and sin of these positions for both halves, (rows, 1, D) or (B, rows, 1, D)."""
     B, T, width = tensors[0].shape
     rows = T if cos.is_cuda else max(1, CACHED_ELEMENTS // max(1, B * width))
     for begin in range(0, T, rows):
         piece = slice(begin, min(begin + rows, T))
         at = piece if positions is None else positions[:, piece]
-        angles = cos[at].unsqueeze(-2), sin[at].unsqueeze(-2)
-        yield tuple(x[:, piece] for x in tensors), angles
+        both = (torch.cat((table[at],) * 2, -1).unsqueeze(-2) for table in (cos, sin))
+        yield tuple(x[:, piece] for x in tensors), tuple(both)
 
 
 def _too_large_to_square(rstd: Tensor) -> bool:

@@ -97,23 +97,15 @@ def _plain(found: dict[str, Any], family: Family) -> dict[str, Any]:
 
 def _rope(found: dict[str, Any], family: Family) -> tuple[dict[str, Any], dict[str, str]]:
     """Our fields of RoPE, and theirs by name, with the place where they were found."""
-    given = [name for name in ("rope_parameters", "rope_scaling") if found.get(name) is not None]
-    if len(given) == 2 and found[given[0]] != found[given[1]]:
-        raise _Field("rope_scaling", "null, or the same as rope_parameters", "another")
-    field = given[0] if given else "rope_scaling"
-    scaling: Any = found[field] if given else {}
-    if not isinstance(scaling, dict):
-        raise _Field(field, "a mapping, or null", show(scaling))
+    field, scaling = _rope_mapping(found)
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind not in ("default", "llama3"):
         raise _Field(f"{field}.rope_type", "default or llama3", show(kind))
-    if scaling.get("type", kind) != kind:
-        raise _Field(f"{field}.type", "that of rope_type", show(scaling["type"]))
-    if scaling.get("partial_rotary_factor", 1.0) not in (1.0, None):
-        factor = scaling["partial_rotary_factor"]
-        raise _Field(f"{field}.partial_rotary_factor", "1.0", show(factor))
+    for name, value in {"type": kind, "partial_rotary_factor": 1.0}.items():
+        if scaling.get(name, value) not in (value, None):
+            raise _Field(f"{field}.{name}", show(value), show(scaling[name]))
     known = {"rope_type", "type", "partial_rotary_factor", *family.rope.values()}
-    for name in scaling.keys() - known:
+    for name in sorted(scaling.keys() - known):
         raise _Field(field, f"only {', '.join(sorted(known))}", show(name))
     theta = found.get("rope_theta", scaling.get("rope_theta", 10_000.0))
     if "rope_theta" in scaling and scaling["rope_theta"] != theta:
@@ -127,6 +119,18 @@ def _rope(found: dict[str, Any], family: Family) -> tuple[dict[str, Any], dict[s
                 raise _Field(f"{field}.{theirs}", "a number", got)
     names = {ours: f"{field}.{theirs}" for ours, theirs in family.rope.items()}
     return values, names | ({"rope_theta": "rope_theta"} if "rope_theta" in found else {})
+
+
+def _rope_mapping(found: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The field that version 5 has for RoPE, or that of version 4, and what is in it."""
+    given = [name for name in ("rope_parameters", "rope_scaling") if found.get(name) is not None]
+    if len(given) == 2 and found[given[0]] != found[given[1]]:
+        raise _Field("rope_scaling", "null, or the same as rope_parameters", "another")
+    field = given[0] if given else "rope_scaling"
+    scaling = found[field] if given else {}
+    if not isinstance(scaling, dict):
+        raise _Field(field, "a mapping, or null", show(scaling))
+    return field, scaling
 
 
 def _window(found: dict[str, Any], family: Family, n_blocks: Any) -> int | None:
@@ -143,14 +147,13 @@ def _window(found: dict[str, Any], family: Family, n_blocks: Any) -> int | None:
         if type(first) is not int or 0 < first < n_blocks:
             raise _Field("max_window_layers", "0, or the number of all layers", show(first))
         return window if first < n_blocks else None
-    every = _SLIDING if window is not None else _FULL
     if not isinstance(kinds, list) or any(kind not in (_FULL, _SLIDING) for kind in kinds):
         raise _Field("layer_types", f"a list of {_FULL} or {_SLIDING}", show(kinds))
     if len(kinds) != n_blocks or len(set(kinds)) != 1:
         got = f"{len(kinds)} of {' and '.join(sorted(set(kinds)))}"
         raise _Field("layer_types", f"a list of {show(n_blocks)}, all the same", got)
     if kinds[0] == _SLIDING and window is None:
-        raise _Field("layer_types", f"{every}, since there is no sliding_window", kinds[0])
+        raise _Field("layer_types", f"{_FULL}, since there is no sliding_window", kinds[0])
     return window if kinds[0] == _SLIDING else None
 
 

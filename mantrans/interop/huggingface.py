@@ -323,7 +323,7 @@ def save(
     names in the folder stay.
 
     Raises ConfigError if the model is none of transformers', CheckpointError if a file cannot be
-    written; the earlier file then stays.
+    written, and the earlier file then stays, or if the folder has weights in several files.
     """
     family = config_json.family_of(config)
     folder = Path(directory)
@@ -336,6 +336,11 @@ def save(
     texts[CONFIG] = _text({**fields, "dtype": str(dtype).removeprefix("torch."), **ids})
     path = folder
     try:
+        if (folder / INDEX).exists():  # some programs would read its files and ours
+            raise CheckpointError(
+                f"{_shown(folder)}: expected a folder without weights in several files, "
+                f"got {INDEX}; choose another"
+            )
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / WEIGHTS
         with replacing(path) as file:

@@ -90,8 +90,8 @@ def attention(config: ModelConfig, ops: ModuleType, name: str, shared: Angles | 
 
 
 def angles(config: ModelConfig) -> Angles | None:
-    """The angles of RoPE; none of 0 are needed beside learned positions, but with norms of heads
-    they are there, because the two are one operation."""
+    """The angles of RoPE. Beside learned positions they are 0, and needed only with norms of heads,
+    because norm and rotation are one operation."""
     turned = config.position == "rope"
     if not turned and not config.qk_norm:
         return None

@@ -19,7 +19,9 @@ from tests.gpu.small_runs import loader
 pytestmark = pytest.mark.gpu
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-VOCABULARY = {"tinystories_custom_tokenizer": 4096, "gpt2-124m": 50_257}
+VOCABULARY = {
+    "tinystories_custom_tokenizer": 4096, "gpt2-124m": 50_257, "smollm2-135m": 49_152,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("recompute", ["none", "gelu", "block"])

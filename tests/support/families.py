@@ -53,8 +53,8 @@ def family_of(config: ModelConfig) -> Family:
 
 def ours(case: str, dtype: torch.dtype, backend: str, **options: Any) -> CustomTransformerWrapper:
     """Our model, with weights large enough that every path matters. options: also of the shape."""
-    keywords = {**_COMMON, **CASES[case], **options}
-    model = CustomTransformerWrapper(dtype=dtype, device="cpu", backend=backend, **keywords)
+    keywords = {"device": "cpu", **_COMMON, **CASES[case], **options}
+    model = CustomTransformerWrapper(dtype=dtype, backend=backend, **keywords)
     generator = torch.Generator().manual_seed(0)
     for name, parameter in list(model.model.named_parameters()):
         base = 1.0 if "norm" in name else 0.0
@@ -64,15 +64,20 @@ def ours(case: str, dtype: torch.dtype, backend: str, **options: Any) -> CustomT
     return model
 
 
-def theirs(model: CustomTransformerWrapper, exact: bool = False) -> torch.nn.Module:
-    """{Llama,Qwen2,Qwen3}ForCausalLM of the same shape, dtype and weights, with SDPA."""
+def theirs(
+    model: CustomTransformerWrapper, exact: bool = False, dtype: torch.dtype | None = None
+) -> torch.nn.Module:
+    """{Llama,Qwen2,Qwen3}ForCausalLM of the same shape, device and weights, with SDPA.
+
+    exact: float64 in place of float32. dtype: that of our model unless given.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config, family = model.config, family_of(model.config)
     settings = AutoConfig.for_model(family.model_type, **_their_config(config, family))
     found = AutoModelForCausalLM.from_config(settings, attn_implementation="sdpa")
     assert type(found).__name__ == family.architecture
-    found = found.to(model.dtype)
+    found = found.to(model.device, dtype or model.dtype)
     by_name = dict(found.named_parameters())
     with torch.no_grad():
         for name, value in model.model.named_parameters():
@@ -153,7 +158,7 @@ def _exact_tables(config: ModelConfig):
     table = torch.tensor(frequencies, dtype=torch.float64)
 
     def forward(x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        angles = position_ids[..., None].double() * table
+        angles = position_ids[..., None].double() * table.to(position_ids.device)
         angles = torch.cat((angles, angles), dim=-1)
         return angles.cos().to(x.dtype), angles.sin().to(x.dtype)
 

@@ -46,6 +46,27 @@ def layer_norm(
     return y.view(x.shape), gradients + ([] if bias is None else [doffset.view(bias.shape)])
 
 
+def rms_norm(
+    ops: Any, dy: Tensor, x: Tensor, shape, weight=None, eps: float | None = None
+) -> tuple[Tensor, Gradients]:
+    """As `layer_norm`. Without an ε PyTorch's is that of the dtype, here float64."""
+    width = torch.Size(shape).numel()
+    gain = x.new_ones(width) if weight is None else weight.flatten()
+    rows, dgain = rows_of(x, width), torch.zeros_like(gain)
+    y, rstd = ops.rms_norm_forward(
+        rows, gain, torch.finfo(torch.float64).eps if eps is None else eps
+    )
+    gradients = [ops.rms_norm_backward(rows_of(dy, width), rows, gain, rstd, dgain).view(x.shape)]
+    return y.view(x.shape), gradients + ([] if weight is None else [dgain.view(weight.shape)])
+
+
+def silu(ops: Any, dy: Tensor, x: Tensor, inplace: bool = False) -> tuple[Tensor, Gradients]:
+    """SwiGLU whose other half is 1."""
+    h = torch.cat((x.reshape(1, -1), torch.ones_like(x).reshape(1, -1)), 1)
+    dx, _ = ops.swiglu_backward(dy.reshape(1, -1), h).chunk(2, 1)
+    return ops.swiglu_forward(h).view(x.shape), [dx.view(x.shape)]
+
+
 def gelu(ops: Any, dy: Tensor, x: Tensor, approximate: str) -> tuple[Tensor, Gradients]:
     if approximate != "tanh":
         raise NotOurs("the GELU of the error function")
@@ -189,6 +210,8 @@ class Operation(NamedTuple):
 OPERATIONS = [
     Operation("nn.functional.layer_norm", layer_norm, 6, set()),
     Operation("native_layer_norm", layer_norm, 20, set()),
+    Operation("nn.functional.rms_norm", rms_norm, 6, set()),
+    Operation("nn.functional.silu", silu, 6, set()),
     Operation("nn.functional.gelu", gelu, 4, {"the GELU of the error function"}),
     Operation("nn.functional.linear", linear, 18, set()),
     Operation(

@@ -131,6 +131,7 @@ def test_greedy_continuations_are_equal(tmp_path) -> None:
     assert torch.equal(load(tmp_path).generate(prompt, max_length=20, temperature=0), expected)
 
 
+@pytest.mark.promise("Auto classes")
 @pytest.mark.parametrize(
     "case",
     ["gpt2", "llama", *(pytest.param(x, marks=pytest.mark.slow) for x in ("qwen2", "qwen3"))],
@@ -289,3 +290,13 @@ def test_only_a_pickle_is_refused(saved, tmp_path) -> None:
     (folder / "model.safetensors").unlink()
     (folder / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'exit 1'\ntR.")
     assert "pytorch_model.bin: expected model.safetensors, got a pickle" in refusal(folder)
+
+
+def test_a_folder_of_several_files_is_not_written_into(tmp_path) -> None:
+    """llama.cpp's converter would take its files for more of ours."""
+    source = ours("llama")
+    families.theirs(source).save_pretrained(tmp_path, max_shard_size="40KB")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(CheckpointError, match=r"got model\.safetensors\.index\.json; choose"):
+        source.save_pretrained(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

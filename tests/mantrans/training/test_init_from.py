@@ -325,6 +325,7 @@ HOSTILE: list[tuple[str, Callable[[Path], Any], str]] = [
 @pytest.mark.parametrize(
     ("change", "expected"), [h[1:] for h in HOSTILE], ids=[h[0] for h in HOSTILE]
 )
+@pytest.mark.promise("refused starts")
 def test_a_hostile_folder_is_refused_before_anything_is_created(
     tmp_path, tokens, pretrained, change, expected
 ) -> None:
