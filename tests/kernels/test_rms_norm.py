@@ -164,7 +164,7 @@ class Results:
 
 
 @each_backend
-@pytest.mark.parametrize("size", [1e-30, 1e-3, 1e9, 1e18, 1e20, 1e37])
+@pytest.mark.parametrize("size", [1e-30, 1e18, 1e20, 1e37])
 @pytest.mark.parametrize("C", [7, 700])
 def test_rms_norm_of_rows_of_any_size(
     ops: ModuleType, dtype: torch.dtype, size: float, C: int

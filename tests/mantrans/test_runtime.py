@@ -52,6 +52,7 @@ def page_faults(keep: bool) -> int:
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")
+@pytest.mark.slow
 def test_freed_memory_is_kept() -> None:
     """Where nothing is kept every page of every block is new; where it is, those of one round at
     most."""

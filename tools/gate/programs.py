@@ -22,7 +22,12 @@ from tests.gpu import small_runs, small_shapes, test_gpu_kernels, test_gpu_selfc
 CPU = torch.device("cpu")
 CONFIGS = Path(__file__).parents[2] / "configs"
 # The entries of tokenizers that are not in the repository: GPT-2's, and the user's own in README.
-ELSEWHERE = {"gpt2": 50_257, "tokenizers/mine": 1_024}
+ELSEWHERE = {
+    "gpt2": 50_257,
+    "tokenizers/mine": 1_024,
+    "tokenizers/smollm2": 49_152,
+    "tokenizers/qwen2.5": 151_936,
+}
 
 
 class Program(NamedTuple):

@@ -76,7 +76,9 @@ def test_a_resumed_run_has_the_bits_of_an_unbroken_one(tmp_path, settings, stop)
 
 
 @pytest.mark.promise("logits at a time")
-@pytest.mark.parametrize("recorded", [7, None, "absent"])
+@pytest.mark.parametrize(
+    "recorded", [7, *(pytest.param(x, marks=pytest.mark.slow) for x in (None, "absent"))]
+)
 def test_a_resumed_run_computes_its_logits_as_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recorded: int | str | None
 ) -> None:
