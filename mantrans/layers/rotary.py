@@ -68,11 +68,12 @@ class Angles:
         """Compute both in float64, a part at a time, and keep them in `dtype` on the model's
         device."""
         self.cos, self.sin = torch.empty(2, *self.shape, dtype=dtype, device=device)
-        frequencies = self.frequencies()
-        for positions in torch.arange(self.shape[0], dtype=torch.float64).split(PART):
-            angles = torch.outer(positions, frequencies)
-            rows = slice(int(positions[0]), int(positions[-1]) + 1)
-            self.cos[rows], self.sin[rows] = angles.cos(), angles.sin()
+        positions = torch.arange(self.shape[0], dtype=torch.float64)
+        parts = (x.split(PART) for x in (positions, self.cos, self.sin))
+        for rows, cos, sin in zip(*parts, strict=True):
+            angles = torch.outer(rows, self.frequencies())
+            cos.copy_(angles.cos())
+            sin.copy_(angles.sin())
 
 
 class Rotary:
