@@ -17,7 +17,13 @@ from mantrans.kernels.selfcheck import Draw, Shapes
 from mantrans.optim.guards import OutlierGuard
 from mantrans.training.step import TrainStep
 from mantrans.training.trainer import build_wrapper
-from tests.gpu import small_runs, small_shapes, test_gpu_kernels, test_gpu_selfcheck
+from tests.gpu import (
+    small_runs,
+    small_shapes,
+    test_gpu_families,
+    test_gpu_kernels,
+    test_gpu_selfcheck,
+)
 
 CPU = torch.device("cpu")
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -178,6 +184,9 @@ def small_models() -> Iterator[tuple[str, dict[str, Any]]]:
     ):  # fmt: skip
         yield str(change), {"model": change}
     yield "float32, no bias", {"dtype": torch.float32, "model": {"bias": False}}
+    for name, model in test_gpu_families.MODELS.items():
+        for dtype in (torch.bfloat16, torch.float32):
+            yield f"{dtype}, {name}", {"dtype": dtype, "model": model}
 
 
 def bound_step(**options: Any) -> Callable[[], object]:
@@ -241,6 +250,8 @@ def at_the_edge() -> Iterator[Program]:
 
 
 def small() -> Iterator[Program]:
-    """One step of a small model, with documents, for `make test`: some 25 kernels."""
+    """A step of two small models, one with documents, for `make test`: some 40 kernels."""
     options = {"end_of_text": small_runs.END_OF_TEXT, "model": {"n_blocks": 1}}
-    yield Program("small", "step", bound_step(**options))
+    yield Program("small", "step of a GPT-2", bound_step(**options))
+    qwen = {**test_gpu_families.MODELS["qwen3"], "n_blocks": 1}
+    yield Program("small", "step of a Qwen3", bound_step(model=qwen))
