@@ -8,6 +8,7 @@ process for them.
 from __future__ import annotations
 
 import os
+import signal
 from collections import Counter
 from pathlib import Path
 
@@ -24,7 +25,17 @@ def is_compiled(path: Path) -> bool:
     return any(folder == path or folder in path.parents for folder in COMPILED)
 
 
+def hear_signals() -> None:
+    """A run that a shell started in the background, or under nohup, has its signals ignored, and
+    so would have the runs that tests start and signal."""
+    defaults = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
+    for number, handler in defaults.items():
+        if signal.getsignal(number) == signal.SIG_IGN:
+            signal.signal(number, handler)
+
+
 def pytest_configure(config: pytest.Config) -> None:
+    hear_signals()
     paths = [config.invocation_params.dir / name.partition("::")[0] for name in config.args]
     compiled = [is_compiled(path.resolve()) for path in paths]
     if all(compiled):
