@@ -8,6 +8,8 @@ from typing import Any
 
 from mantrans.training.step import StepRecord
 
+MOST_STEPS = 10**12  # that a config accepts; files of events and records count in 64 bits
+
 
 @dataclass
 class Progress:
@@ -27,8 +29,8 @@ class Progress:
         counts = (
             progress.step, progress.best_step, progress.skipped, progress.not_finite_in_a_row
         )  # fmt: skip
-        if any(type(count) is not int or count < 0 for count in counts):
-            raise ValueError(f"progress: expected counts of at least 0, got {counts}")
+        if any(type(count) is not int or not 0 <= count <= MOST_STEPS for count in counts):
+            raise ValueError(f"progress: expected counts from 0 to {MOST_STEPS}, got {counts}")
         if not all(
             isinstance(number, int | float)
             for number in [progress.best_loss, *(n for record in progress.pending for n in record)]
