@@ -27,6 +27,7 @@ from mantrans.interop import huggingface
 from mantrans.models import GPT2
 from mantrans.wrapper import shift
 from tests.support.compare import assert_close, assert_same_bits
+from tests.support.folders import load, refusal, rewrite_config, rewrite_weights
 from tests.support.huggingface import gpt2, oriented, their_load, their_name
 
 transformers = pytest.importorskip("transformers", reason="transformers is the oracle here")
@@ -49,10 +50,6 @@ def build(**options: Any) -> CustomTransformerWrapper:
         value = base + 0.2 * torch.randn(parameter.shape, generator=generator)
         ours.model.parameters.write(name, value)
     return ours
-
-
-def load(folder: Path, dtype: torch.dtype = torch.float32, **options: Any):
-    return CustomTransformerWrapper.from_pretrained(folder, dtype=dtype, device="cpu", **options)
 
 
 def logits_of(model: torch.nn.Module, ids: Tensor = IDS) -> Tensor:
@@ -322,29 +319,6 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("interop") / "saved"
     build().save_pretrained(folder)
     return folder
-
-
-def rewrite_config(folder: Path, **changes: Any) -> None:
-    """Set fields of config.json; `...` removes one."""
-    fields = {**json.loads((folder / "config.json").read_text()), **changes}
-    fields = {name: value for name, value in fields.items() if value is not ...}
-    (folder / "config.json").write_text(json.dumps(fields))
-
-
-def rewrite_weights(folder: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> None:
-    path = folder / "model.safetensors"
-    tensors = change(safetensors_torch.load_file(path))
-    safetensors_torch.save_file({k: v.clone().contiguous() for k, v in tensors.items()}, path)
-
-
-def refusal(folder: Path) -> str:
-    """The one line with which a folder is refused, before there is a model."""
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(CheckpointError) as caught:
-        patch.setattr(CustomTransformerWrapper, "__init__", lambda *a, **k: pytest.fail("built"))
-        load(folder)
-    message = str(caught.value)
-    assert message.isprintable() and len(message) < 700, message
-    return message
 
 
 FIELDS = [

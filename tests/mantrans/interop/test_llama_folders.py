@@ -22,6 +22,7 @@ from mantrans.data.tokenizer import load_tokenizer
 from mantrans.errors import CheckpointError
 from tests.support import families
 from tests.support.compare import assert_close, assert_same_bits
+from tests.support.folders import load, refusal, rewrite_config, rewrite_weights
 from tests.support.huggingface import their_load
 
 transformers = pytest.importorskip("transformers", reason="transformers is the oracle here")
@@ -31,10 +32,6 @@ IDS = torch.randint(0, families.V, (3, 13), generator=torch.Generator().manual_s
 
 def ours(case: str, dtype: torch.dtype = torch.float32, **options: Any) -> CustomTransformerWrapper:
     return families.ours(case, dtype, "reference", **options)
-
-
-def load(folder: Path, dtype: torch.dtype = torch.float32, **options: Any):
-    return CustomTransformerWrapper.from_pretrained(folder, dtype=dtype, device="cpu", **options)
 
 
 def weights_of(model: CustomTransformerWrapper) -> dict[str, Tensor]:
@@ -177,28 +174,6 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("llama") / "saved"
     ours("qwen3", tie_embeddings=True).save_pretrained(folder)
     return folder
-
-
-def rewrite_config(folder: Path, **changes: Any) -> None:
-    fields = {**json.loads((folder / "config.json").read_text()), **changes}
-    fields = {name: value for name, value in fields.items() if value is not ...}
-    (folder / "config.json").write_text(json.dumps(fields))
-
-
-def rewrite_weights(folder: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> None:
-    path = folder / "model.safetensors"
-    tensors = change(safetensors_torch.load_file(path))
-    safetensors_torch.save_file({k: v.clone().contiguous() for k, v in tensors.items()}, path)
-
-
-def refusal(folder: Path) -> str:
-    """The one line with which a folder is refused, before there is a model."""
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(CheckpointError) as caught:
-        patch.setattr(CustomTransformerWrapper, "__init__", lambda *a, **k: pytest.fail("built"))
-        load(folder)
-    message = str(caught.value)
-    assert message.isprintable() and len(message) < 700, message
-    return message
 
 
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
