@@ -80,7 +80,7 @@ def refused(unit: str, source: str) -> list[str]:
     ]
 
 
-def test_imports_lead_downward() -> None:
+def test_imports_downward() -> None:
     found, units = {}, set()
     for file in [*(ROOT / "mantrans").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")]:
         parts = file.relative_to(ROOT).with_suffix("").parts
@@ -106,6 +106,7 @@ def test_imports_lead_downward() -> None:
         ("training", "if True:\n    from mantrans import cli"),
     ],
 )
-def test_an_import_that_leads_upward_or_sideways_is_found(unit: str, line: str) -> None:
+def test_imports_upward_or_sideways(unit: str, line: str) -> None:
+    """They are found."""
     assert len(refused(unit, line)) == 1
     assert not refused(unit, f"if TYPE_CHECKING:\n    {line.splitlines()[-1].strip()}")
