@@ -14,7 +14,7 @@ FLOORS = [
     "kernels.reference kernels.native kernels.triton kernels.backend "
     "kernels.operations kernels.selfcheck errors",
     "layers parameters config runtime assets terminal options",
-    "models optim checkpoint interop wrapper records",
+    "models optim checkpoint interop wrapper records recording",
     "training evaluation data inference report mantrans",
     "cli __main__",
 ]
@@ -30,6 +30,7 @@ BESIDE = {
     "interop": "models checkpoint",
     "wrapper": "models optim checkpoint interop",
     "records": "checkpoint",
+    "recording": "models wrapper",
     "training": "evaluation data inference report",
     "evaluation": "data inference",
     "inference": "data",
