@@ -42,8 +42,8 @@ def test_table_contents(tmp_path: Path) -> None:
     """Cases, failures, figures, and what was not run."""
     (tmp_path / "results.xml").write_text(RESULTS)
     lines = table(read(tmp_path / "results.xml")).splitlines()
-    (kills,) = (line for line in lines if "killed at random moments" in line)
+    (kills,) = (line for line in lines if "resume after random kills" in line)
     assert kills.endswith("| 2 | 1 | kills: 1,008; x: 1.5 |")
-    (gpu,) = (line for line in lines if "two processes on one run" in line)
+    (gpu,) = (line for line in lines if "train two processes one run" in line)
     assert gpu.endswith("| 0 | 0 | not run here: no GPU |")
     assert "| latest.pt |  | 0 | 0 | not run |" in lines
