@@ -967,11 +967,11 @@ def gradient_norms(gradients: Tensor, pieces: int) -> Tensor:
     if gradients.is_cuda:
         return torch.stack(torch._foreach_norm(g.unbind(), 2, torch.float64))
     n_short = g.shape[1] // SHORT
-    parts = torch.linalg.vector_norm(
-        g[:, : n_short * SHORT].view(pieces, n_short, SHORT), dim=2
-    )
+    parts = torch.linalg.vector_norm(g[:, : n_short * SHORT].view(pieces, n_short, SHORT), dim=2)
     rest = torch.linalg.vector_norm(g[:, n_short * SHORT :], dim=1)
-    norms = torch.linalg.vector_norm(torch.cat([parts, rest[:, None]], 1), dim=1, dtype=torch.float64)
+    norms = torch.linalg.vector_norm(
+        torch.cat([parts, rest[:, None]], 1), dim=1, dtype=torch.float64
+    )
     doubtful = ~((norms > SMALLEST_NORM) & (norms < torch.inf))
     for i in doubtful.nonzero()[:, 0].tolist():
         if g[i].any():
