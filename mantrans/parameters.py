@@ -8,7 +8,7 @@ gradient where the optimizer reads it.
               ranks exchange as soon as its backward is done; those of one name in all blocks are
               one stack (n_blocks, M, K). Vectors are in the order of the forward, so those of one
               block are one range. Tables' and vectors' gradients are complete last
-    buckets   what is exchanged at once: `tables`, the matrices of one block (`blocks.3`), `vectors`.
+    buckets   what is exchanged at once: `tables`; the matrices of one block, `blocks.3`; `vectors`.
               Each has PIECES equal pieces, whatever the number of ranks
     offsets   multiples of 64 elements, so that every view starts on a 128-byte line
     padding   zeros between views, at the end of buckets, and zero rows at the end of a table;
@@ -177,7 +177,7 @@ class Parameters:
             yield name, self.view(flat, name)
 
     def stacks(self, flat: Tensor) -> Iterator[tuple[list[str], Tensor]]:
-        """(names, view (n_blocks, M, K)) of the matrices of one name in all blocks, for each name."""
+        """(names, view (n_blocks, M, K)) of each matrix in all blocks."""
         by_name: dict[str, list[Parameter]] = {}
         for p in self.by_name.values():
             if p.group == "matrices":
