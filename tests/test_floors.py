@@ -15,7 +15,7 @@ FLOORS = [
     "kernels.operations kernels.selfcheck errors",
     "layers parameters config runtime assets terminal options",
     "models optim checkpoint interop wrapper records recording",
-    "training evaluation data inference report mantrans",
+    "training evaluation data inference report explain mantrans",
     "cli __main__",
 ]
 FLOOR = {unit: number for number, units in enumerate(FLOORS) for unit in units.split()}
@@ -32,6 +32,7 @@ BESIDE = {
     "records": "checkpoint",
     "recording": "models wrapper",
     "training": "evaluation data inference report",
+    "explain": "training inference data report",
     "evaluation": "data inference",
     "inference": "data",
     "__main__": "cli",
