@@ -26,7 +26,8 @@ class Kernel:
 
 
 @pytest.mark.parametrize("grid", [(2**31,), (1, 65_536), (1, 1, 65_536)])
-def test_a_grid_that_no_gpu_takes_is_refused(grid: tuple[int, ...]) -> None:
+def test_grid_too_large(grid: tuple[int, ...]) -> None:
+    """A grid that no GPU takes is refused."""
     kernel = Kernel()
     with pytest.raises(ValueError, match=r"grid of some_kernel: .*65535") as refusal:
         launch(kernel, grid, torch.zeros(1))
@@ -40,9 +41,7 @@ def test_a_grid_that_no_gpu_takes_is_refused(grid: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("documents", [False, True])
 @pytest.mark.parametrize("T", [1, 3])
-def test_as_many_heads_as_there_may_be(
-    monkeypatch: pytest.MonkeyPatch, T: int, documents: bool
-) -> None:
+def test_attention_most_heads(monkeypatch: pytest.MonkeyPatch, T: int, documents: bool) -> None:
     """B·H = 65,600 is more than the second axis of a grid takes. Nothing is run."""
     B, H, D = 4100, 16, 16
     launched: dict[str, tuple[int, ...]] = {}
