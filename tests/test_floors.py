@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = [
     "kernels.reference kernels.native kernels.triton kernels.backend "
     "kernels.operations kernels.selfcheck errors",
-    "layers parameters config runtime assets terminal options",
+    "layers parameters config runtime distributed assets terminal options",
     "models optim checkpoint interop wrapper records recording",
     "training evaluation data inference report mantrans",
     "cli __main__",
@@ -26,6 +26,7 @@ BESIDE = {
     "kernels.operations": "kernels.reference",
     "kernels.selfcheck": "kernels.reference kernels.operations",
     "layers": "parameters",
+    "parameters": "distributed",
     "config": "assets",
     "interop": "models checkpoint",
     "wrapper": "models optim checkpoint interop",
