@@ -190,7 +190,7 @@ ATTENTION_MODES: dict[str, tuple[Operation, str | None]] = {
 
 
 def attention(ops: Any, i: Inputs, modes: Collection[str] = tuple(ATTENTION_MODES)) -> Outputs:
-    outputs = {}
+    outputs: Outputs = {}
     for mode in modes:
         operation, starts = ATTENTION_MODES[mode]
         inputs = {**i, "starts": None if starts is None else i[starts]}
