@@ -26,19 +26,21 @@ def ids() -> torch.Tensor:
     return torch.randint(0, V, (B, T), generator=torch.Generator().manual_seed(0))
 
 
-def test_forward_gives_logits_of_the_right_shape(model, ids) -> None:
+def test_forward_shape(model, ids) -> None:
+    """Logits have the right shape."""
     outputs = model.forward(ids)
     assert set(outputs) == {"logits"}
     assert outputs["logits"].shape == (B, T, V) and outputs["logits"].dtype == torch.float32
 
 
-def test_initial_loss_is_that_of_guessing(model, ids) -> None:
+def test_loss_initial(model, ids) -> None:
     """A fresh model knows nothing: its loss is ln V, give or take what weights of 0.02 add."""
     loss = model.forward(ids, labels=ids)["loss"]
     assert loss.shape == () and abs(loss.item() - math.log(V)) < 0.1
 
 
-def test_train_step_reports_and_changes_the_weights(model, ids) -> None:
+def test_train_step_result(model, ids) -> None:
+    """Train step reports and changes the weights."""
     before = {name: p.clone() for name, p in model.model.named_parameters()}
     result = model.train_step(ids, ids, learning_rate=1e-2)
     assert result["status"] == "ok" and math.isfinite(result["loss"]) and result["grad_norm"] > 0
@@ -47,7 +49,8 @@ def test_train_step_reports_and_changes_the_weights(model, ids) -> None:
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-def test_one_batch_can_be_learnt_by_heart(ids, optimizer) -> None:
+def test_train_step_one_batch(ids, optimizer) -> None:
+    """One batch can be learned by heart."""
     model = CustomTransformerWrapper(
         vocab_size=V, d_model=32, n_blocks=2, n_heads=4, d_ffn=64, max_seq_len=32,
         dtype=torch.float32, device="cpu", optimizer=optimizer,
@@ -60,14 +63,14 @@ def test_one_batch_can_be_learnt_by_heart(ids, optimizer) -> None:
     assert losses[-1] < 0.2 * losses[0]
 
 
-def test_gradients_are_finite(model, ids) -> None:
+def test_gradients_finite(model, ids) -> None:
     logits = model.model.forward(ids)
     model.model.backward(torch.randn_like(logits))
     for name, gradient in model.model.named_gradients():
         assert gradient.isfinite().all(), name
 
 
-def test_generation_continues_the_prompt(model, ids) -> None:
+def test_generate_prompt(model, ids) -> None:
     tokens = model.generate(ids[:2, :5], max_length=20, temperature=0.8, top_k=10, seed=1)
     assert tokens.shape == (2, 20) and torch.equal(tokens[:, :5], ids[:2, :5])
     assert tokens.min() >= 0 and tokens.max() < V
@@ -82,7 +85,7 @@ def test_model_info(model) -> None:
     assert info["d_model"] == 32 and info["device"] == "cpu" and info["backend"] == "native"
 
 
-def test_checkpoint_saves_and_loads(model, ids, tmp_path: Path) -> None:
+def test_checkpoint_round_trip(model, ids, tmp_path: Path) -> None:
     model.train_step(ids, ids)
     model.save_checkpoint(tmp_path / "checkpoint.pt", epoch=5, train_loss=1.23)
     kept = {name: p.clone() for name, p in model.model.named_parameters()}
@@ -93,7 +96,8 @@ def test_checkpoint_saves_and_loads(model, ids, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_from_checkpoint_goes_on_as_if_nothing_had_happened(ids, tmp_path: Path, dtype) -> None:
+def test_from_checkpoint_continues(ids, tmp_path: Path, dtype) -> None:
+    """From checkpoint goes on as if nothing had happened."""
     model = CustomTransformerWrapper(
         vocab_size=V, d_model=32, n_blocks=2, n_heads=4, max_seq_len=32, dtype=dtype, device="cpu",
         optimizer="adamw",
@@ -110,7 +114,7 @@ def test_from_checkpoint_goes_on_as_if_nothing_had_happened(ids, tmp_path: Path,
         assert torch.equal(ours, theirs), name
 
 
-def test_every_parameter_has_a_gradient(model, ids) -> None:
+def test_gradients_every_parameter(model, ids) -> None:
     """All but the keys' bias, on which softmax does not depend: there only rounding remains."""
     model.train_step(ids, ids, learning_rate=0.0)
     parameters = dict(model.model.named_parameters())

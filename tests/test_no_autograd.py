@@ -37,7 +37,8 @@ def uses_of_autograd(source: str) -> list[str]:
 
 
 @pytest.mark.parametrize("folder", ["kernels", "mantrans"])
-def test_source_does_not_mention_autograd(folder: str) -> None:
+def test_source_without_autograd(folder: str) -> None:
+    """Source does not mention autograd."""
     files = sorted((ROOT / folder).rglob("*.py"))
     assert len(files) > 5
     found = {f.name: u for f in files if (u := uses_of_autograd(f.read_text(encoding="utf-8")))}
@@ -49,12 +50,12 @@ def test_source_does_not_mention_autograd(folder: str) -> None:
     ["loss.backward()", "x.requires_grad = True", "torch.autograd.grad(y, x)", "f(requires_grad=1)",
      "from torch.autograd import Function", "with torch.enable_grad(): pass"],
 )  # fmt: skip
-def test_the_search_finds_what_it_looks_for(line: str) -> None:
+def test_search_finds(line: str) -> None:
     assert uses_of_autograd(line)
 
 
 @pytest.mark.parametrize("backend", ["reference", "native"])
-def test_training_never_builds_a_graph(backend: str, monkeypatch) -> None:
+def test_training_without_graph(backend: str, monkeypatch) -> None:
     """With autograd's engine broken, training, evaluation and generation work all the same."""
 
     def broken(*args, **kwargs):

@@ -67,21 +67,22 @@ def only_case(folder: Path, stage: str):
     return data.set_index("provider")
 
 
-def test_losses_of_ours_and_the_baselines_agree_over_ten_steps() -> None:
+def test_losses_gpt2() -> None:
+    """Ours and the baselines agree over ten steps."""
     expected = losses_of(steps.JUDGE)
     assert expected[0] - expected[-1] > 0.02
     for name in NO_COMPILER:
         assert max(steps.loss_differences(losses_of(name), expected)) < 2e-5, name
 
 
-def test_losses_of_a_llama_agree_over_ten_steps() -> None:
+def test_losses_llama() -> None:
     case = CASE._replace(model="Llama, tiny")
     expected = losses_of(steps.JUDGE, case)
     assert expected[-1] < expected[0]
     assert max(steps.loss_differences(losses_of("native", case), expected)) < 2e-5
 
 
-def test_a_wrong_gradient_is_seen_in_the_losses(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_losses_wrong_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     """The check is worth something: a model whose GELU has no gradient is not timed."""
     from mantrans.kernels import native
 
@@ -96,13 +97,12 @@ def test_a_wrong_gradient_is_seen_in_the_losses(monkeypatch: pytest.MonkeyPatch)
     ("losses", "expected"),
     [([1.0] * 9, [1.0] * 10), ([math.nan] * 10, [1.0] * 10), ([1.0] * 10, [])],
 )
-def test_missing_or_broken_losses_never_agree(losses: list, expected: list) -> None:
+def test_agree_missing_or_broken(losses: list, expected: list) -> None:
     assert max(steps.loss_differences(losses, expected)) == math.inf
 
 
-def test_who_disagrees_is_recorded_and_not_timed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_step_candidate_disagrees(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is recorded, and not timed."""
     monkeypatch.setattr(steps, "TOLERANCE", {"float32": 0.0})
     case = CASE._replace(candidates=("native", steps.JUDGE))
     ours_failed = steps.measure(case, 0, SLOW_PEAKS, Recorder(tmp_path, "steps"))
@@ -111,7 +111,8 @@ def test_who_disagrees_is_recorded_and_not_timed(
     assert "losses differ" in found.note["native"]
 
 
-def test_nobody_is_built_who_would_not_be_ready_in_time(tmp_path: Path) -> None:
+def test_step_candidate_slow_to_build(tmp_path: Path) -> None:
+    """Nobody is built who would not be ready in time."""
     case = CASE._replace(candidates=("native", "torch.compile", steps.JUDGE))
     end = time.monotonic() + steps.BUILD_SECONDS["torch.compile"] - 1
     assert not steps.measure(case, 0, SLOW_PEAKS, Recorder(tmp_path, "steps"), end)
@@ -120,7 +121,8 @@ def test_nobody_is_built_who_would_not_be_ready_in_time(tmp_path: Path) -> None:
     assert "not built" in found.note["torch.compile"]
 
 
-def test_ours_is_measured_beside_those_that_are_named(tmp_path: Path) -> None:
+def test_step_only_named_baseline(tmp_path: Path) -> None:
+    """Ours is measured beside those that are named."""
     names = ("native", "PyTorch eager", "torch.compile", "transformers")
     assert steps.wanted(names, ()) == names
     assert steps.wanted(names, ("transformers",)) == ("native", steps.JUDGE, "transformers")
@@ -129,12 +131,14 @@ def test_ours_is_measured_beside_those_that_are_named(tmp_path: Path) -> None:
     assert set(only_case(tmp_path, "operations").index) == {"native", "SDPA math"}
 
 
-def test_compete_without_candidates_times_nothing() -> None:
+def test_compete_without_candidates() -> None:
+    """Nothing is timed."""
     assert compete([], 1) == {}
 
 
 @pytest.mark.parametrize("case", TINY, ids=lambda case: case.title)
-def test_every_operation_is_the_same_for_everybody(case: operations.Case) -> None:
+def test_operation_implementations_equal(case: operations.Case) -> None:
+    """Every implementation gets the same operation."""
     names = set()
     for implementation in implementations(case):
         if implementation.name != "torch.compile":  # the same function as eager's
@@ -144,7 +148,8 @@ def test_every_operation_is_the_same_for_everybody(case: operations.Case) -> Non
 
 
 @pytest.mark.parametrize("case", TINY, ids=lambda case: case.title)
-def test_a_wrong_implementation_is_refused(case: operations.Case) -> None:
+def test_operation_implementation_wrong(case: operations.Case) -> None:
+    """Its results differ, so it is refused."""
     right = next(i for i in implementations(case) if i.name == "native")
 
     def prepare(tensors):
@@ -158,7 +163,8 @@ def test_a_wrong_implementation_is_refused(case: operations.Case) -> None:
         operations.check(Implementation("wrong", prepare), case)
 
 
-def test_rows_hold_all_that_is_needed_to_doubt_them(results: Path) -> None:
+def test_measurement_fields(results: Path) -> None:
+    """Rows hold all that is needed to doubt them: device, versions, commit."""
     rows = load(results)
     assert {row.stage for row in rows} == {"peaks", "operations", "steps", "scaling"}
     for path in results.glob("*/*.jsonl"):
@@ -172,18 +178,21 @@ def test_rows_hold_all_that_is_needed_to_doubt_them(results: Path) -> None:
             assert row.fraction and row.tflops
 
 
-def test_smoke_runs_are_no_results(results: Path) -> None:
+def test_load_smoke_runs(results: Path) -> None:
+    """They are no results."""
     assert newest(load(results)) == []
     assert len(newest(load(results), quick=True)) == len(load(results))
 
 
-def test_of_two_runs_the_newer_counts(results: Path) -> None:
+def test_load_two_runs(results: Path) -> None:
+    """The newer one counts."""
     old = [row for row in load(results) if row.stage == "steps"]
     new = [dataclasses.replace(row, run="9999-01-01") for row in old[:1]]
     assert newest([*new, *old], quick=True) == new
 
 
-def test_the_report_says_what_the_rows_say(results: Path, tmp_path: Path) -> None:
+def test_report_equals_rows(results: Path, tmp_path: Path) -> None:
+    """The report says what the rows say."""
     pytest.importorskip("matplotlib")
     rows = newest(load(results), quick=True)
     page = tmp_path / "benchmarks.md"
@@ -208,7 +217,8 @@ def test_the_report_says_what_the_rows_say(results: Path, tmp_path: Path) -> Non
     assert page.read_text(encoding="utf-8") == text, "writing twice changes the page"
 
 
-def test_prose_outside_the_marks_is_kept(tmp_path: Path) -> None:
+def test_report_prose_outside_marks(tmp_path: Path) -> None:
+    """It is kept."""
     page = tmp_path / "page.md"
     page.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n", encoding="utf-8")
     report.write([], page)
@@ -217,12 +227,14 @@ def test_prose_outside_the_marks_is_kept(tmp_path: Path) -> None:
     assert report.NOTHING in text and "old" not in text
 
 
-def test_where_we_are_slower_the_table_says_so() -> None:
+def test_operations_table_slower() -> None:
+    """Where we are slower, the table says so."""
     assert report.factor(0.8) == "**0.80×**"
     assert report.factor(1.25) == "1.25×"
 
 
-def test_rows_that_were_not_replayed_and_all_versions_are_named(results: Path) -> None:
+def test_operations_table_notes(results: Path) -> None:
+    """Rows that were not replayed, and all versions, are named."""
     row = next(r for r in load(results) if r.stage == "operations" and r.metric == "time")
     direct = dataclasses.replace(row, note="launched one by one", versions={"torch": "0.1"})
     assert report.spread(direct) == report.spread(row) + " †"
@@ -252,14 +264,16 @@ def cells(table: str) -> list[list[str]]:
     return [line.strip("| ").split(" | ") for line in table.splitlines()[2:]]
 
 
-def test_steps_slower_or_larger_than_another_are_bold() -> None:
+def test_steps_table_slower_or_larger() -> None:
+    """It is bold."""
     rows = [measured(2.0), in_mib(measured(30.0)), of_another(1.0), in_mib(of_another(20.0))]
     (line,) = cells(report.table_of_steps(report.frame(rows, "steps")))
     assert line[1:] == ["tiny, float32, B=2 T=8", "2.00 (2.00–2.00)", "8,000", "30",
                         "torch.compile **0.50×** (**20**)"]  # fmt: skip
 
 
-def test_steps_not_timed_say_why() -> None:
+def test_steps_table_not_timed() -> None:
+    """It says why."""
     rows = [measured(2.0), in_mib(measured(30.0)), of_another(None, note="losses differ")]
     assert "torch.compile not timed: losses differ" in report.table_of_steps(
         report.frame(rows, "steps")
@@ -276,7 +290,8 @@ def test_steps_not_timed_say_why() -> None:
     assert line[2] == report.NOT_MEASURED
 
 
-def test_operations_without_another_are_not_measured() -> None:
+def test_operations_table_one_implementation() -> None:
+    """Without another it is "not measured"."""
     changes = {"stage": "operations", "operation": "norm", "direction": "forward", "fraction": 0.5}
     alone = measured(2.0, **changes)
     (line,) = cells(report.table_of_operations(report.frame([alone], "operations")))
@@ -287,7 +302,7 @@ def test_operations_without_another_are_not_measured() -> None:
     assert line[2] == "2 of 2" and line[4].startswith("**0.50×**") and line[5].startswith("1.50×")
 
 
-def test_machines_are_kept_apart() -> None:
+def test_operations_table_two_machines() -> None:
     """The same case on two machines is two lines; ours is compared on its own machine."""
     rows = [
         dataclasses.replace(row, device=device, p50=row.p50 * slower)
@@ -299,7 +314,7 @@ def test_machines_are_kept_apart() -> None:
     assert all("torch.compile 1.50×" in line[-1] for line in lines)
 
 
-def test_growth_is_the_exponent_of_the_rows(results: Path) -> None:
+def test_scaling_table_exponent(results: Path) -> None:
     rows = [row for row in load(results) if row.stage == "scaling"]
     rows = [
         dataclasses.replace(row, p50=float(row.shape["T"]) ** 2) if row.metric == "time" else row
@@ -311,17 +326,17 @@ def test_growth_is_the_exponent_of_the_rows(results: Path) -> None:
     assert list(steps.growth(rows[:2])) == [], "one size has no exponent"
 
 
-def test_exponents() -> None:
+def test_exponent() -> None:
     sizes = [1.0, 2.0, 4.0, 8.0]
     assert steps.exponent(sizes, [3 * n**1.5 for n in sizes]) == pytest.approx(1.5)
 
 
-def test_quantiles_are_samples() -> None:
+def test_quantiles() -> None:
     assert Quantiles.of(range(11)) == Quantiles(2, 5, 8, 11)
     assert Quantiles.of([7.0]) == Quantiles(7.0, 7.0, 7.0, 1)
 
 
-def test_candidates_take_turns() -> None:
+def test_interleave_order() -> None:
     """Each is sampled once a round, and no round begins with the one before's first."""
     order: list[str] = []
     candidates = [Candidate(n, [lambda n=n: order.append(n)], repeats=1) for n in "abc"]
@@ -330,7 +345,8 @@ def test_candidates_take_turns() -> None:
     assert rounds == ["abc", "bca", "cab", "abc", "bca"]
 
 
-def test_peak_on_a_cpu_is_what_was_alive_at_once() -> None:
+def test_peak_memory_cpu() -> None:
+    """What was alive at once."""
     kept = torch.zeros(1 << 18)  # 1 MiB, before and after
 
     def step() -> None:

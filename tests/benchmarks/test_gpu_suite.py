@@ -27,14 +27,15 @@ def command(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_it_says_so_and_touches_nothing(tmp_path: Path) -> None:
+def test_suite_without_gpu(tmp_path: Path) -> None:
+    """It says so and touches nothing."""
     done = command("machine", "--output", tmp_path / "out")
     assert done.returncode == 3
     assert "no GPU" in done.stderr and "nothing was run" in done.stderr
     assert not list(tmp_path.iterdir())
 
 
-def test_wrong_stage_is_refused(tmp_path: Path) -> None:
+def test_suite_wrong_stage(tmp_path: Path) -> None:
     done = command("sped", "--output", tmp_path / "out")
     assert done.returncode == 2
     assert "stage: expected machine | parity | step" in done.stderr and "got sped" in done.stderr
@@ -64,7 +65,8 @@ def outcomes(folder: Path) -> dict[str, str]:
     return {stage["stage"]: stage["outcome"] for stage in stages}
 
 
-def test_stages_run_in_order_and_leave_few_files(tmp_path: Path) -> None:
+def test_suite_stage_order(tmp_path: Path) -> None:
+    """Stages run in order and leave few files."""
     stages = [Stage(name, 5, "says", say(f"{name} here")) for name in ("one", "two")]
     assert gpu.run(stages, tmp_path, 30) == 0
     assert list(outcomes(tmp_path).items()) == [("one", PASSED), ("two", PASSED)]
@@ -74,7 +76,8 @@ def test_stages_run_in_order_and_leave_few_files(tmp_path: Path) -> None:
     assert "not measured" in (tmp_path / "table.txt").read_text()
 
 
-def test_stage_that_hangs_is_ended_and_starves_nobody(tmp_path: Path) -> None:
+def test_stage_hanging(tmp_path: Path) -> None:
+    """It is ended, and costs the others nothing."""
     begin = time.process_time()
     stages = [Stage("hangs", 1, "", hang), Stage("last", 470, "", say("done"))]
     assert gpu.run(stages, tmp_path, 20) == 1
@@ -82,14 +85,16 @@ def test_stage_that_hangs_is_ended_and_starves_nobody(tmp_path: Path) -> None:
     assert time.process_time() - begin < 5
 
 
-def test_stage_that_fails_fails_alone(tmp_path: Path) -> None:
+def test_stage_failing(tmp_path: Path) -> None:
+    """It fails alone."""
     stages = [Stage("fails", 5, "", fail), Stage("last", 5, "", say("done"))]
     assert gpu.run(stages, tmp_path, 30) == 1
     assert outcomes(tmp_path) == {"fails": FAILED, "last": PASSED}
     assert json.loads((tmp_path / "suite.json").read_text())[0]["note"] == "1 failed, 3 passed"
 
 
-def test_tests_are_dealt_out_and_their_counts_added(tmp_path: Path) -> None:
+def test_stage_tests_dealt_out(tmp_path: Path) -> None:
+    """Their counts are added."""
     good, bad = tmp_path / "test_good.py", tmp_path / "test_bad.py"
     good.write_text("import pytest\n@pytest.mark.parametrize('x', 'abc')\ndef test(x): pass\n")
     bad.write_text("def test_bad(): assert False\n")
@@ -101,12 +106,12 @@ def test_tests_are_dealt_out_and_their_counts_added(tmp_path: Path) -> None:
     assert trouble.value.outcome == FAILED and "1 failed" in trouble.value.note
 
 
-def test_counts_are_added() -> None:
+def test_counts_added() -> None:
     texts = ["=== 500 passed, 2 skipped in 9s ===", "noise\n14 passed in 1s", "", "1 error in 1s"]
     assert gpu.summed_counts(texts) == "514 passed, 2 skipped, 1 error"
 
 
-def test_what_the_suite_asks_for_exists(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stage_names_exist(monkeypatch: pytest.MonkeyPatch) -> None:
     """A name that fits nothing would leave a stage with nothing to measure, and passed."""
     monkeypatch.setattr(machine, "on_gpu", lambda: True)
     titles = [case.title for case in steps.cases(quick=False)]
@@ -125,7 +130,8 @@ def row(stage: str, operation: str, provider: str, direction: str, p50: float, *
     return Measurement(stage, operation, provider, direction, **values, **quantiles)
 
 
-def test_table_sets_figures_beside_their_targets(tmp_path: Path) -> None:
+def test_table_targets(tmp_path: Path) -> None:
+    """Figures stand beside their targets."""
     attention = {"shape": {"B": 16, "T": 1024, "H": 32, "D": 64}}
     norm = {"shape": {"N": 32768, "C": 768}, "gbytes_per_s": 3500.0}
     gpt2 = {"shape": {"B": 16, "T": 1024, "micro-batches": 1}}

@@ -100,7 +100,7 @@ def attempt(folder: Path) -> tuple[int, str]:
 
 @pytest.mark.promise("any configuration")
 @pytest.mark.parametrize("examples", [60, pytest.param(3000, marks=pytest.mark.slow)])
-def test_any_configuration_runs_or_is_refused_in_one_line(
+def test_config_file_mutated(
     tmp_path: Path, tokens: Path, two_steps: None, examples: int, record_property: Callable
 ) -> None:
     """From the file on the disk to the end of a run of two steps. A traceback fails the test: only
@@ -149,9 +149,7 @@ IN_SHORT = ("model.d_model", "training.batch_size", "training.gradient_accumulat
 @pytest.mark.parametrize(
     "field", [pytest.param(f, marks=[pytest.mark.slow] * (f not in IN_SHORT)) for f in HUGE]
 )
-def test_huge_values_are_refused_or_run(
-    tmp_path: Path, tokens: Path, processes: Processes, field: str
-) -> None:
+def test_config_huge_values(tmp_path: Path, tokens: Path, processes: Processes, field: str) -> None:
     """The largest value that each field accepts, in a process that may have 16 GiB: training
     begins, and is still on its way when it is killed a second later, or one line says what it
     lacks."""
@@ -179,7 +177,7 @@ def test_huge_values_are_refused_or_run(
     ["data.path", "data.cache_dir", "data.tokenizer", "training.output_dir",
      "training.checkpoint_dir"],
 )  # fmt: skip
-def test_paths_that_cannot_be(
+def test_config_impossible_paths(
     tmp_path: Path, tokens: Path, two_steps: None, field: str, value: str
 ) -> None:
     section, name = field.split(".")
@@ -229,7 +227,8 @@ TEXTS: dict[str, tuple[str, bytes, bool]] = {
 
 @pytest.mark.promise("odd text")
 @pytest.mark.parametrize("name", TEXTS)
-def test_any_text_file_is_learnt_from_or_refused_in_one_line(tmp_path: Path, name: str) -> None:
+def test_text_file_any(tmp_path: Path, name: str) -> None:
+    """It is learned from, or refused in one line."""
     file, raw, is_good = TEXTS[name]
     (tmp_path / file).write_bytes(raw)
     config = small(tmp_path, tmp_path / "cache", data={"path": str(tmp_path / file)})
@@ -249,7 +248,7 @@ def test_any_text_file_is_learnt_from_or_refused_in_one_line(tmp_path: Path, nam
 
 @pytest.mark.promise("odd text")
 @pytest.mark.slow
-def test_a_line_of_100_megabytes(tmp_path: Path, record_property: Callable) -> None:
+def test_text_line_of_100_megabytes(tmp_path: Path, record_property: Callable) -> None:
     with (tmp_path / "a.txt").open("wb") as file:
         for _ in range(100):
             file.write(b"once upon a time there was a mouse " * 30_000)
@@ -262,7 +261,8 @@ def test_a_line_of_100_megabytes(tmp_path: Path, record_property: Callable) -> N
 
 @pytest.mark.promise("odd text")
 @pytest.mark.parametrize("setting", ["skip", "refuse"])
-def test_broken_lines_are_skipped_or_refused_as_set(tmp_path: Path, setting: str, capsys) -> None:
+def test_text_broken_lines(tmp_path: Path, setting: str, capsys) -> None:
+    """Skipped or refused, as set."""
     lines = ['{"text": "A cat sat on a mat."}', "{", '{"text": "The dog ran home."}'] * 40
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
     data = {"path": str(tmp_path / "a.jsonl"), "on_broken_lines": setting}
@@ -314,7 +314,7 @@ def changed_tokenizers() -> Iterator[tuple[str, Callable[[dict], None]]]:
 
 @pytest.mark.promise("wrong tokenizer")
 @pytest.mark.parametrize(("name", "change"), list(changed_tokenizers()))
-def test_a_tokenizer_with_missing_or_extra_tokens_is_refused(
+def test_tokenizer_missing_or_extra_tokens(
     tmp_path: Path, tokens: Path, processes: Processes, name: str, change: Callable
 ) -> None:
     shutil.copytree(GOLDEN / "tokenizer", tmp_path / "tokenizer")
@@ -329,9 +329,7 @@ def test_a_tokenizer_with_missing_or_extra_tokens_is_refused(
 
 
 @pytest.mark.promise("wrong tokenizer")
-def test_a_consistent_tokenizer_of_another_size_cannot_continue_a_run(
-    tmp_path: Path, tokens: Path, processes: Processes
-) -> None:
+def test_tokenizer_one_token_more(tmp_path: Path, tokens: Path, processes: Processes) -> None:
     """One token more, all in order: a good tokenizer, but not the one of the checkpoint."""
     config = small(tmp_path, tokens, max_steps=2)
     config.save(tmp_path / "c.yaml")

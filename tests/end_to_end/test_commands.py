@@ -49,7 +49,7 @@ INTEGERS = {
 
 @pytest.mark.promise("wrong arguments")
 @pytest.mark.parametrize(("command", "limits"), INTEGERS.items())
-def test_an_integer_out_of_range_is_one_line(capsys, command: str, limits: tuple) -> None:
+def test_command_integer_out_of_range(capsys, command: str, limits: tuple) -> None:
     low, high = limits
     wrong = [low - 1, high + 1, -5, -1, -(2**63), 2**64, 10**19, 10**40, "9" * 5000]
     for text in [*map(str, wrong), "1.5", "nan", "inf", "1e3", "0x10", "", " ", "x", "١", "--"]:
@@ -60,7 +60,7 @@ def test_an_integer_out_of_range_is_one_line(capsys, command: str, limits: tuple
         assert line.startswith("error: ") and command.split()[-1] in line and len(line) < 300
 
 
-def test_every_integer_of_the_commands_is_tried() -> None:
+def test_command_integers_all_tried() -> None:
     root = Path(__file__).parents[2] / "mantrans"
     source = (root / "cli.py").read_text() + (root / "data/tokenizer_tool.py").read_text()
     assert "type=int" not in source.replace("type=integer(", "")
@@ -70,7 +70,7 @@ def test_every_integer_of_the_commands_is_tried() -> None:
 @pytest.mark.promise("wrong arguments")
 @pytest.mark.parametrize("option", ["--hold-out", "--held-out"])
 @pytest.mark.parametrize("text", ["1", "-0.1", "nan", "inf", "x", "", "1e400", "-1e-400x"])
-def test_a_share_out_of_range_is_one_line(capsys, option: str, text: str) -> None:
+def test_command_share_out_of_range(capsys, option: str, text: str) -> None:
     command = "train --output none" if option == "--hold-out" else f"analyze --tokenizer {BPE}"
     assert main(["tokenizer", *command.split(), f"{option}={text}"]) == 2
     [line] = capsys.readouterr().err.splitlines()
@@ -78,7 +78,7 @@ def test_a_share_out_of_range_is_one_line(capsys, option: str, text: str) -> Non
 
 
 @pytest.mark.parametrize("size", [-1, 0, 256, 2**24 + 1, 2**63, 2**64, 2**70])
-def test_a_vocabulary_that_cannot_be_is_refused(tmp_path, size: int) -> None:
+def test_tokenizer_train_vocab_size_impossible(tmp_path, size: int) -> None:
     with pytest.raises(DataError, match=rf"--vocab-size: expected 257 to \d+, got {size}$"):
         train_tokenizer(iter(()), size, tmp_path / "new")
     assert not (tmp_path / "new").exists()
@@ -106,7 +106,7 @@ TEXTS = {
 @pytest.mark.promise("odd characters")
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
 @pytest.mark.parametrize("command", TEXTS)
-def test_text_that_the_output_lacks_is_printed_escaped(
+def test_command_output_lacks_characters(
     run: Path, monkeypatch, command: str, encoding: str
 ) -> None:
     """As with PYTHONIOENCODING=ascii:strict; a lone half of a surrogate pair is no UTF-8 either."""
@@ -138,7 +138,7 @@ def test_text_that_the_output_lacks_is_printed_escaped(
         ),
     ],
 )
-def test_encode_with_any_standard_streams(redirection: str, status: int | None) -> None:
+def test_encode_any_standard_streams(redirection: str, status: int | None) -> None:
     """Closed, empty, text, or bytes that are no text."""
     environment = {**os.environ, "PYTHONIOENCODING": "ascii:strict", "PYTHONUTF8": "1"}
     ended = subprocess.run(
@@ -154,13 +154,13 @@ def test_encode_with_any_standard_streams(redirection: str, status: int | None) 
 
 
 @pytest.mark.parametrize("steps", [0, -1, -(10**9)])
-def test_a_profile_of_no_steps_is_refused(tmp_path, steps: int) -> None:
+def test_profile_no_steps(tmp_path, steps: int) -> None:
     with pytest.raises(ValueError, match=f"steps: expected at least 1, got {steps}"):
         StepProfiler(steps, tmp_path, torch.device("cpu"), torch.float32, print)
 
 
 @pytest.mark.parametrize("before", [0, WARM_UP_STEPS - 1, WARM_UP_STEPS + 1])
-def test_no_recording_outlives_its_end(tmp_path, before: int) -> None:
+def test_profile_after_end(tmp_path, before: int) -> None:
     """PyTorch's profiler crashes the process that exits while it records."""
     profiler = StepProfiler(3, tmp_path, torch.device("cpu"), torch.float32, lambda text: None)
     run_steps(profiler, before)

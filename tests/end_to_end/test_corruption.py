@@ -33,7 +33,7 @@ def interrupted(tmp_path: Path, tokens: Path) -> Config:
 
 @pytest.mark.promise("damaged checkpoint")
 @pytest.mark.parametrize("trials", [200, MANY])
-def test_damage_to_a_runs_checkpoint_is_found(
+def test_checkpoint_damaged(
     tmp_path: Path, interrupted: Config, trials: int, record_property: Callable
 ) -> None:
     """Anywhere in a real run's file: half of the flips in its first and last 4 KiB, where the
@@ -62,7 +62,7 @@ def test_damage_to_a_runs_checkpoint_is_found(
 
 @pytest.mark.promise("newest intact checkpoint")
 @pytest.mark.parametrize("trials", [12, pytest.param(300, marks=pytest.mark.slow)])
-def test_the_newest_intact_checkpoint_is_taken(
+def test_latest_intact_newest_damaged(
     tmp_path: Path, interrupted: Config, trials: int, record_property: Callable
 ) -> None:
     """Any number of the newest are damaged in any way: the choice is the newest of the others."""
@@ -89,7 +89,7 @@ def test_the_newest_intact_checkpoint_is_taken(
 
 
 @pytest.mark.promise("newest intact checkpoint")
-def test_a_run_goes_on_from_the_newest_intact_and_says_so(
+def test_resume_newest_damaged(
     tmp_path: Path, tokens: Path, processes: Processes, interrupted: Config
 ) -> None:
     """The two newest are damaged; the resumed run names both and ends as the unbroken one does."""
@@ -110,9 +110,8 @@ def test_a_run_goes_on_from_the_newest_intact_and_says_so(
 
 
 @pytest.mark.promise("newest intact checkpoint")
-def test_with_nothing_intact_a_run_is_not_silently_begun_anew(
-    tmp_path: Path, processes: Processes, interrupted: Config
-) -> None:
+def test_resume_nothing_intact(tmp_path: Path, processes: Processes, interrupted: Config) -> None:
+    """A run is not silently begun anew."""
     for path in checkpoints(tmp_path / "broken").glob("*.pt"):
         path.write_bytes(path.read_bytes()[:100])
     interrupted.save(tmp_path / "config.yaml")
@@ -123,7 +122,7 @@ def test_with_nothing_intact_a_run_is_not_silently_begun_anew(
 @pytest.mark.promise("damaged tokens and tokenizers")
 @pytest.mark.parametrize("trials", [100, pytest.param(2000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ["train.tokens", "validation.tokens"])
-def test_damage_to_token_files_is_found(
+def test_token_files_damaged(
     tmp_path: Path, tokens: Path, name: str, trials: int, record_property: Callable
 ) -> None:
     cache = tmp_path / "tokens"
@@ -145,9 +144,7 @@ def test_damage_to_token_files_is_found(
 
 
 @pytest.mark.promise("damaged tokens and tokenizers")
-def test_damaged_tokens_and_tokenizers_stop_a_run_in_one_line(
-    tmp_path: Path, processes: Processes
-) -> None:
+def test_train_damaged_tokens_or_tokenizer(tmp_path: Path, processes: Processes) -> None:
     """Run as a command: the file is named, and the advice works."""
     copy = tmp_path / "tokenizer"
     shutil.copytree(SHIPPED / "tinystories_bpe_4096", copy)

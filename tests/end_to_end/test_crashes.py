@@ -48,7 +48,7 @@ def start(processes: Processes, folder: Path, **keywords: Any) -> Child:
 
 @pytest.mark.promise("killed at random")
 @pytest.mark.parametrize("rounds", [4, pytest.param(100, marks=pytest.mark.slow)])
-def test_killed_at_random_moments(
+def test_resume_after_random_kills(
     tmp_path: Path, tokens: Path, processes: Processes, rounds: int, record_property: Callable
 ) -> None:
     """SIGKILL `rounds` times, each followed by a resume; a run that gets to its end is compared
@@ -100,7 +100,7 @@ class Killed(BaseException):
 
 
 @pytest.mark.promise("killed at random")
-def test_killed_between_the_names_of_a_checkpoint(
+def test_resume_after_kill_between_links(
     tmp_path: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch, record_property: Callable
 ) -> None:
     """A save gives its file up to five names, one after the other. A run that dies before any of
@@ -145,9 +145,10 @@ def test_killed_between_the_names_of_a_checkpoint(
     [(signal.SIGTERM, 0), (signal.SIGINT, 130), (signal.SIGHUP, 0), (signal.SIGUSR1, 0)],
     ids=["SIGTERM", "Ctrl-C", "SIGHUP", "SIGUSR1"],
 )
-def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(
+def test_signal_during_step(
     tmp_path: Path, tokens: Path, processes: Processes, number: int, status: int
 ) -> None:
+    """It ends the step, saves, and says how to go on."""
     config_for(tmp_path / "unbroken", tokens)
     assert start(processes, tmp_path / "unbroken").wait().status == 0
     folder = tmp_path / "broken"
@@ -177,7 +178,7 @@ def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(
     ],
     ids=lambda number: signal.Signals(number).name,
 )
-def test_a_second_signal_ends_even_a_save(
+def test_signal_second_during_save(
     tmp_path: Path, tokens: Path, processes: Processes, first: int, second: int
 ) -> None:
     """The save it breaks off leaves no trace; the checkpoint before it is whole."""
@@ -204,7 +205,7 @@ def wait_until(condition: Callable[[], bool], timeout: float = 60.0) -> None:
 
 
 @pytest.mark.promise("latest.pt")
-def test_latest_is_never_absent(
+def test_latest_always_present(
     tmp_path: Path, tokens: Path, processes: Processes, record_property: Callable
 ) -> None:
     """Looked for without a pause while a run saves after every step, under both of its names."""
@@ -231,7 +232,7 @@ def test_latest_is_never_absent(
 
 
 @pytest.mark.promise("every step on record once")
-def test_a_kill_loses_no_record(tmp_path: Path, tokens: Path, processes: Processes) -> None:
+def test_records_after_kill(tmp_path: Path, tokens: Path, processes: Processes) -> None:
     """What was shown on the screen is in metrics.jsonl, though the process had no time to close."""
     config_for(tmp_path, tokens, log_every=1, save_every=24, eval_every=24)
     child = start(processes, tmp_path)

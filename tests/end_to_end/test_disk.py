@@ -47,7 +47,7 @@ def fill(disk: Path, leave: int) -> Path:
 
 
 @pytest.mark.promise("full disk")
-def test_a_full_disk_costs_a_periodic_save_and_not_the_run(
+def test_save_disk_full(
     tmp_path: Path, tokens: Path, processes: Processes, disk: Path, record_property: Callable
 ) -> None:
     """With room for one checkpoint and no more, each later save fails. The run trains to its end,
@@ -71,7 +71,7 @@ def test_a_full_disk_costs_a_periodic_save_and_not_the_run(
 
 @pytest.mark.promise("full disk")
 @pytest.mark.parametrize("room_comes", [True, False])
-def test_a_full_disk_under_the_records(
+def test_records_disk_full(
     tmp_path: Path,
     tokens: Path,
     processes: Processes,
@@ -101,9 +101,7 @@ def test_a_full_disk_under_the_records(
 
 
 @pytest.mark.promise("full disk")
-def test_a_file_size_limit_costs_saves_and_not_the_run(
-    tmp_path: Path, tokens: Path, processes: Processes
-) -> None:
+def test_save_file_size_limit(tmp_path: Path, tokens: Path, processes: Processes) -> None:
     """As the disk that is full, for who is not root: no file may grow beyond 30 kB."""
     ended = run(processes, small(tmp_path, tokens), tmp_path, limits={"RLIMIT_FSIZE": 30_000})
     assert ended.is_one_line_error and "File too large" in ended.text
@@ -114,9 +112,10 @@ def test_a_file_size_limit_costs_saves_and_not_the_run(
 
 @pytest.mark.promise("read-only disk")
 @pytest.mark.parametrize("what", ["checkpoint_dir", "output_dir", "cache_dir"])
-def test_a_read_only_disk_is_refused_before_training(
+def test_train_disk_read_only(
     tmp_path: Path, tokens: Path, processes: Processes, disk: Path, what: str
 ) -> None:
+    """A read only disk is refused before training."""
     subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
     place = {"data": {what: str(disk / "x")}} if what == "cache_dir" else {what: str(disk / "x")}
     ended = run(processes, small(tmp_path, tokens, **place), tmp_path)
@@ -125,7 +124,7 @@ def test_a_read_only_disk_is_refused_before_training(
 
 
 @pytest.mark.promise("read-only disk")
-def test_a_folder_that_loses_its_permission_keeps_what_was_saved(
+def test_save_folder_becomes_read_only(
     tmp_path: Path, tokens: Path, processes: Processes, open_to_all: None
 ) -> None:
     """Between two saves the checkpoint folder becomes read-only. Training goes on without saving;
@@ -156,7 +155,7 @@ def open_to_all(tmp_path: Path, tokens: Path) -> None:
 
 @pytest.mark.promise("read-only disk")
 @pytest.mark.parametrize("what", ["checkpoint_dir", "output_dir"])
-def test_a_folder_without_permission_is_refused_before_training(
+def test_train_folder_without_permission(
     tmp_path: Path, tokens: Path, processes: Processes, what: str, open_to_all: None
 ) -> None:
     """As a user who is not root, in a folder that is root's (or is marked as not writable)."""

@@ -52,7 +52,7 @@ def with_bad_steps(trainer: Trainer) -> None:
         pytest.param("qwen3", "float64", "none", range(1, 12), marks=pytest.mark.slow),
     ],
 )
-def test_interrupted_and_resumed(
+def test_resume_interrupted(
     tmp_path: Path, tokens: Path, name: str, dtype: str, recompute: str, stops: Any,
     record_property: Callable,
 ) -> None:  # fmt: skip
@@ -85,7 +85,7 @@ def test_interrupted_and_resumed(
 @pytest.mark.promise("killed at random")
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
-def test_killed_at_random_moments(
+def test_resume_after_random_kills(
     tmp_path: Path, tokens: Path, processes: Processes, name: str, record_property: Callable
 ) -> None:
     """SIGKILL twelve times, each followed by `--resume latest`; then the run comes to its end."""
@@ -124,7 +124,7 @@ def test_killed_at_random_moments(
     record_property("kills", kills)
 
 
-def test_a_run_goes_on_only_with_its_own_architecture(tmp_path: Path, tokens: Path) -> None:
+def test_resume_another_architecture(tmp_path: Path, tokens: Path) -> None:
     """The refusal is one line that names the field, before any step."""
     finish(small(tmp_path, tokens, max_steps=4, model=MODELS["qwen3"]))
     for model, field in (
@@ -139,7 +139,7 @@ def test_a_run_goes_on_only_with_its_own_architecture(tmp_path: Path, tokens: Pa
         assert "\n" not in text
 
 
-def test_a_run_that_breaks_names_the_place(tmp_path: Path, tokens: Path) -> None:
+def test_train_overflowing_gain(tmp_path: Path, tokens: Path) -> None:
     """A gain of a head norm that overflows: the first value that is not finite is attention's."""
 
     def broken(trainer: Trainer) -> None:

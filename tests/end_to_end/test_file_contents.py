@@ -50,7 +50,8 @@ def saved(tmp_path: Path) -> Path:
     ],
     ids=lambda name: repr(name)[:20],
 )  # fmt: skip
-def test_an_index_names_only_readable_files_of_its_folder(saved: Path, name: Any) -> None:
+def test_index_names_other_files(saved: Path, name: Any) -> None:
+    """An index names only readable files of its folder."""
     (saved / "folder").mkdir()
     (saved / "loop").symlink_to("loop")
     for names in ({"a": name}, {"a": "part.safetensors", "b": name}):
@@ -64,7 +65,8 @@ def test_an_index_names_only_readable_files_of_its_folder(saved: Path, name: Any
 
 @pytest.mark.promise("odd numbers in files")
 @pytest.mark.parametrize("name", ["x" * 300, "x/" * 3000, "a\0b", "\udcff", "\n", "~nobody", " "])
-def test_a_name_that_no_file_can_have_is_refused_by_every_reader(tmp_path, name: str) -> None:
+def test_readers_impossible_name(tmp_path, name: str) -> None:
+    """A name that no file can have is refused by every reader."""
     path = str(tmp_path / name)
     readers: list[Callable[[], object]] = [
         lambda: CustomTransformerWrapper.from_pretrained(path),
@@ -95,7 +97,8 @@ HUGE = [
 
 @pytest.mark.promise("odd numbers in files")
 @pytest.mark.parametrize("line", HUGE, ids=lambda line: line[:9])
-def test_records_that_cannot_be_parsed_are_passed_over(tmp_path: Path, line: str) -> None:
+def test_records_malformed(tmp_path: Path, line: str) -> None:
+    """They are passed over."""
     path, good = tmp_path / "metrics.jsonl", [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}]
     lines = [json.dumps(good[0]), line, json.dumps(good[1])]
     path.write_bytes("\n".join([*lines, ""]).encode("utf-8", "surrogatepass"))
@@ -109,7 +112,8 @@ def test_records_that_cannot_be_parsed_are_passed_over(tmp_path: Path, line: str
 
 @pytest.mark.promise("odd numbers in files")
 @pytest.mark.parametrize("text", HUGE, ids=lambda text: text[:9])
-def test_files_that_cannot_be_parsed_are_refused_in_a_line(tmp_path, saved, text: str) -> None:
+def test_files_malformed(tmp_path, saved, text: str) -> None:
+    """They are refused in a line."""
     raw = text.encode("utf-8", "surrogatepass")
     tokenizer = tmp_path / "tokenizer"
     tokenizer.mkdir()
@@ -159,7 +163,7 @@ RECORD = st.fixed_dictionaries(
 @pytest.mark.promise("odd numbers in files")
 @given(st.lists(ANY_NUMBER, min_size=1, max_size=6), st.booleans(), st.booleans())
 @settings(max_examples=80, deadline=None)
-def test_a_figure_of_any_numbers_is_drawn(values: list, log: bool, from_zero: bool) -> None:
+def test_figure_any_numbers(values: list, log: bool, from_zero: bool) -> None:
     points = [(step, number(value)) for step, value in enumerate(values)]
     drawn = Figure("Loss", "", [Curve("a", points)], log=log, from_zero=from_zero)
     content = TEMPLATES.get_template("figure.html").module.figure(drawn)
@@ -170,7 +174,7 @@ def test_a_figure_of_any_numbers_is_drawn(values: list, log: bool, from_zero: bo
 @given(st.lists(RECORD, min_size=1, max_size=5), st.dictionaries(st.sampled_from(
     ["loss", "perplexity", "tokens", "bytes", "bits_per_byte"]), ANY_NUMBER))  # fmt: skip
 @settings(max_examples=40, deadline=None)
-def test_a_page_of_any_numbers_is_written(tmp_path_factory, records: list, report: dict) -> None:
+def test_report_any_numbers(tmp_path_factory, records: list, report: dict) -> None:
     folder = tmp_path_factory.mktemp("run")
     lines = "".join(json.dumps(record) + "\n" for record in records)
     (folder / "metrics.jsonl").write_text(lines)
@@ -187,7 +191,7 @@ def test_a_page_of_any_numbers_is_written(tmp_path_factory, records: list, repor
 @pytest.mark.parametrize(
     ("field", "value"), [("n_heads", 4), ("layer_norm_epsilon", 1e-3), ("bias", False)]
 )
-def test_a_run_is_not_resumed_as_another_function(tmp_path, field: str, value: Any) -> None:
+def test_resume_another_function(tmp_path, field: str, value: Any) -> None:
     config = small(tmp_path, tmp_path / "tokens", max_steps=4)
     finish(config)
     latest = checkpoints(tmp_path) / "latest.pt"

@@ -52,9 +52,10 @@ def stopped(tmp_path: Path, tokens: Path) -> Config:
 
 @pytest.mark.promise("code in a checkpoint")
 @pytest.mark.parametrize("how", ["torch.save", "pickle", "pickle in zip"])
-def test_a_pickle_that_runs_code_is_refused_by_every_command(
+def test_commands_pickle_with_code(
     tmp_path: Path, processes: Processes, stopped: Config, how: str
 ) -> None:
+    """A pickle that runs code is refused by every command."""
     mark, evil = tmp_path / "executed", tmp_path / "evil.pt"
     if how == "torch.save":
         torch.save({"progress": Bomb(mark)}, evil)
@@ -106,7 +107,7 @@ def mutated(state: dict[str, Any], chance: random.Random) -> dict[str, Any]:
 
 @pytest.mark.promise("claims of a file")
 @pytest.mark.parametrize("trials", [25, pytest.param(1500, marks=pytest.mark.slow)])
-def test_a_sound_file_with_an_odd_state_is_used_or_refused(
+def test_resume_odd_state(
     tmp_path: Path, stopped: Config, trials: int, record_property: Callable
 ) -> None:
     """Intact to the last bit, but written by somebody who changed one value in it: the resumed run
@@ -131,9 +132,10 @@ def test_a_sound_file_with_an_odd_state_is_used_or_refused(
 
 @pytest.mark.promise("claims of a file")
 @pytest.mark.parametrize("trials", [20, pytest.param(1000, marks=pytest.mark.slow)])
-def test_evaluation_uses_or_refuses_an_odd_state(
+def test_evaluate_odd_state(
     tmp_path: Path, stopped: Config, trials: int, capsys, record_property: Callable
 ) -> None:
+    """It is used or refused."""
     state = state_file.load(checkpoints(tmp_path) / "latest.pt")
     chance = random.Random(trials)
     refused = 0
@@ -153,7 +155,7 @@ def test_evaluation_uses_or_refuses_an_odd_state(
 
 @pytest.mark.promise("claims of a file")
 @pytest.mark.parametrize("trials", [60, pytest.param(1500, marks=pytest.mark.slow)])
-def test_a_library_user_gets_a_model_or_one_line_and_keeps_what_he_has(
+def test_load_checkpoint_odd_state(
     tmp_path: Path, stopped: Config, trials: int, record_property: Callable
 ) -> None:
     """from_checkpoint builds a model that runs, or says why not; load_checkpoint, where it refuses,
@@ -188,7 +190,7 @@ def test_a_library_user_gets_a_model_or_one_line_and_keeps_what_he_has(
 
 
 @pytest.mark.promise("claims of a file")
-def test_a_model_that_claims_more_than_the_file_holds_takes_no_memory(
+def test_checkpoint_claims_more_than_it_holds(
     tmp_path: Path, processes: Processes, stopped: Config
 ) -> None:
     """The description says 48 billion weights; the file has a few thousand."""
@@ -205,9 +207,7 @@ def test_a_model_that_claims_more_than_the_file_holds_takes_no_memory(
 
 
 @pytest.mark.promise("wrong tokenizer")
-def test_token_ids_beyond_a_models_vocabulary_reach_no_index(
-    tmp_path: Path, processes: Processes, stopped: Config
-) -> None:
+def test_token_ids_beyond_vocabulary(tmp_path: Path, processes: Processes, stopped: Config) -> None:
     """A checkpoint whose tables have 100 rows, with the name of a tokenizer of 257 tokens."""
     state = state_file.load(checkpoints(tmp_path) / "latest.pt")
     state["model_config"]["vocab_size"] = 100
@@ -233,7 +233,7 @@ def test_token_ids_beyond_a_models_vocabulary_reach_no_index(
     ]
     + [f"data.tokenizer={name}" for name in ("../x", "a/../../b", "..", "/../etc", "x\0")],
 )
-def test_names_that_leave_their_folder_are_refused(
+def test_paths_leaving_folder(
     tmp_path: Path, stopped: Config, processes: Processes, override: str
 ) -> None:
     before = sorted(tmp_path.rglob("*"))
@@ -243,7 +243,7 @@ def test_names_that_leave_their_folder_are_refused(
 
 
 @pytest.mark.promise("alias bombs and code")
-def test_a_yaml_alias_bomb_ends_quickly_and_in_little_memory(
+def test_config_yaml_alias_bomb(
     tmp_path: Path, processes: Processes, record_property: Callable
 ) -> None:
     """Ten billion values if it were expanded; the process may not take 1 GiB more than it has."""
@@ -282,7 +282,7 @@ def ruff(*arguments: object, source: str = "") -> str:
 
 
 @pytest.mark.promise("alias bombs and code")
-def test_the_source_runs_nothing_that_it_reads(record_property: Callable) -> None:
+def test_source_runs_nothing_read(record_property: Callable) -> None:
     """But for the converter of a user's own files, which reads pickles as data."""
     assert ruff(*SOURCES) == "All checks passed!\n"
     files = [path for source in SOURCES for path in [source, *source.rglob("*.py")]]
@@ -294,7 +294,7 @@ def test_the_source_runs_nothing_that_it_reads(record_property: Callable) -> Non
 
 
 @pytest.mark.promise("alias bombs and code")
-def test_every_danger_is_found_by_the_rules() -> None:
+def test_source_rules_find_dangers() -> None:
     modules = ["marshal", "os", "pickle", "runpy", "subprocess", "numpy as np", "torch", "yaml"]
     lines = [*(f"import {module}" for module in modules), *DANGERS[:-2]]
     found = ruff("--stdin-filename", "mantrans/danger.py", "-", source="\n".join(lines))
@@ -303,9 +303,7 @@ def test_every_danger_is_found_by_the_rules() -> None:
 
 
 @pytest.mark.promise("names and links")
-def test_a_link_in_the_checkpoint_folder_is_not_followed_out(
-    tmp_path: Path, tokens: Path, stopped: Config
-) -> None:
+def test_checkpoint_folder_planted_link(tmp_path: Path, tokens: Path, stopped: Config) -> None:
     """Somebody's file at the end of a planted link keeps its content: names are replaced, not
     written through."""
     precious = tmp_path / "precious.txt"

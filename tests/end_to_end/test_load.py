@@ -30,7 +30,7 @@ def slope(points: list[tuple[float, float]]) -> float:
         pytest.param(20_000, 60.0, marks=pytest.mark.slow),
     ],
 )
-def test_memory_and_open_files_stay_flat(
+def test_train_long_memory_and_files(
     tmp_path: Path,
     tokens: Path,
     processes: Processes,
@@ -75,7 +75,7 @@ def test_memory_and_open_files_stay_flat(
 
 
 @pytest.mark.promise("two processes")
-def test_two_processes_on_one_run(tmp_path: Path, tokens: Path, processes: Processes) -> None:
+def test_train_two_processes_one_run(tmp_path: Path, tokens: Path, processes: Processes) -> None:
     """The second is refused with the first one's number, under the same run folder and under the
     same checkpoint folder alone; killed, the first leaves no lock behind."""
     config = small(tmp_path, tokens, max_steps=10**6, log_every=1, save_every=20)
@@ -95,9 +95,7 @@ def test_two_processes_on_one_run(tmp_path: Path, tokens: Path, processes: Proce
 
 
 @pytest.mark.promise("two processes")
-def test_runs_of_other_names_share_folders(
-    tmp_path: Path, tokens: Path, processes: Processes
-) -> None:
+def test_train_four_runs_shared_folders(tmp_path: Path, tokens: Path, processes: Processes) -> None:
     """Four at once, one set of token files, one checkpoint folder: each ends as it does alone."""
     config = small(tmp_path, tokens, log_every=1)
     config.save(tmp_path / "c.yaml")

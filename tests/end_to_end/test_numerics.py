@@ -40,7 +40,7 @@ def optimizer_bits(trainer: Trainer) -> dict[str, torch.Tensor]:
 @pytest.mark.promise("NaN and infinity")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("where", PLACES)
-def test_a_bad_step_changes_nothing_and_is_counted(
+def test_step_not_finite(
     tmp_path: Path, tokens: Path, dtype: str, where: str, capsys, record_property: Callable
 ) -> None:
     """NaN, +inf and -inf in turn at steps 4, 7 and 10: three skipped, none of them in a row."""
@@ -74,7 +74,7 @@ def test_a_bad_step_changes_nothing_and_is_counted(
 
 @pytest.mark.promise("too many skips")
 @pytest.mark.parametrize("where", PLACES)
-def test_too_many_in_a_row_end_the_run(tmp_path: Path, tokens: Path, where: str) -> None:
+def test_max_consecutive_skips_reached(tmp_path: Path, tokens: Path, where: str) -> None:
     """From step 6 on every step is bad: the third stops the run, whose checkpoints are good."""
     config = small(tmp_path, tokens, log_every=1, max_consecutive_skips=3)
     with pytest.raises(MantransError) as stopped:
@@ -88,7 +88,7 @@ def test_too_many_in_a_row_end_the_run(tmp_path: Path, tokens: Path, where: str)
 
 
 @pytest.mark.promise("too many skips")
-def test_the_count_in_a_row_goes_on_after_a_resume(tmp_path: Path, tokens: Path) -> None:
+def test_max_consecutive_skips_after_resume(tmp_path: Path, tokens: Path) -> None:
     """Stopped after the second of three bad steps: the first one after the resume is the third."""
     config = small(tmp_path, tokens, log_every=1, max_consecutive_skips=3)
 
@@ -102,7 +102,7 @@ def test_the_count_in_a_row_goes_on_after_a_resume(tmp_path: Path, tokens: Path)
 
 
 @pytest.mark.promise("too many skips")
-def test_a_run_whose_last_step_is_bad_is_saved_all_the_same(tmp_path: Path, tokens: Path) -> None:
+def test_last_step_not_finite(tmp_path: Path, tokens: Path) -> None:
     """A skipped step leaves good weights behind: they are the run's result."""
     config = small(tmp_path, tokens, log_every=1)
     finish(config, lambda trainer: poison(trainer, range(11, 12), "gradients", math.nan))
@@ -112,9 +112,8 @@ def test_a_run_whose_last_step_is_bad_is_saved_all_the_same(tmp_path: Path, toke
 
 @pytest.mark.promise("too many skips")
 @pytest.mark.parametrize("end", ["last step", "signal"])
-def test_broken_weights_never_replace_a_good_checkpoint(
-    tmp_path: Path, tokens: Path, end: str
-) -> None:
+def test_checkpoint_broken_weights(tmp_path: Path, tokens: Path, end: str) -> None:
+    """They never replace a good checkpoint."""
     config = small(tmp_path, tokens, log_every=1)
 
     def prepared(trainer: Trainer) -> None:
@@ -143,9 +142,7 @@ def test_broken_weights_never_replace_a_good_checkpoint(
         ("norm_2", r"is blocks\.1\.mlp\.x, right after blocks\.1\.norm_2"),
     ],
 )
-def test_debug_nan_names_the_first_layer(
-    tmp_path: Path, tokens: Path, layer: str, name: str
-) -> None:
+def test_debug_nan_first_layer(tmp_path: Path, tokens: Path, layer: str, name: str) -> None:
     config = small(tmp_path, tokens, log_every=1, model={"n_blocks": 3})
     trainer = Trainer(config, debug_nan=True, quiet=True)
     norm = getattr(trainer.wrapper.model.blocks[1], layer)
@@ -161,7 +158,7 @@ def test_debug_nan_names_the_first_layer(
 
 
 @pytest.mark.promise("outlier guard")
-def test_the_outlier_guard_decides_alike_after_a_resume(
+def test_outlier_guard_after_resume(
     tmp_path: Path, tokens: Path, record_property: Callable
 ) -> None:
     """Its window is in the checkpoint: interrupted just before an outlier, it refuses it too."""
@@ -185,9 +182,7 @@ def test_the_outlier_guard_decides_alike_after_a_resume(
 
 
 @pytest.mark.promise("outlier guard")
-def test_another_outlier_window_begins_empty_and_says_so(
-    tmp_path: Path, tokens: Path, capsys
-) -> None:
+def test_outlier_window_changed(tmp_path: Path, tokens: Path, capsys) -> None:
     """A setting may be changed between two parts of a run."""
     settings = {"outlier_z_score": 4.0, "outlier_window": 8}
     finish(small(tmp_path, tokens, **settings), lambda trainer: stop_after(trainer, 5))

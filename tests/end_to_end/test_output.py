@@ -33,7 +33,7 @@ def expected(tmp_path_factory: pytest.TempPathFactory, tokens: Path) -> dict[str
 
 @pytest.mark.promise("lost output")
 @pytest.mark.parametrize("streams", LOST.values(), ids=LOST)
-def test_lost_output_costs_the_run_nothing(
+def test_train_lost_output(
     tmp_path: Path,
     tokens: Path,
     processes: Processes,
@@ -52,14 +52,15 @@ def test_lost_output_costs_the_run_nothing(
 
 @pytest.mark.promise("lost output")
 @pytest.mark.parametrize("streams", LOST.values(), ids=LOST)
-def test_a_mistake_has_its_status_without_output(
+def test_command_mistake_without_output(
     tmp_path: Path, processes: Processes, streams: dict[int, str]
 ) -> None:
+    """A mistake has its status without output."""
     assert processes.run("--config", "absent.yaml", cwd=tmp_path, streams=streams).status == 2
 
 
 @pytest.mark.promise("lost output")
-def test_a_terminal_that_is_closed_costs_the_run_nothing(
+def test_train_terminal_closed(
     tmp_path: Path, tokens: Path, processes: Processes, expected: dict[str, Any]
 ) -> None:
     """With its bar; nohup has kept the hang-up itself away."""

@@ -88,10 +88,11 @@ def alarm() -> Iterator[None]:
 @pytest.mark.parametrize(
     "kind", [QUICK, *(pytest.param(kind, marks=pytest.mark.slow) for kind in OTHERS)]
 )
-def test_what_is_in_the_way_is_refused_before_the_first_step_or_replaced(
+def test_train_planted_file(
     tmp_path: Path, kept: dict[str, Any], kind: str, resume: str | None, alarm: None,
     record_property: Callable,
 ) -> None:  # fmt: skip
+    """Refused before the first step, or replaced."""
     refused = replaced = 0
     for number, place in enumerate(places(kept["stopped"])):
         if kind == "a folder" and (kept["stopped"] / place).is_dir():

@@ -90,7 +90,7 @@ COMMANDS = [  # in an order in which each finds what it needs
 ]  # fmt: skip
 
 
-def test_every_command_runs_as_written(tmp_path: Path) -> None:
+def test_commands_as_written(tmp_path: Path) -> None:
     for part in PARTS:
         copy = shutil.copytree if (ROOT / part).is_dir() else shutil.copy
         copy(ROOT / part, tmp_path / part)
@@ -110,7 +110,7 @@ def test_every_command_runs_as_written(tmp_path: Path) -> None:
         assert promise.never not in done.stdout, f"{promise.line}\n{done.stdout}"
 
 
-def test_the_functional_tests_are_ten() -> None:
+def test_functional_tests_ten() -> None:
     assert sum(name.startswith("test_") for name in vars(test_loss_decreases)) == 10
 
 
@@ -132,7 +132,7 @@ def defaults(function: object, *names: str) -> list[object]:
     return [parameters[name].default for name in names]
 
 
-def test_the_wrapper_s_arguments(wrapper: CustomTransformerWrapper) -> None:
+def test_wrapper_arguments(wrapper: CustomTransformerWrapper) -> None:
     """dtype may be left out; what it is then (bfloat16 was promised) is another issue's matter."""
     shape = defaults(CustomTransformerWrapper, "d_model", "n_blocks", "n_heads", "max_seq_len")
     assert shape == [256, 4, 4, 256]
@@ -141,7 +141,7 @@ def test_the_wrapper_s_arguments(wrapper: CustomTransformerWrapper) -> None:
     assert isinstance(wrapper.model, CustomTransformer)
 
 
-def test_the_model_is_trained_by_hand() -> None:
+def test_transformer_trained_by_hand() -> None:
     wrapper = CustomTransformerWrapper(vocab_size=50, d_model=16, n_heads=2, dtype=torch.float32)
     model, tokens = wrapper.model, torch.arange(24).reshape(2, 12)
     logits = model.forward(tokens)
@@ -156,7 +156,7 @@ def test_the_model_is_trained_by_hand() -> None:
         assert gradient.any(), name
 
 
-def test_forward_and_train_step(
+def test_wrapper_forward_and_train_step(
     wrapper: CustomTransformerWrapper, input_ids: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     labels = input_ids
@@ -182,7 +182,7 @@ def test_forward_and_train_step(
     assert step(input_ids, labels)["status"] == "nan_detected"
 
 
-def test_gradients_are_clipped_to_1_unless_something_else_is_said() -> None:
+def test_max_grad_norm_default() -> None:
     """The promised default of max_grad_norm; one that the optimizer was given stands."""
 
     def trained(options: dict[str, Any], **arguments: Any) -> torch.Tensor:
@@ -199,7 +199,7 @@ def test_gradients_are_clipped_to_1_unless_something_else_is_said() -> None:
     assert torch.equal(trained({"max_grad_norm": 0.1}), trained({}, max_grad_norm=0.1))
 
 
-def test_generate_and_checkpoints(
+def test_wrapper_generate_and_checkpoints(
     wrapper: CustomTransformerWrapper,
     input_ids: torch.Tensor,
     tmp_path: Path,

@@ -22,7 +22,7 @@ BOUND = 1e-4
 
 @pytest.mark.promise("same seed")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
-def test_the_same_seed_gives_the_same_bits(
+def test_seed_same(
     tmp_path: Path, tokens: Path, processes: Processes, dtype: str, record_property: Callable
 ) -> None:
     """Twice in this process and once in another: weights, moments, metrics, samples."""
@@ -37,7 +37,7 @@ def test_the_same_seed_gives_the_same_bits(
 
 
 @pytest.mark.promise("same seed")
-def test_another_seed_gives_other_bits(tmp_path: Path, tokens: Path) -> None:
+def test_seed_other(tmp_path: Path, tokens: Path) -> None:
     """Or the test above would prove nothing."""
     for seed in (0, 1):
         finish(small(tmp_path / str(seed), tokens, seed=seed))
@@ -48,7 +48,7 @@ def test_another_seed_gives_other_bits(tmp_path: Path, tokens: Path) -> None:
 
 @pytest.mark.promise("golden curve")
 @pytest.mark.parametrize("backend", ["native", "reference"])
-def test_the_golden_curve(
+def test_golden_curve(
     tmp_path: Path, tokens: Path, backend: str, record_property: Callable
 ) -> None:
     """Within BOUND of the record everywhere; with the record's bits on a machine it knows."""
@@ -68,9 +68,7 @@ def test_the_golden_curve(
 
 @pytest.mark.promise("golden curve")
 @pytest.mark.slow
-def test_the_golden_curve_with_two_threads(
-    tmp_path: Path, tokens: Path, record_property: Callable
-) -> None:
+def test_golden_curve_two_threads(tmp_path: Path, tokens: Path, record_property: Callable) -> None:
     torch.set_num_threads(2)
     curve = golden.losses(tmp_path, tokens)
     known = json.loads(golden.CURVE.read_text())["losses"]

@@ -46,7 +46,7 @@ def with_bad_steps(trainer: Trainer) -> None:
         pytest.param("bfloat16", 1, marks=pytest.mark.slow),
     ],
 )
-def test_interrupted_at_any_step(
+def test_resume_any_step(
     tmp_path: Path, tokens: Path, dtype: str, every: int, record_property: Callable
 ) -> None:
     """Accumulation, an epoch's end, two steps skipped in a row, an outlier: all in one run,
@@ -78,7 +78,7 @@ def test_interrupted_at_any_step(
 
 
 @pytest.mark.promise("interrupted anywhere")
-def test_interrupted_many_times(tmp_path: Path, tokens: Path, record_property: Callable) -> None:
+def test_resume_many_times(tmp_path: Path, tokens: Path, record_property: Callable) -> None:
     """Stopped after each single step: twelve processes' worth of runs make one run."""
     finish(small(tmp_path / "unbroken", tokens))
     config = small(tmp_path / "broken", tokens)
@@ -92,7 +92,7 @@ def test_interrupted_many_times(tmp_path: Path, tokens: Path, record_property: C
 
 
 @pytest.mark.promise("resumed from best.pt or a finished run")
-def test_from_the_best_checkpoint(tmp_path: Path, tokens: Path, record_property: Callable) -> None:
+def test_resume_best(tmp_path: Path, tokens: Path, record_property: Callable) -> None:
     """best.pt is of step 6; the run went on to 8, and what it wrote after 6 is taken back."""
     finish(small(tmp_path / "unbroken", tokens))
     config = small(tmp_path / "broken", tokens)
@@ -106,7 +106,8 @@ def test_from_the_best_checkpoint(tmp_path: Path, tokens: Path, record_property:
 
 
 @pytest.mark.promise("resumed from best.pt or a finished run")
-def test_a_finished_run_can_be_resumed(tmp_path: Path, tokens: Path) -> None:
+def test_resume_finished_run(tmp_path: Path, tokens: Path) -> None:
+    """A finished run can be resumed."""
     config = small(tmp_path, tokens)
     finish(config)
     before = outcome(tmp_path)
@@ -115,7 +116,8 @@ def test_a_finished_run_can_be_resumed(tmp_path: Path, tokens: Path) -> None:
 
 
 @pytest.mark.promise("every step on record once")
-def test_every_step_and_every_validation_is_on_record_once(tmp_path: Path, tokens: Path) -> None:
+def test_records_after_resume(tmp_path: Path, tokens: Path) -> None:
+    """Every step and every validation is on record once."""
     config = small(tmp_path, tokens, log_every=1)
     finish(config, lambda trainer: stop_after(trainer, 7))
     finish(config, resume="latest")

@@ -51,9 +51,8 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.promise("a second run of a name")
-def test_a_second_run_keeps_the_first_whole(
-    here: Path, tokens: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_run_second_of_a_name(here: Path, tokens: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It keeps the first whole."""
     for number in range(3):
         before = [files(here / top / "small") for top in ("runs", "checkpoints")]
         assert main(["train", "--config", "config.yaml", "--set", f"training.seed={number}"]) == 0
@@ -74,7 +73,7 @@ def test_a_second_run_keeps_the_first_whole(
 
 @pytest.mark.promise("a second run of a name")
 @pytest.mark.parametrize("shared", [False, True], ids=["two folders", "one folder for both"])
-def test_the_number_is_free_in_both_places(here: Path, tokens: Path, shared: bool) -> None:
+def test_run_number_free_in_both_folders(here: Path, tokens: Path, shared: bool) -> None:
     places = {"output_dir": "all", "checkpoint_dir": "all"} if shared else {}
     finish(config(tokens, **places))
     (here / ("all" if shared else "runs") / "small.1").mkdir()
@@ -85,7 +84,8 @@ def test_the_number_is_free_in_both_places(here: Path, tokens: Path, shared: boo
     assert (moved / "latest.pt").exists()
 
 
-def test_the_links_above_the_runs_follow_the_first(here: Path, tokens: Path) -> None:
+def test_run_links_above(here: Path, tokens: Path) -> None:
+    """They follow the first run."""
     finish(config(tokens))
     Trainer(config(tokens), quiet=True).folders.close()
     for name in ("latest.pt", "best.pt"):
@@ -93,7 +93,7 @@ def test_the_links_above_the_runs_follow_the_first(here: Path, tokens: Path) -> 
         assert state_file.load(here / "checkpoints" / name)["progress"]["step"] in (3, 6)
 
 
-def test_a_run_that_was_never_saved_is_not_kept(here: Path, tokens: Path) -> None:
+def test_run_never_saved(here: Path, tokens: Path) -> None:
     """A start that died before its first record leaves nothing worth a number."""
     trainer = Trainer(config(tokens), quiet=True)
     trainer.logger.close()
@@ -104,9 +104,10 @@ def test_a_run_that_was_never_saved_is_not_kept(here: Path, tokens: Path) -> Non
 
 @pytest.mark.promise("a second run of a name")
 @pytest.mark.parametrize("count", ["1", "2"])
-def test_restarted_by_torchrun_it_goes_on(
+def test_run_restarted_by_torchrun(
     here: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch, count: str
 ) -> None:
+    """It goes on."""
     finish(config(tokens, output_dir="a", checkpoint_dir="a"))
     expected = files(here / "a" / "small")["metrics.jsonl"]
     finish(config(tokens), lambda trainer: stop_after(trainer, 4))
@@ -134,9 +135,7 @@ REFUSED: dict[str, Any] = {
 
 @pytest.mark.promise("refused starts")
 @pytest.mark.parametrize("settings", REFUSED.values(), ids=REFUSED)
-def test_a_refused_start_leaves_everything_as_it_was(
-    here: Path, tokens: Path, settings: dict[str, Any]
-) -> None:
+def test_run_refused_start(here: Path, tokens: Path, settings: dict[str, Any]) -> None:
     """Without an earlier run no folder and no lock; with one, nothing is moved."""
     settings = {
         **settings,
@@ -157,9 +156,10 @@ def damaged(path: Path) -> None:
 
 
 @pytest.mark.promise("refused starts")
-def test_a_resume_is_refused_before_anything_is_tokenized(
+def test_resume_refused_before_tokenizing(
     here: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A resume is refused before anything is tokenized."""
     finish(config(tokens))
     shutil.copy("checkpoints/small/latest.pt", "damaged.pt")
     damaged(here / "damaged.pt")
@@ -196,7 +196,7 @@ FORMS = (
 
 @pytest.mark.promise("--resume")
 @pytest.mark.parametrize("form", FORMS)
-def test_a_run_is_resumed_by_any_of_its_names_with_its_own_settings(
+def test_resume_any_name(
     here: Path, tokens: Path, capsys: pytest.CaptureFixture[str], form: str
 ) -> None:
     """Nothing but --resume: the settings, --set included, are those that it was begun with."""
@@ -219,7 +219,7 @@ def test_a_run_is_resumed_by_any_of_its_names_with_its_own_settings(
 
 
 @pytest.mark.promise("--resume")
-def test_a_moved_run_goes_on_where_it_is_now(here: Path, tokens: Path) -> None:
+def test_resume_moved_run(here: Path, tokens: Path) -> None:
     """Under its new name, and in folders of other names: never over the one with its old name."""
     finish(config(tokens, max_steps=4))
     finish(config(tokens))
@@ -232,7 +232,7 @@ def test_a_moved_run_goes_on_where_it_is_now(here: Path, tokens: Path) -> None:
 
 
 @pytest.mark.promise("a second run of a name")
-def test_another_runs_checkpoint_does_not_go_on_over_this_run(here: Path, tokens: Path) -> None:
+def test_resume_checkpoint_of_another_run(here: Path, tokens: Path) -> None:
     """`small` from `other`'s weights is a new `small`: the one there moves away as ever."""
     finish(config(tokens))
     finish(config(tokens, experiment_name="other", max_steps=4))
@@ -244,9 +244,10 @@ def test_another_runs_checkpoint_does_not_go_on_over_this_run(here: Path, tokens
 
 
 @pytest.mark.promise("order of checkpoints")
-def test_from_an_older_checkpoint_the_records_and_the_rest_are_right(
+def test_resume_older_checkpoint(
     here: Path, tokens: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """From an older checkpoint the records and the rest are right."""
     finish(config(tokens))
     expected = outcome(here)
     before = {path.read_bytes() for path in (here / "checkpoints" / "small").glob("*.pt")}
@@ -271,10 +272,11 @@ def test_from_an_older_checkpoint_the_records_and_the_rest_are_right(
         ({"lr_decay": "cosine"}, {}, False),
     ],
 )
-def test_a_jump_of_the_learning_rate_is_announced(
+def test_resume_learning_rate_jump(
     here: Path, tokens: Path, capsys: pytest.CaptureFixture[str],
     first: dict[str, Any], then: dict[str, Any], said: bool,
 ) -> None:  # fmt: skip
+    """It is announced."""
     stop = first.pop("stop", None) if "stop" in (first := dict(first)) else None
     begun = config(tokens, **first, data={"subset_size": 6})
     finish(begun, lambda trainer: stop_after(trainer, stop) if stop else None)

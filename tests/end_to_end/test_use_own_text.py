@@ -13,9 +13,10 @@ from tests.support.readme import own_text_commands, write_own_texts
 
 
 @pytest.mark.promise("README's commands")
-def test_the_readmes_commands_for_a_text_of_ones_own(
+def test_readme_own_text(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """README's commands for a text of one's own."""
     monkeypatch.chdir(tmp_path)
     write_own_texts(tmp_path)
     printed = []

@@ -37,7 +37,8 @@ def contents(wheel: Path) -> dict[str, bytes]:
         return {name: archive.read(name) for name in names}
 
 
-def test_a_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
+def test_wheel_contents(wheel: Path) -> None:
+    """A wheel holds the package and nothing else."""
     expected = {}
     for folder, _, files in os.walk(ROOT / "mantrans", followlinks=True):
         tokenizers = Path(folder).parent.name == "tokenizers"
@@ -53,9 +54,8 @@ def test_a_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_wheel_made_from_the_source_archive_is_the_same(
-    sources: Path, wheel: Path, tmp_path: Path
-) -> None:
+def test_wheel_from_source_archive(sources: Path, wheel: Path, tmp_path: Path) -> None:
+    """It is the same as the one from the clone."""
     assert contents(build(sources, tmp_path)) == contents(wheel)
 
 
@@ -67,7 +67,8 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Environm
 
 
 @pytest.mark.slow
-def test_the_quickstart_trains_outside_the_clone(installed: Environment, tmp_path: Path) -> None:
+def test_wheel_quickstart(installed: Environment, tmp_path: Path) -> None:
+    """The quickstart trains outside the clone."""
     settings = [
         "--set=training.max_steps=20", "--set=training.log_every=10", "--set=training.device=cpu",
         "--set=training.eval_batches=2", "--set=evaluation.max_generation_length=30",
@@ -99,9 +100,7 @@ print(tokenizer.decode(theirs.generate(ids, max_length=12)[0]))
 
 @pytest.mark.promise("README's commands")
 @pytest.mark.slow
-def test_a_text_of_ones_own_is_learnt_outside_the_clone(
-    installed: Environment, tmp_path: Path
-) -> None:
+def test_wheel_own_text(installed: Environment, tmp_path: Path) -> None:
     """The README's commands; then the model and its tokenizer as a folder for transformers."""
     write_own_texts(tmp_path)
     command = installed.folder / "bin" / "mantrans"
@@ -112,7 +111,7 @@ def test_a_text_of_ones_own_is_learnt_outside_the_clone(
 
 
 @pytest.mark.slow
-def test_uninstalling_leaves_nothing(sources: Path, tmp_path: Path) -> None:
+def test_wheel_uninstalled(sources: Path, tmp_path: Path) -> None:
     environment = Environment(tmp_path / "environment")
     before = environment.files()
     environment.install_ours(sources)

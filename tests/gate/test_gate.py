@@ -39,7 +39,7 @@ def complaints(launch: Launch = LAUNCH, capability: int = 90) -> list[str]:
     return list(violations(launch, CARDS[capability]))
 
 
-def test_violations_of_a_good_launch() -> None:
+def test_violations_good_launch() -> None:
     assert complaints() == []
 
 
@@ -54,7 +54,7 @@ def test_violations_of_a_good_launch() -> None:
         ({"numbers": {"dqkv": 16, "stride": 24}}, "stride: expected a multiple of 16, got 24"),
     ],
 )
-def test_violations_of_a_launch(change: dict[str, Any], complaint: str) -> None:
+def test_violations_launch(change: dict[str, Any], complaint: str) -> None:
     [line] = complaints(LAUNCH._replace(**change))
     assert re.match(complaint, line)
 
@@ -73,7 +73,7 @@ def test_violations_of_a_launch(change: dict[str, Any], complaint: str) -> None:
         ({"shape": (1,) * 6, "strides": (16,) * 5 + (1,), "box": (8,) * 6}, "at most 5 axes"),
     ],
 )
-def test_violations_of_a_tensor_map(change: dict[str, Any], complaint: str) -> None:
+def test_violations_tensor_map(change: dict[str, Any], complaint: str) -> None:
     [line] = complaints(LAUNCH._replace(maps={"q": MAP._replace(**change)}))
     assert line.startswith("tensor map of q: expected ") and complaint in line
 
@@ -92,13 +92,13 @@ def test_violations_of_a_tensor_map(change: dict[str, Any], complaint: str) -> N
         ({"code": CODE._replace(accesses=9, wide_accesses=0, bulk_copies=0)}, "16-byte accesses: "),
     ],
 )
-def test_violations_of_a_kernel(change: dict[str, Any], complaint: str) -> None:
+def test_violations_kernel(change: dict[str, Any], complaint: str) -> None:
     lines = complaints(LAUNCH._replace(kernel=KERNEL._replace(**change)))
     assert any(complaint in line for line in lines)
 
 
 @pytest.mark.parametrize("capability", CARDS)
-def test_violations_follow_the_shared_memory_of_each_card(capability: int) -> None:
+def test_violations_shared_memory_of_card(capability: int) -> None:
     limit = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
     fits = LAUNCH._replace(kernel=KERNEL._replace(shared=limit[capability]))
     assert complaints(fits, capability) == []
@@ -106,7 +106,8 @@ def test_violations_follow_the_shared_memory_of_each_card(capability: int) -> No
     assert "shared memory" in complaints(larger, capability)[0]
 
 
-def test_violations_allow_few_spills_where_kernels_were_not_measured() -> None:
+def test_violations_few_spills() -> None:
+    """Allowed where kernels were not measured."""
     code = CODE._replace(hgmma=0, hmma=8, stack=128, local=9)
     elsewhere = LAUNCH._replace(kernel=KERNEL._replace(shared=0, code=code))
     assert complaints(elsewhere, 120) == []
@@ -118,12 +119,14 @@ def test_violations_allow_few_spills_where_kernels_were_not_measured() -> None:
     assert "at most 128 bytes, got a stack of 129" in line
 
 
-def test_violations_allow_narrow_heads_single_warps() -> None:
+def test_violations_narrow_heads() -> None:
+    """Single warps are allowed."""
     narrow = KERNEL._replace(constants={"D": 32}, code=CODE._replace(hgmma=0, hmma=8))
     assert complaints(LAUNCH._replace(kernel=narrow)) == []
 
 
-def test_resident_programs_by_what_runs_out() -> None:
+def test_resident_programs_limits() -> None:
+    """By what runs out first."""
     card = CARDS[90]
     assert resident_programs(card, registers=128, warps=8, shared=0) == 2
     assert resident_programs(card, registers=32, warps=32, shared=0) == 2
@@ -155,7 +158,8 @@ def test_count_instructions() -> None:
     assert counts["local"] == 1 and counts["bulk_copies"] == 1
 
 
-def test_shapes_only_makes_memory_and_views_but_no_values() -> None:
+def test_shapes_only_no_values() -> None:
+    """Memory and views are made, but no values."""
     weight = torch.ones(4, 6)
     with ShapesOnly():
         huge = torch.randn(1 << 20, 4096)  # 16 GiB, were it written
@@ -193,9 +197,8 @@ def sources(tmp_path: Path) -> Path:
         ("configs/gpt2-124m.yaml", "n_heads: 12", "n_heads: 6", False),
     ],
 )
-def test_digest_is_of_what_reaches_the_gpu(
-    sources: Path, file: str, old: str, new: str, same: bool
-) -> None:
+def test_digest_source_changed(sources: Path, file: str, old: str, new: str, same: bool) -> None:
+    """The digest is of what reaches the GPU."""
     path = sources / file
     text = path.read_text()
     assert old in text
@@ -203,7 +206,8 @@ def test_digest_is_of_what_reaches_the_gpu(
     assert (digest(sources) == digest()) == same
 
 
-def test_stale_says_what_to_do(sources: Path) -> None:
+def test_stale_message(sources: Path) -> None:
+    """It says what to do."""
     record = sources / "record.json"
     for broken, complaint in ((0, "None"), (3, "violations")):
         runs = f'[{{"violations": 0}}, {{"violations": {broken}}}]'
@@ -215,7 +219,7 @@ def test_stale_says_what_to_do(sources: Path) -> None:
     assert "make gate" in str(stale(record, sources))
 
 
-def test_the_gate_has_passed_these_kernels() -> None:
+def test_record_current() -> None:
     """A kernel has changed? `make gate` compiles it for all GPUs and writes a new record."""
     complaint = stale()
     assert complaint is None, complaint
@@ -236,7 +240,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_a_small_step_passes() -> None:
+def test_run_small_step() -> None:
     """20 s of CPU where Triton's cache is cold, 5 where it is warm."""
     result = run("-m", "tools.gate", "--small")
     assert result.returncode == 0, result.stderr
@@ -262,7 +266,8 @@ print(*gather(90, programs).broken, sep="\\n")
 """
 
 
-def test_the_fault_that_a_gpu_showed_is_found_without_one() -> None:
+def test_run_known_fault() -> None:
+    """The fault that a GPU showed is found without one."""
     result = run("-c", AS_IT_WAS)
     assert result.returncode == 0, result.stderr
     found = "grid: expected 1 to (2147483647, 65535, 65535) programs, got (2, 65600, 1)"

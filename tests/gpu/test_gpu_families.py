@@ -32,7 +32,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("case", CASES)
-def test_loss_and_every_gradient(device: torch.device, case: str, dtype: torch.dtype) -> None:
+def test_model_loss_and_gradients(device: torch.device, case: str, dtype: torch.dtype) -> None:
     """Both sides against transformers in float64: ours errs no more than FACTOR times theirs."""
     pytest.importorskip("transformers", reason="transformers is the oracle here")
     shape = {**WIDE, **CASES[case], "n_kv_heads": 2}
@@ -57,7 +57,7 @@ def test_loss_and_every_gradient(device: torch.device, case: str, dtype: torch.d
 
 @pytest.mark.parametrize("end_of_text", [None, END_OF_TEXT])
 @pytest.mark.parametrize("name", MODELS)
-def test_captured_step_has_the_bits_of_the_eager_one(
+def test_captured_step_equals_eager(
     device: torch.device, name: str, end_of_text: int | None
 ) -> None:
     """With documents and windows made inside the graph; and recomputing changes no bit."""
@@ -74,9 +74,7 @@ def test_captured_step_has_the_bits_of_the_eager_one(
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_generation_through_the_cache_chooses_what_the_reference_chooses(
-    device: torch.device, name: str
-) -> None:
+def test_generate_with_cache(device: torch.device, name: str) -> None:
     """Prompts of different lengths, in float32, where both choose the same tokens."""
     rows = []
     for backend in ("triton", "reference"):

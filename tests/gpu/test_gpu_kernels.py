@@ -165,9 +165,8 @@ def run(program: Program, ops: Any, inputs: Inputs) -> Outputs:
 
 
 @pytest.mark.parametrize("case", CASES, ids=label)
-def test_error_is_at_most_pytorchs(
-    case: Case, triton: types.ModuleType, device: torch.device
-) -> None:
+def test_kernel_error(case: Case, triton: types.ModuleType, device: torch.device) -> None:
+    """Error is at most PyTorch's."""
     inputs, program = draw(case, device)
     exact = run(program, reference, {k: selfcheck.in_float64(v) for k, v in inputs.items()})
     ours, theirs = run(program, triton, inputs), run(program, pytorch(), inputs)
@@ -178,7 +177,7 @@ def test_error_is_at_most_pytorchs(
 
 
 @pytest.mark.parametrize("case", CASES, ids=label)
-def test_bits_repeat(case: Case, triton: types.ModuleType, device: torch.device) -> None:
+def test_kernel_bits_repeat(case: Case, triton: types.ModuleType, device: torch.device) -> None:
     inputs, program = draw(case, device)
     first = run(program, triton, inputs)
     for _ in range(3):
@@ -187,7 +186,7 @@ def test_bits_repeat(case: Case, triton: types.ModuleType, device: torch.device)
             assert torch.equal(again[key], value), f"{key} differs between two runs"
 
 
-def test_offsets_beyond_int32_in_the_loss(triton: types.ModuleType, device: torch.device) -> None:
+def test_cross_entropy_offsets_beyond_int32(triton: types.ModuleType, device: torch.device) -> None:
     """More than 2³¹ logits: the last rows must come out as they do alone."""
     V = 50_304
     N = 2**31 // V + 300
@@ -205,7 +204,7 @@ def test_offsets_beyond_int32_in_the_loss(triton: types.ModuleType, device: torc
     assert torch.equal(logits[-64:], tail)
 
 
-def test_offsets_beyond_int32_in_attention(triton: types.ModuleType, device: torch.device) -> None:
+def test_attention_offsets_beyond_int32(triton: types.ModuleType, device: torch.device) -> None:
     """More than 2³¹ elements of qkv: the last sequence must come out as it does alone."""
     B, T, H, D = 90, 16_384, 8, 64
     if torch.cuda.mem_get_info()[0] < 4 * B * T * 3 * H * D * 2:

@@ -26,7 +26,7 @@ VOCABULARY = {
 
 @pytest.mark.parametrize("recompute", ["none", "gelu", "block"])
 @pytest.mark.parametrize("name", VOCABULARY)
-def test_peak_is_as_predicted(device: torch.device, name: str, recompute: str) -> None:
+def test_peak_captured_step(device: torch.device, name: str, recompute: str) -> None:
     config = Config.load(
         CONFIGS / f"{name}.yaml",
         [
@@ -58,7 +58,7 @@ def test_peak_is_as_predicted(device: torch.device, name: str, recompute: str) -
 
 
 @pytest.mark.parametrize("recompute", ["none", "gelu", "block"])
-def test_peak_of_an_eager_step_is_as_predicted(device: torch.device, recompute: str) -> None:
+def test_peak_eager_step(device: torch.device, recompute: str) -> None:
     shape = ModelConfig(d_model=768, n_blocks=4, n_heads=12, max_seq_len=1024, vocab_size=50257)
     training = {"max_steps": 1, "batch_size": 8, "recompute": recompute}
     config = Config.from_dict({"model": shape.model_dump(), "training": training})

@@ -50,7 +50,7 @@ def without_keys(name: str, gradient: Tensor) -> Tensor:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("n_heads", [4, 2, 8])  # head widths 64, 128, 32
 @pytest.mark.parametrize("backend", ["triton", "native"])
-def test_loss_and_every_gradient(
+def test_model_loss_and_gradients(
     device: torch.device, dtype: torch.dtype, n_heads: int, backend: str
 ) -> None:
     torch.manual_seed(0)

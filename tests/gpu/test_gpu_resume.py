@@ -26,9 +26,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.promise("resumed on a GPU")
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS.keys())
-def test_a_resumed_run_has_the_bits_of_an_unbroken_one(
+def test_resume_equals_unbroken(
     device: torch.device, tmp_path: Path, settings: dict[str, Any]
 ) -> None:
+    """A resumed run has the bits of an unbroken one."""
+
     def config(folder: str) -> Config:
         model = {"d_model": 128, "n_heads": 2, "max_seq_len": 64, "dtype": "bfloat16"}
         options = {**settings, "data": dict(settings.get("data", {}))}

@@ -22,13 +22,15 @@ RUNS = [(GPT2, 1024), (MEDIUM, 2048), (TINY, 256)]
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(("run", "T"), RUNS)
-def test_shipped_shapes_pass_in_under_five_seconds(
+def test_selfcheck_shipped_shapes(
     run: dict[str, int],
     T: int,
     dtype: torch.dtype,
     triton: types.ModuleType,
     device: torch.device,
 ) -> None:
+    """Shipped shapes pass in under five seconds."""
+
     def check() -> None:
         selfcheck.check(triton, **run, sequence_length=T, dtype=dtype, device=device)
 
@@ -40,7 +42,9 @@ def test_shipped_shapes_pass_in_under_five_seconds(
     assert time.perf_counter() - start < 5
 
 
-def test_a_wrong_kernel_stops_the_run(triton: types.ModuleType, device: torch.device) -> None:
+def test_selfcheck_wrong_kernel(triton: types.ModuleType, device: torch.device) -> None:
+    """A wrong kernel stops the run."""
+
     def backward(*arguments: Any) -> torch.Tensor:
         dqkv = triton.attention_backward(*arguments)
         dqkv[:, 64:128] = 0  # a block of rows that no program was given

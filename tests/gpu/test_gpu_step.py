@@ -50,7 +50,7 @@ class EveryThird:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("micro_batches", [1, 4])
 @pytest.mark.parametrize("end_of_text", [None, END_OF_TEXT])
-def test_captured_step_has_the_bits_of_the_eager_one(
+def test_captured_step_equals_eager(
     device: torch.device, dtype: torch.dtype, micro_batches: int, end_of_text: int | None
 ) -> None:
     """With accumulation, with documents, under guards that refuse some steps; and both repeat."""
@@ -75,7 +75,9 @@ def test_captured_step_has_the_bits_of_the_eager_one(
 
 
 @pytest.mark.parametrize("recompute", ["gelu", "block"])
-def test_recomputing_activations_changes_no_bit(device: torch.device, recompute: str) -> None:
+def test_recompute_same_bits(device: torch.device, recompute: str) -> None:
+    """Recomputing activations changes no bit."""
+
     def run(mode: str) -> tuple[list, dict[str, Tensor]]:
         wrapper, step = build(device, model={"recompute": mode}, capture=True)
         return train(step), everything(wrapper)
@@ -85,7 +87,9 @@ def test_recomputing_activations_changes_no_bit(device: torch.device, recompute:
     assert_same_bits(state, kept)
 
 
-def test_stochastic_rounding_draws_anew_in_each_replay(device: torch.device) -> None:
+def test_stochastic_rounding_each_replay(device: torch.device) -> None:
+    """Stochastic rounding draws anew in each replay."""
+
     def run(capture: bool) -> tuple[list, dict[str, Tensor]]:
         wrapper, step = build(device, model={"stochastic_rounding": True}, capture=capture)
         return train(step), everything(wrapper)
@@ -97,7 +101,7 @@ def test_stochastic_rounding_draws_anew_in_each_replay(device: torch.device) -> 
 
 @pytest.mark.parametrize("capture", [True, False], ids=["captured", "eager"])
 @pytest.mark.parametrize("source", [HostTokens, DeviceTokens])
-def test_tokens_arrive_in_time(device: torch.device, source: type, capture: bool) -> None:
+def test_batches_run_ahead(device: torch.device, source: type, capture: bool) -> None:
     """The host runs forty steps ahead of the device; each step must still see its own batch."""
     numbers = range(40)
     plain_model, plain = build(device, source=PlainTokens, capture=False)
@@ -129,14 +133,14 @@ def no_synchronization() -> Iterator[None]:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_the_watch_for_synchronization_works(device: torch.device) -> None:
+def test_synchronization_watch(device: torch.device) -> None:
     with no_synchronization(), pytest.raises(RuntimeError, match="synchroniz"):
         torch.ones((), device=device).item()
 
 
 @pytest.mark.parametrize("capture", [True, False], ids=["captured", "eager"])
 @pytest.mark.parametrize("source", [HostTokens, DeviceTokens])
-def test_the_host_never_waits(device: torch.device, source: type, capture: bool) -> None:
+def test_step_no_synchronization(device: torch.device, source: type, capture: bool) -> None:
     """With all that a step can have: accumulation, documents, a guard."""
     _, step = build(
         device, source=source, capture=capture, micro_batches=2, end_of_text=END_OF_TEXT,
@@ -151,9 +155,10 @@ def test_the_host_never_waits(device: torch.device, source: type, capture: bool)
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("where", ["weights", "gradients"])
-def test_a_replay_that_is_not_finite_changes_nothing(
+def test_replay_not_finite(
     device: torch.device, dtype: torch.dtype, where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A replay that is not finite changes nothing."""
     poison = torch.zeros((), device=device)
     wrapper, step = build(device, dtype, capture=True)
     model = wrapper.model
@@ -182,7 +187,8 @@ def test_a_replay_that_is_not_finite_changes_nothing(
     assert record.applied and math.isfinite(record.loss)
 
 
-def test_guards_are_asked_in_every_replay_and_obeyed(device: torch.device) -> None:
+def test_replay_guards(device: torch.device) -> None:
+    """Guards are asked in every replay and obeyed."""
     guard = EveryThird(device)
     wrapper, step = build(device, capture=True, guards=[guard])
     train(step, range(2))
@@ -195,7 +201,7 @@ def test_guards_are_asked_in_every_replay_and_obeyed(device: torch.device) -> No
     assert record.applied and guard.asked == 4
 
 
-def test_learning_rate_of_each_replay_is_its_own(device: torch.device) -> None:
+def test_replay_learning_rate(device: torch.device) -> None:
     wrapper, step = build(device, capture=True)
     step.run(0, 1e-3)
     before = everything(wrapper)

@@ -37,7 +37,8 @@ def assert_promise(name: str, kind: str, dtype: str, backends: list[str]) -> Non
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("name", "kind"), FAST)
-def test_no_worse_than_pytorch_here(name: str, kind: str, dtype: str) -> None:
+def test_accuracy_shipped_cases(name: str, kind: str, dtype: str) -> None:
+    """No worse than PyTorch on this machine."""
     fast = (name, kind) in FAST_IN_TRITON
     assert_promise(name, kind, dtype, ["reference", "native", *["triton"] * fast])
 
@@ -45,6 +46,7 @@ def test_no_worse_than_pytorch_here(name: str, kind: str, dtype: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("name", "kind"), ALL)
-def test_no_worse_than_pytorch_anywhere(name: str, kind: str, dtype: str) -> None:
+def test_accuracy_all_cases(name: str, kind: str, dtype: str) -> None:
+    """No worse than PyTorch by any way that a machine may choose."""
     triton = ["triton"] * (dtype in ("float32", "bfloat16"))
     assert_promise(name, kind, dtype, ["reference", "native", *triton])

@@ -123,7 +123,9 @@ def check(
     ),
     ids=ids,
 )
-def test_parity(B: int, T: int, H: int, D: int, dtype: torch.dtype, other_ways: int) -> None:
+def test_attention_equals_reference(
+    B: int, T: int, H: int, D: int, dtype: torch.dtype, other_ways: int
+) -> None:
     check(B, T, H, D, dtype)
 
 
@@ -137,7 +139,7 @@ def test_parity(B: int, T: int, H: int, D: int, dtype: torch.dtype, other_ways: 
     ids=ids,
 )
 @pytest.mark.parametrize("beginnings", [None, (1, 30, 63, 65)], ids=["plain", "documents"])
-def test_groups(
+def test_attention_groups(
     B: int,
     T: int,
     H: int,
@@ -151,7 +153,7 @@ def test_groups(
 
 
 @pytest.mark.parametrize("D", [5, 20, 96, 192])
-def test_head_widths(D: int, other_ways: int) -> None:
+def test_attention_head_widths(D: int, other_ways: int) -> None:
     check(1, 40, 2, D, torch.bfloat16)
 
 
@@ -166,24 +168,25 @@ def test_head_widths(D: int, other_ways: int) -> None:
     ],
     ids=["on-edges", "beside-edges", "inside", "single-positions"],
 )
-def test_documents(
+def test_attention_documents(
     B: int, T: int, beginnings: tuple[int, ...], dtype: torch.dtype, other_ways: int
 ) -> None:
     check(B, T, 1, 64, dtype, documents(B, T, *beginnings))
 
 
-def test_documents_differ_between_sequences(other_ways: int) -> None:
+def test_attention_documents_differ_between_sequences(other_ways: int) -> None:
     check(2, 140, 2, 32, torch.bfloat16, documents(2, 140, 20, 127))
 
 
-def test_one_document_is_plain_causal_attention(other_ways: int) -> None:
+def test_attention_one_document(other_ways: int) -> None:
+    """One document is plain causal attention."""
     qkv = torch.randn(1, 200, 3 * 32).bfloat16()
     plain, _ = attention_forward(qkv, 1)
     one_document, _ = attention_forward(qkv, 1, documents(1, 200))
     assert torch.equal(plain, one_document)
 
 
-def test_wholly_masked_blocks_are_not_read(other_ways: int) -> None:
+def test_attention_masked_blocks(other_ways: int) -> None:
     """NaN in an earlier document, a block away, must not even be multiplied by zero."""
     qkv = torch.randn(1, 384, 3 * 32).bfloat16()
     starts = documents(1, 384, 256)
@@ -198,7 +201,8 @@ def test_wholly_masked_blocks_are_not_read(other_ways: int) -> None:
     assert torch.equal(broken[:, 256:], dqkv[:, 256:])
 
 
-def test_later_documents_do_not_reach_the_gradient_of_earlier_keys(other_ways: int) -> None:
+def test_attention_later_documents(other_ways: int) -> None:
+    """Later documents do not reach the gradient of earlier keys."""
     qkv = torch.randn(1, 384, 3 * 32).bfloat16()
     starts = documents(1, 384, 128)
     out, statistics = attention_forward(qkv, 1, starts)
@@ -209,7 +213,8 @@ def test_later_documents_do_not_reach_the_gradient_of_earlier_keys(other_ways: i
     assert torch.equal(broken[:, :128], dqkv[:, :128])
 
 
-def test_strided_qkv_is_read_in_place(other_ways: int) -> None:
+def test_attention_strided_qkv(other_ways: int) -> None:
+    """Strided qkv is read in place."""
     B, T, H, D = 2, 50, 2, 32
     wide = torch.randn(B, 2 * T, 3 * H * D + 16).bfloat16()
     qkv = wide[:, ::2, : 3 * H * D]
@@ -221,7 +226,7 @@ def test_strided_qkv_is_read_in_place(other_ways: int) -> None:
     assert torch.equal(got, attention_backward(dout, qkv.contiguous(), out, statistics, H))
 
 
-def test_pairs_in_groups_cover_every_pair(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attention_pairs_in_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     """With room in the cache for two of five pairs at a time, the last group is not full."""
     T, D = 150, 16
     monkeypatch.setattr(attention_tiles, "L2_BYTES", 2 * (2 * T * D * 2))
@@ -229,7 +234,8 @@ def test_pairs_in_groups_cover_every_pair(monkeypatch: pytest.MonkeyPatch) -> No
     check(1, T, 6, D, torch.bfloat16, H_kv=3)
 
 
-def test_large_scores_do_not_overflow() -> None:
+def test_attention_large_scores() -> None:
+    """Large scores do not overflow."""
     qkv = 30 * torch.randn(1, 100, 3 * 32)
     want, exact = reference.attention_forward(qkv.double(), 1)
     out, statistics = attention_forward(qkv, 1)
@@ -238,7 +244,7 @@ def test_large_scores_do_not_overflow() -> None:
     assert_close(log_sum_exp(statistics, 32), exact.sum(0), 1e-6, "lse")
 
 
-def test_empty_batch() -> None:
+def test_attention_empty_batch() -> None:
     out, statistics = attention_forward(torch.randn(0, 8, 3 * 16), 1)
     assert out.shape == (0, 8, 16) and statistics.shape == (2, 0, 1, 8)
     empty = torch.randn(0, 8, 48)
@@ -261,7 +267,7 @@ def test_empty_batch() -> None:
         ([17, 41], 41, 6, 2, 24),  # groups of three
     ],
 )
-def test_decode(
+def test_decode_attention_equals_reference(
     lengths: list[int], T: int, H: int, H_kv: int | None, D: int, dtype: torch.dtype
 ) -> None:
     B = len(lengths)
@@ -277,7 +283,8 @@ def test_decode(
     assert_close(decode_attention(q, k, v, counts, H, H_kv), want, TOLERANCE[dtype])
 
 
-def test_decode_reads_slices_of_a_packed_projection() -> None:
+def test_decode_attention_packed_projection() -> None:
+    """Decode reads slices of a packed projection."""
     B, T, H, D = 2, 20, 2, 16
     packed = torch.randn(B, T, 3 * H * D)
     q, k, v = packed.split(H * D, dim=-1)
@@ -314,14 +321,15 @@ STATISTICS = torch.zeros(2, 2, 8, 2).mT  # of the right shape
         (QKV.to("meta"), 2, QKV.int()[..., 0].contiguous(), "document_start: expected device meta"),
     ],
 )
-def test_forward_refuses(
+def test_attention_forward_refuses(
     qkv: Tensor, n_heads: int, document_start: Tensor | None, message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
         attention_forward(qkv, n_heads, document_start)
 
 
-def test_key_heads_that_do_not_divide_the_query_heads_are_refused() -> None:
+def test_attention_key_heads_not_dividing() -> None:
+    """Key heads that do not divide the query heads are refused."""
     message = "n_kv_heads: expected a divisor of n_heads = 6, got 4"
     for ops in (triton, triton.attention):
         with pytest.raises(ValueError, match=f"^{message}$"):
@@ -345,7 +353,7 @@ def test_key_heads_that_do_not_divide_the_query_heads_are_refused() -> None:
         ({"n_kv_heads": 1}, r"dout: expected shape \(2, 8, 48\), got \(2, 8, 32\)"),
     ],
 )
-def test_backward_refuses(changed: dict[str, object], message: str) -> None:
+def test_attention_backward_refuses(changed: dict[str, object], message: str) -> None:
     out, statistics = attention_forward(QKV, 2)
     arguments = {
         "dout": out,
@@ -375,7 +383,7 @@ def test_backward_refuses(changed: dict[str, object], message: str) -> None:
         ({"n_kv_heads": 1}, r"k_cache: expected .*\(2, 8, 16\), got \(2, 8, 32\)"),
     ],
 )
-def test_decode_refuses(changed: dict[str, object], message: str) -> None:
+def test_decode_attention_refuses(changed: dict[str, object], message: str) -> None:
     cache = torch.zeros(2, 8, 32)
     arguments = {
         "q": torch.zeros(2, 32),
@@ -389,7 +397,7 @@ def test_decode_refuses(changed: dict[str, object], message: str) -> None:
         decode_attention(**arguments)
 
 
-def test_wide_float32_heads_go_by_batched_products() -> None:
+def test_attention_wide_float32_heads() -> None:
     """Their dk/dv kernel would spill: `triton` ships the products of `native` instead."""
     generator = torch.Generator().manual_seed(0)
     qkv, dout = (torch.randn(2, 17, n * 200, generator=generator) for n in (3, 1))

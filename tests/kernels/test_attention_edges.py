@@ -49,7 +49,7 @@ def exact(qkv: Tensor, dout: Tensor, *rest: object) -> tuple[Tensor, Tensor, Ten
 
 @each_backend
 @pytest.mark.parametrize("D", WIDTHS)
-def test_one_key(ops: ModuleType, dtype: torch.dtype, D: int) -> None:
+def test_attention_one_key(ops: ModuleType, dtype: torch.dtype, D: int) -> None:
     """p = 1 whatever the score: out = v and dv = dout, to the last bit."""
     for score in SCORES:
         qkv, v, dout = with_scores(torch.tensor([score], dtype=torch.float64), D, dtype)
@@ -61,7 +61,7 @@ def test_one_key(ops: ModuleType, dtype: torch.dtype, D: int) -> None:
 
 @each_backend
 @pytest.mark.parametrize("D", [1, 96])
-def test_equal_scores(ops: ModuleType, dtype: torch.dtype, D: int) -> None:
+def test_attention_equal_scores(ops: ModuleType, dtype: torch.dtype, D: int) -> None:
     """Query i sees i + 1 keys of one score: both passes give each 1 / (i + 1)."""
     T = 5
     p = torch.ones(T, T, dtype=torch.float64).tril() / torch.arange(1, T + 1)[:, None]
@@ -74,7 +74,7 @@ def test_equal_scores(ops: ModuleType, dtype: torch.dtype, D: int) -> None:
 
 @each_backend
 @pytest.mark.parametrize("largest", [3e2, -1e32, 1e32])
-def test_one_score_above_the_others(ops: ModuleType, dtype: torch.dtype, largest: float) -> None:
+def test_attention_one_large_score(ops: ModuleType, dtype: torch.dtype, largest: float) -> None:
     """Key 1 wins wherever it is seen; what is masked, in whole blocks too, counts for nothing."""
     T, D = 100, 16
     scores = torch.full((T,), largest - abs(largest) / 2, dtype=torch.float64)
@@ -92,9 +92,7 @@ def test_one_score_above_the_others(ops: ModuleType, dtype: torch.dtype, largest
 
 @each_backend
 @pytest.mark.parametrize("score", [9.5e6, -1e32, -1e38, 1e38])
-def test_decoding_with_scores_of_any_size(
-    ops: ModuleType, dtype: torch.dtype, score: float
-) -> None:
+def test_decode_attention_any_scores(ops: ModuleType, dtype: torch.dtype, score: float) -> None:
     """Keys of one score, in several shares, one of them empty: the mean of their values."""
     T, D, lengths = 600, 4, torch.tensor([1, 300, 600])
     q = torch.zeros(3, D, dtype=torch.float64)
@@ -139,7 +137,7 @@ STARTS = {
         for name, start in STARTS.items()
     ],
 )
-def test_any_start_that_does_not_fall(ops: ModuleType, dtype: torch.dtype, start: Tensor) -> None:
+def test_attention_any_document_start(ops: ModuleType, dtype: torch.dtype, start: Tensor) -> None:
     """Below 0 means 0. On both ways through the kernels, of which float32, in smaller tiles, has
     one."""
     if dtype == torch.float32 and ops is triton:
@@ -162,7 +160,7 @@ def test_any_start_that_does_not_fall(ops: ModuleType, dtype: torch.dtype, start
                 assert_close(ours, wanted, TOLERANCE[dtype], name)
 
 
-def test_windows_of_grouped_heads() -> None:
+def test_attention_window_grouped_heads() -> None:
     T = 40
     source = generator(T)
     H, H_kv, D = 4, 2, 16
@@ -184,7 +182,7 @@ def test_windows_of_grouped_heads() -> None:
 
 @each_backend
 @pytest.mark.parametrize("D", WIDTHS)
-def test_head_widths(ops: ModuleType, dtype: torch.dtype, D: int) -> None:
+def test_attention_head_widths(ops: ModuleType, dtype: torch.dtype, D: int) -> None:
     T, H = 9, 2
     source = generator(D)
     qkv, dout = (torch.randn(1, T, n * H * D, generator=source).to(dtype) for n in (3, 1))
@@ -195,7 +193,7 @@ def test_head_widths(ops: ModuleType, dtype: torch.dtype, D: int) -> None:
 
 
 @each_backend
-def test_sliced_and_transposed_inputs(ops: ModuleType, dtype: torch.dtype) -> None:
+def test_attention_sliced_and_transposed(ops: ModuleType, dtype: torch.dtype) -> None:
     """Read right, or, where the last axis is not dense, refused."""
     T, H, D = 10, 2, 16
     wide = torch.randn(2, 2 * T, 6 * H * D, generator=generator(D)).to(dtype)

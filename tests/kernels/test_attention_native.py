@@ -21,9 +21,7 @@ from tests.support.compare import relative_error
         (0.1, -30.0, 300, True),
     ],
 )
-def test_scores_of_any_size_are_as_good_as_pytorchs(
-    size: float, offset: float, T: int, documents: bool
-) -> None:
+def test_attention_any_scores(size: float, offset: float, T: int, documents: bool) -> None:
     """Against float64, at most 3 times the error of PyTorch's kernel, which never rounds scores.
 
     size: of queries and keys. offset: what all scores have in common."""

@@ -59,7 +59,7 @@ def inputs(s: Shapes, dtype: torch.dtype) -> tuple[Tensor, Tensor, tuple[int, in
 
 @pytest.mark.parametrize("documents", [False, True])
 @pytest.mark.parametrize(("window", "H_kv"), [(1, 6), (2, 2), (5, 1), (5, 6), (13, 2), (40, 1)])
-def test_window_equals_pytorch_under_autograd(H_kv: int, window: int, documents: bool) -> None:
+def test_window_reference_equals_autograd(H_kv: int, window: int, documents: bool) -> None:
     B, T, H, D = 2, 13, 6, 5
     qkv, dout, heads = inputs(Shapes(B=B, T=T, H=H, H_kv=H_kv, D=D), torch.float64)
     tokens = torch.randint(0, 4, (B, T), generator=torch.Generator().manual_seed(0))
@@ -77,7 +77,7 @@ def test_window_equals_pytorch_under_autograd(H_kv: int, window: int, documents:
         assert_close(x, expected, 1e-12)
 
 
-def test_window_wider_than_the_sequence_is_none() -> None:
+def test_window_wider_than_sequence() -> None:
     tokens = torch.zeros(2, 7, dtype=torch.int64)
     assert (reference.window_starts(tokens, 7) == 0).all()
     assert (reference.window_starts(tokens, 2**20) == 0).all()
@@ -99,7 +99,7 @@ def test_window_wider_than_the_sequence_is_none() -> None:
     ],
     ids=str,
 )
-def test_native_window_equals_reference(
+def test_window_native_equals_reference(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, window: int, documents: bool, flash: str
 ) -> None:
     """Over three blocks of queries, by each way that a CPU may choose."""
@@ -118,9 +118,7 @@ def test_native_window_equals_reference(
 
 
 @pytest.mark.parametrize("flash", [True, False])
-def test_native_window_never_visits_what_lies_outside(
-    monkeypatch: pytest.MonkeyPatch, flash: bool
-) -> None:
+def test_window_native_blocks_outside(monkeypatch: pytest.MonkeyPatch, flash: bool) -> None:
     """NaN outside every window of a block of queries or keys does not reach that block."""
     if not flash:
         monkeypatch.setattr(native, "_flash_forward", lambda qkv: False)
@@ -143,7 +141,7 @@ def test_native_window_never_visits_what_lies_outside(
     assert dqkv[:, 2 * n - 1, D:].isnan().all()  # the test can see it
 
 
-def test_native_causal_attention_is_one_call_of_pytorchs_kernel() -> None:
+def test_attention_native_causal() -> None:
     """Without documents nothing has changed, to the last bit."""
     qkv, dout, _ = inputs(Shapes(B=2, T=600, H=2, H_kv=2, D=8), torch.float32)
     out, dqkv = attend(native, qkv, dout, (2, 2), None)
@@ -172,7 +170,7 @@ def test_native_causal_attention_is_one_call_of_pytorchs_kernel() -> None:
         *(pytest.param(n, 3, d, marks=slow) for n in (1, 64, 2000) for d in (False, True)),
     ],
 )
-def test_triton_window_equals_reference(
+def test_window_triton_equals_reference(
     window: int, H_kv: int, documents: bool, dtype: torch.dtype, D: int
 ) -> None:
     """Windows smaller than a block, of a block and more, and wider than the sequence."""
@@ -184,7 +182,7 @@ def test_triton_window_equals_reference(
         assert_close(x, wanted, 4e-6 if dtype == torch.float32 else NATIVE[dtype])
 
 
-def test_triton_window_never_visits_what_lies_outside() -> None:
+def test_window_triton_blocks_outside() -> None:
     """NaN in keys, values and upstream gradients outside every window of a block of 128 positions,
     which no block of the kernels exceeds, does not reach that block: 0 · NaN would be NaN."""
     n, window, D = 128, 10, 64
@@ -205,7 +203,7 @@ def test_triton_window_never_visits_what_lies_outside() -> None:
     assert dqkv[:, 3 * n - 1].isnan().all()  # the test can see it
 
 
-def test_triton_decoding_splits_the_window_alone() -> None:
+def test_window_triton_decode_shares() -> None:
     """Shares of a long cache are those of its last keys, with the bits of a cache of these."""
     B, T, window, H, D = 2, 3000, 700, 2, 16
     s = Shapes(B=B, T=T, H=H, H_kv=H, D=D)
@@ -224,7 +222,7 @@ def test_triton_decoding_splits_the_window_alone() -> None:
 @pytest.mark.parametrize("lengths", [[11, 1, 6], [7, 7, 7]], ids=str)
 @pytest.mark.parametrize(("window", "H_kv"), [(1, 2), (3, 1), (7, 2), (11, 1), (99, 2)])
 @each_backend
-def test_decoding_with_a_window(
+def test_window_decode(
     ops: Any, dtype: torch.dtype, H_kv: int, window: int, lengths: list[int]
 ) -> None:
     """NaN in all that a row does not see; and the caches stay as they are where it was written."""
@@ -250,7 +248,7 @@ def test_decoding_with_a_window(
 
 
 @each_backend
-def test_decoding_with_a_window_follows_windowed_attention(ops: Any, dtype: torch.dtype) -> None:
+def test_window_decode_equals_sequence(ops: Any, dtype: torch.dtype) -> None:
     """Position after position, the cached step gives what the whole sequence gives."""
     T, H, H_kv, D, window = 6, 2, 1, 6, 3
     qkv, _, _ = inputs(Shapes(B=2, T=T, H=H, H_kv=H_kv, D=D), dtype)
@@ -266,7 +264,7 @@ def test_decoding_with_a_window_follows_windowed_attention(ops: Any, dtype: torc
 
 
 @pytest.mark.parametrize("ops", [reference, native, triton], ids=["reference", "native", "triton"])
-def test_a_window_without_keys_is_refused(ops: Any) -> None:
+def test_window_without_keys(ops: Any) -> None:
     q, cache = torch.zeros(1, 4), torch.zeros(1, 3, 4)
     with pytest.raises(ValueError, match=r"^window: expected at least 1, got 0$"):
         ops.decode_attention(q, cache, cache, torch.tensor([2]), 1, window=0)

@@ -35,7 +35,7 @@ def switches() -> list[bool]:
 
 
 @pytest.mark.parametrize("name", ["auto", "native", "reference", "triton"])
-def test_products_on_a_gpu_keep_their_digits(name: str, switched_on: None) -> None:
+def test_configure_gpu_products(name: str, switched_on: None) -> None:
     """Settings of PyTorch, which it keeps without a GPU too."""
     assert all(switches())
     ops = choose(name, CUDA)
@@ -43,11 +43,13 @@ def test_products_on_a_gpu_keep_their_digits(name: str, switched_on: None) -> No
     assert not any(switches())
 
 
-def test_on_a_cpu_no_setting_is_touched(switched_on: None) -> None:
+def test_configure_cpu(switched_on: None) -> None:
+    """On a CPU no setting is touched."""
     assert choose("auto", CPU) is native and choose("reference", CPU) is reference
     assert all(switches())
 
 
-def test_what_cannot_be_chosen_is_named() -> None:
+def test_backend_unknown() -> None:
+    """It is named."""
     with pytest.raises(ValueError, match=r"expected auto, reference, native, triton, got 'cuda'"):
         choose("cuda", CPU)

@@ -51,7 +51,7 @@ def problem(N, V, Vp, dtype):
 
 @each_dtype
 @each_shape
-def test_forward(N, V, Vp, dtype):
+def test_cross_entropy_forward(N, V, Vp, dtype):
     logits, targets = problem(N, V, Vp, dtype)
     before = logits.clone()
     losses, normalizer = cross_entropy.cross_entropy_forward(logits, targets, V)
@@ -65,7 +65,7 @@ def test_forward(N, V, Vp, dtype):
 
 @each_dtype
 @each_shape
-def test_forward_backward(N, V, Vp, dtype):
+def test_cross_entropy_forward_backward(N, V, Vp, dtype):
     logits, targets = problem(N, V, Vp, dtype)
     dlogits, expected = logits.clone(), logits.clone()
     losses = cross_entropy.cross_entropy_forward_backward(dlogits, targets, SCALE, V)
@@ -78,7 +78,8 @@ def test_forward_backward(N, V, Vp, dtype):
 
 @each_dtype
 @each_shape
-def test_backward_in_two_steps_gives_the_same_bits(N, V, Vp, dtype):
+def test_cross_entropy_two_steps(N, V, Vp, dtype):
+    """Forward, then backward: the same bits as at once."""
     logits, targets = problem(N, V, Vp, dtype)
     at_once = logits.clone()
     cross_entropy.cross_entropy_forward_backward(at_once, targets, SCALE, V)
@@ -88,7 +89,7 @@ def test_backward_in_two_steps_gives_the_same_bits(N, V, Vp, dtype):
     assert torch.equal(logits, at_once)
 
 
-def test_all_ignored():
+def test_cross_entropy_all_ignored():
     logits = normal(generator(1), 3, 130)
     targets = torch.full((3,), IGNORED)
     losses = cross_entropy.cross_entropy_forward_backward(logits, targets, SCALE, 130)
@@ -96,7 +97,7 @@ def test_all_ignored():
     assert torch.equal(logits, torch.zeros(3, 130))
 
 
-def test_ignored_row_of_nan_has_no_gradient():
+def test_cross_entropy_ignored_nan():
     """What is ignored may hold anything."""
     logits = torch.full((1, 64), float("nan"))
     losses = cross_entropy.cross_entropy_forward_backward(
@@ -106,7 +107,7 @@ def test_ignored_row_of_nan_has_no_gradient():
     assert torch.equal(logits, torch.zeros(1, 64))
 
 
-def test_another_ignore_index():
+def test_cross_entropy_other_ignore_index():
     logits = normal(generator(2), 2, 16)
     losses, _ = cross_entropy.cross_entropy_forward(logits, torch.tensor([3, 5]), 16, 3)
     expected, _ = reference.cross_entropy_forward(logits, torch.tensor([3, 5]), 16, 3)
@@ -115,7 +116,7 @@ def test_another_ignore_index():
 
 
 @pytest.mark.parametrize("shift", [1e4, -1e4])
-def test_large_logits(shift):
+def test_cross_entropy_large_logits(shift):
     """exp(1e4) overflows: only differences from the maximum may be exponentiated."""
     logits = normal(generator(3), 2, 200).round() + shift  # exact in float32, shifted or not
     losses, _ = cross_entropy.cross_entropy_forward(logits, torch.tensor([0, 199]), 200)
@@ -124,7 +125,7 @@ def test_large_logits(shift):
     assert_close(losses, expected, 5e-4)
 
 
-def test_minus_infinity_is_a_logit():
+def test_cross_entropy_minus_infinity():
     """A forbidden token has probability 0 and no gradient."""
     logits = normal(generator(4), 1, 40)
     logits[0, 7:] = float("-inf")
@@ -138,7 +139,8 @@ def test_minus_infinity_is_a_logit():
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("column", [0, 150])
-def test_a_logit_that_is_not_finite_shows_in_the_loss(bad, column):
+def test_cross_entropy_logit_not_finite(bad, column):
+    """It shows in the loss."""
     logits = normal(generator(5), 1, 200)
     logits[0, column] = bad
     losses, _ = cross_entropy.cross_entropy_forward(logits, torch.tensor([3]), 200)
@@ -146,7 +148,7 @@ def test_a_logit_that_is_not_finite_shows_in_the_loss(bad, column):
 
 
 @pytest.mark.parametrize("target", [200, -1, 2**40])
-def test_a_target_that_does_not_exist_has_a_nan_loss(target):
+def test_cross_entropy_target_missing(target):
     """200 is a padded column: there is a number, but not a token."""
     logits = normal(generator(6), 1, 256)
     losses = cross_entropy.cross_entropy_forward_backward(
@@ -186,7 +188,7 @@ WEIGHT_TOLERANCE = {torch.float32: 5e-6, torch.float16: 1e-3, torch.bfloat16: 5e
 
 
 @each_dtype
-def test_projection_forward(dtype, n_rows):
+def test_linear_cross_entropy_forward(dtype, n_rows):
     x, weight, targets, V = projection(n_rows, dtype)
     losses = cross_entropy.linear_cross_entropy_forward(x, weight, targets, V)
     expected = reference.linear_cross_entropy_forward(x, weight, targets, V)
@@ -195,7 +197,7 @@ def test_projection_forward(dtype, n_rows):
 
 
 @each_dtype
-def test_projection_forward_backward(dtype, n_rows):
+def test_linear_cross_entropy_forward_backward(dtype, n_rows):
     x, weight, targets, V = projection(n_rows, dtype)
     (dweight,) = random_gradients(generator(7), tuple(weight.shape))
     expected_dweight = dweight.clone()
@@ -214,7 +216,8 @@ def test_projection_forward_backward(dtype, n_rows):
 @pytest.mark.parametrize(
     "n_rows, row_bytes", [(1, 8), (128, 2**21), (129, 2**21), (16384, 100608), (300, 2**29)]
 )
-def test_chunks_cover_the_rows_within_the_workspace(n_rows, row_bytes):
+def test_linear_cross_entropy_chunks(n_rows, row_bytes):
+    """They cover the rows within the workspace."""
     chunks = list(row_chunks(n_rows, cross_entropy.chunk_rows_within(n_rows, row_bytes)))
     assert [row for c in chunks for row in range(c.start, c.stop)] == list(range(n_rows))
     lengths = [c.stop - c.start for c in chunks]
@@ -223,7 +226,7 @@ def test_chunks_cover_the_rows_within_the_workspace(n_rows, row_bytes):
     assert max(lengths) * row_bytes <= max(cross_entropy.WORKSPACE_BYTES, 128 * row_bytes)
 
 
-def test_projection_of_no_rows():
+def test_linear_cross_entropy_no_rows():
     dweight = torch.ones(8, 4)
     loss, dx = cross_entropy.linear_cross_entropy_forward_backward(
         torch.empty(0, 4), torch.ones(8, 4), torch.empty(0).long(), SCALE, dweight, 8
@@ -233,7 +236,7 @@ def test_projection_of_no_rows():
     assert torch.equal(dweight, torch.ones(8, 4))
 
 
-def test_refusals():
+def test_cross_entropy_refuses():
     logits, targets = torch.ones(2, 8), torch.zeros(2).long()
     forward = cross_entropy.cross_entropy_forward
     with pytest.raises(ValueError, match=r"logits: expected dtype float32, float16.*, got float64"):

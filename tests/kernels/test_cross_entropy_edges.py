@@ -91,7 +91,7 @@ def exact_loss(logits: Tensor, targets: Tensor):
 @each_way
 @pytest.mark.parametrize("v", [1e4, 1e8, -3e38])
 @pytest.mark.parametrize("V", [2, 700])
-def test_cross_entropy_does_not_depend_on_what_all_logits_share(ops, dtype, v, V):
+def test_cross_entropy_equal_logits(ops, dtype, v, V):
     """V equal logits have the loss log V, wherever they lie."""
     targets = torch.tensor([0, V - 1])
     losses, dz = loss_of(ops, torch.full((2, V), v).to(dtype), targets)
@@ -101,7 +101,7 @@ def test_cross_entropy_does_not_depend_on_what_all_logits_share(ops, dtype, v, V
 
 @each_way
 @pytest.mark.parametrize("shift", [256.0, -(2.0**15)])
-def test_cross_entropy_of_shifted_logits(ops, dtype, shift):
+def test_cross_entropy_shifted_logits(ops, dtype, shift):
     """Whole numbers that stay exact when they are shifted: the same losses and gradients."""
     if dtype == torch.bfloat16 and abs(shift) > 256:
         pytest.skip("bfloat16 has no neighbors of 32768 that are 1 apart")
@@ -118,7 +118,7 @@ def test_cross_entropy_of_shifted_logits(ops, dtype, shift):
 @each_way
 @pytest.mark.parametrize("gap", [0.0, 15.0, 85.0])
 @pytest.mark.parametrize("V", [2, 1025])
-def test_small_losses_keep_their_digits(ops, dtype, gap, V):
+def test_cross_entropy_small_losses(ops, dtype, gap, V):
     """The target leads by `gap`: the loss is log1p((V - 1) exp(-gap)), 3.06e-7 for [50, 35]."""
     for place in (0, V - 1):
         logits = torch.full((1, V), 50 - gap).to(dtype)
@@ -132,7 +132,7 @@ def test_small_losses_keep_their_digits(ops, dtype, gap, V):
 
 
 @each_way
-def test_gradients_of_a_row_sum_to_zero(ops, dtype):
+def test_cross_entropy_gradient_sum(ops, dtype):
     """In float32 to a few roundings of the largest of them, however far apart the logits are."""
     for std, size in ((3.0, 70), (30.0, 1500), (1e6, 9)):
         logits = (std * normal(generator(size), 2, size)).to(dtype)
@@ -145,7 +145,7 @@ def test_gradients_of_a_row_sum_to_zero(ops, dtype):
 @each_way
 @pytest.mark.parametrize("low", [-2e38, -3.3e38, -INF])
 @pytest.mark.parametrize("V, Vp", [(3, 3), (520, 640)])
-def test_lowest_logits(ops, dtype, low, V, Vp):
+def test_cross_entropy_lowest_logits(ops, dtype, low, V, Vp):
     """All as low as they can be, or all but one; the padding is higher, and counts for nothing."""
     targets = torch.tensor([0, V - 1, V - 1])
     logits = torch.full((3, Vp), 3e38).to(dtype)
@@ -168,7 +168,8 @@ def test_lowest_logits(ops, dtype, low, V, Vp):
 
 
 @each_way
-def test_infinite_logits_have_pytorchs_losses(ops, dtype):
+def test_cross_entropy_infinite_logits(ops, dtype):
+    """The losses are PyTorch's."""
     rows = [
         ([INF, 0.0, 1.0], 0), ([INF, 0.0, 1.0], 1), ([INF, INF, 1.0], 0), ([0.0, -INF, 1.0], 1),
         ([-INF, -INF, -INF], 0), ([NAN, 0.0, 1.0], 1), ([0.0, 1.0, NAN], 2), ([-INF, 5.0, -INF], 1),
@@ -184,7 +185,7 @@ def test_infinite_logits_have_pytorchs_losses(ops, dtype):
     assert dz[want == INF].isfinite().all() and dz[7:].isfinite().all()
 
 
-def test_triton_starts_below_every_logit(monkeypatch):
+def test_cross_entropy_triton_lowest_blocks(monkeypatch):
     """Rows of several blocks, of which some hold nothing but the lowest."""
     monkeypatch.setattr(cross_entropy, "MAX_WARPS", 2)
     for low in (-INF, -3e38):
@@ -202,7 +203,8 @@ BAD = [NAN, INF, 3e38]
 
 @each_way
 @pytest.mark.parametrize("bad", BAD)
-def test_ignored_logits_may_hold_anything(ops, dtype, bad):
+def test_cross_entropy_ignored_anything(ops, dtype, bad):
+    """Ignored logits may hold anything."""
     logits = normal(generator(3), 4, 130).to(dtype)
     targets = torch.tensor([3, IGNORED, 100, IGNORED])
     want_losses, want = loss_of(ops, logits, targets, 128)
@@ -216,7 +218,7 @@ def test_ignored_logits_may_hold_anything(ops, dtype, bad):
 @each_way
 @pytest.mark.parametrize("bad", BAD)
 @pytest.mark.parametrize("chunk_rows", [None, 3])
-def test_ignored_rows_of_the_projection_may_hold_anything(ops, dtype, bad, chunk_rows):
+def test_linear_cross_entropy_ignored_anything(ops, dtype, bad, chunk_rows):
     """Loss, dx and dweight are what they are with zeros in those rows, bit for bit; x stays."""
     source = generator(4)
     x, weight = normal(source, 5, 8).to(dtype), normal(source, 128, 8).to(dtype)
@@ -238,7 +240,7 @@ def test_ignored_rows_of_the_projection_may_hold_anything(ops, dtype, bad, chunk
 
 
 @each_backend
-def test_ignored_row_whose_logits_overflow(ops):
+def test_linear_cross_entropy_ignored_overflow(ops):
     x = torch.tensor([[1e25, 0.0], [1e-20, 0.0]])
     weight = torch.tensor([[1e20, 0.0], [0.0, 1.0], [0.0, 0.0]])
     dweight = torch.zeros(3, 2)
@@ -251,7 +253,7 @@ def test_ignored_row_whose_logits_overflow(ops):
 
 @each_backend
 @pytest.mark.parametrize("bad", [NAN, INF])
-def test_refused_step_changes_nothing_and_leaves_nothing(ops, bad):
+def test_update_refused(ops, bad):
     """Whatever its gradients hold: weights and moments keep their bits, and so the next step's."""
     states = []
     for poisoned in (True, False):
@@ -287,7 +289,7 @@ def filled(P: int, value: float | None) -> Tensor:
 @each_backend
 @each_filling
 @pytest.mark.parametrize("P", [1, 256, 70_003, 2**22 + 5])
-def test_gradient_norm_keeps_its_digits(ops, value, P):
+def test_gradient_norm_digits(ops, value, P):
     gradients = filled(P, value)
     exact = gradients.double().square().sum().sqrt()
     assert relative(ops.gradient_norm(gradients), exact) < 5e-7
@@ -296,7 +298,7 @@ def test_gradient_norm_keeps_its_digits(ops, value, P):
 @pytest.mark.slow
 @each_backend
 @each_filling
-def test_gradient_norm_of_a_model_of_gpt2s_size(ops, value):
+def test_gradient_norm_gpt2_size(ops, value):
     gradients = filled(124_000_000, value)
     exact = sum(part.double().square().sum() for part in gradients.split(2**22)).sqrt()
     assert relative(ops.gradient_norm(gradients), exact) < 5e-7
@@ -304,7 +306,7 @@ def test_gradient_norm_of_a_model_of_gpt2s_size(ops, value):
 
 @each_backend
 @pytest.mark.parametrize("size", [1e-44, 1e-30, 1e-20, 1e12, 1e19, 1e38])
-def test_gradient_norm_of_extreme_gradients(ops, size):
+def test_gradient_norm_extreme(ops, size):
     """A square that float32 cannot hold is no reason for 0 or infinity."""
     gradients = size * normal(generator(5), 3000).clamp(-3, 3)
     gradients[1000:2000] *= 1e-3
@@ -314,14 +316,14 @@ def test_gradient_norm_of_extreme_gradients(ops, size):
 
 @pytest.mark.parametrize("ops", [reference, native], ids=["reference", "native"])
 @pytest.mark.parametrize("size", [1e-300, 1e-150, 1e200, 1e306])
-def test_gradient_norm_of_extreme_float64_gradients(ops, size):
+def test_gradient_norm_extreme_float64(ops, size):
     gradients = size * normal(generator(5), 300).double()
     exact = size * (gradients / size).square().sum().sqrt()
     assert relative(ops.gradient_norm(gradients), exact) < 1e-13
 
 
 @each_backend
-def test_gradient_norm_of_zero_and_of_what_is_not_finite(ops):
+def test_gradient_norm_zero_or_not_finite(ops):
     assert ops.gradient_norm(torch.zeros(1000)) == 0
     for bad, place in ((NAN, 0), (INF, 500), (-INF, 999)):
         gradients = torch.ones(1000)
@@ -332,7 +334,7 @@ def test_gradient_norm_of_zero_and_of_what_is_not_finite(ops):
 @each_backend
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("value", [0.1, 0.7])
-def test_embedding_gradient_of_a_frequent_token(ops, dtype, value):
+def test_embedding_backward_frequent_token(ops, dtype, value):
     """One token nearly everywhere, and one position table row for all sequences."""
     B, T = (512, 128) if ops is not triton else (16, 16)
     tokens = torch.full((B, T), 3)
@@ -349,7 +351,7 @@ def test_embedding_gradient_of_a_frequent_token(ops, dtype, value):
 
 
 @pytest.mark.parametrize("ops", [reference, native], ids=["reference", "native"])
-def test_embedding_gradient_of_a_frequent_token_in_float64(ops):
+def test_embedding_backward_frequent_token_float64(ops):
     dtokens, dpositions = torch.zeros(3, 4).double(), torch.zeros(64, 4).double()
     tokens = torch.ones(256, 64).long()
     ops.embedding_backward(
@@ -358,7 +360,7 @@ def test_embedding_gradient_of_a_frequent_token_in_float64(ops):
     assert relative(dtokens[1], 256 * 64 * 0.1) < 1e-11
 
 
-def test_joined_pieces_of_a_long_run_keep_their_digits():
+def test_embedding_backward_joined_pieces():
     """2^16 rows of one token: too many for the interpreter, but not their pieces of 32 rows."""
     n = 2**16
     chunks = n // kernels.CHUNK
@@ -374,7 +376,7 @@ def test_joined_pieces_of_a_long_run_keep_their_digits():
 
 @each_backend
 @pytest.mark.parametrize("value", [0.1, 0.7])
-def test_bias_gradient_of_many_rows(ops, value):
+def test_bias_gradient_many_rows(ops, value):
     """The third run adds to what is there."""
     rows = 2**20 if ops is not triton else 2**10
     dy = torch.full((rows, 4), value)
@@ -385,7 +387,7 @@ def test_bias_gradient_of_many_rows(ops, value):
 
 
 @each_backend
-def test_partial_sums_of_many_rows(ops):
+def test_partial_sums_many_rows(ops):
     """As many as an H100 has programs at a time. The interpreter adds one after the other where a
     GPU adds in a tree."""
     partials, total = torch.full((528, 5), 0.1), torch.ones(5)
@@ -395,7 +397,7 @@ def test_partial_sums_of_many_rows(ops):
 
 
 @each_backend
-def test_loss_of_many_rows(ops):
+def test_cross_entropy_many_rows(ops):
     """Equal rows: the sum of their losses is the loss of one, times their number."""
     N = 20_000 if ops is not triton else 20
     x, weight = torch.full((N, 4), 0.3), normal(generator(6), 4, 4)
@@ -427,7 +429,7 @@ def take(optimizer: Optimizer, rate: float = 1e-2):
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("size", [6.8e19, 1e38])
-def test_finite_gradients_are_clipped_however_long(ops, name, dtype, size):
+def test_update_clipped_long_gradient(ops, name, dtype, size):
     """The step is that of the same direction with norm 1, and the gradients are only read."""
     direction = None
     changes = []
@@ -453,7 +455,7 @@ def small_epsilon(name: str) -> dict[str, float]:
 
 
 @each_backend
-def test_gradient_norm_beyond_float32_is_clipped_too(ops):
+def test_update_clipped_norm_beyond_float32(ops):
     """Every gradient is finite, their norm is above 3.4e38: no nan_gradient, but a step."""
     parameters = small_parameters(ops, torch.float32)
     parameters.gradients.fill_(3e38)
@@ -467,7 +469,7 @@ def test_gradient_norm_beyond_float32_is_clipped_too(ops):
 
 @each_backend
 @pytest.mark.parametrize("count", [2**24 - 1, 2**31])
-def test_updates_are_counted_beyond_float32(ops, count):
+def test_update_count_beyond_float32(ops, count):
     """With a count that stops, stochastic rounding would repeat its noise."""
     parameters = small_parameters(ops, torch.float32)
     parameters.updates.fill_(count)

@@ -47,7 +47,7 @@ def batch(B: int, T: int) -> Tensor:
 
 
 @each_case(torch.float32)
-def test_micro_batches_of_unequal_targets(backend: str, dtype: torch.dtype) -> None:
+def test_micro_batches_unequal_targets(backend: str, dtype: torch.dtype) -> None:
     """Targets 7, 0 and 2 of three micro-batches: the gradient is that of the whole batch."""
     ids = batch(3, 8)
     labels = ids.clone()
@@ -68,7 +68,7 @@ def test_micro_batches_of_unequal_targets(backend: str, dtype: torch.dtype) -> N
 
 
 @each_case()
-def test_no_target_at_all(backend: str, dtype: torch.dtype) -> None:
+def test_micro_batches_no_target(backend: str, dtype: torch.dtype) -> None:
     """Loss and gradient are exactly 0, and the weights stay as they are."""
     ours = model(backend, dtype)
     before = ours.model.parameters.weights.clone()
@@ -86,7 +86,7 @@ def views_of(x: Tensor) -> dict[str, Tensor]:
     return {"sliced": sliced[where], "transposed": transposed}
 
 
-def test_sliced_tokens_in_triton() -> None:
+def test_model_sliced_tokens_triton() -> None:
     """Of the next test's doors one, for it is slow there."""
     ours, ids = model("triton", torch.float32), batch(2, 8)
     expected = ours.forward(ids)["logits"]
@@ -95,7 +95,7 @@ def test_sliced_tokens_in_triton() -> None:
 
 
 @each_case()
-def test_sliced_and_transposed_inputs(backend: str, dtype: torch.dtype) -> None:
+def test_model_sliced_and_transposed_inputs(backend: str, dtype: torch.dtype) -> None:
     """At every door of the model: the same bits as from contiguous tensors."""
     ids = batch(3, 8)
     labels = ids.clone()
@@ -119,7 +119,7 @@ def test_sliced_and_transposed_inputs(backend: str, dtype: torch.dtype) -> None:
 
 
 @each_backend
-def test_adamw_with_extreme_gradients(ops: Any) -> None:
+def test_adamw_extreme_gradients(ops: Any) -> None:
     """0, 1e-25 and 1e19 of either sign, alone and in turn, beside the formulas in float64: a square
     of 1e-50 is 0 in float32, and one of 1e38 just fits."""
     sizes = [0.0, 1e-25, 1e-10, 1.0, 1e10, 1e19]
@@ -147,7 +147,7 @@ def test_adamw_with_extreme_gradients(ops: Any) -> None:
 
 @each_backend
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
-def test_stochastic_rounding_does_not_drift(ops: Any, name: str) -> None:
+def test_stochastic_rounding_drift(ops: Any, name: str) -> None:
     """Many steps far below a bfloat16's spacing move the mean by what they add up to.
 
     2,048 weights at 1 go up and as many down, by 2^-14 a step, where the spacing is 2^-7 or 2^-8. A
@@ -179,7 +179,7 @@ def test_stochastic_rounding_does_not_drift(ops: Any, name: str) -> None:
 
 
 @each_case(torch.float32)
-def test_one_finite_logit(backend: str, dtype: torch.dtype) -> None:
+def test_cross_entropy_one_finite_logit(backend: str, dtype: torch.dtype) -> None:
     """All logits -inf but one, the target in the last column: loss 0, gradient 0. With the target
     elsewhere the loss is infinite, and says so."""
     ops = BACKENDS[backend]
@@ -204,7 +204,7 @@ def test_one_finite_logit(backend: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("backend", ["reference", "native"])
-def test_ragged_prompts_past_the_window(backend: str) -> None:
+def test_generate_ragged_past_window(backend: str) -> None:
     """Each row as if it were alone, though their windows slide at different steps."""
     ours = model(backend, torch.float64)
     prompts = [batch(1, n)[0] for n in (1, 7, 8, 9, 20, 33)]

@@ -36,7 +36,7 @@ each_shape = pytest.mark.parametrize("B, T, C, V", SHAPES, ids=str)
 
 @each_dtype
 @each_shape
-def test_forward(B, T, C, V, dtype):
+def test_embedding_forward(B, T, C, V, dtype):
     source = generator(B, T, C, V)
     tokens = torch.randint(0, V, (B, T), generator=source)
     token_table, position_table = (normal(source, n, C, dtype=dtype) for n in (V + 3, T + 2))
@@ -47,7 +47,7 @@ def test_forward(B, T, C, V, dtype):
 
 @each_dtype
 @each_shape
-def test_backward(B, T, C, V, dtype):
+def test_embedding_backward(B, T, C, V, dtype):
     source = generator(B, T, C, V, 1)
     tokens = torch.randint(0, V, (B, T), generator=source)
     check_backward(normal(source, B, T, C, dtype=dtype), tokens, V + 3)
@@ -68,7 +68,7 @@ RUNS = {
 
 
 @pytest.mark.parametrize("lengths", RUNS.values(), ids=RUNS.keys())
-def test_backward_of_runs(lengths):
+def test_embedding_backward_runs(lengths):
     source = generator(*lengths)
     tokens = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
     tokens = tokens[torch.randperm(len(tokens), generator=source)]
@@ -89,7 +89,7 @@ def check_backward(dx, tokens, n_tokens):
 
 @each_backend
 @pytest.mark.parametrize("B, T, C, V", SHAPES[2:5], ids=str)
-def test_without_positions(ops, dtype, B, T, C, V):
+def test_embedding_without_positions(ops, dtype, B, T, C, V):
     """The rows themselves, and the same gradient as beside positions."""
     source = generator(B, T, C, V, 2)
     tokens = torch.randint(0, V, (B, T), generator=source)
@@ -105,7 +105,7 @@ def test_without_positions(ops, dtype, B, T, C, V):
     assert_close(alone, expected, SUM_TOLERANCE)
 
 
-def test_the_order_of_equal_tokens_is_fixed():
+def test_embedding_backward_order():
     """Numbers of very different size, where another order of summation gives other bits."""
     source = generator(3)
     tokens = torch.randint(0, 3, (2, 60), generator=source)
@@ -120,7 +120,7 @@ def test_the_order_of_equal_tokens_is_fixed():
 
 
 @pytest.mark.parametrize("bad", [5, -1, -7])
-def test_a_token_that_does_not_exist(bad):
+def test_embedding_token_missing(bad):
     """It reads NaN, which the loss shows; and its gradient is written nowhere."""
     tokens = torch.tensor([[0, bad, 4, bad]])
     x = embedding.embedding_forward(tokens, torch.ones(5, 8), torch.ones(4, 8))
@@ -131,7 +131,7 @@ def test_a_token_that_does_not_exist(bad):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_no_tokens(dtype):
+def test_embedding_no_tokens(dtype):
     tokens = torch.empty(0, 4).long()
     x = embedding.embedding_forward(tokens, torch.ones(5, 8).to(dtype), torch.ones(4, 8).to(dtype))
     table = torch.ones(5, 8)
@@ -140,7 +140,7 @@ def test_no_tokens(dtype):
     assert torch.equal(table, torch.ones(5, 8))
 
 
-def test_refusals():
+def test_embedding_refuses():
     tokens, table, positions = torch.zeros(2, 3).long(), torch.ones(5, 8), torch.ones(4, 8)
     forward, backward = embedding.embedding_forward, embedding.embedding_backward
     with pytest.raises(ValueError, match="tokens: expected dtype int64, got int32"):

@@ -110,7 +110,7 @@ def starts_and_norm(ops: ModuleType, B: int, T: int) -> list[Tensor]:
         starts_and_norm,
     ],
 )
-def test_operations_without_rows(program, B: int, T: int) -> None:
+def test_operations_no_rows(program, B: int, T: int) -> None:
     expected = program(reference, B, T)
     assert all(x.numel() == 0 or x.unique().tolist() in ([0], [1]) for x in expected)
     for ops in (native, triton):
@@ -121,7 +121,8 @@ def test_operations_without_rows(program, B: int, T: int) -> None:
 
 @pytest.mark.parametrize("backend", ["reference", "native", "triton"])
 @pytest.mark.parametrize(("B", "T"), [(0, 5), (3, 0)])
-def test_the_wrapper_refuses_a_batch_without_tokens(backend: str, B: int, T: int) -> None:
+def test_wrapper_no_tokens(backend: str, B: int, T: int) -> None:
+    """They are refused."""
     model = CustomTransformerWrapper(
         V, C, n_blocks=1, n_heads=H, max_seq_len=6, dtype=torch.float32, device="cpu",
         backend=backend,

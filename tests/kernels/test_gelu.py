@@ -29,7 +29,7 @@ each_bias = pytest.mark.parametrize("with_bias", [True, False])
 @each_dtype
 @each_shape
 @each_bias
-def test_forward(N, F, dtype, with_bias):
+def test_gelu_forward(N, F, dtype, with_bias):
     source = generator(N, F)
     h = 2 * normal(source, N, F, dtype=dtype)
     bias = normal(source, F, dtype=dtype) if with_bias else None
@@ -41,7 +41,7 @@ def test_forward(N, F, dtype, with_bias):
 @each_shape
 @each_bias
 @pytest.mark.parametrize("in_parts", [True, False])
-def test_backward(N, F, dtype, with_bias, in_parts):
+def test_gelu_backward(N, F, dtype, with_bias, in_parts):
     source = generator(N, F, 1)
     h, dy = 2 * normal(source, N, F, dtype=dtype), normal(source, N, F, dtype=dtype)
     bias, dbias, expected_dbias = None, None, None
@@ -59,7 +59,7 @@ def test_backward(N, F, dtype, with_bias, in_parts):
         assert_close(dbias, expected_dbias, SUM_TOLERANCE, "dbias")
 
 
-def test_derivative_is_autograds():
+def test_gelu_derivative():
     """The kernel's own algebra (sigmoid, not tanh) against PyTorch's derivative of its own GELU."""
     h = torch.linspace(-6, 6, 97).reshape(1, -1)
     variable = h.double().requires_grad_()
@@ -67,14 +67,14 @@ def test_derivative_is_autograds():
     assert_close(gelu.bias_gelu_backward(torch.ones_like(h), h), variable.grad, SUM_TOLERANCE)
 
 
-def test_far_out_values_stay_finite():
+def test_gelu_large_values():
     """exp overflows for large negative inputs; GELU and its derivative there are 0, not NaN."""
     h = torch.tensor([[-1e4, -100.0, 100.0, 1e4]])
     assert gelu.bias_gelu_forward(h).tolist() == [[0, 0, 100, 1e4]]
     assert gelu.bias_gelu_backward(torch.ones_like(h), h).tolist() == [[0, 0, 1, 1]]
 
 
-def test_no_rows():
+def test_gelu_no_rows():
     dbias = torch.ones(4)
     h = torch.empty(0, 4)
     assert gelu.bias_gelu_forward(h, torch.ones(4)).shape == (0, 4)
@@ -82,7 +82,7 @@ def test_no_rows():
     assert torch.equal(dbias, torch.ones(4))
 
 
-def test_refusals():
+def test_gelu_refuses():
     h = torch.ones(2, 4)
     with pytest.raises(ValueError, match=r"h: expected dtype float32, float16.*, got float64"):
         gelu.bias_gelu_forward(h.double())
@@ -94,7 +94,7 @@ def test_refusals():
         gelu.bias_gelu_backward(h, h, None, torch.ones(4).bfloat16())
 
 
-def test_the_slope_keeps_its_digits_where_the_gate_is_open_or_closed() -> None:
+def test_gelu_slope_digits() -> None:
     """The slope is about 1 there, and u z' about 30: 1 - σ, which it is multiplied by, must be more
     than a difference from 1."""
     h = torch.linspace(-8, 8, 4001)[None]

@@ -56,7 +56,7 @@ def run(kernel: Any, index: tuple[int, ...], *arguments: Any, **constants: Any) 
 
 
 @pytest.mark.parametrize("T", [2**16])
-def test_attention_of_a_second_sequence(T: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attention_second_sequence(T: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """T · C = 2³¹: the last 64 positions of the last head, a document of their own."""
     monkeypatch.setattr(attention_tiles, "architecture", lambda _: 80)  # by pointers
     H, D, n = FAR // T // 64, 64, 64
@@ -97,7 +97,7 @@ def test_attention_of_a_second_sequence(T: int, monkeypatch: pytest.MonkeyPatch)
         assert_close(got, wanted[0], 5e-3, ("dq", "dk", "dv")[i])
 
 
-def test_column_sums_beyond_the_last_int32() -> None:
+def test_column_sums_beyond_int32() -> None:
     width, rows = FAR + 500, 3
     matrix = untouched(rows, width)
     matrix[:, -10:] = 1
@@ -115,7 +115,7 @@ def test_column_sums_beyond_the_last_int32() -> None:
 
 
 @pytest.mark.parametrize("n_rows", [FAR - 3, FAR + 5])
-def test_rows_beyond_the_last_int32(n_rows: int) -> None:
+def test_rows_beyond_int32(n_rows: int) -> None:
     """The last program's only tile; a loop over int32 rows would not end."""
     x, dy, dx = untouched(n_rows, 1), untouched(n_rows, 1), untouched(n_rows, 1)
     dy[-2:], x[-2:] = 1, 2
@@ -141,7 +141,7 @@ def test_rows_beyond_the_last_int32(n_rows: int) -> None:
     assert_close(dbias[-1], want.sum()[None], 1e-6)
 
 
-def test_swiglu_of_more_elements_than_int32_counts() -> None:
+def test_swiglu_beyond_int32() -> None:
     """2 F of a row passes 2³¹ at its second half, and rows do, however narrow."""
     for N, F in ((3, FAR // 2 + 512), (FAR + 3, 1)):
         h, dy, dh = untouched(N, 2 * F), untouched(N, F), untouched(N, 2 * F)
@@ -158,7 +158,7 @@ def test_swiglu_of_more_elements_than_int32_counts() -> None:
         assert_close(torch.stack([dh[-1, F - 1], dh[-1, -1]]), want[0], 4e-3)
 
 
-def test_embedding_positions_beyond_the_last_int32() -> None:
+def test_embedding_positions_beyond_int32() -> None:
     """A position table of more than 2³¹ elements, and a token that is row 5 but for 2³²."""
     T, C = 2**21 + 8, 1024
     table, positions = torch.zeros(4, C).bfloat16(), untouched(T, C)
@@ -175,13 +175,13 @@ def test_embedding_positions_beyond_the_last_int32() -> None:
     assert dtable.sum(1).tolist() == [0, 0, 0, 0, 0, 16, 0, 0]
 
 
-def test_attention_refuses_what_int32_cannot_count() -> None:
+def test_attention_refuses_beyond_int32() -> None:
     with pytest.raises(ValueError, match="qkv: expected T · n_heads / n_kv_heads of at most"):
         triton.attention_forward(torch.zeros(1, 1, 10 * 16).expand(1, 2**28, 160), 8, None, 1)
 
 
 @pytest.mark.parametrize("n_rows", [FAR // 6 + 5, FAR + 5])
-def test_rotary_beyond_the_last_int32(n_rows: int) -> None:
+def test_rotary_beyond_int32(n_rows: int) -> None:
     """Elements, heads counted through all rows, and rows; the last program's only tile."""
     T, H, H_kv, D, block = 8, 1, 1, 2, 1024
     generator = torch.Generator().manual_seed(0)

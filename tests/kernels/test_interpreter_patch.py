@@ -111,7 +111,8 @@ def nan(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     return torch.full(shape, float("nan"), dtype=dtype)
 
 
-def test_arithmetic_rounds_as_torch_does() -> None:
+def test_interpreter_arithmetic() -> None:
+    """Arithmetic rounds as torch does."""
     x, y = values(SIZE), values(SIZE, seed=1)
     outputs = [nan(SIZE) for _ in range(4)]
     less = torch.zeros(SIZE, dtype=torch.bool)
@@ -121,7 +122,7 @@ def test_arithmetic_rounds_as_torch_does() -> None:
     assert torch.equal(less, x < y)
 
 
-def test_scalar_constants_and_selection() -> None:
+def test_interpreter_constants_and_selection() -> None:
     x = values(SIZE)
     out = nan(3 * SIZE)
     scalars_and_choice[(1,)](x, out, SIZE)
@@ -140,7 +141,8 @@ def special_values() -> Tensor:
 
 
 @pytest.mark.filterwarnings("ignore:.*encountered in cast")  # infinity to float16 and to int32
-def test_casts_round_to_nearest_even() -> None:
+def test_interpreter_casts() -> None:
+    """Casts round to nearest even."""
     wide = special_values()
     narrow, back, half = nan(SIZE), nan(SIZE, dtype=torch.float32), nan(SIZE, dtype=torch.float16)
     integer, from_integer = torch.full((SIZE,), -7, dtype=torch.int32), nan(SIZE)
@@ -153,14 +155,14 @@ def test_casts_round_to_nearest_even() -> None:
     assert torch.equal(integer[fits], wide.bfloat16().int()[fits])
 
 
-def test_nan_survives_a_cast() -> None:
+def test_interpreter_cast_nan() -> None:
     wide = nan(SIZE, dtype=torch.float32)
     outputs = torch.zeros(SIZE, dtype=torch.bfloat16), torch.zeros(SIZE, dtype=torch.bfloat16)
     rounding_modes[(1,)](wide, *outputs, SIZE)
     assert all(output.isnan().all() for output in outputs)
 
 
-def test_named_rounding_modes() -> None:
+def test_interpreter_rounding_modes() -> None:
     wide = special_values()
     nearest, towards_zero = nan(SIZE), nan(SIZE)
     rounding_modes[(1,)](wide, nearest, towards_zero, SIZE)
@@ -170,7 +172,8 @@ def test_named_rounding_modes() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_product_is_exact_in_and_float32_out(dtype: torch.dtype) -> None:
+def test_interpreter_dot(dtype: torch.dtype) -> None:
+    """Exact products, float32 sums."""
     a, b = (torch.randn(SIZE, SIZE, generator=torch.Generator().manual_seed(s)) for s in (0, 1))
     a, b = a.to(dtype), b.to(dtype)
     c = nan(SIZE, SIZE, dtype=torch.float32)
@@ -180,7 +183,8 @@ def test_product_is_exact_in_and_float32_out(dtype: torch.dtype) -> None:
     assert ((c.double() - a.double() @ b.double()).abs() <= bound).all()
 
 
-def test_float32_product_is_tf32_unless_ieee() -> None:
+def test_interpreter_dot_float32() -> None:
+    """TF32 unless IEEE."""
     a, b = (values(SIZE, SIZE, dtype=torch.float32, seed=seed) for seed in (0, 1))
     exact = a.double() @ b.double()
     scale = a.double().abs() @ b.double().abs()
@@ -193,7 +197,7 @@ def test_float32_product_is_tf32_unless_ieee() -> None:
     assert 2**-14 < errors[None] < 2 * 2**-11  # each operand off by at most 2^-11
 
 
-def test_reductions() -> None:
+def test_interpreter_reductions() -> None:
     x = values(SIZE, SIZE)
     total, largest, smallest = nan(SIZE), nan(SIZE), nan(SIZE)
     wide = nan(SIZE, dtype=torch.float32)
@@ -211,14 +215,16 @@ def test_reductions() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_masked_lanes_hold_garbage_unless_told(dtype: torch.dtype) -> None:
+def test_interpreter_masked_lanes(dtype: torch.dtype) -> None:
+    """They hold garbage unless told otherwise."""
     x, out = values(SIZE, dtype=dtype), torch.zeros(2 * SIZE, dtype=dtype)
     masked_load[(1,)](x, out, 10, SIZE)
     assert torch.equal(out[:10], x[:10]) and out[10:SIZE].isnan().all()
     assert torch.equal(out[SIZE : SIZE + 10], x[:10]) and (out[SIZE + 10 :] == 1).all()
 
 
-def test_range_with_a_run_time_bound() -> None:
+def test_interpreter_range_bound() -> None:
+    """The bound is known at run time only."""
     out = torch.zeros(1, dtype=torch.int32)
     runtime_range[(1,)](out, 10)
     assert out.item() == 45
@@ -233,11 +239,11 @@ def test_range_with_a_run_time_bound() -> None:
         lambda: torch.empty(3, dtype=torch.bfloat16),
     ],
 )
-def test_fresh_memory_is_poisoned(allocate: Callable[[], Tensor]) -> None:
+def test_interpreter_fresh_memory(allocate: Callable[[], Tensor]) -> None:
     assert allocate().isnan().all()
 
 
-def test_a_compiled_triton_is_refused() -> None:
+def test_interpreter_compiled_triton() -> None:
     """In one process Triton is either compiled or interpreted; the second comer says so."""
     program = (
         "import os; os.environ.pop('TRITON_INTERPRET', None); import triton.language\n"

@@ -21,7 +21,7 @@ from tests.support.installed import ROOT, Environment, build, copy_sources, run
 THEIRS = ("kernels==0.17.2", "transformers==5.22.0")
 
 
-def test_nothing_here_imports_kernels() -> None:
+def test_kernels_import_anywhere() -> None:
     """By a statement in Python, or by a line of text in the documentation and scripts."""
     assert not (ROOT / "kernels" / "__init__.py").exists()
     folders = ("benchmarks", "docs", "kernels", "mantrans", "tests", "tools", ".ci")
@@ -78,9 +78,8 @@ print(kernels.__file__)
     [True, pytest.param(False, marks=pytest.mark.slow)],
     ids=["clone first", "clone last"],
 )
-def test_a_package_of_that_name_is_found_and_used_by_transformers(
-    tmp_path: Path, ours_first: bool
-) -> None:
+def test_kernels_package_with_transformers(tmp_path: Path, ours_first: bool) -> None:
+    """Another package `kernels` is found and used by transformers."""
     utils = pytest.importorskip("transformers.utils.import_utils")
     theirs = tmp_path / "kernels" / "__init__.py"
     mode = tmp_path / "kernels" / "layer" / "mode.py"
@@ -92,7 +91,7 @@ def test_a_package_of_that_name_is_found_and_used_by_transformers(
     assert out.split() == [str(theirs)]
 
 
-def test_alone_ours_is_not_taken_for_theirs(tmp_path: Path) -> None:
+def test_kernels_package_absent(tmp_path: Path) -> None:
     """Where theirs is not installed, the folder kernels/ of a clone on the path is no package."""
     pytest.importorskip("transformers")
     code = "import transformers.utils as u; from transformers import GPT2LMHeadModel as _; "
@@ -158,7 +157,8 @@ def install_theirs(environment: Environment) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_with_the_clone_first_every_transformers_model_imports(wheel: Path, tmp_path: Path) -> None:
+def test_kernels_all_transformers_models(wheel: Path, tmp_path: Path) -> None:
+    """With the clone first on the path every model of transformers imports."""
     environment = Environment(tmp_path / "environment")
     install_theirs(environment)
     command = (environment.python, "-c", EVERY_MODEL)
@@ -173,9 +173,8 @@ def test_with_the_clone_first_every_transformers_model_imports(wheel: Path, tmp_
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("ours_first", [True, False], ids=["ours first", "theirs first"])
-def test_both_installed_and_ours_removed_again(
-    wheel: Path, tmp_path: Path, ours_first: bool
-) -> None:
+def test_kernels_package_ours_removed(wheel: Path, tmp_path: Path, ours_first: bool) -> None:
+    """Both were installed; theirs stays."""
     environment = Environment(tmp_path / "environment")
     if ours_first:
         environment.install_ours(wheel)

@@ -14,19 +14,22 @@ from mantrans.kernels.triton.launch import GRID_LIMITS, launch
 
 
 class Kernel:
-    """Remembers the grids that it was launched with."""
+    """Remembers the grids and options that it was launched with."""
 
     __name__ = "some_kernel"
 
     def __init__(self) -> None:
         self.grids: list[tuple[int, ...]] = []
+        self.options: dict[str, Any] = {}
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
-        return lambda *_, **__: self.grids.append(grid)
+        self.grids.append(grid)
+        return lambda *_, **options: self.options.update(options)
 
 
 @pytest.mark.parametrize("grid", [(2**31,), (1, 65_536), (1, 1, 65_536)])
-def test_a_grid_that_no_gpu_takes_is_refused(grid: tuple[int, ...]) -> None:
+def test_grid_too_large(grid: tuple[int, ...]) -> None:
+    """A grid that no GPU takes is refused."""
     kernel = Kernel()
     with pytest.raises(ValueError, match=r"grid of some_kernel: .*65535") as refusal:
         launch(kernel, grid, torch.zeros(1))
@@ -40,9 +43,7 @@ def test_a_grid_that_no_gpu_takes_is_refused(grid: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("documents", [False, True])
 @pytest.mark.parametrize("T", [1, 3])
-def test_as_many_heads_as_there_may_be(
-    monkeypatch: pytest.MonkeyPatch, T: int, documents: bool
-) -> None:
+def test_attention_most_heads(monkeypatch: pytest.MonkeyPatch, T: int, documents: bool) -> None:
     """B·H = 65,600 is more than the second axis of a grid takes. Nothing is run."""
     B, H, D = 4100, 16, 16
     launched: dict[str, tuple[int, ...]] = {}
@@ -63,3 +64,9 @@ def test_as_many_heads_as_there_may_be(
     for name, grid in launched.items():
         assert all(n <= most for n, most in zip(grid, GRID_LIMITS, strict=False)), (name, grid)
         assert torch.Size(grid).numel() >= B * H // 64, (name, grid)
+
+
+def test_launch_fuses_multiplications_and_additions() -> None:
+    """Whatever Triton's default is: it changes with 3.10."""
+    launch(kernel := Kernel(), (1,), torch.zeros(1), SIZE=16)
+    assert kernel.options == {"enable_fp_fusion": True, "SIZE": 16}

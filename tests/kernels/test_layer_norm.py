@@ -33,7 +33,7 @@ each_shape = pytest.mark.parametrize("N, C", SHAPES, ids=str)
 @each_dtype
 @each_shape
 @pytest.mark.parametrize("with_bias", [True, False])
-def test_forward(N, C, dtype, with_bias):
+def test_layer_norm_forward(N, C, dtype, with_bias):
     source = generator(N, C)
     x = normal(source, N, C, dtype=dtype) + 3
     weight = normal(source, C, dtype=dtype)
@@ -47,7 +47,7 @@ def test_forward(N, C, dtype, with_bias):
 
 @each_dtype
 @each_shape
-def test_forward_with_addition(N, C, dtype):
+def test_add_layer_norm_forward(N, C, dtype):
     source = generator(N, C, 1)
     branch, residual = (normal(source, N, C, dtype=dtype) + i for i in (0, 3))
     weight, bias = (normal(source, C, dtype=dtype) for _ in range(2))
@@ -63,7 +63,7 @@ def test_forward_with_addition(N, C, dtype):
 @each_shape
 @pytest.mark.parametrize("complete", [True, False])
 @pytest.mark.parametrize("in_parts", [True, False])
-def test_backward(N, C, dtype, complete, in_parts):
+def test_layer_norm_backward(N, C, dtype, complete, in_parts):
     """complete: with biases and what by-passed the norm. in_parts: sums go to rows of a buffer."""
     source = generator(N, C, 2)
     dy, x, dresidual = (normal(source, N, C, dtype=dtype) for _ in range(3))
@@ -93,7 +93,7 @@ def test_backward(N, C, dtype, complete, in_parts):
         assert_close(actual, expected, SUM_TOLERANCE, name)
 
 
-def test_one_column():
+def test_layer_norm_one_column():
     """x̂ = 0: y is the bias, and neither x nor γ has a gradient."""
     x, dy = torch.tensor([[3.0], [-2.0], [0.5]]), torch.ones(3, 1)
     weight, bias = torch.tensor([2.0]), torch.tensor([0.25])
@@ -107,7 +107,7 @@ def test_one_column():
     assert dbias.item() == 4
 
 
-def test_widest_row():
+def test_layer_norm_widest_row():
     """A tile of one row, every lane full."""
     source = generator(6)
     x, dy = normal(source, 3, 8192), normal(source, 3, 8192)
@@ -121,7 +121,7 @@ def test_widest_row():
     assert_close(dweight, expected_dweight, SUM_TOLERANCE)
 
 
-def test_no_rows():
+def test_layer_norm_no_rows():
     weight, gradient = torch.ones(8), torch.ones(8)
     y, mean, rstd = layer_norm.layer_norm_forward(torch.empty(0, 8), weight, None, EPS)
     dx = layer_norm.layer_norm_backward(y, y, weight, mean, rstd, gradient, gradient.clone())
@@ -129,7 +129,7 @@ def test_no_rows():
     assert torch.equal(gradient, torch.ones(8))
 
 
-def test_leading_axes_are_rows():
+def test_layer_norm_leading_axes():
     x = normal(generator(5), 2, 3, 16)
     y, mean, _ = layer_norm.layer_norm_forward(x, torch.ones(16), None, EPS)
     assert y.shape == (2, 3, 16)
@@ -169,18 +169,19 @@ BAD_FORWARD = {
 
 
 @pytest.mark.parametrize("x, message", BAD_FORWARD.values(), ids=BAD_FORWARD.keys())
-def test_forward_refuses(x, message):
+def test_layer_norm_forward_refuses(x, message):
     with pytest.raises(ValueError, match=message):
         layer_norm.layer_norm_forward(x, torch.ones(4), None, EPS)
 
 
-def test_backward_refuses_a_low_precision_gradient():
+def test_layer_norm_backward_refuses():
+    """A gradient of low precision."""
     x, mean, rstd, vector = torch.ones(2, 4), torch.ones(2).double(), torch.ones(2), torch.ones(4)
     with pytest.raises(ValueError, match=r"dbias: expected dtype float32.*, got float16"):
         layer_norm.layer_norm_backward(x, x, vector, mean, rstd, vector, vector.half())
 
 
-def test_addition_refuses_two_dtypes():
+def test_add_layer_norm_two_dtypes():
     with pytest.raises(ValueError, match=r"branch: expected dtype float32.*, got bfloat16"):
         layer_norm.add_layer_norm_forward(
             torch.ones(2, 4).bfloat16(), torch.ones(2, 4), torch.ones(4), None, EPS

@@ -67,7 +67,9 @@ def check(results: Results, d: Tensor, dy: Tensor, weight: Tensor, dtype: torch.
 @each_backend
 @pytest.mark.parametrize("C", [7, 300])
 @pytest.mark.parametrize("exponent", [0, 10, 40])
-def test_rows_far_from_zero(ops: ModuleType, dtype: torch.dtype, C: int, exponent: int) -> None:
+def test_layer_norm_rows_far_from_zero(
+    ops: ModuleType, dtype: torch.dtype, C: int, exponent: int
+) -> None:
     """The deviations are a few units of the last place: what a rounded mean leaves is as large."""
     unit = torch.finfo(dtype).eps * 2.0**exponent
     d, dy, weight = draw(3, C, dtype)
@@ -77,7 +79,7 @@ def test_rows_far_from_zero(ops: ModuleType, dtype: torch.dtype, C: int, exponen
 
 
 @each_backend
-def test_one_element_of_a_constant_row_differs(ops: ModuleType, dtype: torch.dtype) -> None:
+def test_layer_norm_one_element_differs(ops: ModuleType, dtype: torch.dtype) -> None:
     unit = torch.finfo(dtype).eps * 2.0**20
     d, dy, weight = draw(2, 300, dtype)
     d.zero_()[0, 0], d[1, -1] = 1, -1
@@ -86,7 +88,7 @@ def test_one_element_of_a_constant_row_differs(ops: ModuleType, dtype: torch.dty
 
 @each_backend
 @pytest.mark.parametrize("C", [1, 300])
-def test_constant_rows(ops: ModuleType, dtype: torch.dtype, C: int) -> None:
+def test_layer_norm_constant_rows(ops: ModuleType, dtype: torch.dtype, C: int) -> None:
     """x̂ = 0 exactly, and dx is that of any constant row."""
     values = [100000.1, -3.3e7, 1e18, -2e36, 3e38]
     values += [1e200, -1e300] if dtype == torch.float64 else []
@@ -103,7 +105,7 @@ def test_constant_rows(ops: ModuleType, dtype: torch.dtype, C: int) -> None:
 @each_backend
 @pytest.mark.parametrize("size", [1e9, 1e18, 1e20, 1e37])
 @pytest.mark.parametrize("C", [7, pytest.param(4100, marks=pytest.mark.slow)])
-def test_huge_rows(ops: ModuleType, dtype: torch.dtype, size: float, C: int) -> None:
+def test_layer_norm_huge_rows(ops: ModuleType, dtype: torch.dtype, size: float, C: int) -> None:
     """Right up to deviations of 1e18; beyond it a float32 kernel says NaN, and never 0."""
     source = generator(C)
     x = (torch.randn(2, C, generator=source) * size).to(dtype)
@@ -119,7 +121,8 @@ def test_huge_rows(ops: ModuleType, dtype: torch.dtype, size: float, C: int) -> 
 
 @pytest.mark.parametrize("ops", [reference, native])
 @pytest.mark.parametrize("size", [1e100, 1e170, 1e300])
-def test_float64_rows_whose_squares_overflow(ops: ModuleType, size: float) -> None:
+def test_layer_norm_float64_overflow(ops: ModuleType, size: float) -> None:
+    """Rows whose squares overflow."""
     d, dy, weight = draw(3, 50, torch.float64)
     results = Results(ops, d * size, dy, weight)
     y, dx, dweight = expected(d * 2.0**40, dy, weight)  # far enough for ε to be nothing
@@ -129,7 +132,7 @@ def test_float64_rows_whose_squares_overflow(ops: ModuleType, size: float) -> No
 
 
 @each_backend
-def test_sliced_and_transposed_rows(ops: ModuleType, dtype: torch.dtype) -> None:
+def test_layer_norm_sliced_and_transposed(ops: ModuleType, dtype: torch.dtype) -> None:
     """Read right, or refused."""
     source = generator(1)
     wide, weight = torch.randn(6, 40, generator=source).to(dtype), torch.ones(20, dtype=dtype)

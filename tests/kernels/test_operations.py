@@ -128,7 +128,7 @@ def case(request) -> Case:
     return request.param
 
 
-def test_reference_equals_pytorch_under_autograd(case: Case) -> None:
+def test_reference_equals_autograd(case: Case) -> None:
     i = case.inputs()
     leaves = {name: i[name].clone().requires_grad_() for name in case.leaves}
     results = case.operation.plain(i | leaves)
@@ -150,7 +150,7 @@ def test_reference_equals_pytorch_under_autograd(case: Case) -> None:
     ids=lambda o: o.name,
 )
 @pytest.mark.parametrize("H_kv", [6, 2])
-def test_decoding_equals_pytorch(operation: described.Operation, H_kv: int) -> None:
+def test_decode_attention_equals_pytorch(operation: described.Operation, H_kv: int) -> None:
     case = Case(operation, Shapes(B=3, T=11, H=6, H_kv=H_kv, D=5))
     i = case.inputs()
     expected = operation.plain(i)["out"]
@@ -185,7 +185,7 @@ def test_native_equals_reference(case: Case, dtype: torch.dtype) -> None:
         assert_close(actual[name], value, NATIVE[dtype], name)
 
 
-def test_bf16_attention_is_as_good_as_pytorchs_own() -> None:
+def test_attention_bfloat16() -> None:
     """The batched products round the scores to bfloat16, which PyTorch's kernel does not.
 
     Against float64 the error may be at most twice that of PyTorch's kernel: scores of unit scale
@@ -202,7 +202,7 @@ def test_bf16_attention_is_as_good_as_pytorchs_own() -> None:
 @pytest.mark.parametrize("flash", ["forward", "forward and backward", "never"])
 @pytest.mark.parametrize("documents", [False, True])
 @pytest.mark.parametrize("H_kv", [2, 1])
-def test_bf16_attention_by_every_way_that_a_cpu_may_choose(
+def test_attention_bfloat16_each_way(
     monkeypatch: pytest.MonkeyPatch, flash: str, documents: bool, H_kv: int
 ) -> None:
     """With AMX or without, short or long: whatever this machine would choose by itself."""
@@ -227,9 +227,10 @@ def test_bf16_attention_by_every_way_that_a_cpu_may_choose(
         (42, 4, 2, "q, k and v: expected a width of .* = 8·D together, got 42"),
     ],
 )
-def test_heads_that_do_not_fit_are_refused(
+def test_attention_heads_not_fitting(
     ops, width: int, n_heads: int, n_kv_heads: int | None, message: str
 ) -> None:
+    """Heads that do not fit are refused."""
     qkv = torch.zeros(1, 3, width)
     with pytest.raises(ValueError, match=f"^{message}$"):
         ops.attention_forward(qkv, n_heads, None, n_kv_heads)
@@ -267,7 +268,7 @@ def test_cross_entropy_equals_autograd(N: int, V: int, padding: int, ignored: st
 
 @pytest.mark.parametrize("ignored", ["none", "some", "all"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_native_cross_entropy_equals_reference(dtype: torch.dtype, ignored: str) -> None:
+def test_cross_entropy_native_equals_reference(dtype: torch.dtype, ignored: str) -> None:
     V = 300
     logits, targets = logits_and_targets(21, V, 84, dtype, ignored)
     scale = torch.tensor(1 / 21, dtype=acc(dtype))
@@ -313,7 +314,7 @@ def test_linear_cross_entropy_equals_autograd(ops, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_native_linear_cross_entropy_equals_reference(dtype: torch.dtype) -> None:
+def test_linear_cross_entropy_native_equals_reference(dtype: torch.dtype) -> None:
     N, C, V, padded = 70, 24, 50, 128
     x, weight, targets = randn(N, C, dtype=dtype), randn(padded, C, dtype=dtype), None
     targets = torch.randint(0, V, (N,))
@@ -333,9 +334,7 @@ def test_native_linear_cross_entropy_equals_reference(dtype: torch.dtype) -> Non
 @pytest.mark.parametrize("lengths", [[11, 1, 6], [7, 7, 7], [1, 1, 1]], ids=str)
 @pytest.mark.parametrize(("H", "H_kv"), [(2, None), (6, 2), (3, 1)])
 @pytest.mark.parametrize("ops", [reference, native], ids=["reference", "native"])
-def test_decode_attention_is_the_last_row_of_attention(
-    ops, H: int, H_kv: int | None, lengths: list[int]
-) -> None:
+def test_decode_attention_last_row(ops, H: int, H_kv: int | None, lengths: list[int]) -> None:
     B, T, D = 3, 11, 6
     width = (H_kv or H) * D
     qkv = randn(B, T, H * D + 2 * width)
@@ -354,7 +353,7 @@ def test_decode_attention_is_the_last_row_of_attention(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("lengths", [[400] * 5, [400, 1, 399, 256, 17], [3, 2, 3, 1, 1]], ids=str)
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 30.0])
-def test_native_decoding_is_as_exact_as_the_reference_and_does_not_go_by_it(
+def test_decode_attention_native_exact(
     dtype: torch.dtype, lengths: list[int], scale: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At 400 positions the float32 copies are made in two parts, some with equal rows."""
@@ -373,7 +372,8 @@ def test_native_decoding_is_as_exact_as_the_reference_and_does_not_go_by_it(
 
 @pytest.mark.parametrize("rows", [(1,), (8,), (2, 3)], ids=str)
 @pytest.mark.parametrize("bias", [True, False])
-def test_few_float32_rows_and_a_large_weight_give_the_same_product(rows, bias: bool) -> None:
+def test_linear_few_float32_rows(rows, bias: bool) -> None:
+    """Few float32 rows and a large weight give the same product."""
     x, weight, b = randn(*rows, 520), randn(700, 520), randn(700) if bias else None
     expected = reference.linear_forward(x, weight, b)
     narrow = [None if t is None else t.float() for t in (x, weight, b)]
@@ -414,7 +414,7 @@ def optimizer_state(P: int, dtype: torch.dtype, master: bool) -> dict[str, Tenso
 
 
 @pytest.mark.parametrize("ops", [reference, native], ids=["reference", "native"])
-def test_adamw_and_sgd_equal_torch_optim(ops) -> None:
+def test_adamw_and_sgd_equal_torch(ops) -> None:
     for name in ("adamw", "sgd"):
         state = optimizer_state(9, torch.float64, master=False)
         decayed, plain = (
@@ -445,7 +445,8 @@ def test_adamw_and_sgd_equal_torch_optim(ops) -> None:
 @pytest.mark.parametrize("ops", [reference, native], ids=["reference", "native"])
 @pytest.mark.parametrize("name", ["adamw", "sgd"])
 @pytest.mark.parametrize("stochastic", [False, True])
-def test_a_step_that_is_not_finite_changes_no_bit(ops, name: str, stochastic: bool) -> None:
+def test_update_not_finite(ops, name: str, stochastic: bool) -> None:
+    """It changes no bit."""
     dtype = torch.bfloat16
     state = optimizer_state(9, dtype, master=not stochastic)
     before = {key: x.clone() for key, x in state.items()}
@@ -457,7 +458,7 @@ def test_a_step_that_is_not_finite_changes_no_bit(ops, name: str, stochastic: bo
 
 
 @pytest.mark.parametrize("name", ["adamw", "sgd"])
-def test_native_update_of_bf16_weights_equals_reference(name: str) -> None:
+def test_update_native_bfloat16(name: str) -> None:
     states = [optimizer_state(4099, torch.bfloat16, master=True)]
     states.append({key: x.clone() for key, x in states[0].items()})
     for step in range(1, 4):
@@ -470,7 +471,7 @@ def test_native_update_of_bf16_weights_equals_reference(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["adamw", "sgd"])
-def test_an_update_in_parts_is_that_of_the_whole(name: str) -> None:
+def test_update_in_parts(name: str) -> None:
     """The noise of stochastic rounding is a function of the place in the whole buffer."""
     whole = optimizer_state(4096, torch.bfloat16, master=False)
     parts = {key: x.clone() for key, x in whole.items()}
@@ -486,7 +487,7 @@ def test_an_update_in_parts_is_that_of_the_whole(name: str) -> None:
         assert torch.equal(x, parts[key]), key
 
 
-def test_stochastic_rounding_is_unbiased_and_leaves_exact_values() -> None:
+def test_stochastic_rounding_mean() -> None:
     """The mean of n draws differs from x by about ulp / √(12 n); 5 of those are allowed."""
     x = torch.tensor([1.0, -2.5, 1.001, -0.3333, 1e-20, 3.3e38, math.inf])
     draws = torch.stack(

@@ -75,7 +75,7 @@ def assert_same(actual, expected):
 
 @each_way
 @each_size
-def test_adamw(P, weight_decay, dtype, has_master, seed):
+def test_adamw_equals_reference(P, weight_decay, dtype, has_master, seed):
     actual = buffers(P, dtype, has_master)
     expected = copies(actual)
     adamw.adamw_update(*actual, *adamw_arguments(weight_decay, seed, offset=7))
@@ -85,7 +85,7 @@ def test_adamw(P, weight_decay, dtype, has_master, seed):
 
 @each_way
 @each_size
-def test_sgd(P, weight_decay, dtype, has_master, seed):
+def test_sgd_equals_reference(P, weight_decay, dtype, has_master, seed):
     actual = buffers(P, dtype, has_master)[:3]
     expected = copies(actual)
     sgd.sgd_update(*actual, *sgd_arguments(weight_decay, seed, offset=7))
@@ -95,7 +95,7 @@ def test_sgd(P, weight_decay, dtype, has_master, seed):
 
 @pytest.mark.parametrize("step", [1.0, 2.0, 1e3, 1e6])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_bias_correction(step, dtype):
+def test_adamw_bias_correction(step, dtype):
     """1 - 0.999 must keep its digits, and numbers may come in float64."""
     actual = buffers(64, torch.float32, False)
     expected = copies(actual)
@@ -104,7 +104,7 @@ def test_bias_correction(step, dtype):
     assert_same(actual, expected)
 
 
-def test_twenty_steps_are_torchs():
+def test_adamw_twenty_steps():
     """An oracle of somebody else's: torch.optim.AdamW in float64."""
     w, _, _, m, v = buffers(200, torch.float32, False)
     m.zero_()
@@ -121,7 +121,7 @@ def test_twenty_steps_are_torchs():
     assert_close(w, theirs, 1e-6)
 
 
-def test_no_momentum():
+def test_adamw_beta_zero():
     """beta 0 is allowed, though the logarithm that its powers are made from does not exist."""
     actual = buffers(64, torch.float32, False)
     expected = copies(actual)
@@ -132,7 +132,8 @@ def test_no_momentum():
 
 
 @each_way
-def test_a_step_that_is_not_finite_changes_no_bit(dtype, has_master, seed):
+def test_update_not_finite(dtype, has_master, seed):
+    """It changes no bit."""
     actual = buffers(BLOCK + 7, dtype, has_master)
     actual[2][::3] = float("nan")
     before = copies(actual)
@@ -155,7 +156,7 @@ def rounded(x, seed):
     return w
 
 
-def test_stochastic_rounding_has_the_references_bits():
+def test_stochastic_rounding_bits():
     source = generator(9)
     exponents = torch.randint(-30, 30, (3 * BLOCK,), generator=source)
     x = normal(source, 3 * BLOCK) * 10.0**exponents
@@ -164,14 +165,14 @@ def test_stochastic_rounding_has_the_references_bits():
         assert torch.equal(rounded(x, seed), expected)
 
 
-def test_stochastic_rounding_depends_on_the_seed():
+def test_stochastic_rounding_seed():
     x = normal(generator(10), BLOCK)
     for a, b in itertools.combinations((rounded(x, seed) for seed in (0, 1, 2)), 2):
         # two independent draws agree on half of what lies anywhere between two bfloat16
         assert 0.2 < (a != b).float().mean() < 0.5
 
 
-def test_stochastic_rounding_is_unbiased():
+def test_stochastic_rounding_mean():
     """A quarter of the way from one bfloat16 to the next: up in a quarter of the cases."""
     n = 16 * BLOCK
     x = torch.full((n,), 1 + 2**-7 / 4)
@@ -180,7 +181,8 @@ def test_stochastic_rounding_is_unbiased():
     assert abs(up - 0.25) < 0.017
 
 
-def test_stochastic_rounding_lets_go_what_is_not_finite():
+def test_stochastic_rounding_not_finite():
+    """It passes unchanged."""
     x = torch.tensor([float("inf"), float("-inf"), float("nan"), 0.0, 1.0])
     w = rounded(x, 3)
     assert w[:2].tolist() == [float("inf"), float("-inf")]
@@ -202,7 +204,7 @@ def test_gradient_norm(P, programs, monkeypatch):
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
-def test_gradient_norm_shows_what_is_not_finite(bad, monkeypatch):
+def test_gradient_norm_not_finite(bad, monkeypatch):
     monkeypatch.setattr(gradient_norm, "PROGRAMS", 4)
     gradients = torch.ones(5000)
     gradients[4321] = bad
@@ -223,7 +225,7 @@ def refuses(message, change):
         adamw.adamw_update(**arguments)
 
 
-def test_refusals():
+def test_update_refuses():
     refuses("weights: expected dtype float32.*, got float64", {"weights": torch.ones(8).double()})
     refuses("master: expected dtype float32.*, got float16", {"master": torch.ones(8).half()})
     refuses(r"exp_avg: expected shape \(8\), got \(7,\)", {"exp_avg": torch.ones(7)})

@@ -35,7 +35,7 @@ each_operation = pytest.mark.parametrize(
     ],
 )
 @each_operation
-def test_pytorchs_samples(
+def test_operation_pytorch_samples(
     operation: Operation,
     ops: ModuleType,
     dtype: torch.dtype,
@@ -50,5 +50,5 @@ def test_pytorchs_samples(
 
 
 @each_operation
-def test_some_of_pytorchs_samples_in_triton(operation: Operation) -> None:
+def test_operation_pytorch_samples_triton(operation: Operation) -> None:
     assert compare(operation, triton, torch.float32, 1e-5, most=2)["run"] == 2

@@ -50,9 +50,7 @@ each_fast = pytest.mark.parametrize("ops", [native, triton], ids=["native", "tri
 
 @each_operation
 @pytest.mark.parametrize("N, C", [(1, 1), (5, 1), (7, 33), (1000, 24)], ids=str)
-def test_rms_norm_reference_equals_pytorch_under_autograd(
-    operation: Operation, N: int, C: int
-) -> None:
+def test_rms_norm_reference_equals_autograd(operation: Operation, N: int, C: int) -> None:
     equals_autograd(operation, Shapes(N=N, C=C))
 
 
@@ -96,7 +94,7 @@ def test_rms_norm_equals_reference(
 
 
 @each_operation
-def test_rms_norm_native_float64_stays_float64(operation: Operation, small_cache: None) -> None:
+def test_rms_norm_native_float64(operation: Operation, small_cache: None) -> None:
     i = drawn(operation, Shapes(N=37, C=64))
     expected, actual = (results_of(operation, way, i) for way in (reference, native))
     for name, value in expected.items():
@@ -105,7 +103,7 @@ def test_rms_norm_native_float64_stays_float64(operation: Operation, small_cache
 
 @pytest.mark.parametrize("N, C", SHAPES[3:5], ids=str)
 @pytest.mark.parametrize("complete", [True, False])
-def test_rms_norm_backward_in_partial_sums(N: int, C: int, complete: bool) -> None:
+def test_rms_norm_backward_partial_sums(N: int, C: int, complete: bool) -> None:
     """As in training; complete: with a bias before it and what by-passed the norm."""
     source = generator(N, C, 2)
     dy, x, dresidual = (normal(source, N, C) for _ in range(3))
@@ -134,7 +132,7 @@ def test_rms_norm_widest_row() -> None:
 
 
 @each_fast
-def test_rms_norm_leading_axes_are_rows(ops: ModuleType) -> None:
+def test_rms_norm_leading_axes(ops: ModuleType) -> None:
     x, weight = normal(generator(5), 2, 3, 16), torch.ones(16)
     y, rstd = ops.rms_norm_forward(x, weight, EPS)
     assert y.shape == x.shape and rstd.shape == (6,)
@@ -166,9 +164,7 @@ class Results:
 @each_backend
 @pytest.mark.parametrize("size", [1e-30, 1e18, 1e20, 1e37])
 @pytest.mark.parametrize("C", [7, 700])
-def test_rms_norm_of_rows_of_any_size(
-    ops: ModuleType, dtype: torch.dtype, size: float, C: int
-) -> None:
+def test_rms_norm_any_size(ops: ModuleType, dtype: torch.dtype, size: float, C: int) -> None:
     """Right up to elements of 1e18; beyond it a float32 kernel says NaN, and never 0."""
     source = generator(C)
     x = (torch.randn(2, C, generator=source, dtype=torch.float64) * size).to(dtype)
@@ -195,7 +191,7 @@ def test_rms_norm_of_rows_of_any_size(
 
 @each_backend
 @pytest.mark.parametrize("eps", [1e-5, 1e-6, 1e-12])
-def test_rms_norm_of_zeros(ops: ModuleType, dtype: torch.dtype, eps: float) -> None:
+def test_rms_norm_zeros(ops: ModuleType, dtype: torch.dtype, eps: float) -> None:
     """x̂ = 0 exactly, γ has no gradient, and dx = γ dy / √ε."""
     source = generator(3)
     x, dy = torch.zeros(3, 300, dtype=dtype), torch.randn(3, 300, generator=source).to(dtype)
@@ -209,7 +205,7 @@ def test_rms_norm_of_zeros(ops: ModuleType, dtype: torch.dtype, eps: float) -> N
 
 
 @each_backend
-def test_rms_norm_of_one_row_that_is_not_finite(ops: ModuleType, dtype: torch.dtype) -> None:
+def test_rms_norm_one_row_not_finite(ops: ModuleType, dtype: torch.dtype) -> None:
     """Only its own row; but γ's gradient is a sum over all."""
     x, weight = torch.ones(3, 40, dtype=dtype), torch.ones(40, dtype=dtype)
     x[1, 5] = torch.nan
@@ -221,7 +217,8 @@ def test_rms_norm_of_one_row_that_is_not_finite(ops: ModuleType, dtype: torch.dt
 
 @pytest.mark.parametrize("ops", [reference, native], ids=["reference", "native"])
 @pytest.mark.parametrize("size", [1e100, 1e170, 1e300])
-def test_rms_norm_of_float64_rows_whose_squares_overflow(ops: ModuleType, size: float) -> None:
+def test_rms_norm_float64_overflow(ops: ModuleType, size: float) -> None:
+    """Rows whose squares overflow."""
     source = generator(4)
     x, dy = torch.randn(2, 3, 50, generator=source, dtype=torch.float64)
     weight = torch.randn(50, generator=source, dtype=torch.float64)
@@ -233,7 +230,7 @@ def test_rms_norm_of_float64_rows_whose_squares_overflow(ops: ModuleType, size: 
 
 
 @each_backend
-def test_rms_norm_of_many_equal_rows(ops: ModuleType, dtype: torch.dtype) -> None:
+def test_rms_norm_equal_rows(ops: ModuleType, dtype: torch.dtype) -> None:
     """Sums over rows keep their digits."""
     N, C = 3000, 64
     x, weight = torch.ones(N, C, dtype=dtype), torch.ones(C, dtype=dtype)
@@ -243,7 +240,7 @@ def test_rms_norm_of_many_equal_rows(ops: ModuleType, dtype: torch.dtype) -> Non
 
 
 @each_backend
-def test_rms_norm_of_sliced_and_transposed_rows(ops: ModuleType, dtype: torch.dtype) -> None:
+def test_rms_norm_sliced_and_transposed(ops: ModuleType, dtype: torch.dtype) -> None:
     """Read right, or refused."""
     wide = torch.randn(6, 40, generator=generator(1)).to(dtype)
     for x in (wide[:, :20], wide[::2, 20:], wide.view(2, 3, 40)[..., ::2], wide[:, :12].T):
@@ -293,7 +290,8 @@ def test_rms_norm_backward_refuses(wrong: dict[str, Tensor], message: str) -> No
         rms_norm.rms_norm_backward(**(right | wrong))
 
 
-def test_rms_norm_addition_refuses_two_dtypes() -> None:
+def test_add_rms_norm_two_dtypes() -> None:
+    """Rms norm addition refuses two dtypes."""
     with pytest.raises(ValueError, match=r"branch: expected dtype float32.*, got bfloat16"):
         rms_norm.add_rms_norm_forward(
             torch.ones(2, 4).bfloat16(), torch.ones(2, 4), torch.ones(4), EPS

@@ -58,9 +58,7 @@ def run(operation: described.Operation, ops: Any, i: dict[str, Any]) -> dict[str
 
 @each_shape
 @each_operation
-def test_rotary_reference_equals_pytorch_under_autograd(
-    operation: described.Operation, s: Shapes
-) -> None:
+def test_rotary_reference_equals_autograd(operation: described.Operation, s: Shapes) -> None:
     i = dict(operation.inputs(s, Draw(torch.float64, CPU)))
     leaves = {name: i[name].clone().requires_grad_() for name in operation.leaves}
     rotated = operation.plain(i | leaves)["rotated"]
@@ -99,7 +97,7 @@ def test_rotary_backward_equals_finite_differences(
 
 
 @pytest.mark.parametrize(("H", "H_kv"), [(3, 3), (6, 2)])
-def test_rotary_equals_that_of_transformers(H: int, H_kv: int) -> None:
+def test_rotary_equals_transformers(H: int, H_kv: int) -> None:
     """Its layout is that of halves, in Llama as in Qwen."""
     from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
@@ -113,7 +111,7 @@ def test_rotary_equals_that_of_transformers(H: int, H_kv: int) -> None:
         assert_close(actual, expected, 1e-12)
 
 
-def test_rotary_of_halves_is_the_original_of_neighbors_in_another_order() -> None:
+def test_rotary_equals_original() -> None:
     """Su et al. turn (x_2i, x_2i+1) as a complex number; here these are x_i and x_{i+D/2}."""
     T, D = 5, 12
     cos, sin = angles(T, D)
@@ -132,7 +130,7 @@ def angles_at(positions: Tensor, D: int) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("shift", [1, 1000, 2**20 - 8])
-def test_rotary_makes_scores_depend_on_the_distance_alone(shift: int) -> None:
+def test_rotary_distance_alone(shift: int) -> None:
     """q · k is the same `shift` positions further on, up to position 2^20 - 1."""
     D = 32
     torch.manual_seed(0)
@@ -171,7 +169,7 @@ def test_rotary_equals_reference(
 
 
 @each_backend
-def test_rotary_turns_q_and_k_alone(ops: Any, dtype: torch.dtype) -> None:
+def test_rotary_q_and_k_alone(ops: Any, dtype: torch.dtype) -> None:
     H, H_kv, D = 4, 2, 6
     i = dict(described.NormRotary().inputs(Shapes(B=2, T=5, H=H, H_kv=H_kv, D=D), Draw(dtype, CPU)))
     qkv, v = i["qkv"].clone(), i["qkv"][..., -H_kv * D :].clone()
@@ -186,7 +184,8 @@ def test_rotary_turns_q_and_k_alone(ops: Any, dtype: torch.dtype) -> None:
 
 
 @each_backend
-def test_rotary_backward_undoes_the_forward(ops: Any, dtype: torch.dtype) -> None:
+def test_rotary_backward_inverse(ops: Any, dtype: torch.dtype) -> None:
+    """Rotary backward undoes the forward."""
     i = dict(described.Rotary().inputs(Shapes(B=2, T=40, H=3, H_kv=1, D=64), Draw(dtype, CPU)))
     rotated = ops.rotary_forward(i["qkv"].clone(), i["cos"], i["sin"], 3, 1)
     back = ops.rotary_backward(rotated, i["cos"], i["sin"], 3, 1)
@@ -195,7 +194,7 @@ def test_rotary_backward_undoes_the_forward(ops: Any, dtype: torch.dtype) -> Non
 
 @each_operation
 @each_backend
-def test_rotary_of_a_table_of_positions(
+def test_rotary_table_of_positions(
     ops: Any, dtype: torch.dtype, operation: described.Operation
 ) -> None:
     """Decoding: each row of the batch is at positions of its own, here up to 2^20 - 1."""
@@ -222,7 +221,7 @@ def test_rotary_of_a_table_of_positions(
 
 
 @each_backend
-def test_norm_rotary_of_heads_far_from_one(ops: Any, dtype: torch.dtype) -> None:
+def test_norm_rotary_heads_far_from_one(ops: Any, dtype: torch.dtype) -> None:
     """All zero, tiny beside eps, and as large as the dtype's squares allow (and do not)."""
     H, D = 3, 8
     sizes = torch.tensor([0.0, 1e-30, 1e-4, 1.0, 1e4])
@@ -257,7 +256,7 @@ def test_norm_rotary_of_heads_far_from_one(ops: Any, dtype: torch.dtype) -> None
 
 @pytest.mark.parametrize("shape", [(0, 3), (2, 0)])
 @each_backend
-def test_rotary_of_no_rows(ops: Any, dtype: torch.dtype, shape: tuple[int, int]) -> None:
+def test_rotary_no_rows(ops: Any, dtype: torch.dtype, shape: tuple[int, int]) -> None:
     H, D = 2, 4
     qkv = torch.empty(*shape, 3 * H * D, dtype=dtype)
     cos, sin = angles(3, D, dtype)
@@ -271,7 +270,7 @@ def test_rotary_of_no_rows(ops: Any, dtype: torch.dtype, shape: tuple[int, int])
 
 
 @pytest.mark.parametrize("operation", OPERATIONS, ids=lambda o: o.name)
-def test_rotary_native_in_pieces(
+def test_rotary_native_pieces(
     monkeypatch: pytest.MonkeyPatch, operation: described.Operation
 ) -> None:
     """A few positions at a time, the last piece shorter, give the bits of all at once; sums differ
@@ -289,7 +288,7 @@ def test_rotary_native_in_pieces(
 @pytest.mark.parametrize(
     "D", [34, *(pytest.param(D, marks=pytest.mark.slow) for D in (2, 96, 200, 256))]
 )
-def test_triton_rotary_of_any_even_width(D: int) -> None:
+def test_rotary_triton_even_widths(D: int) -> None:
     """Up to 256, not a power of two: over several programs and several tiles of one."""
     s = Shapes(B=2, T=7, H=9, H_kv=3, D=D)
     for operation in OPERATIONS:
@@ -299,7 +298,8 @@ def test_triton_rotary_of_any_even_width(D: int) -> None:
             assert_close(actual[name], value, 2e-6, name)
 
 
-def test_triton_norm_rotary_adds_to_rows_of_partial_sums() -> None:
+def test_norm_rotary_triton_partial_sums() -> None:
+    """Gains' gradients are added to rows of partial sums."""
     H, H_kv, D = 3, 1, 16
     s = Shapes(B=2, T=33, H=H, H_kv=H_kv, D=D)
     i = dict(described.NormRotary().inputs(s, Draw(torch.float32, CPU)))
@@ -341,7 +341,8 @@ def rotary_arguments() -> dict[str, Any]:
         ({"positions": torch.zeros(3)}, r"positions: expected dtype int64, got float32"),
     ],
 )
-def test_triton_rotary_refuses_what_it_would_misread(changed: dict[str, Any], message: str) -> None:
+def test_rotary_triton_refuses(changed: dict[str, Any], message: str) -> None:
+    """What it would misread."""
     i = rotary_arguments() | changed
     with pytest.raises(ValueError, match=f"^{message}"):
         triton.norm_rotary_forward(
@@ -350,7 +351,8 @@ def test_triton_rotary_refuses_what_it_would_misread(changed: dict[str, Any], me
         )  # fmt: skip
 
 
-def test_triton_norm_rotary_backward_refuses_rows_of_another_stride() -> None:
+def test_norm_rotary_triton_backward_refuses() -> None:
+    """Rows of another stride."""
     i = rotary_arguments()
     arguments = i["drotated"], i["qkv"], i["q_weight"], i["k_weight"], torch.zeros(3, 3)
     with pytest.raises(ValueError, match=r"^dk_weight: expected .* of dq_weight, got strides"):

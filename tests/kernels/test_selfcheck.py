@@ -38,7 +38,7 @@ def backend(**replaced: Callable[..., Any]) -> types.SimpleNamespace:
     return types.SimpleNamespace(**{**vars(native), **replaced})
 
 
-def test_a_right_backend_passes() -> None:
+def test_selfcheck_right_backend() -> None:
     results = check(native, **RUN)
     checked = {result.operation for result in results}
     operations = {
@@ -54,7 +54,8 @@ def test_a_right_backend_passes() -> None:
     assert all(result.error <= result.bound for result in results)
 
 
-def test_a_right_backend_passes_with_fewer_key_heads() -> None:
+def test_selfcheck_fewer_key_heads() -> None:
+    """A right backend passes with fewer key heads."""
     widths = {result.output: result.shape[-2:] for result in check(native, **RUN, n_kv_heads=1)}
     assert widths["dqkv"] == (5, 16)  # three heads of queries, one of keys, one of values
     off_by_one = backend(attention_forward=attention_with_another_order_of_heads)
@@ -64,14 +65,15 @@ def test_a_right_backend_passes_with_fewer_key_heads() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_roundings_of_other_dtypes_pass(dtype: torch.dtype) -> None:
+def test_selfcheck_other_dtypes(dtype: torch.dtype) -> None:
     # the reference rounds once per operation, so it is right in any dtype
+    """Their roundings pass."""
     assert check(reference, **{**RUN, "dtype": dtype})
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(("vocab_size", "sequence_length"), [(5003, 1), (128, 300), (1, 5)])
-def test_other_shapes_pass(dtype: torch.dtype, vocab_size: int, sequence_length: int) -> None:
+def test_selfcheck_other_shapes(dtype: torch.dtype, vocab_size: int, sequence_length: int) -> None:
     run = {"vocab_size": vocab_size, "sequence_length": sequence_length, "dtype": dtype}
     assert check(reference, **{**RUN, **run})
 
@@ -140,6 +142,14 @@ def sgd_that_decays_too_much(*arguments: Any) -> None:
     native.sgd_update(*arguments)
 
 
+def adamw_that_rounds_to_nearest(*arguments: Any, **rounding: Any) -> None:
+    reference.adamw_update(*arguments)
+
+
+def sgd_with_other_noise(*arguments: Any, offset: int = 0, **rounding: Any) -> None:
+    native.sgd_update(*arguments, **rounding)
+
+
 def decoding_that_reads_too_far(q, k_cache, v_cache, lengths, *heads, window=None):
     too_far = (lengths + 1).clamp(max=k_cache.shape[1])
     return native.decode_attention(q, k_cache, v_cache, too_far, *heads, window)
@@ -174,6 +184,8 @@ def linear_in_tf32(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
         ("cross_entropy_forward_backward", loss_that_leaves_the_padding, "dlogits"),
         ("adamw_update", adamw_that_never_skips, "finite=False"),
         ("sgd_update", sgd_that_decays_too_much, "finite=True"),
+        ("adamw_update", adamw_that_rounds_to_nearest, "rounded as the reference"),
+        ("sgd_update", sgd_with_other_noise, "rounded as the reference"),
         ("decode_attention", decoding_that_reads_too_far, "never written"),
         ("decode_attention", decoding_without_window, "out with a window"),
         ("linear_forward", linear_in_tf32, "y"),
@@ -181,7 +193,7 @@ def linear_in_tf32(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
         ("norm_rotary_forward", norm_rotary_with_one_gain, "rotated"),
     ],
 )
-def test_a_wrong_operation_is_named(operation: str, wrong: Callable[..., Any], output: str) -> None:
+def test_selfcheck_wrong_operation(operation: str, wrong: Callable[..., Any], output: str) -> None:
     with pytest.raises(KernelCheckError) as caught:
         check(backend(**{operation: wrong}), **RUN)
     message = str(caught.value)
@@ -189,7 +201,9 @@ def test_a_wrong_operation_is_named(operation: str, wrong: Callable[..., Any], o
     assert output in message and "\n" not in message
 
 
-def test_an_operation_that_raises_is_named() -> None:
+def test_selfcheck_raising_operation() -> None:
+    """An operation that raises is named."""
+
     def out_of_resources(*arguments: Any) -> None:
         raise RuntimeError("out of resource: shared memory\nRequired: 300000")
 
@@ -198,7 +212,17 @@ def test_an_operation_that_raises_is_named() -> None:
     assert str(caught.value) == "attention_backward does not run: out of resource: shared memory"
 
 
-def test_sums_in_rows_that_are_wrong_are_named() -> None:
+def test_selfcheck_out_of_memory() -> None:
+    """It is no fault of the kernel, and is said as what it is."""
+
+    def out_of_memory(*arguments: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        check(backend(attention_backward=out_of_memory), **RUN)
+
+
+def test_selfcheck_wrong_partial_sums() -> None:
     """`native` adds a whole sum to each row, so three rows have three times too much."""
     with pytest.raises(KernelCheckError, match=r"linear_backward .*dbias by partial sums \(80,\)"):
         check(backend(partial_rows=lambda device: 3), **RUN)
@@ -207,7 +231,8 @@ def test_sums_in_rows_that_are_wrong_are_named() -> None:
 # ------------------------------------------------------------------------------------ its parts
 
 
-def test_long_runs_are_cut_to_what_takes_seconds() -> None:
+def test_selfcheck_long_runs() -> None:
+    """They are cut to what takes seconds."""
     shapes = selfcheck.run_shapes(2048, 16, 8192, 50_257, 32_768)
     assert (shapes.C, shapes.H, shapes.D, shapes.F) == (2048, 16, 128, 8192)
     assert shapes.B * shapes.H * shapes.T**2 <= selfcheck.MAX_SCORES
@@ -218,7 +243,7 @@ def test_long_runs_are_cut_to_what_takes_seconds() -> None:
     assert (qwen3.H, qwen3.H_kv, qwen3.D) == (16, 8, 128)
 
 
-def test_the_error_measure() -> None:
+def test_selfcheck_error() -> None:
     exact = torch.ones(100, 10)
     assert relative_error(exact, exact) == 0
     assert relative_error(exact * 1.01, exact) == pytest.approx(0.01)
@@ -232,7 +257,8 @@ def test_the_error_measure() -> None:
     assert relative_error(torch.full((3,), 1e-30), torch.zeros(3)) > 1
 
 
-def test_poisoning_ends_with_its_block() -> None:
+def test_poison_end() -> None:
+    """Poisoning ends with its block."""
     before = torch.are_deterministic_algorithms_enabled()
     with poisoned_memory():
         assert torch.empty(5).isnan().all() and torch.zeros(2).new_empty(5).isnan().all()

@@ -27,7 +27,7 @@ SHAPES = [(1, 1), (5, 3), (16, 64), (9, 600), (17, 257)]
 
 
 @pytest.mark.parametrize("N, F", [(1, 1), (3, 7), (17, 96)], ids=str)
-def test_swiglu_reference_equals_pytorch_under_autograd(N: int, F: int) -> None:
+def test_swiglu_reference_equals_autograd(N: int, F: int) -> None:
     equals_autograd(SWIGLU, Shapes(N=N, F=F))
 
 
@@ -61,7 +61,7 @@ def test_swiglu_equals_reference(
         assert_close(actual[name], value, TOLERANCE[dtype], name)
 
 
-def test_swiglu_native_float64_stays_float64(small_cache: None) -> None:
+def test_swiglu_native_float64(small_cache: None) -> None:
     i = drawn(SWIGLU, Shapes(N=27, F=257))
     expected, actual = (results_of(SWIGLU, way, i) for way in (reference, native))
     for name, value in expected.items():
@@ -69,7 +69,7 @@ def test_swiglu_native_float64_stays_float64(small_cache: None) -> None:
 
 
 @pytest.mark.parametrize("ops", [reference, native, triton], ids=["reference", "native", "triton"])
-def test_swiglu_leading_axes_are_rows(ops: ModuleType) -> None:
+def test_swiglu_leading_axes(ops: ModuleType) -> None:
     h = torch.randn(2, 3, 20, generator=generator(1))
     y = ops.swiglu_forward(h)
     assert y.shape == (2, 3, 10)
@@ -83,7 +83,7 @@ def test_swiglu_leading_axes_are_rows(ops: ModuleType) -> None:
 
 
 @each_backend
-def test_swiglu_of_gates_of_any_size(ops: ModuleType, dtype: torch.dtype) -> None:
+def test_swiglu_any_gates(ops: ModuleType, dtype: torch.dtype) -> None:
     """No exponential overflows: silu(g) is g or 0 there, its slope 1 or 0, whatever u and dy."""
     largest = torch.finfo(dtype).max
     for size in (1e4, 3e38, largest):
@@ -98,9 +98,7 @@ def test_swiglu_of_gates_of_any_size(ops: ModuleType, dtype: torch.dtype) -> Non
 
 
 @each_backend
-def test_swiglu_products_overflow_only_where_the_result_does(
-    ops: ModuleType, dtype: torch.dtype
-) -> None:
+def test_swiglu_overflow(ops: ModuleType, dtype: torch.dtype) -> None:
     """dy u is 1e60, beyond float32; times the slope of an almost closed gate it is not."""
     h = torch.tensor([[-80.0, 1e30]], dtype=dtype)
     dh = ops.swiglu_backward(torch.tensor([[1e30]], dtype=dtype), h)
@@ -110,9 +108,8 @@ def test_swiglu_products_overflow_only_where_the_result_does(
 
 @each_backend
 @pytest.mark.parametrize("where", [0, 5])
-def test_swiglu_passes_nan_on_to_its_own_column_alone(
-    ops: ModuleType, dtype: torch.dtype, where: int
-) -> None:
+def test_swiglu_nan(ops: ModuleType, dtype: torch.dtype, where: int) -> None:
+    """It is passed on to its own column alone."""
     h = torch.ones(2, 6, dtype=dtype)
     h[0, where] = torch.nan
     y = ops.swiglu_forward(h)
@@ -123,7 +120,7 @@ def test_swiglu_passes_nan_on_to_its_own_column_alone(
 
 
 @pytest.mark.parametrize("ops", [reference, native, triton], ids=["reference", "native", "triton"])
-def test_swiglu_slope_of_a_large_gate_keeps_its_digits(ops: ModuleType) -> None:
+def test_swiglu_slope_digits(ops: ModuleType) -> None:
     """1 + g e^-g + …: with 1 - σ(g) as a difference it would be off by g 2^-24, as natively."""
     gate = torch.linspace(8, 30, 400)
     h, dy = torch.cat((gate, torch.ones(400)))[None], torch.ones(1, 400)
@@ -133,7 +130,7 @@ def test_swiglu_slope_of_a_large_gate_keeps_its_digits(ops: ModuleType) -> None:
 
 
 @each_backend
-def test_swiglu_of_sliced_and_transposed_rows(ops: ModuleType, dtype: torch.dtype) -> None:
+def test_swiglu_sliced_and_transposed(ops: ModuleType, dtype: torch.dtype) -> None:
     """Read right, or refused."""
     wide = torch.randn(6, 40, generator=generator(1)).to(dtype)
     for h in (wide[:, :20], wide[::2, 20:], wide.view(2, 3, 40)[..., ::2], wide[:, :12].T):
@@ -151,7 +148,7 @@ def test_swiglu_of_sliced_and_transposed_rows(ops: ModuleType, dtype: torch.dtyp
 
 @pytest.mark.parametrize("ops", [reference, native, triton], ids=["reference", "native", "triton"])
 @pytest.mark.parametrize("shape", [(0, 6), (3, 0), (0, 2, 4), (2, 0, 4)], ids=str)
-def test_swiglu_of_nothing(ops: ModuleType, shape: tuple[int, ...]) -> None:
+def test_swiglu_no_rows(ops: ModuleType, shape: tuple[int, ...]) -> None:
     h = torch.ones(shape)
     y = ops.swiglu_forward(h)
     assert y.shape == (*shape[:-1], shape[-1] // 2)
@@ -166,7 +163,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("h, message", BAD.values(), ids=BAD.keys())
-def test_swiglu_refuses(h: Tensor, message: str) -> None:
+def test_swiglu_forward_refuses(h: Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         swiglu.swiglu_forward(h)
     with pytest.raises(ValueError, match=message):

@@ -69,9 +69,10 @@ BOUNDS = [
 
 
 @pytest.mark.parametrize(("optimizer", "dtype", "rate", "weight_bound", "loss_bound"), BOUNDS)
-def test_five_steps_go_where_the_reference_goes(
+def test_triton_five_steps(
     optimizer: str, dtype: torch.dtype, rate: float, weight_bound: float, loss_bound: float
 ) -> None:
+    """Five steps go where the reference goes."""
     losses, _, weights = train("triton", dtype, optimizer, rate)
     expected_losses, start, expected = train("reference", dtype, optimizer, rate)
     assert torch.isfinite(losses).all()
@@ -82,7 +83,7 @@ def test_five_steps_go_where_the_reference_goes(
 
 
 @pytest.mark.parametrize("tied_with_bias", [True, pytest.param(False, marks=pytest.mark.slow)])
-def test_every_gradient_with_documents(tied_with_bias: bool) -> None:
+def test_triton_gradients_documents(tied_with_bias: bool) -> None:
     """One backward with documents and ignored labels, against float64, parameter by parameter."""
     tokens = batch(0, T=33)
     tokens[:, [4, 5, 17]] = END_OF_TEXT
@@ -102,7 +103,7 @@ def test_every_gradient_with_documents(tied_with_bias: bool) -> None:
         assert selfcheck.relative_error(gradients["triton"][name], exact) < 1e-5, name
 
 
-def test_generation_through_the_cache() -> None:
+def test_triton_generate_with_cache() -> None:
     """Prefill and decoding choose the tokens that the reference chooses."""
     prompt = batch(1, T=5)
     texts = [
@@ -113,7 +114,7 @@ def test_generation_through_the_cache() -> None:
     assert torch.equal(texts[0], texts[1])
 
 
-def test_the_backend_passes_its_selfcheck(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_triton_selfcheck(monkeypatch: pytest.MonkeyPatch) -> None:
     """The check that precedes every GPU run, on the interpreter, at a shape it can bear."""
     monkeypatch.setattr(selfcheck, "MAX_ROWS", 18)
     run = {"d_model": 48, "n_heads": 2, "d_ffn": 80, "vocab_size": 61, "sequence_length": 21}
@@ -126,7 +127,7 @@ def test_the_backend_passes_its_selfcheck(monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.promise("NaN and infinity")
 @pytest.mark.parametrize(("optimizer", "stochastic"), [("adamw", False), ("sgd", True)])
-def test_a_step_that_is_not_finite_changes_nothing(optimizer: str, stochastic: bool) -> None:
+def test_triton_step_not_finite(optimizer: str, stochastic: bool) -> None:
     """The other backends, and more numbers: tests/mantrans/training/test_step_refused.py."""
     wrapper = CustomTransformerWrapper(
         5, 8, 1, 1, 8, 8, backend="triton", device="cpu", optimizer=optimizer,
@@ -144,5 +145,6 @@ def test_a_step_that_is_not_finite_changes_nothing(optimizer: str, stochastic: b
     assert bad_step(wrapper, {}).applied and not unchanged(wrapper, before)
 
 
-def test_all_backends_offer_the_same_operations() -> None:
+def test_backends_same_operations() -> None:
+    """All backends offer the same operations."""
     assert set(triton.__all__) <= set(vars(reference)) & set(vars(native))

@@ -16,14 +16,14 @@ ROOT = Path(__file__).parents[2]
 NAME = "tinystories_bpe_4096"
 
 
-def test_the_packages_folders_are_those_at_the_top() -> None:
+def test_assets_folders() -> None:
+    """The package's folders are those at the top."""
     assert (ASSETS / "configs").resolve() == ROOT / "configs"
     assert SHIPPED.resolve() == ROOT / "assets/models/tokenizers"
 
 
-def test_a_config_is_the_folders_own_or_the_shipped_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_config_lookup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The folder's own, or the shipped one."""
     monkeypatch.chdir(tmp_path)
     shipped = Config.load("configs/quickstart.yaml")
     assert shipped == Config.load(ROOT / "configs/quickstart.yaml")
@@ -35,9 +35,8 @@ def test_a_config_is_the_folders_own_or_the_shipped_one(
     assert Config.load("configs/quickstart.yaml").training.max_steps == 3
 
 
-def test_a_tokenizer_is_a_path_or_the_folders_own_or_the_shipped_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_tokenizer_lookup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A path, the folder's own, or the shipped one."""
     monkeypatch.chdir(tmp_path)
     hashes = [load_tokenizer(NAME).hash]
     content = json.loads((SHIPPED / NAME / "tokenizer.json").read_text(encoding="utf-8"))

@@ -53,7 +53,7 @@ def error_line(capsys: pytest.CaptureFixture[str]) -> str:
 # --------------------------------------------------------------------------------------- commands
 
 
-def test_the_installed_command_and_the_module_are_main() -> None:
+def test_main_installed_and_module() -> None:
     tomllib = pytest.importorskip("tomllib")  # since Python 3.11
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     [(name, value)] = project["scripts"].items()
@@ -98,7 +98,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize(("arguments", "words"), MISTAKES.items())
-def test_a_mistake_is_one_line(
+def test_main_mistake(
     run: Path, capsys: pytest.CaptureFixture[str], arguments: str, words: str
 ) -> None:
     assert main(filled(arguments, run)) == 2
@@ -113,12 +113,14 @@ WORKING = {
 
 
 @pytest.mark.parametrize("arguments", WORKING.values(), ids=WORKING)
-def test_full_memory_is_one_line_and_not_the_checkpoint_s_fault(
+def test_main_memory_full(
     run: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
     arguments: str,
 ) -> None:
+    """One line, which does not blame the checkpoint."""
+
     def too_large(*_: object, **__: object) -> torch.Tensor:
         return torch.empty(2**50, dtype=torch.uint8)  # more than any address space
 
@@ -128,9 +130,10 @@ def test_full_memory_is_one_line_and_not_the_checkpoint_s_fault(
 
 
 @pytest.mark.parametrize("command", ["evaluate", "generate"])
-def test_a_model_that_is_only_read_has_no_gradients(
+def test_main_inference_no_gradients(
     run: Path, monkeypatch: pytest.MonkeyPatch, command: str
 ) -> None:
+    """A model that is only read has no gradients."""
     built = []
 
     def watched(*arguments: object, **options: object) -> CustomTransformer:
@@ -146,9 +149,11 @@ def test_a_model_that_is_only_read_has_no_gradients(
 @pytest.mark.parametrize(
     ("raised", "status"), [(KeyboardInterrupt(), 130), (MemoryError(), 2), (BrokenPipeError(), 141)]
 )
-def test_accidents_have_a_status_each(
+def test_main_exit_status(
     run: Path, monkeypatch: pytest.MonkeyPatch, raised: BaseException, status: int
 ) -> None:
+    """Each kind of accident has its own."""
+
     def accident(*_: object, **__: object) -> None:
         raise raised
 
@@ -158,9 +163,10 @@ def test_accidents_have_a_status_each(
         assert main(filled("summary RUN/config.yaml", run)) == status
 
 
-def test_a_refusal_of_the_system_names_the_file(
+def test_main_system_refusal(
     run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A refusal of the system names the file."""
     monkeypatch.setattr("mantrans.training.summary.summary", lambda *_: os.listdir("/nowhere"))
     assert main(filled("summary RUN/config.yaml", run)) == 2
     assert error_line(capsys) == "error: /nowhere: No such file or directory"
@@ -172,7 +178,8 @@ def test_a_refusal_of_the_system_names_the_file(
     assert error_line(capsys) == "error: No space left on device"
 
 
-def test_a_bug_keeps_its_traceback(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_main_bug(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bug keeps its traceback."""
     monkeypatch.setattr(
         "mantrans.training.summary.summary", lambda *_: torch.ones(2) @ torch.ones(3)
     )
@@ -185,12 +192,13 @@ READERS += [f"report RUN/runs/{NAME}"]
 
 
 @pytest.mark.parametrize("arguments", READERS, ids=lambda arguments: arguments.split()[0])
-def test_a_reader_that_has_gone_ends_it_quietly(
+def test_main_reader_gone(
     run: Path,
     capfd: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
     arguments: str,
 ) -> None:
+    """It ends quietly."""
     reading, writing = os.pipe()
     os.close(reading)
     with open(writing, "w") as pipe:
@@ -214,9 +222,10 @@ CHOSEN = {"temperature": 1.5, "top_k": 40, "max_generation_length": 30}
     [("", {}, 0), ("--temperature 1.5 --top-k 40 --max-length 30 --seed 7", CHOSEN, 7)],
     ids=["the checkpoint's", "chosen"],
 )
-def test_generate_writes_what_evaluation_samples(
+def test_generate_equals_samples(
     run: Path, capsys: pytest.CaptureFixture[str], options: str, sampling: dict, seed: int
 ) -> None:
+    """Generate writes what evaluation samples."""
     config = Config.load(run / "config.yaml")
     config.training.seed = seed
     for name, value in {"generation_prompts": ["Once upon"], **sampling}.items():
@@ -229,12 +238,14 @@ def test_generate_writes_what_evaluation_samples(
     assert capsys.readouterr().out == printable("Once upon" + sample["continuation"]) + "\n"
 
 
-def test_an_empty_prompt_begins_a_document(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_generate_empty_prompt(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """An empty prompt begins a document."""
     assert main(["generate", "--checkpoint", str(run / "best.pt"), "--prompt", ""]) == 0
     assert len(capsys.readouterr().out) > 1
 
 
-def test_text_comes_while_it_is_made(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_generate_streams(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Text comes while it is made."""
     config = Config.load(run / "config.yaml")
     wrapper, tokenizer = load_model(
         run / "best.pt", load_trained(run / "best.pt"), config, device="cpu"
@@ -259,12 +270,13 @@ def pieces_of(ids: list[int]) -> list[str]:
 
 
 @given(st.lists(st.integers(0, 255), max_size=40))
-def test_pieces_of_any_bytes_add_up_to_their_text(ids: list[int]) -> None:
+def test_pieces_any_bytes(ids: list[int]) -> None:
+    """Pieces of any bytes add up to their text."""
     assert "".join(pieces_of(ids)) == BYTES.decode(ids)
 
 
 @given(st.text(max_size=20))
-def test_pieces_of_a_text_are_its_characters(text: str) -> None:
+def test_pieces_characters(text: str) -> None:
     """The tokens are single bytes: a piece is one character, or empty at the end."""
     whole = text.replace("\N{REPLACEMENT CHARACTER}", "")
     assert [piece for piece in pieces_of(BYTES.encode(whole)) if piece] == list(whole)

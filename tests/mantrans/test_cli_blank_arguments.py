@@ -23,7 +23,7 @@ OPTIONS = (
 @pytest.mark.promise("refused starts")
 @pytest.mark.parametrize("blank", ["", " ", "\t\n"])
 @pytest.mark.parametrize("options", OPTIONS)
-def test_a_blank_argument_is_refused(
+def test_argument_blank(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,

@@ -31,7 +31,7 @@ def imported(program: str, among: set[str], *arguments: str) -> set[str]:
     return set(done.stdout.splitlines()[-1].split()[1:])
 
 
-def test_help_imports_nothing_heavy() -> None:
+def test_help_imports() -> None:
     program = """
 import sys
 from contextlib import redirect_stdout
@@ -50,9 +50,7 @@ for command in sys.argv[1:]:
     assert not imported(program, {"torch"} | OPTIONAL | LATER, "tokenizer")
 
 
-def test_a_run_imports_only_what_it_uses(
-    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
-) -> None:
+def test_train_imports(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     """Before its set-up neither the report's templates nor TensorBoard; never what is optional."""
     config: Config = small(tmp_path, tmp_path / "tokens", max_steps=2)
     config.save(tmp_path / "config.yaml")

@@ -58,7 +58,8 @@ def placed(shape: dict[str, Any]) -> Parameters:
 
 
 @SHAPES
-def test_each_parameter_lies_in_its_group_and_none_in_another(shape: dict[str, Any]) -> None:
+def test_groups_each_parameter(shape: dict[str, Any]) -> None:
+    """Each parameter lies in its group and none in another."""
     p = placed(shape)
     assert tuple(p.groups) == GROUPS
     ends = [0, *(group.stop for group in p.groups.values())]
@@ -80,7 +81,7 @@ def test_each_parameter_lies_in_its_group_and_none_in_another(shape: dict[str, A
 
 
 @SHAPES
-def test_matrices_of_one_shape_are_a_stack(shape: dict[str, Any]) -> None:
+def test_stacks_views(shape: dict[str, Any]) -> None:
     """A view of the very memory, whatever lies between one matrix and the next."""
     p = placed(shape)
     p.weights.copy_(torch.arange(len(p.weights)))
@@ -99,7 +100,8 @@ def test_matrices_of_one_shape_are_a_stack(shape: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 @pytest.mark.parametrize("stochastic", [False, True], ids=["masters", "stochastic rounding"])
-def test_padding_stays_zero_under_every_optimizer(optimizer: str, stochastic: bool) -> None:
+def test_padding_zero(optimizer: str, stochastic: bool) -> None:
+    """Padding stays zero under every optimizer."""
     model = wrapper(
         dtype=torch.bfloat16, optimizer=optimizer, stochastic_rounding=stochastic,
         optimizer_options={"weight_decay": 0.1},
@@ -118,7 +120,7 @@ def test_padding_stays_zero_under_every_optimizer(optimizer: str, stochastic: bo
     assert (p.weights != before)[~padding].float().mean() > 0.2
 
 
-def test_the_noise_of_two_updates_is_not_the_same() -> None:
+def test_update_noise() -> None:
     """`update_parameters` on bfloat16 weights without masters rounds with another seed each time;
     from the same beginning it repeats itself."""
     model = wrapper(dtype=torch.bfloat16, stochastic_rounding=True).model
@@ -140,7 +142,8 @@ def test_the_noise_of_two_updates_is_not_the_same() -> None:
 # ------------------------------------------------------------------------------------- inference
 
 
-def test_a_model_for_inference_is_its_weights_and_nothing_else() -> None:
+def test_inference_buffers() -> None:
+    """A model for inference is its weights and nothing else."""
     trained = wrapper(dtype=torch.bfloat16, optimizer="adamw")
     model = wrapper(dtype=torch.bfloat16, optimizer="adamw", inference=True)
     p = model.model.parameters
@@ -234,9 +237,7 @@ def gradients(ops: Any, shape: dict[str, Any], recompute: str, parts: int) -> di
 @pytest.mark.parametrize("bias", [True, False], ids=["biases", "no biases"])
 @pytest.mark.parametrize("recompute", ["none", "block"])
 @pytest.mark.parametrize("parts", [1, 3])
-def test_partial_sums_add_up_to_the_gradients(
-    tied: bool, bias: bool, recompute: str, parts: int
-) -> None:
+def test_partial_sums(tied: bool, bias: bool, recompute: str, parts: int) -> None:
     """float64: the sums are those of native in another order."""
     shape = {"tie_embeddings": tied, "bias": bias}
     expected = gradients(native, shape, recompute, parts)
@@ -247,7 +248,7 @@ def test_partial_sums_add_up_to_the_gradients(
         assert_close(actual[name], gradient, 1e-13, name)
 
 
-def test_a_backward_that_ends_early_leaves_nothing_for_the_next() -> None:
+def test_backward_broken_off() -> None:
     """Out of memory in the middle, and the caller goes on with less."""
     results = []
     for fails in (False, True):
@@ -274,9 +275,8 @@ def test_a_backward_that_ends_early_leaves_nothing_for_the_next() -> None:
 
 @pytest.mark.parametrize("ops", [native, reference], ids=["native", "reference"])
 @pytest.mark.parametrize("chunk_rows", [1, 7, B * T])
-def test_loss_and_gradients_with_any_number_of_logits_at_a_time(
-    ops: Any, chunk_rows: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_chunk_rows_any(ops: Any, chunk_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loss and gradients are the same with any number of logits at a time."""
     lengths: list[int] = []
     whole = ops.cross_entropy_forward_backward
 

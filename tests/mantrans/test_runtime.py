@@ -53,7 +53,7 @@ def page_faults(keep: bool) -> int:
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")
 @pytest.mark.slow
-def test_freed_memory_is_kept() -> None:
+def test_malloc_trim_disabled() -> None:
     """Where nothing is kept every page of every block is new; where it is, those of one round at
     most."""
     assert page_faults(keep=False) >= BLOCKS * PAGES
@@ -61,12 +61,13 @@ def test_freed_memory_is_kept() -> None:
 
 
 @pytest.mark.parametrize("name", ["abacus", "cuda:99", "cpu:x"])
-def test_a_device_that_is_not_there_is_named(name: str) -> None:
+def test_device_absent(name: str) -> None:
     with pytest.raises(ConfigError, match=f"^device: expected one that works, got '{name}'"):
         resolve_device(name)
 
 
-def test_dtypes_by_name_and_by_themselves() -> None:
+def test_dtype_names() -> None:
+    """As names and as themselves."""
     cpu = torch.device("cpu")
     assert resolve_dtype("bfloat16", cpu) == resolve_dtype(torch.bfloat16, cpu) == torch.bfloat16
     assert resolve_dtype("auto", cpu) in (torch.bfloat16, torch.float32)
@@ -75,9 +76,8 @@ def test_dtypes_by_name_and_by_themselves() -> None:
             resolve_dtype(wrong, cpu)
 
 
-def test_full_memory_while_a_model_is_built_is_not_a_bad_checkpoint(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_model_memory_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While a model is built: not taken for a bad checkpoint."""
     model = CustomTransformerWrapper(vocab_size=9, d_model=4, n_blocks=1, n_heads=1)
     model.save_checkpoint(tmp_path / "model.pt")
 

@@ -14,7 +14,8 @@ def number(cell: str) -> float:
     return math.inf if cell == "∞" else float(cell)
 
 
-def test_the_page_has_every_operation_and_keeps_its_promise() -> None:
+def test_page_every_operation() -> None:
+    """And its numbers keep the promise above them."""
     lines = PAGE.read_text(encoding="utf-8").splitlines()
     assert f"**{PROMISE}**" in lines
     rows = [line.strip("| ").split(" | ") for line in lines if line.startswith("|")]

@@ -16,7 +16,7 @@ FUNCTION = re.compile(r"^def (\w+)", re.MULTILINE)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_page_code(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of a page share their variables. Blank lines stand in for the prose, so that the
     line number of a failure is that of the page."""
     monkeypatch.chdir(tmp_path)
@@ -28,7 +28,8 @@ def test_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     exec(compile("\n".join(code), str(page), "exec"), {})
 
 
-def test_the_index_names_functions_that_exist() -> None:
+def test_index_functions() -> None:
+    """The index names functions that exist."""
     defined = set(FUNCTION.findall((ROOT / "kernels" / "reference.py").read_text()))
     rows = [
         line for line in (ROOT / "docs/gradients/index.md").read_text().splitlines() if "](" in line
@@ -47,7 +48,8 @@ def anchor(heading: str) -> str:
 
 
 @pytest.mark.parametrize("text", TEXTS, ids=lambda path: str(path.relative_to(ROOT)))
-def test_links_lead_to_files_and_headings_that_exist(text: Path) -> None:
+def test_links(text: Path) -> None:
+    """They lead to files and headings that exist."""
     source = text.read_text(encoding="utf-8")
     for target, heading in LINK.findall(source):
         path = (text.parent / target) if target else text
@@ -58,7 +60,7 @@ def test_links_lead_to_files_and_headings_that_exist(text: Path) -> None:
 
 
 @pytest.mark.slow
-def test_site_has_no_warning_dead_link_or_formula_left_as_text(tmp_path: Path) -> None:
+def test_site(tmp_path: Path) -> None:
     """`make docs` builds every page; a link to a source file is a name or the file itself."""
     command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going"]
     subprocess.run([*command, str(ROOT / "docs"), str(tmp_path)], check=True)

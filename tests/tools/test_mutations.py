@@ -13,14 +13,16 @@ from tools.mutations import MUTATIONS, ROOT, Mutation, copy_tree, mutate
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.mistake)
-def test_each_mistake_can_still_be_made(mutation: Mutation) -> None:
+def test_mutation_applies(mutation: Mutation) -> None:
+    """Each mistake can still be made."""
     text = (ROOT / "kernels" / "triton" / f"{mutation.kernel}.py").read_text()
     assert text.count(mutation.right) == 1
     assert mutation.wrong != mutation.right
     assert (ROOT / "tests/kernels" / f"test_{mutation.tests}.py").exists()
 
 
-def test_a_mistake_is_made_in_the_copy_alone(tmp_path: Path) -> None:
+def test_mutation_copy_only(tmp_path: Path) -> None:
+    """A mistake is made in the copy alone."""
     mutation = MUTATIONS[0]
     original = (ROOT / "kernels" / "triton" / f"{mutation.kernel}.py").read_text()
     mutate(mutation, copy_tree(tmp_path))
@@ -30,7 +32,7 @@ def test_a_mistake_is_made_in_the_copy_alone(tmp_path: Path) -> None:
         assert changed == original.replace(mutation.right, mutation.wrong) != original
 
 
-def test_a_line_that_moved_on_is_an_error(tmp_path: Path) -> None:
+def test_mutation_line_moved(tmp_path: Path) -> None:
     stale = MUTATIONS[0]._replace(right="no such line")
     with pytest.raises(ValueError, match="occurs 0 times"):
         mutate(stale, copy_tree(tmp_path))

@@ -32,20 +32,21 @@ def words(text: str) -> list[str]:
     return re.findall(r"[A-Za-z]+", text)
 
 
-def test_a_seed_always_tells_the_same_stories() -> None:
+def test_stories_seed() -> None:
+    """A seed always tells the same stories."""
     digest = hashlib.sha256("\0".join(stories.stories(seed=0, count=200)).encode()).hexdigest()
     # If the text was changed on purpose: `python -m tools.stories --write`, and the new value here.
     assert digest[:16] == "90e7559bef8bc8b4"
 
 
 @pytest.mark.parametrize("count", [300, pytest.param(shipped.COUNT, marks=pytest.mark.slow)])
-def test_the_shipped_stories_are_what_the_tool_makes(told: list[str], count: int) -> None:
+def test_stories_shipped(told: list[str], count: int) -> None:
+    """The shipped stories are what the tool makes."""
     assert told[:count] == list(stories.stories(stories.SHIPPED_SEED, count))
 
 
-def test_the_tool_writes_the_file_anew(
-    told: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_stories_written(told: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tool writes the file anew."""
     monkeypatch.setattr(stories, "FILE", tmp_path / "few.xz")
     monkeypatch.setattr(stories, "COUNT", 20)
     monkeypatch.setattr(sys, "argv", ["tools.stories", "--write"])
@@ -54,18 +55,21 @@ def test_the_tool_writes_the_file_anew(
     assert text.split(shipped.SEPARATOR) == told[:20]
 
 
-def test_a_story_depends_on_seed_and_index_alone() -> None:
+def test_story_seed_and_index() -> None:
+    """A story depends on seed and index alone."""
     assert stories.story(3, 17) == stories.story(3, 17)
     assert list(stories.stories(5, 30))[:10] == list(stories.stories(5, 10))
 
 
-def test_stories_are_distinct_within_and_mostly_across_seeds(told: list[str]) -> None:
+def test_stories_distinct(told: list[str]) -> None:
+    """Stories are distinct within and mostly across seeds."""
     assert len(set(told)) == len(told) == shipped.COUNT
     others = set(stories.stories(seed=8, count=1000))
     assert len(others & set(told)) < 20  # under 2%
 
 
-def test_every_plot_name_animal_and_color_is_told(told: list[str]) -> None:
+def test_stories_casts(told: list[str]) -> None:
+    """Every plot, name, animal and color is told."""
     every = set(words(" ".join(told)))
     animals = ANIMALS_SHE | ANIMALS_HE
     cast = {*GIRLS, *BOYS, *animals, *animals.values(), *COLORS, *NATURES}
@@ -74,7 +78,8 @@ def test_every_plot_name_animal_and_color_is_told(told: list[str]) -> None:
     assert len(PLOTS) >= 12
 
 
-def test_lengths_suit_a_window_of_160_tokens(told: list[str]) -> None:
+def test_stories_lengths(told: list[str]) -> None:
+    """They suit a window of 160 tokens."""
     tokenizer = load_tokenizer("tinystories_bpe_4096")
     lengths = [len(ids) + 1 for ids in tokenizer.encode_batch(told)]
     assert 100 <= sum(lengths) / len(lengths) <= 130
@@ -82,7 +87,8 @@ def test_lengths_suit_a_window_of_160_tokens(told: list[str]) -> None:
     assert sum(length <= 160 for length in lengths) / len(lengths) > 0.995
 
 
-def test_articles_agree_with_what_follows(told: list[str]) -> None:
+def test_articles(told: list[str]) -> None:
+    """Articles agree with what follows."""
     for text in told:
         assert not re.search(r"\b[Aa] [aeiou]", text), text
         assert not re.search(r"\b[Aa]n [^aeiou]", text), text
@@ -90,7 +96,8 @@ def test_articles_agree_with_what_follows(told: list[str]) -> None:
     assert a("kite") == "a kite"
 
 
-def test_pronouns_agree_with_the_cast(told: list[str]) -> None:
+def test_pronouns(told: list[str]) -> None:
+    """Pronouns agree with the cast."""
     checked = 0
     for text in told:
         found = set(words(text))
@@ -103,7 +110,8 @@ def test_pronouns_agree_with_the_cast(told: list[str]) -> None:
     assert checked > 1000
 
 
-def test_a_story_stays_with_its_hero(told: list[str]) -> None:
+def test_hero(told: list[str]) -> None:
+    """A story stays with its hero."""
     for text in told:
         beginning, end = text.split("\n\n")
         hero = next(word for word in words(beginning) if word in SHE | HE)
@@ -112,7 +120,7 @@ def test_a_story_stays_with_its_hero(told: list[str]) -> None:
         assert re.search(rf"\b{hero}\b", re.split(r"(?<=[.!?]) ", text)[0]), text
 
 
-def test_sentences_are_well_formed(told: list[str]) -> None:
+def test_sentences(told: list[str]) -> None:
     for text in told:
         assert not re.search(r"[{}]|  |\bNone\b| [.,!?]|\.\.|,\.", text), text
         for paragraph in text.split("\n\n"):
@@ -123,7 +131,8 @@ def test_sentences_are_well_formed(told: list[str]) -> None:
                 assert follower.isupper() or follower == '"', paragraph
 
 
-def test_no_sentence_is_said_twice_in_a_story(told: list[str]) -> None:
+def test_sentences_repeated(told: list[str]) -> None:
+    """No sentence is said twice in a story."""
     for text in told:
         sentences = re.split(r"(?<=[.!?]) ", re.sub(r'"[^"]*"', "", text))
         long = [sentence for sentence in sentences if len(sentence) > 20]

@@ -86,12 +86,13 @@ def saved(tmp_path: Path) -> Path:
 # ------------------------------------------------------------------------------------ what is kept
 
 
-def test_a_state_comes_back_bit_for_bit(saved: Path) -> None:
+def test_save_and_load_bits(saved: Path) -> None:
+    """The state comes back bit for bit."""
     assert_same_bits(load(saved), example_state())
     verify(saved)
 
 
-def test_the_package_safetensors_reads_the_same(saved: Path) -> None:
+def test_safetensors_package_reads(saved: Path) -> None:
     """Names, dtypes, shapes and bits of all tensors, with the seal as one more."""
     state = example_state()
     expected = {f"weights.{name}": tensor for name, tensor in state["weights"].items()}
@@ -106,7 +107,7 @@ def test_the_package_safetensors_reads_the_same(saved: Path) -> None:
     assert_same_bits(dict(sorted(tensors.items())), dict(sorted(expected.items())))
 
 
-def test_each_tensor_is_stored_whole_whatever_it_is_a_view_of(tmp_path: Path) -> None:
+def test_save_tensor_views(tmp_path: Path) -> None:
     """Neither the order of a flat buffer nor its padding comes into the file."""
     flat = torch.arange(100_000.0)
     state = {"b": flat[50_000:50_010], "a": flat[:6].view(2, 3)}
@@ -116,7 +117,7 @@ def test_each_tensor_is_stored_whole_whatever_it_is_a_view_of(tmp_path: Path) ->
     assert (tmp_path / "views.pt").stat().st_size < 1000
 
 
-def test_a_model_finds_its_tensors_by_name_in_whatever_order_they_come(tmp_path: Path) -> None:
+def test_load_by_name(tmp_path: Path) -> None:
     """So that another layout of the flat buffers reads the same files."""
 
     def wrapper(seed: int) -> CustomTransformerWrapper:
@@ -141,14 +142,15 @@ def test_a_model_finds_its_tensors_by_name_in_whatever_order_they_come(tmp_path:
     assert_same_bits(other.state_dict(), trained.state_dict())
 
 
-def test_paths_that_read_alike_name_different_tensors(tmp_path: Path) -> None:
+def test_save_paths_reading_alike(tmp_path: Path) -> None:
+    """Paths that read alike name different tensors."""
     state = {"a": {"b": torch.zeros(1)}, "a.b": torch.ones(2), "seal": torch.full((3,), 2.0)}
     state |= {"__metadata__": torch.full((4,), 3.0), "seal'": torch.zeros(5)}  # type: ignore[dict-item]
     save(tmp_path / "x.pt", state)
     assert_same_bits(load(tmp_path / "x.pt"), state)
 
 
-def test_loaded_tensors_are_the_files_bytes_and_writing_to_them_is_private(saved: Path) -> None:
+def test_load_mapped_private(saved: Path) -> None:
     """Mapped, not copied; the file keeps its bytes, also when it is replaced meanwhile."""
     before = saved.read_bytes()
     big = saved.with_name("big.pt")
@@ -170,7 +172,7 @@ def resident_bytes() -> int:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_every_dtype_and_layout_of_memory(tmp_path: Path, dtype: torch.dtype) -> None:
+def test_save_any_dtype_and_layout(tmp_path: Path, dtype: torch.dtype) -> None:
     base = torch.arange(24).to(dtype)
     state = {
         "whole": base.view(2, 3, 4),
@@ -197,18 +199,21 @@ PLAIN = st.recursive(
 
 @settings(max_examples=50, deadline=None, database=None)
 @given(st.dictionaries(st.text(max_size=8), PLAIN, max_size=5))
-def test_any_plain_data_comes_back(tmp_path_factory: pytest.TempPathFactory, state: Any) -> None:
+def test_save_plain_data(tmp_path_factory: pytest.TempPathFactory, state: Any) -> None:
+    """Any plain data comes back."""
     path = tmp_path_factory.getbasetemp() / "plain.pt"
     save(path, state)
     assert_same_bits(load(path), state)
 
 
-def test_numpy_numbers_become_plain_ones(tmp_path: Path) -> None:
+def test_save_numpy_numbers(tmp_path: Path) -> None:
+    """NumPy numbers become plain ones."""
     save(tmp_path / "x.pt", {"loss": np.float64(1.5)})
     assert type(load(tmp_path / "x.pt")["loss"]) is float
 
 
-def test_what_is_not_data_is_named_before_anything_is_written(tmp_path: Path) -> None:
+def test_save_not_data(tmp_path: Path) -> None:
+    """It is named before anything is written."""
     deep: Any = 1
     for _ in range(plain.MAX_DEPTH + 1):
         deep = [deep]
@@ -232,7 +237,7 @@ def test_what_is_not_data_is_named_before_anything_is_written(tmp_path: Path) ->
 
 
 @pytest.mark.promise("damaged checkpoint")
-def test_a_flipped_bit_anywhere_is_detected(short: Path) -> None:
+def test_load_flipped_bit(short: Path) -> None:
     """Every byte of the file, one random bit each: of length, header, tensors and seal."""
     content = short.read_bytes()
     rng = random.Random(0)
@@ -246,7 +251,8 @@ def test_a_flipped_bit_anywhere_is_detected(short: Path) -> None:
 
 
 @pytest.mark.promise("damaged checkpoint")
-def test_truncation_at_any_length_is_detected(short: Path) -> None:
+def test_load_truncated(short: Path) -> None:
+    """Truncation at any length is detected."""
     content = short.read_bytes()
     broken = short.with_name("broken.pt")
     for length in range(len(content)):
@@ -258,7 +264,8 @@ def test_truncation_at_any_length_is_detected(short: Path) -> None:
 
 
 @pytest.mark.promise("damaged checkpoint")
-def test_blocks_of_zeros_and_swapped_blocks_are_detected(saved: Path) -> None:
+def test_load_zeroed_or_swapped_blocks(saved: Path) -> None:
+    """Blocks of zeros and swapped blocks are detected."""
     content = saved.read_bytes()
     rng = random.Random(1)
     broken = saved.with_name("broken.pt")
@@ -276,7 +283,7 @@ def test_blocks_of_zeros_and_swapped_blocks_are_detected(saved: Path) -> None:
 
 
 @pytest.mark.promise("damaged checkpoint")
-def test_a_damaged_tensor_is_named(saved: Path) -> None:
+def test_load_damaged_tensor_name(saved: Path) -> None:
     content = bytearray(saved.read_bytes())
     start = content.index(example_state()["moments"].view(torch.uint8).numpy().tobytes())
     content[start + 5] ^= 1
@@ -284,7 +291,7 @@ def test_a_damaged_tensor_is_named(saved: Path) -> None:
     assert "the tensor 'moments' has changed" in refusal(saved)
 
 
-def test_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
+def test_load_not_a_checkpoint(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.pt")
     (tmp_path / "text.pt").write_text("no\n" * 100)
     (tmp_path / "empty.pt").touch()
@@ -313,9 +320,7 @@ class FailingDisk:
 
 
 @pytest.mark.promise("damaged checkpoint")
-def test_a_bad_sector_and_a_file_that_shrinks_are_said_in_one_line(
-    saved: Path, monkeypatch: Any
-) -> None:
+def test_load_bad_sector_or_shrinking_file(saved: Path, monkeypatch: Any) -> None:
     """Bytes are verified by reads: through a map, an error of the disk would end the process."""
     read = tensor_file.read
     for error, expected in (
@@ -354,7 +359,8 @@ def sealed(path: Path, header: str | bytes, content: bytes = CONTENT, tensors: i
     return path
 
 
-def test_the_hostile_files_below_differ_from_a_good_one_in_one_thing(tmp_path: Path) -> None:
+def test_hostile_files_differ_in_one_thing(tmp_path: Path) -> None:
+    """The hostile files below differ from a good one in one thing."""
     path = sealed(tmp_path / "good.pt", header_of({"w": GOOD}))
     assert_same_bits(load(path), {"w": torch.arange(4.0).view(2, 2)})
 
@@ -393,9 +399,8 @@ COUNTS, BYTES, PLACE = "expected counts", r"expected \d+ bytes", "a gap before i
         ({"shape": [2**48] * 200_000}, "8 dimensions"),
     ],
 )
-def test_claims_beyond_the_file_are_refused_without_allocating(
-    tmp_path: Path, claim: dict[str, Any], expected: str
-) -> None:
+def test_load_claims_beyond_file(tmp_path: Path, claim: dict[str, Any], expected: str) -> None:
+    """Claims beyond the file are refused without allocating."""
     path = sealed(tmp_path / "x.pt", header_of({"w": GOOD | claim}))
     tracemalloc.start()
     message = refusal(path)
@@ -406,7 +411,9 @@ def test_claims_beyond_the_file_are_refused_without_allocating(
 
 
 @pytest.mark.promise("claims of a file")
-def test_tensors_that_overlap_or_lie_askew_are_refused(tmp_path: Path) -> None:
+def test_load_overlapping_tensors(tmp_path: Path) -> None:
+    """Tensors that overlap or leave gaps are refused."""
+
     def claim(dtype: str, shape: list[int], *offsets: int) -> dict[str, Any]:
         return {"dtype": dtype, "shape": shape, "data_offsets": list(offsets)}
 
@@ -457,9 +464,8 @@ GOOD_HEADER = header_of({"w": GOOD})
         header_of({}, n_bytes=0),
     ],
 )
-def test_a_malformed_header_is_refused_in_little_time_and_memory(
-    tmp_path: Path, header: str | bytes
-) -> None:
+def test_load_malformed_header(tmp_path: Path, header: str | bytes) -> None:
+    """A malformed header is refused in little time and memory."""
     begun = time.perf_counter()
     assert "is damaged or not a checkpoint" in refusal(sealed(tmp_path / "x.pt", header))
     assert time.perf_counter() - begun < 5
@@ -467,9 +473,8 @@ def test_a_malformed_header_is_refused_in_little_time_and_memory(
 
 @pytest.mark.promise("claims of a file")
 @pytest.mark.parametrize("claimed", [2**64 - 1, 2**63, 2**40, 2**24 + 1, 10_000])
-def test_a_header_longer_than_the_file_is_refused_before_it_is_read(
-    tmp_path: Path, claimed: int
-) -> None:
+def test_load_header_longer_than_file(tmp_path: Path, claimed: int) -> None:
+    """A header longer than the file is refused before it is read."""
     path = sealed(tmp_path / "x.pt", GOOD_HEADER)
     path.write_bytes(claimed.to_bytes(8, "little") + path.read_bytes()[8:])
     assert f"claims {claimed} of " in refusal(path)
@@ -480,7 +485,8 @@ def beside_the_tensor(value: str) -> str:
     return HONEST[:-1] + f',"v":{value}' + "}"
 
 
-def test_values_that_json_lacks_are_read_from_their_own_forms(tmp_path: Path) -> None:
+def test_load_values_json_lacks(tmp_path: Path) -> None:
+    """Values that JSON lacks are read from their own forms."""
     value = '[{"$tuple":[]},{"$float":"7ff0000000000000"},{"$dict":[[1,2],["$x",null]]}]'
     path = sealed(tmp_path / "x.pt", header_of({"w": GOOD}, beside_the_tensor(value)))
     assert_same_bits(load(path)["v"], [(), float("inf"), {1: 2, "$x": None}])
@@ -506,7 +512,7 @@ def test_values_that_json_lacks_are_read_from_their_own_forms(tmp_path: Path) ->
         ]),
     ],
 )  # fmt: skip
-def test_a_malformed_state_is_refused(tmp_path: Path, state: str) -> None:
+def test_load_malformed_state(tmp_path: Path, state: str) -> None:
     path = sealed(tmp_path / "x.pt", header_of({"w": GOOD}, state))
     assert "is damaged or not a checkpoint" in refusal(path)
 
@@ -514,9 +520,7 @@ def test_a_malformed_state_is_refused(tmp_path: Path, state: str) -> None:
 @pytest.mark.promise("code in a checkpoint")
 @settings(max_examples=400, deadline=None, database=None)
 @given(st.data())
-def test_a_mutated_header_gives_plain_data_or_is_refused(
-    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
-) -> None:
+def test_load_mutated_header(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     """Sealed again after up to four bytes of it were changed."""
     state = json.dumps({"a": {"$tuple": [{"$float": "7ff0000000000000"}]}, **json.loads(HONEST)})
     base = bytearray(header_of({"w": GOOD}, state).encode())
@@ -544,7 +548,7 @@ class Runs:
 @pytest.mark.promise("code in a checkpoint")
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("protocol", [0, 1, 2, 3, 4, 5])
-def test_a_pickle_that_would_run_code_is_refused(tmp_path: Path, protocol: int) -> None:
+def test_load_pickle(tmp_path: Path, protocol: int) -> None:
     """By itself, as torch.save writes it, and, marked as a file of ours, by the converter too."""
     mark, new = tmp_path / "ran", tmp_path / "new.pt"
     calls = [Runs(os.system, f"touch {mark}"), Runs(eval, f"open({str(mark)!r}, 'w')")]
@@ -564,9 +568,8 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path: Path, protocol: int) 
         assert not mark.exists() and not new.exists()
 
 
-def test_plain_data_larger_than_any_state_are_neither_written_nor_read(
-    tmp_path: Path, monkeypatch: Any
-) -> None:
+def test_save_plain_data_too_large(tmp_path: Path, monkeypatch: Any) -> None:
+    """Plain data larger than any state are neither written nor read."""
     with pytest.raises(CheckpointError, match="expected at most 16777216 bytes of header"):
         save(tmp_path / "x.pt", {"x": "x" * tensor_file.MAX_HEADER_BYTES})
     assert not (tmp_path / "x.pt").exists()
@@ -579,7 +582,7 @@ def test_plain_data_larger_than_any_state_are_neither_written_nor_read(
 
 
 @pytest.mark.promise("full disk")
-def test_a_full_disk_leaves_the_old_file_and_no_other(tmp_path: Path, monkeypatch: Any) -> None:
+def test_save_full_disk_simulated(tmp_path: Path, monkeypatch: Any) -> None:
     """ENOSPC at every single write of a save."""
     path = tmp_path / "x.pt"
     save(path, example_state(1))
@@ -618,7 +621,8 @@ def small_files() -> Iterator[None]:
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
-def test_a_file_size_limit_is_an_error_and_not_the_end(saved: Path, request: Any) -> None:
+def test_save_file_size_limit(saved: Path, request: Any) -> None:
+    """A file size limit is an error and not the end."""
     before = saved.read_bytes()
     request.getfixturevalue("small_files")
     with pytest.raises(CheckpointError, match=r"File too large.*saved before is intact"):
@@ -639,7 +643,7 @@ def full_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.promise("full disk")
-def test_a_really_full_disk(full_disk: Path) -> None:
+def test_save_full_disk(full_disk: Path) -> None:
     folder = CheckpointFolder(full_disk, "run", keep=2)
     folder.save(1, example_state(1))
     with pytest.raises(CheckpointError, match="No space left on device"):
@@ -649,7 +653,7 @@ def test_a_really_full_disk(full_disk: Path) -> None:
     assert_same_bits(load(folder.latest), example_state(3))
 
 
-def test_a_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: Any) -> None:
+def test_save_folder_unwritable(tmp_path: Path, monkeypatch: Any) -> None:
     """Root may write anywhere, so the refusal is played: as by a read-only file system."""
     folder = CheckpointFolder(tmp_path, "run", keep=2)
     folder.save(1, example_state(1))
@@ -687,7 +691,7 @@ for step in range(int(sys.argv[2]), 10**6):
 
 @pytest.mark.promise("killed at random")
 @pytest.mark.slow
-def test_a_kill_inside_a_save_loses_nothing(tmp_path: Path) -> None:
+def test_save_killed(tmp_path: Path) -> None:
     """SIGKILL at random moments, with writes slowed so that most fall inside one."""
     rng = random.Random(2)
     environment = {**os.environ, state_file.SLOW_WRITE_VARIABLE: "0.002", "PYTHONPATH": str(ROOT)}
@@ -719,7 +723,7 @@ def names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
-def test_rotation_links_and_best(tmp_path: Path) -> None:
+def test_manager_rotation_links_best(tmp_path: Path) -> None:
     folder = CheckpointFolder(tmp_path, "first", keep=2)
     for step in range(1, 6):
         assert folder.save(step, example_state(step), best=step == 2) == folder.latest
@@ -743,7 +747,8 @@ def test_rotation_links_and_best(tmp_path: Path) -> None:
     assert load(tmp_path / "best.pt")["step"] == 2
 
 
-def test_a_run_resumed_from_an_older_step_keeps_its_new_checkpoints(tmp_path: Path) -> None:
+def test_manager_resumed_from_older(tmp_path: Path) -> None:
+    """A run resumed from an older step keeps its new checkpoints."""
     folder = CheckpointFolder(tmp_path, "run", keep=2)
     for step in (100, 200, 110):
         folder.save(step, example_state(step))
@@ -751,7 +756,9 @@ def test_a_run_resumed_from_an_older_step_keeps_its_new_checkpoints(tmp_path: Pa
     assert load(newest_intact(folder.folder)[0])["step"] == 110
 
 
-def test_without_hard_links_a_copy_does(tmp_path: Path, monkeypatch: Any) -> None:
+def test_manager_without_hard_links(tmp_path: Path, monkeypatch: Any) -> None:
+    """Without hard links a copy does."""
+
     def refuse(*arguments: Any) -> None:
         raise OSError(errno.EPERM, os.strerror(errno.EPERM))
 
@@ -763,7 +770,8 @@ def test_without_hard_links_a_copy_does(tmp_path: Path, monkeypatch: Any) -> Non
     assert not folder.latest.samefile(folder.folder / "step_00000002.pt")
 
 
-def test_somebody_elses_file_is_not_replaced_by_a_link(tmp_path: Path) -> None:
+def test_manager_foreign_file(tmp_path: Path) -> None:
+    """Somebody else's file is not replaced by a link."""
     (tmp_path / "latest.pt").write_text("mine")
     folder = CheckpointFolder(tmp_path, "run", keep=1)
     with pytest.raises(CheckpointError, match="is a file, not a link"):
@@ -773,7 +781,8 @@ def test_somebody_elses_file_is_not_replaced_by_a_link(tmp_path: Path) -> None:
 
 
 @pytest.mark.promise("newest intact checkpoint")
-def test_the_newest_intact_checkpoint_is_found_behind_damaged_ones(tmp_path: Path) -> None:
+def test_latest_intact_behind_damaged(tmp_path: Path) -> None:
+    """The newest intact checkpoint is found behind damaged ones."""
     folder = CheckpointFolder(tmp_path, "run", keep=5)
     for step in (1, 2, 3):
         folder.save(step, example_state(step))
@@ -794,7 +803,8 @@ def test_the_newest_intact_checkpoint_is_found_behind_damaged_ones(tmp_path: Pat
 
 
 @pytest.mark.promise("two processes")
-def test_a_second_process_is_refused_and_a_dead_one_leaves_no_lock(tmp_path: Path) -> None:
+def test_run_lock_second_process(tmp_path: Path) -> None:
+    """It is refused; a dead process leaves no lock."""
     code = (
         "import time; from mantrans.training.lock import run_lock\n"
         f"with run_lock({str(tmp_path)!r}): print('held', flush=True); time.sleep(60)"
@@ -820,7 +830,7 @@ def test_a_second_process_is_refused_and_a_dead_one_leaves_no_lock(tmp_path: Pat
         pass
 
 
-def test_a_lock_in_an_impossible_place_is_an_error(tmp_path: Path) -> None:
+def test_run_lock_impossible_place(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(MantransError, match="cannot be written"), run_lock(tmp_path / "file" / "x"):
         pass

@@ -45,7 +45,8 @@ def one_thread() -> Any:
 # ------------------------------------------------------------------------ the config and the run
 
 
-def test_the_run_folders_config_is_the_file_it_was_begun_with() -> None:
+def test_v0_config() -> None:
+    """The run folder's config is the file that it was begun with."""
     resolved = Config.load(OLD / "bfloat16" / "config.yaml").to_dict()
     begun_with = Config.load(OLD / "bfloat16.yaml").to_dict()
     # Defaults of that time, which it holds and the file does not.
@@ -59,7 +60,8 @@ def test_the_run_folders_config_is_the_file_it_was_begun_with() -> None:
 
 
 @pytest.mark.promise("first format")
-def test_the_run_folder_is_read_by_the_records_reader_and_the_report(tmp_path: Path) -> None:
+def test_v0_run_folder(tmp_path: Path) -> None:
+    """It is read by the records' reader and by the report."""
     records = read_records(OLD / "bfloat16" / "metrics.jsonl")
     assert [record["step"] for record in records] == [3, 4, 6, 8, 8]
     assert records[-1]["validation_loss"] == 5.021440855227411
@@ -73,7 +75,8 @@ def test_the_run_folder_is_read_by_the_records_reader_and_the_report(tmp_path: P
 
 @pytest.mark.promise("first format")
 @DTYPES
-def test_a_converted_checkpoint_has_every_value_of_the_old_one(tmp_path: Path, dtype: str) -> None:
+def test_convert_values(tmp_path: Path, dtype: str) -> None:
+    """A converted checkpoint has every value of the old one."""
     convert(OLD / f"{dtype}.pt", tmp_path / "new.pt")
     old = torch.load(OLD / f"{dtype}.pt", weights_only=True)
     assert_same_bits(load(tmp_path / "new.pt"), old)
@@ -85,9 +88,7 @@ def test_a_converted_checkpoint_has_every_value_of_the_old_one(tmp_path: Path, d
 
 @pytest.mark.promise("first format")
 @DTYPES
-def test_training_goes_on_from_a_converted_checkpoint_with_the_losses_of_the_old_code(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
-) -> None:
+def test_convert_then_train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
     """To step 8, where the old code came from the same checkpoint. Its losses are on record; its
     bits went with its arithmetic: sums and norms have more digits now."""
     monkeypatch.chdir(ROOT)  # the config names the text by its place in the repository
@@ -112,7 +113,8 @@ def test_training_goes_on_from_a_converted_checkpoint_with_the_losses_of_the_old
     assert losses[-2:] == pytest.approx(near[-2:], abs=1e-2 if dtype == "bfloat16" else 1e-4)
 
 
-def test_the_normal_reader_names_the_command_and_the_command_works(tmp_path: Path) -> None:
+def test_load_v0_names_command(tmp_path: Path) -> None:
+    """The normal reader names the command and the command works."""
     old = tmp_path / "old.pt"
     shutil.copy(OLD / "float32.pt", old)
     with pytest.raises(CheckpointError) as caught:
@@ -129,16 +131,15 @@ def test_the_normal_reader_names_the_command_and_the_command_works(tmp_path: Pat
         newest_intact(old.rename(tmp_path / "run" / "old.pt").parent)
 
 
-def test_a_checkpoint_is_converted_in_its_own_place(tmp_path: Path) -> None:
+def test_convert_in_place(tmp_path: Path) -> None:
+    """A checkpoint is converted in its own place."""
     path = Path(shutil.copy(OLD / "float32.pt", tmp_path / "own.pt"))
     convert(path, path)
     assert load(path)["progress"]["step"] == 4
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_what_is_damaged_or_no_checkpoint_is_not_converted(
-    tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
+def test_convert_damaged(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """Bits flipped all over the file; cut short; a zip of something else; no file."""
     whole = (OLD / "float32.pt").read_bytes()
     broken, new = tmp_path / "broken.pt", tmp_path / "new.pt"

@@ -43,7 +43,7 @@ def with_times(folder: Path, how: str) -> None:
 @pytest.mark.promise("order of checkpoints")
 @pytest.mark.parametrize("moved", ["in place", "copied", "renamed"])
 @pytest.mark.parametrize("how", ["equal", "shuffled", "in the future"])
-def test_times_do_not_decide(tmp_path: Path, how: str, moved: str) -> None:
+def test_order_changed_times(tmp_path: Path, how: str, moved: str) -> None:
     folder = saved(tmp_path, 10, 20, 30, 40).folder
     if moved == "copied":
         folder = Path(shutil.copytree(folder, tmp_path / "copy" / "run"))
@@ -56,7 +56,7 @@ def test_times_do_not_decide(tmp_path: Path, how: str, moved: str) -> None:
 
 @pytest.mark.promise("order of checkpoints")
 @pytest.mark.parametrize("how", ["equal", "shuffled", "in the future"])
-def test_rotation_removes_what_was_saved_first(tmp_path: Path, how: str) -> None:
+def test_rotation_first_saved(tmp_path: Path, how: str) -> None:
     saved(tmp_path, 100, 200, 300, 110)  # resumed from 100
     with_times(tmp_path / "run", how)
     saved(tmp_path, 120, keep=2)
@@ -64,7 +64,8 @@ def test_rotation_removes_what_was_saved_first(tmp_path: Path, how: str) -> None
     assert kept == {"step_00000110.pt", "step_00000120.pt"}
 
 
-def test_what_cannot_be_read_is_not_removed(tmp_path: Path) -> None:
+def test_rotation_unreadable(tmp_path: Path) -> None:
+    """What cannot be read is not removed."""
     folder = saved(tmp_path, 1, 2)
     (folder.folder / "step_00000001.pt").write_bytes(b"something")
     saved(tmp_path, 3, 4, 5, keep=1)
@@ -79,7 +80,7 @@ def test_what_cannot_be_read_is_not_removed(tmp_path: Path) -> None:
 @pytest.mark.parametrize("outside", [False, True], ids=["inside", "a copy elsewhere"])
 @pytest.mark.parametrize("links", [True, False], ids=["hard links", "no hard links"])
 @pytest.mark.parametrize("keep", [0, 1, 9])
-def test_resuming_from_an_older_one_sets_the_later_ones_aside(
+def test_resume_older_sets_later_aside(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keep: int, links: bool, outside: bool
 ) -> None:
     """All that was there is still somewhere, latest.pt is the older one, and goes on from there."""
@@ -109,7 +110,7 @@ def test_resuming_from_an_older_one_sets_the_later_ones_aside(
 
 
 @pytest.mark.promise("order of checkpoints")
-def test_files_from_before_the_counter_are_ordered_by_their_steps(tmp_path: Path) -> None:
+def test_order_without_counter(tmp_path: Path) -> None:
     """A later one with a counter is newer than any of them, whatever its step."""
     folder = tmp_path / "run"
     for step in (30, 10, 20):
@@ -127,7 +128,7 @@ def test_files_from_before_the_counter_are_ordered_by_their_steps(tmp_path: Path
 
 
 @pytest.mark.promise("order of checkpoints")
-def test_any_history_loses_nothing_newer(tmp_path: Path) -> None:
+def test_order_any_history(tmp_path: Path) -> None:
     """Random saves, resumes from older ones and changes of times: the newest is always the last
     saved, and nothing that was saved after it is ever missing."""
     chance = random.Random(5)
@@ -156,7 +157,7 @@ def test_any_history_loses_nothing_newer(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("claim", ["x", "-1", "1e3", "9" * 30, "²"])
-def test_an_odd_counter_gives_no_order(tmp_path: Path, claim: str) -> None:
+def test_order_odd_counter(tmp_path: Path, claim: str) -> None:
     state_file.save(tmp_path / "a.pt", state(1), saves=claim)  # type: ignore[arg-type]
     assert load(tmp_path / "a.pt")["progress"] == {"step": 1}
     assert order(tmp_path / "a.pt") is None

@@ -54,14 +54,14 @@ IDS = torch.arange(2 * T).view(2, T) % V
 # ---------------------------------------------------------------------------- fields of a config
 
 
-def test_every_number_of_a_config_is_tried() -> None:
+def test_config_numbers_all_tried() -> None:
     assert len(NUMBERS) >= 15 and ("evaluation", "top_p") in NUMBERS
 
 
 @pytest.mark.promise("limits of numbers")
 @pytest.mark.parametrize(("section", "name"), NUMBERS)
 @pytest.mark.parametrize("value", [5e-324, -5e-324, 1e-310, 1e-46, 1e-40, 1.1e-38])
-def test_a_number_that_float32_rounds_to_0_is_refused(section, name, value) -> None:
+def test_config_number_float32_zero(section, name, value) -> None:
     override = f"{section}.{name}={value!r}"
     with pytest.raises(ConfigError, match=rf"{section}\.{name}.*expected .*got {value!r}"):
         Config.from_dict({"training": {"max_steps": 1}}, "test", [override])
@@ -70,7 +70,7 @@ def test_a_number_that_float32_rounds_to_0_is_refused(section, name, value) -> N
 @pytest.mark.promise("limits of numbers")
 @pytest.mark.parametrize("name", ["beta1", "beta2"])
 @pytest.mark.parametrize("value", [1 - 2**-26, 1 - 1e-12, 1 - 2**-53])
-def test_a_number_that_float32_rounds_to_its_limit_is_refused(name, value) -> None:
+def test_config_number_float32_limit(name, value) -> None:
     with pytest.raises(ConfigError, match=f"{name}.*which float32 does not hold"):
         Config.from_dict({"training": {"max_steps": 1, name: value}}, "test")
     Config.from_dict({"training": {"max_steps": 1, name: 1 - 2**-24}}, "test")
@@ -91,7 +91,7 @@ POSITIVE = st.floats(SMALLEST_NORMAL, 1.0) | st.floats(-126, 0).map(lambda power
     seed=st.integers(0, 2**64 - 1),
 )
 @settings(max_examples=100, deadline=None)
-def test_sampling_cannot_fail(temperature, top_p, top_k, scale, dtype, seed) -> None:
+def test_sampling_any_settings(temperature, top_p, top_k, scale, dtype, seed) -> None:
     """Any setting that a config accepts, finite logits of any size."""
     values = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
     Config.from_dict({"training": {"max_steps": 1}, "evaluation": values}, "test")
@@ -202,7 +202,7 @@ def may_be(rule: Any, kind: Any) -> bool:
 
 @pytest.mark.promise("wrong arguments")
 @pytest.mark.parametrize("door", DOORS)
-def test_a_wrong_argument_is_named(model, folder, door: str) -> None:
+def test_argument_wrong(model, folder, door: str) -> None:
     """Every argument of every door, with wrong values and types of many kinds."""
     pytest.importorskip("safetensors")
     call, rules = doors(model, folder)[door]
@@ -221,38 +221,39 @@ def test_a_wrong_argument_is_named(model, folder, door: str) -> None:
             assert ", got " in message and "\n" not in message
 
 
-def test_every_door_is_tried(model, folder) -> None:
+def test_arguments_all_tried(model, folder) -> None:
     assert list(doors(model, folder)) == DOORS
 
 
 @pytest.mark.parametrize("door", ["from_checkpoint", "from_pretrained", "from_config"])
-def test_an_unknown_keyword_is_a_type_error(model, folder, door: str) -> None:
+def test_keyword_unknown(model, folder, door: str) -> None:
+    """An unknown keyword is a type error."""
     pytest.importorskip("safetensors")
     with pytest.raises(TypeError, match="colour"):
         doors(model, folder)[door].call(colour=1)
 
 
 @pytest.mark.parametrize("options", [{"beta3": 0.5}, {"lr": 1.0}, {1: 2}, 5, [("beta1", 0.5)]])
-def test_wrong_optimizer_options_are_named(options: Any) -> None:
+def test_optimizer_options_wrong(options: Any) -> None:
     with pytest.raises(ConfigError, match=r"^optimizer_options: expected a dict of .*beta1"):
         build(optimizer_options=options)
 
 
 @pytest.mark.parametrize("device", ["x", "meta", 5.5, None, [], "cuda:999", "mps"])
-def test_a_wrong_device_is_named(device: Any) -> None:
+def test_device_wrong(device: Any) -> None:
     with pytest.raises(ConfigError, match=r"^device: expected"):
         build(device=device)
 
 
 @pytest.mark.parametrize("dtype", ["x", "float16", torch.int64, 5, None, [], float])
-def test_a_wrong_dtype_is_named(model, folder, dtype: Any) -> None:
+def test_dtype_wrong(model, folder, dtype: Any) -> None:
     for make in (build, doors(model, folder)["from_checkpoint"].call):
         with pytest.raises(ConfigError, match=r"^dtype: expected"):
             make(dtype=dtype)
 
 
 @pytest.mark.parametrize("path", [5, None, b"x", [], 1.5])
-def test_a_wrong_path_is_named(model, path: Any) -> None:
+def test_path_wrong(model, path: Any) -> None:
     for call in (
         model.save_checkpoint, model.load_checkpoint, model.from_checkpoint, model.save_pretrained,
         model.from_pretrained,
@@ -261,7 +262,7 @@ def test_a_wrong_path_is_named(model, path: Any) -> None:
             call(path)
 
 
-def test_scalars_of_numpy_and_torch_are_numbers(tmp_path: Path) -> None:
+def test_numbers_numpy_and_torch(tmp_path: Path) -> None:
     sizes = {name: np.int64(size) for name, size in SIZES.items()}
     plain = build(seed=3)
     model = build(**sizes, seed=np.uint8(3), layer_norm_epsilon=np.float64(1e-5))
@@ -285,7 +286,7 @@ NO_IDS: list[Any] = [
 
 @pytest.mark.promise("wrong arguments")
 @pytest.mark.parametrize("wrong", NO_IDS, ids=lambda x: type(x).__name__)
-def test_what_is_no_batch_of_token_ids_is_refused(model, wrong: Any) -> None:
+def test_batch_wrong(model, wrong: Any) -> None:
     before = model.model.parameters.weights.clone()
     for name, call in (
         ("input_ids", lambda: model.forward(wrong)),
@@ -306,18 +307,20 @@ def test_what_is_no_batch_of_token_ids_is_refused(model, wrong: Any) -> None:
 @pytest.mark.parametrize(
     "wrong", [[[1.5]], [1, 2], [[1], ["a"]], [[2**70]], [[None]], [[[1]]], [[]], [[True]], "a", 5]
 )
-def test_a_wrong_prompt_is_refused(model, wrong: Any) -> None:
+def test_prompt_wrong(model, wrong: Any) -> None:
     with pytest.raises((ValueError, TypeError), match=r"^input_ids: expected .*got "):
         model.generate(wrong)
 
 
 @pytest.mark.parametrize("text", ["Once upon a time", ["Once", "upon"], ("Once",), ""])
-def test_a_text_as_prompt_is_told_of_the_tokenizer(model, text: Any) -> None:
+def test_prompt_text(model, text: Any) -> None:
+    """The message names the tokenizer."""
     with pytest.raises(TypeError, match="load_tokenizer"):
         model.generate(text)
 
 
-def test_a_wrong_gradient_of_the_logits_is_refused(model) -> None:
+def test_backward_wrong_gradient(model) -> None:
+    """A wrong gradient of the logits is refused."""
     for wrong in (torch.zeros(2, T, V + 1), torch.zeros(2 * T, V), None, 1.0):
         model.model.forward(IDS)
         with pytest.raises(ValueError, match=rf"dlogits: expected a tensor of shape \(2, {T}, {V}"):
@@ -330,12 +333,13 @@ def test_a_wrong_gradient_of_the_logits_is_refused(model) -> None:
 # ---------------------------------------------------------------------------- what is said
 
 
-def test_the_end_of_text_must_be_in_the_vocabulary(model) -> None:
+def test_end_of_text_outside_vocabulary(model) -> None:
     with pytest.raises(ValueError, match=f"eos_token_id: expected below the vocabulary's {V}"):
         model.generate(FEW, eos_token_id=V)
 
 
-def test_a_models_repr_says_what_it_is(model) -> None:
+def test_model_repr(model) -> None:
+    """A model's repr says what it is."""
     text = repr(model)
     for fact in ("vocab_size=37", "n_blocks=1", "d_ffn=24", "dtype=float32", "device=cpu",
                  "backend=native", "optimizer=adamw"):  # fmt: skip
@@ -344,7 +348,7 @@ def test_a_models_repr_says_what_it_is(model) -> None:
     assert "d_ffn=64" in repr(build(d_ffn=None))
 
 
-def test_the_dtype_is_bfloat16_unless_another_is_given(folder) -> None:
+def test_dtype_default(folder) -> None:
     """Of a new model; one that is loaded from transformers' format is float32."""
     assert CustomTransformerWrapper(**SIZES, device="cpu").dtype == torch.bfloat16
     auto = CustomTransformerWrapper(**SIZES, device="cpu", dtype="auto").dtype
@@ -357,7 +361,7 @@ def test_the_dtype_is_bfloat16_unless_another_is_given(folder) -> None:
 
 @pytest.mark.parametrize("backend", ["native", "reference"])
 @pytest.mark.parametrize("dtype", [torch.float32], ids=str)
-def test_greedy_tokens_with_and_without_cache_are_equal(backend: str, dtype: torch.dtype) -> None:
+def test_generate_greedy_with_cache(backend: str, dtype: torch.dtype) -> None:
     """In bfloat16 they need not be: `generate` says why."""
     for seed in range(4):
         model = build(backend=backend, dtype=dtype, seed=seed, initializer_range=0.3)
@@ -367,7 +371,7 @@ def test_greedy_tokens_with_and_without_cache_are_equal(backend: str, dtype: tor
         assert all(map(torch.equal, cached, model.generate(prompts, **options, use_cache=False)))
 
 
-def test_a_config_without_a_vocabulary_is_no_model() -> None:
+def test_vocab_size_missing() -> None:
     for config in (ModelConfig(), None, {}, 5):
         with pytest.raises(ConfigError, match=r"^config: expected a ModelConfig with a vocab_size"):
             CustomTransformerWrapper.from_config(config)
@@ -382,7 +386,8 @@ def broken_states(state: dict[str, Any]) -> dict[str, Any]:
     return found | {"exp_avg": {**state, "optimizer_state": moments}}
 
 
-def test_what_is_no_state_is_refused_and_changes_nothing() -> None:
+def test_load_state_wrong() -> None:
+    """It is refused, and nothing changes."""
     model = build()
     state, before = model.state_dict(), model.model.parameters.weights.clone()
     for name, broken in broken_states(state).items():
@@ -398,7 +403,8 @@ def test_what_is_no_state_is_refused_and_changes_nothing() -> None:
     assert torch.equal(model.model.parameters.weights, before)
 
 
-def test_a_model_without_gradients_says_so() -> None:
+def test_gradients_absent() -> None:
+    """A model without gradients says so."""
     model = build(inference=True).model
     for call in (
         lambda: model.update_parameters(0.1), model.zero_gradients,
@@ -409,7 +415,7 @@ def test_a_model_without_gradients_says_so() -> None:
 
 
 @pytest.mark.parametrize("wrong", [1.0, None, "x", [1.0], torch.ones(2), torch.ones(1, 1)])
-def test_an_optimizer_wants_0_d_tensors(model, wrong: Any) -> None:
+def test_optimizer_wants_0_d_tensors(model, wrong: Any) -> None:
     one = torch.tensor(1.0)
     for name, arguments in (("loss", (wrong, one)), ("learning_rate", (one, wrong))):
         with pytest.raises(TypeError, match=f"^{name}: expected a 0-d tensor, got "):
@@ -419,7 +425,7 @@ def test_an_optimizer_wants_0_d_tensors(model, wrong: Any) -> None:
 @pytest.mark.parametrize(
     "ids", [[1.7], ["a"], "ab", 5, None, [None], [[1]], torch.ones(2), np.ones(2), [-1], [2**70]]
 )
-def test_decoding_what_is_no_token_id_is_refused(ids: Any) -> None:
+def test_decode_wrong_ids(ids: Any) -> None:
     tokenizer = load_tokenizer("tinystories_bpe_4096")
     with pytest.raises(DataError, match="expected token ids"):
         tokenizer.decode(ids)

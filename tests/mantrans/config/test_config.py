@@ -45,7 +45,8 @@ def refusal(values: Any, **changes: Any) -> str:
     return message
 
 
-def test_the_shipped_configurations_are_the_promised_ones() -> None:
+def test_shipped_configs_promised() -> None:
+    """The shipped configurations are the promised ones."""
     names = {"quickstart", "tinystories", "tinystories_custom_tokenizer"}
     assert {path.stem for path in CONFIGS} >= names | {
         "tiny-textbooks-small",
@@ -58,7 +59,8 @@ def test_the_shipped_configurations_are_the_promised_ones() -> None:
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_a_shipped_configuration_survives_a_round_trip(path: Path, tmp_path: Path) -> None:
+def test_shipped_config_round_trip(path: Path, tmp_path: Path) -> None:
+    """A shipped configuration survives a round trip."""
     config = Config.load(path)
     config.save(tmp_path / "saved.yaml")
     assert Config.load(tmp_path / "saved.yaml") == config
@@ -66,7 +68,8 @@ def test_a_shipped_configuration_survives_a_round_trip(path: Path, tmp_path: Pat
     assert config.training.experiment_name == path.stem
 
 
-def test_defaults_are_resolved_where_they_are_asked_for() -> None:
+def test_defaults_resolved() -> None:
+    """Defaults are resolved where they are asked for."""
     config = Config.from_dict({"training": {"num_epochs": 1, "gradient_accumulation_steps": 3}})
     assert config.model.d_ffn is None and config.model.feed_forward_width == 4 * 256
     assert config.sequence_length == config.model.max_seq_len
@@ -76,7 +79,8 @@ def test_defaults_are_resolved_where_they_are_asked_for() -> None:
     assert TrainingConfig().warmup(50) == 0
 
 
-def test_unknown_names_are_answered_with_the_nearest() -> None:
+def test_load_unknown_names() -> None:
+    """Unknown names are answered with the nearest."""
     assert "did you mean training.learning_rate?" in refusal(VALID, training__learning_rat=1e-3)
     assert "did you mean training.batch_size?" in refusal(VALID, model__batch_size=1)
     assert "did you mean model?" in refusal({"modle": {}})
@@ -127,9 +131,8 @@ def test_unknown_names_are_answered_with_the_nearest() -> None:
         ("training__min_learning_rate", 1.0, "at most training.learning_rate"),
     ],
 )
-def test_a_wrong_value_is_named_with_what_is_accepted(
-    field: str, value: Any, accepted: str
-) -> None:
+def test_field_wrong_value(field: str, value: Any, accepted: str) -> None:
+    """A wrong value is named with what is accepted."""
     message = refusal(VALID, **{field: value})
     assert message.startswith("c.yaml: ") and accepted in message
     assert field.split("__")[1] in message or "n_heads" in message
@@ -138,7 +141,8 @@ def test_a_wrong_value_is_named_with_what_is_accepted(
 LOCAL = {"dataset": "local", "path": "a.txt"}
 
 
-def test_a_validation_text_and_a_share_held_out_exclude_each_other(tmp_path: Path) -> None:
+def test_validation_split_exclusive(tmp_path: Path) -> None:
+    """A validation text and a share held out exclude each other."""
     assert Config.from_dict({**VALID, "data": LOCAL}).data.share_held_out == 0.05
     own = {**VALID, "data": {**LOCAL, "val_path": "b.txt"}}
     assert Config.from_dict(Config.from_dict(own).to_dict()).data.val_path == "b.txt"
@@ -161,7 +165,8 @@ OF_ITS_SET = {"subset_size": 80, "val_subset_size": 4, "text_field": "body"}
 
 @pytest.mark.promise("what is used is said")
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_ones_own_text_is_used_whole_under_any_shipped_configuration(path: Path) -> None:
+def test_own_text_under_shipped_config(path: Path) -> None:
+    """One's own text is used whole under any shipped configuration."""
     sets = ["data.dataset=local", "data.path=a.txt"]
     data = Config.load(path, sets).data
     assert (data.subset_size, data.val_subset_size, data.text_field) == (None, None, None)
@@ -170,7 +175,8 @@ def test_ones_own_text_is_used_whole_under_any_shipped_configuration(path: Path)
         assert (data.subset_size, data.val_subset_size, data.path) == (7, None, "a.txt")
 
 
-def test_what_a_file_says_of_its_dataset_holds_for_that_one_alone() -> None:
+def test_subset_of_other_dataset() -> None:
+    """What a file says of its dataset holds for that one alone."""
     own = {**VALID, "data": {**LOCAL, **OF_ITS_SET, "val_path": "v.txt", "max_length": 32}}
     for sets in ([], ["data.dataset=local"], ["data.path=b.txt"], ["training.seed=3"]):
         data = Config.from_dict(own, "c.yaml", sets).data.model_dump()
@@ -189,9 +195,8 @@ def test_what_a_file_says_of_its_dataset_holds_for_that_one_alone() -> None:
     ["data.path", "data.val_path", "data.cache_dir", "training.output_dir",
      "training.checkpoint_dir"],
 )  # fmt: skip
-def test_a_tilde_is_the_home_folder_in_every_path(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, field: str
-) -> None:
+def test_path_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, field: str) -> None:
+    """A tilde is the home folder in every path."""
     monkeypatch.setenv("HOME", str(tmp_path))
     section, name = field.split(".")
     values = {**VALID, "data": dict(LOCAL)}
@@ -207,7 +212,8 @@ def test_a_tilde_is_the_home_folder_in_every_path(
         Config.from_dict(values)
 
 
-def test_a_network_alone_is_checked_under_the_names_of_its_source() -> None:
+def test_model_shape_source_names() -> None:
+    """A network alone is checked under the names of its source."""
     shape = {"d_model": 25, "n_heads": 3, "vocab_size": 9}
     with pytest.raises(
         ConfigError, match=r"^x: width: expected a multiple of heads \(3\), got 25$"
@@ -219,7 +225,8 @@ def test_a_network_alone_is_checked_under_the_names_of_its_source() -> None:
         ModelConfig.complete({"n_hed": 3}, "x")
 
 
-def test_a_checked_configuration_stays_one_when_a_field_is_assigned() -> None:
+def test_assignment_checked() -> None:
+    """A checked configuration stays one when a field is assigned."""
     config = Config.from_dict(VALID)
     config.model.vocab_size = 300
     for field, value in (("vocab_size", "300"), ("n_heads", 5), ("n_head", 4)):
@@ -227,11 +234,11 @@ def test_a_checked_configuration_stays_one_when_a_field_is_assigned() -> None:
             setattr(config.model, field, value)
 
 
-def test_every_dataset_has_a_source() -> None:
+def test_datasets_have_sources() -> None:
     assert set(DATASETS) == {"builtin-stories", "local", *registry.HUB_SETS}
 
 
-def test_what_is_generated_from_the_fields_is_up_to_date() -> None:
+def test_generated_files_current() -> None:
     """By `python -m mantrans.config --schema > configs/schema.json`, and so the page."""
     assert (ROOT / "configs/schema.json").read_text() == schema()
     assert (ROOT / "docs/configuration.md").read_text() == reference()
@@ -239,19 +246,20 @@ def test_what_is_generated_from_the_fields_is_up_to_date() -> None:
         assert f'\n        "{field}": {{' in schema() and f"\n| `{field}` | " in reference()
 
 
-def test_the_fields_are_known_without_torch() -> None:
+def test_fields_without_torch() -> None:
     code = "import sys, mantrans.config; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
-def test_contradictions_across_sections_are_found() -> None:
+def test_sections_contradicting() -> None:
     rounding = {**VALID, "model": {**VALID["model"], "dtype": "float32"}}
     assert "model.dtype is float32" in refusal(rounding, training__stochastic_rounding=True)
     wsd = {**VALID["training"], "lr_decay": "wsd", "decay_fraction": 0.9, "warmup_steps": 5}
     assert "the rest of the run after warm-up" in refusal({**VALID, "training": wsd})
 
 
-def test_numbers_may_be_written_as_people_write_them(tmp_path: Path) -> None:
+def test_numbers_as_written(tmp_path: Path) -> None:
+    """Numbers may be written as people write them."""
     path = tmp_path / "c.yaml"
     path.write_text(
         "training: {max_steps: 10, learning_rate: 3e-4, beta1: '9e-1', weight_decay: 1}"
@@ -261,7 +269,8 @@ def test_numbers_may_be_written_as_people_write_them(tmp_path: Path) -> None:
     assert type(training.weight_decay) is float
 
 
-def test_overrides_replace_fields_and_their_alternatives(tmp_path: Path) -> None:
+def test_overrides_alternatives(tmp_path: Path) -> None:
+    """Overrides replace fields and their alternatives."""
     path = tmp_path / "c.yaml"
     path.write_text("training:\n  max_steps: 10\n  warmup_steps: 2\ndata:\n")
     sets = ["training.num_epochs=2", "training.warmup_ratio=0.5", "training.experiment_name=2024"]
@@ -288,7 +297,7 @@ def test_overrides_replace_fields_and_their_alternatives(tmp_path: Path) -> None
         ("trainig.seed=3", "did you mean training?"),
     ],
 )
-def test_a_wrong_override_is_quoted(tmp_path: Path, override: str, expected: str) -> None:
+def test_override_wrong(tmp_path: Path, override: str, expected: str) -> None:
     path = tmp_path / "c.yaml"
     path.write_text("training: {max_steps: 10}")
     with pytest.raises(ConfigError) as caught:
@@ -320,9 +329,8 @@ def test_a_wrong_override_is_quoted(tmp_path: Path, override: str, expected: str
         (b"--- {}\n--- {}", "expected plain YAML"),
     ],
 )
-def test_a_broken_file_is_refused_in_one_line(
-    tmp_path: Path, content: bytes, expected: str
-) -> None:
+def test_load_broken_file(tmp_path: Path, content: bytes, expected: str) -> None:
+    """A broken file is refused in one line."""
     path = tmp_path / "c.yaml"
     path.write_bytes(content)
     start = time.process_time()
@@ -333,7 +341,8 @@ def test_a_broken_file_is_refused_in_one_line(
     assert time.process_time() - start < 5
 
 
-def test_what_is_not_a_readable_file_is_refused(tmp_path: Path) -> None:
+def test_load_unreadable(tmp_path: Path) -> None:
+    """What is not a readable file is refused."""
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "loop").symlink_to("loop")
     for path in (tmp_path, tmp_path / "pipe", tmp_path / "none.yaml", tmp_path / "loop"):
@@ -344,14 +353,15 @@ def test_what_is_not_a_readable_file_is_refused(tmp_path: Path) -> None:
             Config.load(name)
 
 
-def test_a_byte_order_mark_is_no_obstacle(tmp_path: Path) -> None:
+def test_load_byte_order_mark(tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
     path.write_bytes(b"\xef\xbb\xbftraining:\r\n  max_steps: 10\r\n")
     assert Config.load(path).training.max_steps == 10
 
 
 @pytest.mark.promise("alias bombs and code")
-def test_an_alias_bomb_ends_at_once_and_in_little_memory(tmp_path: Path) -> None:
+def test_load_alias_bomb(tmp_path: Path) -> None:
+    """An alias bomb ends at once and in little memory."""
     bomb = 'a0: &a0 ["x","x","x","x","x","x","x","x","x","x"]\n'
     for level in range(1, 12):
         bomb += f"a{level}: &a{level} [{','.join([f'*a{level - 1}'] * 10)}]\n"
@@ -423,7 +433,7 @@ def mutated(draw: st.DrawFn) -> Any:
 @example({"training": {"max_steps": 10, "seed": True}})
 @example(None)
 @example({None: None})
-def test_a_mutated_configuration_is_valid_or_refused_in_one_line(values: Any) -> None:
+def test_config_mutated(values: Any) -> None:
     """Valid means: it round-trips through a dictionary and through YAML to an equal one."""
     try:
         config = Config.from_dict(values, "c.yaml")
@@ -447,7 +457,8 @@ PIECES = st.sampled_from([*"{}[]\n\t#,@%\"'", *MARKS, *WORDS])
 @pytest.mark.promise("any configuration")
 @settings(max_examples=300, deadline=None, database=None)
 @given(st.lists(PIECES | st.text(max_size=3), max_size=25).map("".join))
-def test_any_text_is_yaml_or_refused_in_one_line(text: str) -> None:
+def test_load_any_text(text: str) -> None:
+    """Any text is YAML or refused in one line."""
     try:
         Config.from_dict(strict_yaml.parse(text, "c.yaml"), "c.yaml")
     except ConfigError as error:
@@ -457,9 +468,8 @@ def test_any_text_is_yaml_or_refused_in_one_line(text: str) -> None:
 @pytest.mark.promise("any configuration")
 @settings(max_examples=250, deadline=None, database=None)
 @given(st.text(max_size=60).filter(lambda text: "=" not in text), VALUES)
-def test_any_override_is_applied_or_refused_in_one_line(
-    tmp_path_factory: pytest.TempPathFactory, key: str, value: Any
-) -> None:
+def test_override_any(tmp_path_factory: pytest.TempPathFactory, key: str, value: Any) -> None:
+    """Any override is applied or refused in one line."""
     path = tmp_path_factory.getbasetemp() / "small.yaml"
     path.write_text("training: {max_steps: 10}")
     for override in (key, f"{key}={value!r}", f"training.seed={value!r}", f"model.dtype={key}"):

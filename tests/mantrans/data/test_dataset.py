@@ -58,7 +58,8 @@ def texts(stream: TokenStream, tokenizer: Tokenizer) -> list[str]:
 # --- what is in the streams --------------------------------------------------------------------
 
 
-def test_documents_are_kept_in_order_and_ended(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_prepare_order_and_ends(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """Documents are kept in order and ended."""
     file = numbered(tmp_path / "a.txt", 300)
     data = prepare(local(file, validation_fraction=0.1), tokenizer, cache_dir=tmp_path, quiet=True)
     kept = {held: [i for i in range(300) if held_out(i, 0.1) == held] for held in (False, True)}
@@ -70,7 +71,8 @@ def test_documents_are_kept_in_order_and_ended(tmp_path: Path, tokenizer: Tokeni
     assert 15 < len(kept[True]) < 50
 
 
-def test_a_smaller_validation_share_is_part_of_a_larger() -> None:
+def test_split_smaller_share() -> None:
+    """It is part of a larger one."""
     small = {i for i in range(5000) if held_out(i, 0.05)}
     large = {i for i in range(5000) if held_out(i, 0.1)}
     assert small < large
@@ -78,7 +80,8 @@ def test_a_smaller_validation_share_is_part_of_a_larger() -> None:
     assert 400 < len(large) < 600
 
 
-def test_subsets_are_the_first_documents(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_prepare_subsets(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """Subsets are the first documents."""
     file = numbered(tmp_path / "a.txt", 500)
     options = {"cache_dir": tmp_path, "quiet": True}
     whole = prepare(local(file, validation_fraction=0.2), tokenizer, **options)
@@ -96,7 +99,8 @@ def test_subsets_are_the_first_documents(tmp_path: Path, tokenizer: Tokenizer) -
     assert texts(early.validation, tokenizer) == texts(whole.validation, tokenizer)[:count]
 
 
-def test_one_document_is_split_by_its_tokens(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_prepare_one_document(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """One document is split by its tokens."""
     text = "A mouse, a fox and a bear. " * 200
     (tmp_path / "a.txt").write_text(text)
     data = prepare(
@@ -112,9 +116,8 @@ def test_one_document_is_split_by_its_tokens(tmp_path: Path, tokenizer: Tokenize
     assert (data.train.n_documents, data.validation.n_documents) == (0, 1)
 
 
-def test_a_written_end_of_text_inside_a_document_does_not_end_it(
-    tmp_path: Path, tokenizer: Tokenizer
-) -> None:
+def test_prepare_end_of_text_inside(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """A written end of text inside a document does not end it."""
     lines = [json.dumps({"text": f"one {END} document {i}"}) for i in range(50)]
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
     data = prepare(local(tmp_path / "a.jsonl"), tokenizer, cache_dir=tmp_path, quiet=True)
@@ -132,7 +135,7 @@ def test_a_written_end_of_text_inside_a_document_does_not_end_it(
         (b"\xff", "expected UTF-8, got 0xff at byte 0"),
     ],
 )
-def test_text_too_small_or_broken_is_one_line(
+def test_prepare_too_small_or_broken(
     tmp_path: Path, tokenizer: Tokenizer, raw: bytes, message: str
 ) -> None:
     (tmp_path / "a.txt").write_bytes(raw)
@@ -143,7 +146,7 @@ def test_text_too_small_or_broken_is_one_line(
     assert [path.suffix for path in cache.iterdir()] == [".lock"]
 
 
-def test_broken_lines_are_reported(
+def test_prepare_broken_lines(
     tmp_path: Path, tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "one story"}\nbroken\n' * 30)
@@ -158,9 +161,8 @@ def test_broken_lines_are_reported(
         prepare(config, tokenizer, cache_dir=tmp_path / "cache", quiet=True)
 
 
-def test_builtin_stories_share_none_between_the_splits(
-    tmp_path: Path, tokenizer: Tokenizer
-) -> None:
+def test_prepare_builtin_disjoint(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """Builtin stories share none between the splits."""
     config = DataConfig(dataset="builtin-stories", subset_size=600, val_subset_size=80)
     data = prepare(config, tokenizer, cache_dir=tmp_path, quiet=True)
     train, validation = (texts(stream, tokenizer) for stream in (data.train, data.validation))
@@ -176,9 +178,10 @@ def test_builtin_stories_share_none_between_the_splits(
         ({"val_subset_size": 10_500}, "val_subset_size", "10,499", "10,500"),
     ],
 )
-def test_more_builtin_stories_than_there_are_is_refused(
+def test_prepare_builtin_too_many(
     tmp_path: Path, tokenizer: Tokenizer, sizes: dict[str, int], field: str, most: str, found: str
 ) -> None:
+    """More builtin stories than there are is refused."""
     config = DataConfig(dataset="builtin-stories", **sizes)
     with pytest.raises(DataError) as error:
         prepare(config, tokenizer, cache_dir=tmp_path, quiet=True)
@@ -187,7 +190,7 @@ def test_more_builtin_stories_than_there_are_is_refused(
     assert not any(tmp_path.iterdir())
 
 
-def test_all_builtin_stories_are_there_to_use() -> None:
+def test_builtin_all_stories() -> None:
     everything = stories.stories()
     for sizes, n_held in (({}, 500), ({"val_subset_size": 10_499}, 10_499)):
         splits = find_source("builtin-stories", **sizes).open(ReadReport())
@@ -196,9 +199,10 @@ def test_all_builtin_stories_are_there_to_use() -> None:
         assert [piece.text for piece in splits.train] == everything[n_held:]
 
 
-def test_a_progress_bar_is_shown_unless_quiet(
+def test_prepare_progress(
     tmp_path: Path, tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """A progress bar is shown unless quiet."""
     file = numbered(tmp_path / "a.txt", 50)
     prepare(local(file), tokenizer, cache_dir=tmp_path / "one")
     assert "tokenizing local-a" in capsys.readouterr().err
@@ -212,9 +216,11 @@ def test_a_progress_bar_is_shown_unless_quiet(
 @pytest.mark.promise("what is used is said")
 @pytest.mark.parametrize("suffix", ["txt", "jsonl", "parquet"])
 @pytest.mark.parametrize("own_validation", [False, True])
-def test_what_is_used_of_how_much_is_known_at_each_start(
+def test_prepare_used_share(
     tmp_path: Path, tokenizer: Tokenizer, suffix: str, own_validation: bool
 ) -> None:
+    """How much of the text is used is said at each start."""
+
     def written(name: str, stories: list[str]) -> str:
         file = tmp_path / f"{name}.{suffix}"
         if suffix == "txt":
@@ -243,9 +249,8 @@ def test_what_is_used_of_how_much_is_known_at_each_start(
         assert part_used.usage() == f"23 of 100 documents, {used} of {n_bytes:,} bytes"
 
 
-def test_a_fault_in_unused_text_only_leaves_it_uncounted(
-    tmp_path: Path, tokenizer: Tokenizer
-) -> None:
+def test_prepare_unused_fault(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """A fault in text that is not used only leaves that text uncounted."""
     file = numbered(tmp_path / "a.txt", 20_000)
     with file.open("ab") as stream:
         stream.write(b"\xff")
@@ -256,7 +261,8 @@ def test_a_fault_in_unused_text_only_leaves_it_uncounted(
     assert data.usage().startswith("12 of more documents, ")
 
 
-def test_builtin_stories_say_how_many_there_are(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_prepare_builtin_counts(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """Builtin stories say how many there are."""
     config = DataConfig(subset_size=60, val_subset_size=8)
     data = prepare(config, tokenizer, cache_dir=tmp_path, quiet=True)
     assert data.usage().startswith(f"68 of {stories.COUNT:,} documents, ")
@@ -265,7 +271,7 @@ def test_builtin_stories_say_how_many_there_are(tmp_path: Path, tokenizer: Token
 # --- a text to validate on ---------------------------------------------------------------------
 
 
-def test_a_validation_text_of_ones_own(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_prepare_validation_text(tmp_path: Path, tokenizer: Tokenizer) -> None:
     train, held = numbered(tmp_path / "a.txt", 60), tmp_path / "held"
     held.mkdir()
     (held / "b.txt").write_text("held out one" + END + "held out two")
@@ -286,9 +292,10 @@ def test_a_validation_text_of_ones_own(tmp_path: Path, tokenizer: Tokenizer) -> 
 
 
 @pytest.mark.promise("other tokens")
-def test_files_to_validate_on_are_never_trained_on(
+def test_prepare_validation_files(
     tmp_path: Path, tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """They are never trained on."""
     folder = tmp_path / "texts"
     (folder / "held").mkdir(parents=True)
     (folder / "a.txt").write_text("the text to train on")
@@ -316,7 +323,7 @@ def test_files_to_validate_on_are_never_trained_on(
         ("a.txt", "held".encode("utf-16"), "expected UTF-8 text, got UTF-16"),
     ],
 )
-def test_a_validation_text_that_is_none_is_one_line(
+def test_prepare_validation_text_broken(
     tmp_path: Path, tokenizer: Tokenizer, name: str, raw: bytes | None, message: str
 ) -> None:
     if raw is not None:
@@ -329,7 +336,7 @@ def test_a_validation_text_that_is_none_is_one_line(
 # --- the cache ---------------------------------------------------------------------------------
 
 
-def test_tokens_are_written_once(
+def test_prepare_twice(
     tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = local(numbered(tmp_path / "a.txt", 100))
@@ -340,9 +347,8 @@ def test_tokens_are_written_once(
     assert second.train.checksum == first.train.checksum
 
 
-def test_everything_that_decides_the_tokens_is_in_the_key(
-    tmp_path: Path, tokenizer: Tokenizer
-) -> None:
+def test_cache_key_parts(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """Everything that decides the tokens is in the key."""
     file = tmp_path / "a.txt"
     file.write_text("\n\n".join(f"story {i}" for i in range(100)))
     folders = set()
@@ -383,9 +389,10 @@ def test_everything_that_decides_the_tokens_is_in_the_key(
     assert len(folders) == 10
 
 
-def test_what_is_known_is_not_read_again_and_what_changed_is(
+def test_file_digest_known_and_changed(
     tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """What is known is not read again; what changed is."""
     monkeypatch.setattr("mantrans.data.known._SETTLED", 0)
     file = numbered(tmp_path / "a.txt", 100)
 
@@ -409,7 +416,8 @@ def test_what_is_known_is_not_read_again_and_what_changed_is(
         start()
 
 
-def test_a_file_that_has_just_changed_is_not_known_yet(tmp_path: Path) -> None:
+def test_file_digest_just_changed(tmp_path: Path) -> None:
+    """A file that has just changed is not known yet."""
     file, read = tmp_path / "a", []
 
     def hashed() -> str:
@@ -434,9 +442,10 @@ def test_a_file_that_has_just_changed_is_not_known_yet(tmp_path: Path) -> None:
         hashed()
 
 
-def test_a_cache_of_an_earlier_format_is_written_anew(
+def test_cache_earlier_format(
     tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A cache of an earlier format is written anew."""
     config = local(numbered(tmp_path / "a.txt", 100))
     monkeypatch.setattr(dataset, "FORMAT", 1)
     old = prepare(config, tokenizer, cache_dir=tmp_path / "cache", quiet=True)
@@ -446,7 +455,8 @@ def test_a_cache_of_an_earlier_format_is_written_anew(
     assert new.identity == old.identity and new.documents == 100
 
 
-def test_a_damaged_cache_says_what_to_do(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_cache_damaged(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """A damaged cache says what to do."""
     config = local(numbered(tmp_path / "a.txt", 100))
 
     def run() -> TokenDataset:
@@ -467,7 +477,8 @@ def test_a_damaged_cache_says_what_to_do(tmp_path: Path, tokenizer: Tokenizer) -
     assert run().validation.path == path
 
 
-def test_a_cache_of_another_tokenizer_is_refused(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_cache_other_tokenizer(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """A cache of another tokenizer is refused."""
     config = local(numbered(tmp_path / "a.txt", 100))
     path = prepare(config, tokenizer, cache_dir=tmp_path, quiet=True).train.path
     for facts, message in (
@@ -484,9 +495,11 @@ def test_a_cache_of_another_tokenizer_is_refused(tmp_path: Path, tokenizer: Toke
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EACCES])
-def test_a_disk_that_refuses_is_one_line_and_leaves_nothing(
+def test_cache_disk_refuses(
     tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, code: int
 ) -> None:
+    """One line, and nothing is left behind."""
+
     def refuse(*_: object) -> None:
         raise OSError(code, os.strerror(code))
 
@@ -499,13 +512,14 @@ def test_a_disk_that_refuses_is_one_line_and_leaves_nothing(
     prepare(config, tokenizer, cache_dir=tmp_path / "cache", quiet=True)
 
 
-def test_a_cache_folder_that_is_a_file_is_one_line(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_cache_folder_is_file(tmp_path: Path, tokenizer: Tokenizer) -> None:
     config = local(numbered(tmp_path / "a.txt", 100))
     with pytest.raises(DataError, match="tokens cannot be written to"):
         prepare(config, tokenizer, cache_dir=tmp_path / "a.txt" / "x", quiet=True)
 
 
-def test_file_names_never_leave_the_cache_folder(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_cache_file_names(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """File names never leave the cache folder."""
     file = numbered(tmp_path / ("..%2f~ \u6f22" + "\U0001f600" * 50 + ".txt"), 100)
     data = prepare(local(file), tokenizer, cache_dir=tmp_path / "cache", quiet=True)
     assert data.train.path.parent.parent == tmp_path / "cache"
@@ -538,7 +552,8 @@ def worker(file: Path, cache: Path, how: str) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
 
 
-def test_a_killed_writer_leaves_nothing_that_is_used(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_cache_writer_killed(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """A killed writer leaves nothing that is used."""
     file, cache = numbered(tmp_path / "a.txt", 2000), tmp_path / "cache"
     killed = worker(file, cache, "die")
     killed.communicate(timeout=120)
@@ -549,7 +564,8 @@ def test_a_killed_writer_leaves_nothing_that_is_used(tmp_path: Path, tokenizer: 
     assert not any(path.name.endswith(".unfinished") for path in cache.iterdir())
 
 
-def test_two_processes_at_once_agree(tmp_path: Path) -> None:
+def test_cache_two_processes(tmp_path: Path) -> None:
+    """Two processes at once agree."""
     file, cache = numbered(tmp_path / "a.txt", 5000), tmp_path / "cache"
     both = [worker(file, cache, "live") for _ in range(2)]
     checksums = [process.communicate(timeout=120)[0] for process in both]
@@ -561,7 +577,8 @@ def test_two_processes_at_once_agree(tmp_path: Path) -> None:
 # --- named sets --------------------------------------------------------------------------------
 
 
-def test_unknown_and_incomplete_names_are_one_line() -> None:
+def test_dataset_unknown_name() -> None:
+    """Unknown and incomplete names end in one line."""
     with pytest.raises(
         DataError, match=r"expected one of .*, got 'tinystory'; did you mean 'tinystories'"
     ):
@@ -571,9 +588,7 @@ def test_unknown_and_incomplete_names_are_one_line() -> None:
 
 
 @pytest.mark.parametrize("offline", [True, False])
-def test_an_unreachable_hub_names_the_three_ways_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, offline: bool
-) -> None:
+def test_hub_unreachable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, offline: bool) -> None:
     """At once with HF_HUB_OFFLINE=1; else after the library's own tries, here without its waits."""
     pytest.importorskip("datasets")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", offline)
@@ -598,7 +613,7 @@ def test_an_unreachable_hub_names_the_three_ways_on(
         ("tiny-codes", {"prompt": "P", "response": "R"}, "P\n\nR"),
     ],
 )
-def test_hub_sets_give_their_columns(
+def test_hub_columns(
     monkeypatch: pytest.MonkeyPatch, name: str, columns: dict[str, str], document: str
 ) -> None:
     datasets = pytest.importorskip("datasets")
@@ -619,7 +634,8 @@ def test_hub_sets_give_their_columns(
         list(find_source(name, text_field="body").open(ReadReport()).train)
 
 
-def test_local_and_builtin_text_need_none_of_the_large_packages(tmp_path: Path) -> None:
+def test_prepare_local_imports(tmp_path: Path) -> None:
+    """Local and builtin text need none of the large packages."""
     script = """
         import sys
         for name in ("datasets", "transformers", "huggingface_hub", "pyarrow", "pandas"):

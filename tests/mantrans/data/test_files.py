@@ -61,9 +61,8 @@ PACKERS: dict[str, Callable[[bytes], bytes]] = {".gz": gzip.compress, ".zst": zs
 @pytest.mark.promise("not UTF-8")
 @pytest.mark.parametrize("suffix", PACKERS)
 @pytest.mark.parametrize(("kind", "content"), [(".txt", TEXT), (".jsonl", LINES)])
-def test_compressed_text_is_read_as_it_is(
-    tmp_path: Path, suffix: str, kind: str, content: str
-) -> None:
+def test_open_compressed(tmp_path: Path, suffix: str, kind: str, content: str) -> None:
+    """Compressed text is read as it is."""
     pack, raw = PACKERS[suffix], content.encode()
     for name, packed in (
         (f"a{kind}{suffix}", pack(raw)),
@@ -76,7 +75,8 @@ def test_compressed_text_is_read_as_it_is(
 
 @pytest.mark.promise("not UTF-8")
 @pytest.mark.parametrize("suffix", PACKERS)
-def test_damaged_compressed_text_is_refused_in_one_line(tmp_path: Path, suffix: str) -> None:
+def test_open_damaged_compressed(tmp_path: Path, suffix: str) -> None:
+    """Damaged compressed text is refused in one line."""
     file, packed = tmp_path / f"a.txt{suffix}", PACKERS[suffix](TEXT.encode())
     broken = bytearray(packed)
     broken[len(packed) // 2] ^= 0xFF
@@ -112,7 +112,7 @@ ALPHABETS = {
         ("utf-32-be", b"\0\0\xfe\xff"),
     ],
 )
-def test_utf16_and_utf32_are_named_and_the_command_converts_them(
+def test_open_utf16_and_utf32(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, language: str, encoding: str, mark: bytes
 ) -> None:
     """With and without a byte order mark, as .txt, as .jsonl and compressed."""
@@ -170,7 +170,8 @@ OTHERS: dict[str, tuple[Callable[[bytes], bytes], str]] = {
 @pytest.mark.promise("not UTF-8")
 @pytest.mark.parametrize("name", OTHERS)
 @pytest.mark.parametrize("suffix", [".txt", ".jsonl"])
-def test_what_is_no_text_is_named_with_what_to_do(tmp_path: Path, name: str, suffix: str) -> None:
+def test_open_not_text(tmp_path: Path, name: str, suffix: str) -> None:
+    """What is no text is named with what to do."""
     pack, expected = OTHERS[name]
     file = tmp_path / f"a{suffix}"
     file.write_bytes(pack(TEXT.encode()))
@@ -194,12 +195,14 @@ def test_what_is_no_text_is_named_with_what_to_do(tmp_path: Path, name: str, suf
         b"a\tb\x1fc\x1ed\n" * 900,  # separators of fields and records
     ],
 )
-def test_unusual_but_good_text_is_read(tmp_path: Path, raw: bytes) -> None:
+def test_open_unusual_text(tmp_path: Path, raw: bytes) -> None:
+    """Unusual but good text is read."""
     (tmp_path / "a.txt").write_bytes(raw)
     assert documents(tmp_path / "a.txt") == [raw.decode().strip()]
 
 
-def test_other_bytes_are_named_with_their_place(tmp_path: Path) -> None:
+def test_open_other_bytes(tmp_path: Path) -> None:
+    """Other bytes are named with their place."""
     (tmp_path / "a.txt").write_bytes(("Ein Käse. " * 10).encode("cp1252"))
     message = refusal(tmp_path / "a.txt")
     assert "expected UTF-8, got 0xe4 at byte 5" in message and "iconv -f WINDOWS-1252" in message
@@ -215,7 +218,8 @@ def tree(root: Path) -> None:
 
 
 @pytest.mark.promise("what is used is said")
-def test_linked_folders_are_followed_once_and_said(tmp_path: Path) -> None:
+def test_list_linked_folders(tmp_path: Path) -> None:
+    """They are followed once, and named."""
     root, outside = tmp_path / "root", tmp_path / "outside"
     tree(root)
     tree(outside)
@@ -235,7 +239,8 @@ def test_linked_folders_are_followed_once_and_said(tmp_path: Path) -> None:
     assert notes[1].startswith(f"files in {root} that are not .txt") and notes[1].endswith(": 5")
 
 
-def test_a_folder_that_cannot_be_read_is_not_passed_over(tmp_path: Path) -> None:
+def test_list_unreadable_folder(tmp_path: Path) -> None:
+    """A folder that cannot be read is not passed over."""
     tree(tmp_path / "root")
 
     def refuse(place: object) -> object:
@@ -251,7 +256,7 @@ def test_a_folder_that_cannot_be_read_is_not_passed_over(tmp_path: Path) -> None
 
 
 @pytest.mark.promise("not UTF-8")
-def test_what_is_no_file_is_refused_as_what_it_is(tmp_path: Path) -> None:
+def test_list_not_a_file(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.txt")
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind(str(tmp_path / "socket"))
@@ -268,7 +273,8 @@ def test_what_is_no_file_is_refused_as_what_it_is(tmp_path: Path) -> None:
         local_files(tmp_path / "loop.txt")
 
 
-def test_standard_input_that_is_a_pipe_is_refused(tmp_path: Path) -> None:
+def test_list_pipe(tmp_path: Path) -> None:
+    """Standard input that is a pipe is refused."""
     reading, writing = os.pipe()
     threading.Thread(target=os.close, args=[writing]).start()
     with pytest.raises(DataError, match="got a pipe"):
@@ -276,9 +282,8 @@ def test_standard_input_that_is_a_pipe_is_refused(tmp_path: Path) -> None:
     os.close(reading)
 
 
-def test_the_home_folder_may_be_written_as_a_tilde(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_list_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The home folder may be written as a tilde."""
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "a.txt").write_text("x")
     assert local_files("~/a.txt").files == [tmp_path / "a.txt"]

@@ -28,9 +28,8 @@ COMMANDS = [
 ]
 
 
-def test_every_command_knows_the_home_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_commands_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every command knows the home folder."""
     home, here = tmp_path / "home", tmp_path / "here"
     home.mkdir()
     here.mkdir()
@@ -60,12 +59,13 @@ def test_every_command_knows_the_home_folder(
         "tokenizer train --dataset builtin-stories --output ~no-such-user/x",
     ],
 )
-def test_an_unknown_users_home_is_refused(
+def test_commands_unknown_user_home(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     command: str,
 ) -> None:
+    """An unknown user's home is refused."""
     monkeypatch.chdir(tmp_path)
     assert main(command.split()) == 2
     (line,) = capsys.readouterr().err.splitlines()

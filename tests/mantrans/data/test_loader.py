@@ -30,7 +30,8 @@ def counting(folder: Path, count: int) -> TokenStream:
     return TokenStream(path)
 
 
-def test_a_batch_does_not_depend_on_what_was_asked_before(folder: Path) -> None:
+def test_batch_any_order(folder: Path) -> None:
+    """A batch does not depend on what was asked before."""
     stream = counting(folder, 5000)
     forwards = BatchLoader(stream, 4, 16, seed=3)
     batches = [forwards.batch(step) for step in range(200)]
@@ -41,15 +42,17 @@ def test_a_batch_does_not_depend_on_what_was_asked_before(folder: Path) -> None:
     assert batches[0].shape == (4, 17)
 
 
-def test_a_window_is_consecutive_tokens_from_its_start(folder: Path) -> None:
+def test_window_consecutive(folder: Path) -> None:
+    """A window is consecutive tokens from its start."""
     loader = BatchLoader(counting(folder, 5000), 8, 10, seed=0)
     for step in (0, 7, 1000, 10**12):
         expected = loader.window_starts(step)[:, None] + np.arange(11)
         assert (loader.batch(step).numpy() == expected).all()
 
 
-def test_a_batch_for_one_seed_never_changes(folder: Path) -> None:
+def test_batch_record(folder: Path) -> None:
     # A resumed run must see the same batches under other versions of Python, NumPy and torch.
+    """The batch of one seed never changes."""
     loader = BatchLoader(counting(folder, 5000), 4, 16, seed=1234)
     assert [loader.window_starts(step).tolist() for step in (0, 500)] == [
         [1794, 898, 1682, 322],
@@ -66,7 +69,7 @@ def test_a_batch_for_one_seed_never_changes(folder: Path) -> None:
     world_size=st.integers(1, 3),
     seed=st.integers(0, 2**63 - 1),
 )
-def test_every_epoch_has_every_window_once(
+def test_epoch_every_window_once(
     folder: Path, count: int, length: int, batch_size: int, world_size: int, seed: int
 ) -> None:
     stream = counting(folder, max(count, length + 1))
@@ -88,7 +91,7 @@ def test_every_epoch_has_every_window_once(
 
 @pytest.mark.promise("every token")
 @pytest.mark.parametrize("length", [1, 2, 3, 7, 64, 1024])
-def test_any_two_successive_epochs_have_every_target(folder: Path, length: int) -> None:
+def test_epochs_two_every_target(folder: Path, length: int) -> None:
     """At every remainder of the stream's length, with many windows and with one."""
     sizes = {length + 1, length + 2, 2 * length, 4 * length - 1, 4 * length, 4 * length + 1}
     sizes |= {2999} if length > 7 else {5 * length + rest for rest in range(length)}
@@ -102,7 +105,7 @@ def test_any_two_successive_epochs_have_every_target(folder: Path, length: int) 
 
 
 @pytest.mark.promise("every token")
-def test_a_run_of_the_first_rule_keeps_its_batches(folder: Path) -> None:
+def test_batch_first_rule(folder: Path) -> None:
     """As they were when checkpoints did not say how windows are laid out."""
     loader = BatchLoader(counting(folder, 2999), 2, 128, seed=7)
     loader.follow(1)
@@ -118,7 +121,8 @@ def test_a_run_of_the_first_rule_keeps_its_batches(folder: Path) -> None:
             loader.follow(rule)
 
 
-def test_epochs_differ_in_order_and_offset(folder: Path) -> None:
+def test_epochs_differ(folder: Path) -> None:
+    """Epochs differ in order and offset."""
     loader = BatchLoader(counting(folder, 5000), 10, 25, seed=5)
     steps = loader.n_windows // 10
     epochs = []
@@ -131,21 +135,24 @@ def test_epochs_differ_in_order_and_offset(folder: Path) -> None:
     assert epochs[0] != sorted(epochs[0])
 
 
-def test_epoch_counts_windows_of_all_ranks(folder: Path) -> None:
+def test_epoch_all_ranks(folder: Path) -> None:
+    """Epoch counts windows of all ranks."""
     loader = BatchLoader(counting(folder, 1001), 4, 10, seed=0, rank=1, world_size=2)
     assert loader.n_windows == 99
     assert loader.batches_per_epoch == 13
     assert [loader.epoch(step) for step in (0, 12, 13, 24, 25)] == [0, 0, 1, 1, 2]
 
 
-def test_ranks_share_no_window_of_a_step(folder: Path) -> None:
+def test_ranks_disjoint(folder: Path) -> None:
+    """Ranks share no window of a step."""
     loaders = [BatchLoader(counting(folder, 5000), 4, 10, 0, rank, 4) for rank in range(4)]
     for step in range(20):
         starts = np.concatenate([loader.window_starts(step) for loader in loaders])
         assert len(set(starts.tolist())) == 16
 
 
-def test_too_short_a_stream_is_one_clear_error(folder: Path) -> None:
+def test_stream_too_short(folder: Path) -> None:
+    """Too short a stream is one clear error."""
     with pytest.raises(
         DataError, match=r"expected at least 17 tokens, which a window takes, got 10;.*max_length"
     ):
@@ -155,12 +162,12 @@ def test_too_short_a_stream_is_one_clear_error(folder: Path) -> None:
 
 @settings(max_examples=100, deadline=None)
 @given(count=st.integers(1, 3000), seed=st.integers(0, 2**63 - 1), epoch=st.integers(0, 2**40))
-def test_shuffled_is_a_permutation(count: int, seed: int, epoch: int) -> None:
+def test_shuffled_permutation(count: int, seed: int, epoch: int) -> None:
     order = shuffled(np.arange(count), count, seed, epoch)
     assert sorted(order.tolist()) == list(range(count))
 
 
-def test_shuffled_spreads_like_chance() -> None:
+def test_shuffled_spread() -> None:
     # 20,000 draws over 100 cells: chi-square with 99 degrees of freedom is below 160 but for one
     # case in 10,000; an order that keeps neighbours together is far above.
     counts = np.zeros((10, 10))
@@ -173,6 +180,7 @@ def test_shuffled_spreads_like_chance() -> None:
     assert 0.3 * 10**5 < neighbours.mean() < 0.37 * 10**5  # a third, for independent draws
 
 
-def test_a_large_epoch_needs_no_memory_of_its_own() -> None:
+def test_shuffled_memory() -> None:
+    """A large epoch needs no memory of its own."""
     places = np.array([0, 1, 2**40 - 2])
     assert len(set(shuffled(places, 2**40 - 1, 0, 0).tolist())) == 3

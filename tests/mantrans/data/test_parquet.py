@@ -44,7 +44,8 @@ ODD_COLUMNS = {
 
 @pytest.mark.promise("Parquet and lines")
 @pytest.mark.parametrize("name", ODD_COLUMNS)
-def test_other_columns_do_not_matter(tmp_path: Path, name: str) -> None:
+def test_parquet_other_columns(tmp_path: Path, name: str) -> None:
+    """Other columns do not matter."""
     file = written(tmp_path / "a.parquet", **{name: ODD_COLUMNS[name], "text": ["one", "two", "3"]})
     assert texts(file)[0] == ["one", "two", "3"]
 
@@ -57,7 +58,7 @@ def test_other_columns_do_not_matter(tmp_path: Path, name: str) -> None:
         pyarrow.dictionary(pyarrow.int8(), pyarrow.string()),
     ],
 )
-def test_every_type_of_text_is_read(tmp_path: Path, kind: Any) -> None:
+def test_parquet_text_types(tmp_path: Path, kind: Any) -> None:
     column = pyarrow.array(["one", None, "one", " "]).cast(kind)
     found, report = texts(written(tmp_path / "a.parquet", text=column))
     assert found == ["one", "one"]
@@ -76,9 +77,8 @@ def test_every_type_of_text_is_read(tmp_path: Path, kind: Any) -> None:
         ([True], "bool"),
     ],
 )
-def test_a_column_of_another_type_is_refused_by_its_name(
-    tmp_path: Path, column: Any, name: str
-) -> None:
+def test_parquet_column_not_text(tmp_path: Path, column: Any, name: str) -> None:
+    """It is refused by its name."""
     file = written(tmp_path / "a.parquet", text=column)
     expected = rf"a\.parquet: expected text in column 'text', got {re.escape(name)}"
     for refuse in (False, True):
@@ -87,7 +87,8 @@ def test_a_column_of_another_type_is_refused_by_its_name(
 
 
 @pytest.mark.promise("Parquet and lines")
-def test_empty_parts_and_parts_without_text_pass(tmp_path: Path) -> None:
+def test_parquet_empty_parts(tmp_path: Path) -> None:
+    """Empty parts and parts without text pass."""
     empty = written(tmp_path / "a.parquet", text=pyarrow.array([], pyarrow.string()))
     nulls = written(tmp_path / "b.parquet", text=pyarrow.nulls(3))
     good = written(tmp_path / "c.parquet", text=["one"])
@@ -99,7 +100,8 @@ def test_empty_parts_and_parts_without_text_pass(tmp_path: Path) -> None:
 
 
 @pytest.mark.promise("what is used is said")
-def test_rows_without_text_are_counted_or_refused_as_set(tmp_path: Path) -> None:
+def test_parquet_rows_without_text(tmp_path: Path) -> None:
+    """Rows without text are counted or refused as set."""
     good_and_bad = pyarrow.array([b"one", None, b"", b"\xff\xfe", b"two"]).view(pyarrow.string())
     file = written(tmp_path / "a.parquet", text=good_and_bad)
     found, report = texts(file)
@@ -113,9 +115,7 @@ def test_rows_without_text_are_counted_or_refused_as_set(tmp_path: Path) -> None
 
 
 @pytest.mark.promise("what is used is said")
-def test_what_was_skipped_is_said_at_each_start(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_parquet_skipped_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """By the run that tokenizes and by those after it, which read the cache."""
     written(tmp_path / "a.parquet", text=["a story of a fox", None] * 25)
     tokenizer = load_tokenizer("tinystories_bpe_4096")
@@ -130,7 +130,8 @@ def test_what_was_skipped_is_said_at_each_start(
     "damage",
     [lambda raw: b"", lambda raw: raw[:-20], lambda raw: raw[:4] + b"\xff" * 40 + raw[44:]],
 )
-def test_a_damaged_file_is_one_line(tmp_path: Path, damage: Any) -> None:
+def test_parquet_damaged(tmp_path: Path, damage: Any) -> None:
+    """It ends in one line."""
     file = written(tmp_path / "a.parquet", text=[f"text {i}" for i in range(500)])
     file.write_bytes(damage(file.read_bytes()))
     with pytest.raises(DataError, match=r"a\.parquet: expected a Parquet file, got") as error:
@@ -138,7 +139,8 @@ def test_a_damaged_file_is_one_line(tmp_path: Path, damage: Any) -> None:
     assert str(error.value).isprintable()
 
 
-def test_rows_of_a_hub_set_are_held_to_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hub_rows_without_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As those of local Parquet files."""
     datasets = pytest.importorskip("datasets")
 
     def splits(**columns: Any) -> registry.Splits:

@@ -49,9 +49,10 @@ def other_subset(folder: Path) -> str:
 
 @pytest.mark.promise("other tokens")
 @pytest.mark.parametrize("change", [replace_text, other_subset])
-def test_other_tokens_than_the_checkpoints_are_refused(
+def test_resume_other_tokens(
     tmp_path: Path, begun: Config, change: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """Tokens other than the checkpoint's are refused."""
     said = change(tmp_path)
     data = {"subset_size": 9} if change is other_subset else {}
     config = local(tmp_path, data=data, max_steps=4)
@@ -71,7 +72,8 @@ def test_other_tokens_than_the_checkpoints_are_refused(
     assert latest(tmp_path)["data"]["train"] != before["train"]
 
 
-def test_a_loss_of_another_validation_text_is_not_the_best(tmp_path: Path, begun: Config) -> None:
+def test_resume_other_validation_text(tmp_path: Path, begun: Config) -> None:
+    """A loss of another validation text is not the best."""
     replace_text(tmp_path)
     config = local(tmp_path, max_steps=4)
     trainer = Trainer(config, resume="latest", quiet=True, allow_other_data=True)
@@ -80,7 +82,8 @@ def test_a_loss_of_another_validation_text_is_not_the_best(tmp_path: Path, begun
 
 
 @pytest.mark.promise("other tokens")
-def test_the_same_tokens_under_another_name_are_the_same(tmp_path: Path, begun: Config) -> None:
+def test_resume_renamed_tokens(tmp_path: Path, begun: Config) -> None:
+    """The same tokens under another name are the same."""
     (tmp_path / "moved").mkdir()
     (tmp_path / "text.txt").rename(tmp_path / "moved" / "other.txt")
     config = local(tmp_path, data={"path": str(tmp_path / "moved" / "other.txt")}, max_steps=3)
@@ -91,9 +94,7 @@ def test_the_same_tokens_under_another_name_are_the_same(tmp_path: Path, begun: 
 
 @pytest.mark.promise("every token")
 @pytest.mark.parametrize("length", ["max_steps", "num_epochs"])
-def test_a_run_begun_before_there_was_a_record_goes_on_with_its_batches(
-    tmp_path: Path, length: str
-) -> None:
+def test_resume_without_token_record(tmp_path: Path, length: str) -> None:
     """The text has few windows, so that the second rule has one more of them than the first."""
     (tmp_path / "text.txt").write_text("A mouse ran home to eat. " * 3)
     lengths = {"max_steps": None, length: 20, "warmup_steps": 0, "batch_size": 1}
@@ -116,9 +117,7 @@ def test_a_run_begun_before_there_was_a_record_goes_on_with_its_batches(
 
 
 @pytest.mark.parametrize("changes", [{"batches": 3}, {"batches": "x"}, {"train": 4}, {"train": {}}])
-def test_an_odd_record_of_tokens_is_refused_in_one_line(
-    tmp_path: Path, begun: Config, changes: dict[str, Any]
-) -> None:
+def test_resume_odd_token_record(tmp_path: Path, begun: Config, changes: dict[str, Any]) -> None:
     state = latest(tmp_path)
     state["data"] |= changes
     state_file.save(tmp_path / "odd.pt", state)
@@ -138,9 +137,7 @@ def test_an_odd_record_of_tokens_is_refused_in_one_line(
         ),
     ],
 )
-def test_a_schedule_longer_than_the_epochs_is_refused(
-    tmp_path: Path, changes: dict[str, Any], message: str
-) -> None:
+def test_schedule_longer_than_epochs(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     """As with max_steps, once the length of the data is known."""
     shutil.copy(GOLDEN / "stories.txt", tmp_path / "text.txt")
     for length in (1, 2):

@@ -32,7 +32,8 @@ def with_header(path: Path, **changes: Any) -> None:
     path.write_bytes(MAGIC + digest + text + raw[HEADER_BYTES:])
 
 
-def test_what_was_written_is_read(tmp_path: Path) -> None:
+def test_token_file_round_trip(tmp_path: Path) -> None:
+    """What was written is read."""
     stream = TokenStream(written(tmp_path / "a.tokens"))
     assert stream.tokens.tolist() == list(range(1000))
     assert (len(stream), stream.n_bytes, stream.n_documents) == (1000, 3000, 2)
@@ -43,7 +44,8 @@ def test_what_was_written_is_read(tmp_path: Path) -> None:
         stream.tokens[0] = 1
 
 
-def test_the_smaller_type_that_fits_is_used(tmp_path: Path) -> None:
+def test_token_file_dtype(tmp_path: Path) -> None:
+    """The smaller type that fits is used."""
     assert token_dtype(65_536) == np.uint16
     assert token_dtype(65_537) == np.uint32
     stream = TokenStream(written(tmp_path / "a.tokens", [0, 70_000], vocab_size=70_001))
@@ -52,7 +54,8 @@ def test_the_smaller_type_that_fits_is_used(tmp_path: Path) -> None:
     assert stream.tokens.tolist() == [0, 65_535]
 
 
-def test_the_checksum_tells_contents_apart(tmp_path: Path) -> None:
+def test_token_file_checksum(tmp_path: Path) -> None:
+    """The checksum tells contents apart."""
     streams = [
         TokenStream(written(tmp_path / f"{i}.tokens", tokens))
         for i, tokens in enumerate(([1, 2, 3], [1, 2, 3], [1, 2, 4]))
@@ -60,14 +63,14 @@ def test_the_checksum_tells_contents_apart(tmp_path: Path) -> None:
     assert streams[0].checksum == streams[1].checksum != streams[2].checksum
 
 
-def test_an_empty_stream_can_be_written(tmp_path: Path) -> None:
+def test_token_file_empty(tmp_path: Path) -> None:
     stream = TokenStream(written(tmp_path / "a.tokens", []))
     assert len(stream) == 0
     stream.require_vocabulary(1)
 
 
 @pytest.mark.promise("damaged tokens and tokenizers")
-def test_every_flipped_byte_is_found(tmp_path: Path) -> None:
+def test_token_file_flipped_byte(tmp_path: Path) -> None:
     path = written(tmp_path / "a.tokens", range(100))
     whole = path.read_bytes()
     rng = random.Random(0)
@@ -79,7 +82,8 @@ def test_every_flipped_byte_is_found(tmp_path: Path) -> None:
 
 
 @pytest.mark.promise("damaged tokens and tokenizers")
-def test_every_truncation_and_every_surplus_is_found(tmp_path: Path) -> None:
+def test_token_file_wrong_length(tmp_path: Path) -> None:
+    """Every truncation and every surplus is found."""
     path = written(tmp_path / "a.tokens", range(100))
     whole = path.read_bytes()
     for size in [*range(0, HEADER_BYTES, 97), *range(HEADER_BYTES, len(whole))]:
@@ -111,7 +115,7 @@ def test_every_truncation_and_every_surplus_is_found(tmp_path: Path) -> None:
         ({"facts": []}, "lacks a checksum or facts"),
     ],
 )
-def test_a_hostile_header_is_refused(tmp_path: Path, changes: dict, reason: str) -> None:
+def test_token_file_hostile_header(tmp_path: Path, changes: dict, reason: str) -> None:
     path = written(tmp_path / "a.tokens")
     with_header(path, **changes)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -121,7 +125,7 @@ def test_a_hostile_header_is_refused(tmp_path: Path, changes: dict, reason: str)
 
 
 @pytest.mark.promise("wrong tokenizer")
-def test_a_token_outside_the_vocabulary_is_refused(tmp_path: Path) -> None:
+def test_token_file_token_outside_vocabulary(tmp_path: Path) -> None:
     stream = TokenStream(written(tmp_path / "a.tokens", [1, 4095]))
     stream.require_vocabulary(4096)
     with pytest.raises(DataError, match="expected tokens 0 to 4094, got 4095"):
@@ -134,7 +138,8 @@ def test_a_token_outside_the_vocabulary_is_refused(tmp_path: Path) -> None:
             writer.write([5, wrong], n_bytes=1, n_documents=0)
 
 
-def test_an_unfinished_file_is_never_taken_for_a_whole_one(tmp_path: Path) -> None:
+def test_token_file_unfinished(tmp_path: Path) -> None:
+    """An unfinished file is never taken for a whole one."""
     path = tmp_path / "a.tokens"
     with pytest.raises(KeyboardInterrupt), TokenFileWriter(path, 4096) as writer:
         writer.write(np.arange(100_000) % 4096, n_bytes=1, n_documents=0)
@@ -143,6 +148,6 @@ def test_an_unfinished_file_is_never_taken_for_a_whole_one(tmp_path: Path) -> No
         TokenStream(path)
 
 
-def test_a_missing_file_is_one_line(tmp_path: Path) -> None:
+def test_token_file_missing(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"a\.tokens cannot be read: No such file"):
         TokenStream(tmp_path / "a.tokens")

@@ -66,9 +66,8 @@ PARTS = st.lists(
 @given(PARTS, st.sampled_from(["eot", "blank_line"]), st.integers(1, 30))
 @example(["<|endoftext|>", "a", "<|endoftext|>", "<|endoftext|>"], "eot", 5)
 @example(["\ufeff", "a", "\r\n", "\r\n", "b", "\r"], "blank_line", 1)
-def test_documents_do_not_depend_on_how_the_file_is_read(
-    tmp_path: Path, parts: list[str], separator: str, chunk: int
-) -> None:
+def test_documents_any_chunks(tmp_path: Path, parts: list[str], separator: str, chunk: int) -> None:
+    """Documents do not depend on how the file is read."""
     raw = "".join(parts)
     file = tmp_path / "a.txt"
     file.write_bytes(raw.encode())
@@ -79,7 +78,8 @@ def test_documents_do_not_depend_on_how_the_file_is_read(
 
 @settings(max_examples=100, deadline=None)
 @given(st.text(max_size=80), st.integers(1, 10))
-def test_pieces_of_a_document_are_the_document(document: str, size: int) -> None:
+def test_pieces_join(document: str, size: int) -> None:
+    """The pieces of a document are the document."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(text, "PIECE", size)
         pieces = [*pieces_of(document)]
@@ -88,7 +88,8 @@ def test_pieces_of_a_document_are_the_document(document: str, size: int) -> None
 
 
 @pytest.mark.skipif(not SHAKESPEARE.exists(), reason=f"no real text at {SHAKESPEARE}")
-def test_cutting_a_document_does_not_change_its_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pieces_same_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cutting a document does not change its tokens."""
     tokenizer = load_tokenizer("tinystories_bpe_4096")
     whole = tokenizer.encode(SHAKESPEARE.read_text(encoding="utf-8").strip())
     monkeypatch.setattr(text, "_CHUNK", 3000)
@@ -114,7 +115,7 @@ def test_cutting_a_document_does_not_change_its_tokens(monkeypatch: pytest.Monke
         (b"a\n\nb", ["a\n\nb"]),
     ],
 )
-def test_unusual_text_files(tmp_path: Path, raw: bytes, expected: list[str]) -> None:
+def test_documents_unusual_files(tmp_path: Path, raw: bytes, expected: list[str]) -> None:
     file = tmp_path / "a.txt"
     file.write_bytes(raw)
     assert documents([*text.read_txt(file)]) == expected
@@ -131,9 +132,10 @@ def test_unusual_text_files(tmp_path: Path, raw: bytes, expected: list[str]) -> 
         ("\u6f22".encode() * 400 + b"\xc0", 1200),
     ],
 )
-def test_text_that_is_not_utf8_is_refused_with_its_place(
+def test_documents_not_utf8(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, raw: bytes, place: int
 ) -> None:
+    """Text that is not UTF-8 is refused with its place."""
     file = tmp_path / "a.txt"
     file.write_bytes(raw)
     for chunk in (1, 7, 1024, 2**20):
@@ -150,7 +152,7 @@ BLANKS = ["", "   ", "\t", "\xa0", "\xa0 \u2003\t", "\f", "\u3000", "\x1c"]
 @pytest.mark.promise("Parquet and lines")
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r", "\x85", "\u2028", "\u2029", "\v", "\f"])
 @pytest.mark.parametrize("blank", BLANKS, ids=ascii)
-def test_a_blank_line_is_unicodes(
+def test_documents_blank_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: str, blank: str
 ) -> None:
     """Whatever ends its lines and whatever white space is in it."""
@@ -165,9 +167,10 @@ def test_a_blank_line_is_unicodes(
 
 
 @pytest.mark.parametrize("space", ["\r", "\xa0", "\u2028", "\u3000"], ids=ascii)
-def test_long_text_without_plain_spaces_is_not_cut_inside_a_blank_line(
+def test_documents_long_blank_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, space: str
 ) -> None:
+    """Long text without plain spaces is not cut inside a blank line."""
     monkeypatch.setattr(text, "PIECE", 50)
     story = space.join(["fox"] * 12)
     for chunk in range(20, 80):
@@ -195,7 +198,8 @@ BROKEN = {
 
 @pytest.mark.promise("odd text")
 @pytest.mark.parametrize("line", BROKEN, ids=range(len(BROKEN)))
-def test_broken_lines_are_counted_or_refused(tmp_path: Path, line: bytes) -> None:
+def test_jsonl_broken_lines(tmp_path: Path, line: bytes) -> None:
+    """Broken lines are counted or refused."""
     file = tmp_path / "a.jsonl"
     file.write_bytes(b'\xef\xbb\xbf{"text": "one"}\r\n\n' + line + b'\n{"text": " two "}\n' + line)
     report = ReadReport()
@@ -208,14 +212,14 @@ def test_broken_lines_are_counted_or_refused(tmp_path: Path, line: bytes) -> Non
 
 
 @pytest.mark.parametrize("end", [b"\n", b"\r\n", b"\r"])
-def test_any_end_of_line_ends_a_line_of_json(tmp_path: Path, end: bytes) -> None:
+def test_jsonl_line_ends(tmp_path: Path, end: bytes) -> None:
     (tmp_path / "a.jsonl").write_bytes(end.join([b'{"text": "a\xe2\x80\xa8b"}', b"", b"{"] * 9))
     report = ReadReport()
     assert documents([*read_jsonl(tmp_path / "a.jsonl", "text", False, report)]) == ["a\u2028b"] * 9
     assert (report.rows, report.broken) == (18, 9) and "line 3" in report.first_broken
 
 
-def test_rows_without_text_are_counted(tmp_path: Path) -> None:
+def test_jsonl_rows_without_text(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(
         '{"text": "one"}\n{"text": " "}\n{"text": ""}\n{"text": null}'
     )
@@ -224,7 +228,8 @@ def test_rows_without_text_are_counted(tmp_path: Path) -> None:
     assert (report.rows, report.broken, report.empty) == (4, 1, 2)
 
 
-def test_a_file_of_broken_lines_only_says_what_fields_there_are(tmp_path: Path) -> None:
+def test_jsonl_broken_lines_only(tmp_path: Path) -> None:
+    """A file of broken lines only says what fields there are."""
     file = tmp_path / "a.jsonl"
     file.write_text('{"story": "one"}\n' * 3)
     with pytest.raises(DataError, match=r"none of its lines can be used.*'text', only 'story'"):
@@ -232,9 +237,8 @@ def test_a_file_of_broken_lines_only_says_what_fields_there_are(tmp_path: Path) 
     assert documents([*read_jsonl(file, "story", False, ReadReport())]) == ["one"] * 3
 
 
-def test_an_endless_line_is_broken_but_not_read_whole(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_jsonl_endless_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An endless line is broken but not read whole."""
     monkeypatch.setattr(text, "_LONGEST_JSON_LINE", 100)
     file = tmp_path / "a.jsonl"
     long = json.dumps({"text": "x" * 5000})
@@ -244,7 +248,8 @@ def test_an_endless_line_is_broken_but_not_read_whole(
     assert report.broken == 2
 
 
-def test_a_text_in_json_may_hold_anything(tmp_path: Path) -> None:
+def test_jsonl_any_text(tmp_path: Path) -> None:
+    """A text in JSON may hold anything."""
     stories = ["<|endoftext|> inside", "a\n\nb", "\0", "\U0001f600\r\n\u2028x"]
     file = tmp_path / "a.jsonl"
     file.write_text("".join(json.dumps({"text": story}) + "\n" for story in stories))
@@ -254,7 +259,7 @@ def test_a_text_in_json_may_hold_anything(tmp_path: Path) -> None:
 # --- Parquet, folders --------------------------------------------------------------------------
 
 
-def test_parquet_gives_its_column_of_text(tmp_path: Path) -> None:
+def test_parquet_text_column(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
     file = tmp_path / "a.parquet"
     datasets.Dataset.from_dict({"text": ["one", " ", None, "two"], "n": [1, 2, 3, 4]}).to_parquet(
@@ -271,7 +276,8 @@ def test_parquet_gives_its_column_of_text(tmp_path: Path) -> None:
     assert "\n" not in str(error.value)
 
 
-def test_a_folder_is_read_in_order_at_any_depth(tmp_path: Path) -> None:
+def test_folder_order(tmp_path: Path) -> None:
+    """A folder is read in order at any depth."""
     (tmp_path / "b").mkdir()
     (tmp_path / ".hidden").mkdir()
     for name in ("c.txt", "a.jsonl", "b/z.TXT", "b/notes.md", ".hidden/x.txt"):
@@ -282,7 +288,7 @@ def test_a_folder_is_read_in_order_at_any_depth(tmp_path: Path) -> None:
     assert found == ["json", "b/z.TXT", "c.txt"]
 
 
-def test_paths_that_cannot_be_text_are_one_line(tmp_path: Path) -> None:
+def test_path_not_text(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("a")
     with pytest.raises(
         DataError, match=r"expected a file \.txt, .* or \.parquet, or a folder, got .*\.csv"
@@ -339,7 +345,8 @@ def write_line(file: Path, megabytes: int) -> int:
     return megabytes * 2**20
 
 
-def test_one_long_line_is_prepared_in_bounded_memory(tmp_path: Path) -> None:
+def test_prepare_long_line_memory(tmp_path: Path) -> None:
+    """One long line is prepared in bounded memory."""
     size = write_line(tmp_path / "long.txt", 8)
     before, peak, n_bytes = peak_megabytes(tmp_path / "long.txt", "eot")
     assert abs(n_bytes - size) < 2  # the space at its end is stripped
@@ -348,7 +355,8 @@ def test_one_long_line_is_prepared_in_bounded_memory(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("separator", ["eot", "blank_line"])
-def test_two_gigabytes_are_prepared_in_less_than_one(tmp_path: Path, separator: str) -> None:
+def test_prepare_two_gigabytes_memory(tmp_path: Path, separator: str) -> None:
+    """Two gigabytes are prepared in less than one."""
     size = write_line(tmp_path / "long.txt", 2048)
     _, peak, n_bytes = peak_megabytes(tmp_path / "long.txt", separator)
     assert abs(n_bytes - size) < 2

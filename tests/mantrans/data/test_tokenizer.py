@@ -62,7 +62,7 @@ def saved(folder: Path, change: Callable[[dict], None]) -> Path:
 # --- the shipped tokenizer ---------------------------------------------------------------------
 
 
-def test_the_shipped_tokenizer_has_4096_tokens(shipped: Tokenizer) -> None:
+def test_shipped_vocab_size(shipped: Tokenizer) -> None:
     assert NAME in known_names()
     assert shipped.vocab_size == 4096
     assert shipped.name == NAME
@@ -72,7 +72,7 @@ def test_the_shipped_tokenizer_has_4096_tokens(shipped: Tokenizer) -> None:
     assert manifest["vocab_size"] == 4096
 
 
-def test_transformers_loads_the_shipped_folder(shipped: Tokenizer) -> None:
+def test_shipped_transformers_loads(shipped: Tokenizer) -> None:
     transformers = pytest.importorskip("transformers")
     theirs = transformers.PreTrainedTokenizerFast.from_pretrained(SHIPPED / NAME)
     assert len(theirs) == theirs.vocab_size == 4096
@@ -83,7 +83,8 @@ def test_transformers_loads_the_shipped_folder(shipped: Tokenizer) -> None:
 
 
 @needs_sample
-def test_unseen_tinystories_take_at_least_3_6_bytes_a_token(shipped: Tokenizer) -> None:
+def test_shipped_bytes_a_token(shipped: Tokenizer) -> None:
+    """Unseen TinyStories take at least 3.6 bytes a token."""
     manifest = json.loads((SHIPPED / NAME / "manifest.json").read_text())
     fraction = manifest["held_out_of_each_input"]
     assert fraction == 0.1
@@ -93,7 +94,7 @@ def test_unseen_tinystories_take_at_least_3_6_bytes_a_token(shipped: Tokenizer) 
     assert result.bytes_per_token >= 3.6
 
 
-def test_bytes_are_counted_by_token(shipped: Tokenizer) -> None:
+def test_token_bytes(shipped: Tokenizer) -> None:
     for text in ("Once upon a time", "\u6f22\u5b57 \U0001f600", "\x00\r\n"):
         assert shipped.token_bytes[shipped.encode(text)].sum() == len(text.encode())
     assert shipped.token_bytes[shipped.eot_id] == 0
@@ -109,7 +110,8 @@ TEXTS = st.text() | st.text(
 
 @settings(max_examples=300, deadline=None)
 @given(TEXTS)
-def test_any_text_comes_back_exactly(shipped: Tokenizer, text: str) -> None:
+def test_shipped_any_text(shipped: Tokenizer, text: str) -> None:
+    """Any text comes back exactly."""
     ids = shipped.encode(text)
     assert shipped.decode(ids) == text
     assert shipped.eot_id not in ids
@@ -118,17 +120,19 @@ def test_any_text_comes_back_exactly(shipped: Tokenizer, text: str) -> None:
 @needs_gpt2
 @settings(max_examples=100, deadline=None)
 @given(TEXTS)
-def test_any_text_comes_back_exactly_from_gpt2(gpt2: Tokenizer, text: str) -> None:
+def test_gpt2_any_text(gpt2: Tokenizer, text: str) -> None:
+    """Any text comes back exactly from GPT-2."""
     assert gpt2.decode(gpt2.encode(text)) == text
 
 
-def test_every_unicode_plane_and_control_comes_back(shipped: Tokenizer) -> None:
+def test_shipped_unicode_planes(shipped: Tokenizer) -> None:
+    """Every Unicode plane and control comes back."""
     codes = [code for code in range(0, 0x110000, 37) if not 0xD800 <= code < 0xE000]
     text = "".join(map(chr, [*range(256), *codes]))
     assert shipped.decode(shipped.encode(text)) == text
 
 
-def test_a_written_end_of_text_is_text(shipped: Tokenizer) -> None:
+def test_encode_written_end_of_text(shipped: Tokenizer) -> None:
     text = f"one{END_OF_TEXT}two"
     ids = shipped.encode(text)
     assert shipped.eot_id not in ids
@@ -136,12 +140,14 @@ def test_a_written_end_of_text_is_text(shipped: Tokenizer) -> None:
     assert shipped.decode([shipped.eot_id]) == END_OF_TEXT
 
 
-def test_half_a_surrogate_pair_is_one_clear_error(shipped: Tokenizer) -> None:
+def test_encode_half_surrogate_pair(shipped: Tokenizer) -> None:
+    """It ends in one clear error."""
     with pytest.raises(DataError, match="half of a surrogate pair"):
         shipped.encode_batch(["fine", "\ud800"])
 
 
-def test_decoding_refuses_ids_out_of_range(shipped: Tokenizer) -> None:
+def test_decode_ids_out_of_range(shipped: Tokenizer) -> None:
+    """Decoding refuses ids out of range."""
     for wrong in (-1, 4096, 2**70):
         with pytest.raises(DataError, match=f"expected token ids 0 to 4095, got {wrong}"):
             shipped.decode([1, wrong])
@@ -151,18 +157,19 @@ def test_decoding_refuses_ids_out_of_range(shipped: Tokenizer) -> None:
 
 
 @needs_gpt2
-def test_gpt2_files_give_gpt2s_tokens(gpt2: Tokenizer) -> None:
+def test_gpt2_files_tokens(gpt2: Tokenizer) -> None:
+    """GPT-2 files give GPT-2's tokens."""
     assert gpt2.encode("Hello world, once upon a time") == [15496, 995, 11, 1752, 2402, 257, 640]
     assert (gpt2.vocab_size, gpt2.eot_id) == (50_257, 50_256)
 
 
 @needs_gpt2
-def test_the_hash_is_of_the_tokenizer_not_of_its_files(gpt2: Tokenizer, tmp_path: Path) -> None:
+def test_hash_of_tokenizer_not_files(gpt2: Tokenizer, tmp_path: Path) -> None:
     gpt2.library.save(str(tmp_path / "tokenizer.json"), pretty=False)
     assert load_tokenizer(tmp_path).hash == gpt2.hash
 
 
-def test_the_hash_sees_every_change(shipped: Tokenizer, tmp_path: Path) -> None:
+def test_hash_any_change(shipped: Tokenizer, tmp_path: Path) -> None:
     def swap_merges(content: dict) -> None:
         merges = content["model"]["merges"]
         merges[-1], merges[-2] = merges[-2], merges[-1]
@@ -180,16 +187,14 @@ def test_the_hash_sees_every_change(shipped: Tokenizer, tmp_path: Path) -> None:
 
 @pytest.mark.promise("names and links")
 @pytest.mark.parametrize("name", ["../secrets", "a/../../b", "", " ", "nul\0", "..", "/srv/../etc"])
-def test_names_without_a_tokenizer_are_refused(name: str) -> None:
+def test_load_names_without_tokenizer(name: str) -> None:
     with pytest.raises(DataError, match=r"expected"):
         load_tokenizer(name)
 
 
 @pytest.mark.promise("names and links")
 @pytest.mark.parametrize("name", ["../here", "../../{top}/here", "inside/../../here", "../here/."])
-def test_a_path_of_ones_own_may_climb(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
+def test_load_own_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """From the working directory; but a name under assets/models/tokenizers/ stays there."""
     saved(tmp_path / "here", lambda content: None)
     (tmp_path / "there" / "inside").mkdir(parents=True)
@@ -204,9 +209,8 @@ def test_a_path_of_ones_own_may_climb(
 
 
 @pytest.mark.promise("names and links")
-def test_a_link_out_of_the_shipped_folder_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_load_link_out_of_shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A link out of the shipped folder is refused."""
     inside, outside = tmp_path / "tokenizers", saved(tmp_path / "outside", lambda content: None)
     inside.mkdir()
     (inside / "sly").symlink_to(outside)
@@ -215,7 +219,8 @@ def test_a_link_out_of_the_shipped_folder_is_refused(
         load_tokenizer("sly")
 
 
-def test_an_unknown_name_is_told_the_nearest() -> None:
+def test_load_unknown_name() -> None:
+    """An unknown name is told the nearest."""
     with pytest.raises(DataError, match=r"did you mean 'tinystories_bpe_4096'"):
         load_tokenizer("tinystories_bpe_4069")
     with pytest.raises(DataError, match=r"expected tokenizer\.json, or vocab\.json"):
@@ -223,7 +228,7 @@ def test_an_unknown_name_is_told_the_nearest() -> None:
 
 
 @pytest.mark.parametrize("offline", [True, False])
-def test_an_unreachable_hub_is_one_line(
+def test_load_hub_unreachable(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, offline: bool
 ) -> None:
     """At once with HF_HUB_OFFLINE=1; else after the library's own tries, here without its waits."""
@@ -249,7 +254,8 @@ def damaged_copy(folder: Path) -> tuple[Path, bytes]:
 
 
 @pytest.mark.promise("damaged tokens and tokenizers")
-def test_every_flipped_byte_and_truncation_is_found(tmp_path: Path) -> None:
+def test_load_flipped_byte_or_truncated(tmp_path: Path) -> None:
+    """Every flipped byte and truncation is found."""
     file, whole = damaged_copy(tmp_path / "copy")
     chance = random.Random(0)
     for _ in range(200):
@@ -262,14 +268,15 @@ def test_every_flipped_byte_and_truncation_is_found(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("manifest", ["", "[]", "{}", "[" * 10_000, '{"sha256": 3}', "\x00"])
-def test_a_damaged_manifest_is_found(tmp_path: Path, manifest: str) -> None:
+def test_load_damaged_manifest(tmp_path: Path, manifest: str) -> None:
     file, _ = damaged_copy(tmp_path / "copy")
     (file.parent / "manifest.json").write_text(manifest)
     with pytest.raises(DataError, match=r"manifest\.json cannot be used"):
         load_tokenizer(file.parent)
 
 
-def test_without_a_manifest_damage_is_an_error_or_harmless(tmp_path: Path) -> None:
+def test_load_damage_without_manifest(tmp_path: Path) -> None:
+    """Without a manifest damage is an error or harmless."""
     (tmp_path / "copy").mkdir()
     whole = (SHIPPED / NAME / "tokenizer.json").read_bytes()
     chance = random.Random(1)
@@ -351,16 +358,15 @@ def as_another_model(content: dict) -> None:
         as_another_model,
     ],
 )
-def test_a_tokenizer_that_is_not_lossless_is_refused(
-    tmp_path: Path, change: Callable[[dict], None]
-) -> None:
+def test_load_not_lossless(tmp_path: Path, change: Callable[[dict], None]) -> None:
+    """A tokenizer that is not lossless is refused."""
     with pytest.raises(DataError, match="cannot be used: ") as error:
         load_tokenizer(saved(tmp_path / "changed", change))
     assert "\n" not in str(error.value)
 
 
 @needs_gpt2
-def test_gpt2_files_with_holes_are_refused(tmp_path: Path) -> None:
+def test_load_gpt2_files_with_holes(tmp_path: Path) -> None:
     vocabulary = json.loads((GPT2 / "vocab.json").read_text(encoding="utf-8"))
     del vocabulary["hello"]
     (tmp_path / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
@@ -372,7 +378,7 @@ def test_gpt2_files_with_holes_are_refused(tmp_path: Path) -> None:
 # --- the command line --------------------------------------------------------------------------
 
 
-def test_train_analyze_encode(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_train_analyze_encode(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "small"
     arguments = ["--dataset", "builtin-stories", "--limit", "200"]
     train = ["train", "--output", str(folder), "--vocab-size", "500", *arguments]
@@ -401,7 +407,8 @@ def test_train_analyze_encode(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert tokenizer.decode(ids) == "Once upon"
 
 
-def test_training_twice_gives_the_same_bytes(tmp_path: Path) -> None:
+def test_train_twice(tmp_path: Path) -> None:
+    """Training twice gives the same bytes."""
     text = [*pieces_of("the cat sat on the mat, and the cat ate the rat. " * 30)]
     for name in ("one", "two"):
         tokenizer_tool.train(text, 270, tmp_path / name)
@@ -409,7 +416,8 @@ def test_training_twice_gives_the_same_bytes(tmp_path: Path) -> None:
     assert first == second
 
 
-def test_held_out_documents_are_left_out_of_training(tmp_path: Path) -> None:
+def test_train_held_out(tmp_path: Path) -> None:
+    """Documents held out are left out of the tokenizer's training."""
     file = tmp_path / "a.txt"
     file.write_text(END_OF_TEXT.join(f"document {i}" for i in range(200)))
     kept, held = ([*part_of(lambda: read_txt(file), 0.1, held)] for held in (False, True))
@@ -419,7 +427,7 @@ def test_held_out_documents_are_left_out_of_training(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("n_documents", "share"), [(1, 0.1), (1, 0.05), (2, 0.05)])
-def test_hold_out_of_a_text_without_a_document_for_each_side_is_its_last_part(
+def test_hold_out_few_documents(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], n_documents: int, share: float
 ) -> None:
     """As training does. Of 0.1 the first document is held out, of 0.05 none of the first two."""
@@ -442,7 +450,8 @@ def test_hold_out_of_a_text_without_a_document_for_each_side_is_its_last_part(
     assert report["tokens"] == n_held  # never seen: letter by letter
 
 
-def test_the_parts_of_a_text_are_all_of_it_and_share_nothing() -> None:
+def test_hold_out_parts() -> None:
+    """The parts of a text are all of it and share nothing."""
     text = "".join(chr(0x4E00 + i) for i in range(1000))
 
     def read() -> list[Piece]:
@@ -457,9 +466,7 @@ def test_the_parts_of_a_text_are_all_of_it_and_share_nothing() -> None:
 
 
 @pytest.mark.parametrize("word", ["ACGT", "漢字かな", "x", "  ", "=-", "\u3000"])
-def test_learning_takes_time_by_the_length_of_text_without_white_space(
-    tmp_path: Path, word: str
-) -> None:
+def test_train_time_long_words(tmp_path: Path, word: str) -> None:
     """It was by the square: 25 s for 200,000 letters."""
     chance = random.Random(1)
     said: list[str] = []
@@ -474,7 +481,8 @@ def test_learning_takes_time_by_the_length_of_text_without_white_space(
     assert any("words of over 128 characters were cut" in note for note in said)
 
 
-def test_words_that_are_not_too_long_are_learned_as_they_are(tmp_path: Path) -> None:
+def test_train_long_words(tmp_path: Path) -> None:
+    """Words that are not too long are learned as they are."""
     words = ["a" * 128, "b" * 127, " " * 128, "c d e"]
     assert [tokenizer_tool._cut(word) for word in words] == [[word] for word in words]
     for text in ("a" * 129, "é" * 1000 + " x", "x" + "\n" * 700, ""):
@@ -482,7 +490,8 @@ def test_words_that_are_not_too_long_are_learned_as_they_are(tmp_path: Path) -> 
         assert "".join(parts) == text and (len(parts) > 1) == (len(text) > 128)
 
 
-def test_each_help_of_the_tool_names_its_defaults() -> None:
+def test_command_help_defaults() -> None:
+    """Each help of the tool names its defaults."""
     parser = argparse.ArgumentParser()
     tokenizer_tool.add_arguments(parser)
     (commands,) = (a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
@@ -509,7 +518,7 @@ def test_each_help_of_the_tool_names_its_defaults() -> None:
         (["encode", "--tokenizer", "../x", "a"], "got '../x'"),
     ],
 )
-def test_mistakes_are_one_line(
+def test_command_mistakes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
     (tmp_path / "tiny.txt").write_text("tiny")
@@ -523,7 +532,7 @@ def test_mistakes_are_one_line(
     assert not (tmp_path / "x").exists()
 
 
-def test_the_module_runs_as_documented() -> None:
+def test_module_as_documented() -> None:
     command = [sys.executable, "-W", "error::RuntimeWarning", "-m", "mantrans", "tokenizer"]
     result = subprocess.run(
         [*command, "encode", "--tokenizer", NAME],
@@ -537,7 +546,9 @@ def test_the_module_runs_as_documented() -> None:
     assert result.stdout.splitlines()[1] == "'Once' ' upon' ' a' ' time'"
 
 
-def test_truncation_and_padding_of_a_foreign_file_are_switched_off(tmp_path: Path) -> None:
+def test_load_foreign_truncation_and_padding(tmp_path: Path) -> None:
+    """Truncation and padding of a foreign file are switched off."""
+
     def with_limits(content: dict) -> None:
         library = tokenizers.Tokenizer.from_str(json.dumps(content))
         library.enable_truncation(4)

@@ -118,7 +118,7 @@ def service(monkeypatch: pytest.MonkeyPatch) -> Iterator[Service]:
 GOOD = message(json.dumps(scores_for((5, 4, 3), (2, 1, 1))))
 
 
-def test_marks_and_means(service: Service) -> None:
+def test_scores_and_means(service: Service) -> None:
     result = service.score(STORIES, GOOD)
     assert result == {
         "model": MODEL,
@@ -133,7 +133,8 @@ def test_marks_and_means(service: Service) -> None:
     assert service.said == []
 
 
-def test_one_request_carries_all_samples_and_the_schema(service: Service) -> None:
+def test_request_schema(service: Service) -> None:
+    """One request carries all samples and the schema."""
     service.score(STORIES, GOOD)
     [request] = service.requests
     assert request["path"] == "/v1/messages"
@@ -145,7 +146,8 @@ def test_one_request_carries_all_samples_and_the_schema(service: Service) -> Non
     assert entry_schema["plot"]["enum"] == [1, 2, 3, 4, 5]
 
 
-def test_many_samples_are_spread_over_requests(service: Service) -> None:
+def test_requests_many_samples(service: Service) -> None:
+    """Many samples are spread over requests."""
     n = SAMPLES_PER_REQUEST + 2
     full = message(json.dumps(scores_for(*[(5, 5, 5)] * SAMPLES_PER_REQUEST)))
     rest = message(json.dumps(scores_for((1, 1, 1), (1, 1, 1))))
@@ -156,50 +158,55 @@ def test_many_samples_are_spread_over_requests(service: Service) -> None:
     assert result["plot"] == pytest.approx((5 * SAMPLES_PER_REQUEST + 2) / n)
 
 
-def test_no_samples_no_request(service: Service) -> None:
+def test_request_no_samples(service: Service) -> None:
     assert service.score([], GOOD) is None
     assert service.requests == [] and service.said == []
 
 
-def test_without_a_key_nothing_is_sent(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_key_absent(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a key nothing is sent."""
     monkeypatch.delenv("ANTHROPIC_API_KEY")
     assert "ANTHROPIC_API_KEY is not set" in service.refuses(GOOD)
     assert service.requests == []
 
 
-def test_without_the_sdk(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sdk_absent(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "anthropic", None)  # makes the import fail
     assert "pip install anthropic" in service.refuses(GOOD)
 
 
-def test_nobody_listens(service: Service) -> None:
+def test_service_absent(service: Service) -> None:
     service.url = "http://127.0.0.1:1"  # a reserved port: refused at once
     assert "cannot be reached" in service.refuses(GOOD, max_retries=0)
 
 
-def test_refused_key_is_not_retried(service: Service) -> None:
+def test_key_refused(service: Service) -> None:
     assert "refused the key" in service.refuses(failure(401, "authentication_error"))
     assert len(service.requests) == 1
 
 
-def test_unknown_model_names_the_field(service: Service) -> None:
+def test_model_unknown(service: Service) -> None:
+    """Unknown model names the field."""
     line = service.refuses(failure(404, "not_found_error"))
     assert "evaluation.coherence_model" in line and MODEL in line
 
 
-def test_rate_limit_is_retried_then_given_up(service: Service) -> None:
+def test_rate_limit_persists(service: Service) -> None:
+    """It is retried, then given up."""
     line = service.refuses(failure(429, "rate_limit_error"))
     assert "429 after 2 tries" in line
     assert len(service.requests) == 2
 
 
-def test_rate_limit_is_retried_then_passes(service: Service) -> None:
+def test_rate_limit_once(service: Service) -> None:
+    """It is retried, then passes."""
     result = service.score(STORIES, failure(429, "rate_limit_error"), GOOD)
     assert result is not None and result["grammar"] == 3.5
     assert len(service.requests) == 2 and service.said == []
 
 
-def test_a_wait_of_hours_is_not_slept_through(service: Service) -> None:
+def test_rate_limit_hours(service: Service) -> None:
+    """A wait of hours is not slept through."""
     answer = failure(429, "rate_limit_error", retry_after_ms="", retry_after="7200")
     began = time.monotonic()
     assert "429" in service.refuses(answer)
@@ -208,19 +215,20 @@ def test_a_wait_of_hours_is_not_slept_through(service: Service) -> None:
 
 
 @pytest.mark.parametrize("status", [500, 529])
-def test_server_error_is_retried(service: Service, status: int) -> None:
+def test_server_error_persists(service: Service, status: int) -> None:
     assert f"the service failed ({status} after 2 tries)" in service.refuses(
         failure(status, "api_error")
     )
     assert len(service.requests) == 2
 
 
-def test_server_error_once_then_passes(service: Service) -> None:
+def test_server_error_once(service: Service) -> None:
+    """It is retried, then passes."""
     assert service.score(STORIES, failure(500, "api_error"), GOOD) is not None
     assert service.said == []
 
 
-def test_slow_service(service: Service) -> None:
+def test_service_slow(service: Service) -> None:
     slow = message(json.dumps(scores_for((5, 4, 3), (2, 1, 1))), delay=30.0)
     began = time.monotonic()
     assert "no answer within 0.2 s" in service.refuses(slow, timeout=0.2, max_retries=0)
@@ -270,16 +278,16 @@ MALFORMED: dict[str, tuple[Callable[[], object], str]] = {
 
 
 @pytest.mark.parametrize(("make", "reason"), MALFORMED.values(), ids=MALFORMED.keys())
-def test_malformed_marks(service: Service, make: Callable[[], object], reason: str) -> None:
+def test_answer_malformed_scores(service: Service, make: Callable[[], object], reason: str) -> None:
     line = service.refuses(message(json.dumps(make())))
     assert "malformed answer" in line and reason in line
 
 
-def test_answer_is_prose(service: Service) -> None:
+def test_answer_prose(service: Service) -> None:
     assert "not JSON" in service.refuses(message("I would give them all a four."))
 
 
-def test_answer_is_cut_off(service: Service) -> None:
+def test_answer_cut_off(service: Service) -> None:
     assert "'max_tokens'" in service.refuses(message('{"scores": [', stop_reason="max_tokens"))
 
 
@@ -293,13 +301,12 @@ def test_answer_is_cut_off(service: Service) -> None:
         ("application/json", b"[]", "no text in it"),
     ],
 )
-def test_answer_is_no_message(service: Service, kind: str, body: bytes, reason: str) -> None:
+def test_answer_not_a_message(service: Service, kind: str, body: bytes, reason: str) -> None:
     assert reason in service.refuses((200, {"content-type": kind}, body, 0.0))
 
 
-def test_the_environment_names_the_service(
-    service: Service, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_environment_base_url(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The environment names the service."""
     monkeypatch.setenv("ANTHROPIC_BASE_URL", service.url)
     service.answers = [GOOD]
     assert coherence.score_samples(STORIES, MODEL, say=service.said.append) is not None

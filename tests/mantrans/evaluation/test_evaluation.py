@@ -64,7 +64,7 @@ sizes = st.tuples(st.integers(1, 9), st.integers(1, 5))
 
 
 @given(streams, sizes, st.sampled_from([np.uint16, np.uint32]))
-def test_every_token_is_a_target_once(stream: list[int], size: tuple[int, int], dtype: type):
+def test_windows_every_token_once(stream: list[int], size: tuple[int, int], dtype: type):
     length, batch_size = size
     inputs, targets = [], []
     for x, y in batches(np.array(stream, dtype=dtype), length, batch_size, END):
@@ -79,7 +79,7 @@ def test_every_token_is_a_target_once(stream: list[int], size: tuple[int, int], 
 
 @given(streams, sizes)
 @settings(deadline=None)
-def test_cost_of_a_stream_in_any_windows(stream: list[int], size: tuple[int, int]):
+def test_stream_cost_any_windows(stream: list[int], size: tuple[int, int]):
     model, (length, batch_size) = BigramModel(), size
     measured = measure(
         model,
@@ -95,7 +95,8 @@ def test_cost_of_a_stream_in_any_windows(stream: list[int], size: tuple[int, int
     assert measured.bytes == sum(TOKEN_BYTES[token] for token in stream)
 
 
-def test_max_batches_counts_the_bytes_of_the_counted_tokens():
+def test_max_batches_bytes():
+    """The bytes are those of the tokens that count."""
     model = BigramModel()
     stream = np.array([1, 6, 0, 2, 5, 4, 3, 0, 1, 1, 6, 2], dtype=np.uint16)
     kinds = {"length": 3, "batch_size": 2, "end_of_text": END}
@@ -109,7 +110,7 @@ def test_max_batches_counts_the_bytes_of_the_counted_tokens():
     )
 
 
-def test_sums_are_float64():
+def test_sums_float64():
     """2^24 + 1 is where float32 stops counting by ones."""
 
     class OneLargeThenOnes:
@@ -123,7 +124,7 @@ def test_sums_are_float64():
     assert result.nats == 2.0**24 + 5
 
 
-def test_measures_from_sums():
+def test_measures():
     measured = Perplexity(nats=8 * math.log(2), tokens=4, bytes=16)
     assert measured.loss == pytest.approx(2 * math.log(2))
     assert measured.perplexity == pytest.approx(4)
@@ -134,7 +135,7 @@ def test_measures_from_sums():
 
 
 @pytest.mark.parametrize(("stream", "words"), [([], "got 0"), ([1, 7], "got 7")])
-def test_data_that_cannot_be_measured(stream: list[int], words: str):
+def test_measures_impossible_data(stream: list[int], words: str):
     with pytest.raises(DataError, match=words):
         measure(
             BigramModel(),
@@ -155,14 +156,16 @@ def test_words():
     ]  # fmt: skip
 
 
-def test_distinct_counts_over_all_texts():
+def test_distinct_all_texts():
+    """Distinct counts over all texts."""
     texts = ["a b a b", "b a"]
     assert diversity.distinct(texts, 1) == pytest.approx(2 / 6)
     assert diversity.distinct(texts, 2) == pytest.approx(2 / 4)  # ab, ba, ab | ba
     assert diversity.distinct(["a b", "c d"], 3) is None  # no phrase spans two texts
 
 
-def test_vocabulary_diversity_is_a_mean_over_texts():
+def test_vocabulary_diversity_mean():
+    """Vocabulary diversity is a mean over texts."""
     assert diversity.vocabulary_diversity(["a b a b", "", "a b c"]) == pytest.approx((0.5 + 1) / 2)
     assert diversity.vocabulary_diversity(["", "?!"]) is None
 
@@ -177,7 +180,8 @@ def test_repetition_rate():
 
 
 @given(st.lists(st.text(alphabet="ab ,", max_size=40), max_size=5))
-def test_diversity_lies_between_zero_and_one(texts: list[str]):
+def test_diversity_bounds(texts: list[str]):
+    """Diversity lies between zero and one."""
     for value in diversity.diversity(texts).values():
         assert value is None or 0 <= value <= 1
 
@@ -274,7 +278,7 @@ def cost_from_logits(run: Run, ids: list[int], within_documents: bool) -> float:
 
 
 @pytest.mark.parametrize("within_documents", [False, True])
-def test_a_real_model_on_a_real_stream(trained: Run, within_documents: bool):
+def test_evaluate_real_stream(trained: Run, within_documents: bool):
     config = Config.from_dict(trained.config.to_dict())
     config.data.attend_across_documents = not within_documents
     stream = trained.data.validation
@@ -289,7 +293,8 @@ def test_a_real_model_on_a_real_stream(trained: Run, within_documents: bool):
     )
 
 
-def test_bytes_of_the_first_batches_are_those_of_their_text(trained: Run):
+def test_evaluate_first_batches_bytes(trained: Run):
+    """Bytes of the first batches are those of their text."""
     stream, tokenizer = trained.data.validation, trained.tokenizer
     measured = measure_stream(trained.wrapper, tokenizer, stream, trained.config, max_batches=2)
     counted = stream.tokens[: 2 * 2 * 16]
@@ -298,7 +303,7 @@ def test_bytes_of_the_first_batches_are_those_of_their_text(trained: Run):
     assert measured.bytes == len(text.encode())
 
 
-def test_bytes_of_real_stories(tmp_path: Path):
+def test_evaluate_story_bytes(tmp_path: Path):
     real = Path(__file__).parents[4] / "shared/data"
     if not real.is_dir():
         pytest.skip("the real TinyStories sample is not beside this checkout")
@@ -327,7 +332,7 @@ def test_bytes_of_real_stories(tmp_path: Path):
     assert measured.bits_per_byte == pytest.approx(len(ids) * math.log2(50257) / n_bytes, rel=1e-6)
 
 
-def test_samples_follow_the_config(trained: Run):
+def test_samples_config(trained: Run):
     samples = generate_samples(trained.wrapper, trained.tokenizer, trained.config, 5)
     prompts = trained.config.evaluation.generation_prompts
     assert [sample["prompt"] for sample in samples] == [*prompts, *prompts[:2]]
@@ -346,7 +351,8 @@ def test_samples_follow_the_config(trained: Run):
 
 
 @pytest.mark.parametrize("attend_across_documents", [True, False])
-def test_a_sample_is_what_the_model_adds(trained: Run, attend_across_documents: bool):
+def test_samples_added_text(trained: Run, attend_across_documents: bool):
+    """A sample is what the model adds."""
     config = Config.from_dict(trained.config.to_dict())
     config.data.attend_across_documents = attend_across_documents
     config.evaluation.temperature = 0.0
@@ -362,7 +368,8 @@ def test_a_sample_is_what_the_model_adds(trained: Run, attend_across_documents: 
     assert sample == {"prompt": "Tom had", "continuation": tokenizer.decode(added)}
 
 
-def test_sampling_settings_reach_the_model(trained: Run):
+def test_samples_settings(trained: Run):
+    """Sampling settings reach the model."""
     config = Config.from_dict(trained.config.to_dict())
     config.evaluation.temperature = 0.0
     greedy = generate_samples(trained.wrapper, trained.tokenizer, config, 3)
@@ -377,18 +384,20 @@ def test_sampling_settings_reach_the_model(trained: Run):
     assert len(short[2]["continuation"]) <= 7 * max(trained.tokenizer.token_bytes)
 
 
-def test_a_report_survives_infinite_loss():
+def test_report_infinite_loss():
     report = {"loss": math.inf, "list": [{"x": math.nan}], "tokens": 3}
     assert json.loads(as_json(report)) == {"loss": None, "list": [{"x": None}], "tokens": 3}
 
 
-def test_a_printed_report_leaves_the_terminal_alone():
+def test_report_terminal():
+    """A printed report leaves the terminal alone."""
     report = {"loss": 1.0, "perplexity": math.e, "bits_per_byte": 0.5, "tokens": 1, "bytes": 3}
     sample = {"prompt": "Tom", "continuation": " \x1b[2J\x07“é”\n\tday"}
     assert as_text({**report, "samples": [sample]}).endswith("[Tom] \ufffd[2J\ufffd“é”\n\tday")
 
 
-def test_a_printed_report_has_the_marks():
+def test_report_scores():
+    """A printed report has the coherence scores."""
     marks = {"grammar": 4.5, "coherence": 3.0, "plot": 2.0, "model": "claude-haiku-4-5"}
     report = {
         "loss": 1.0,
@@ -408,7 +417,7 @@ def command(run: Run, *arguments: str) -> int:
     return main(["evaluate", "--checkpoint", str(run.checkpoint), *arguments])
 
 
-def test_command_line(trained: Run, capsys: pytest.CaptureFixture[str]):
+def test_evaluate_command(trained: Run, capsys: pytest.CaptureFixture[str]):
     file = trained.folder / "report.json"
     assert command(trained, "--generate", "--json", str(file)) == 0
     printed = capsys.readouterr().out
@@ -425,7 +434,7 @@ def test_command_line(trained: Run, capsys: pytest.CaptureFixture[str]):
     assert printable(f"[Tom had]{report['samples'][0]['continuation']}") in printed
 
 
-def test_command_line_with_a_config_file(trained: Run, capsys: pytest.CaptureFixture[str]):
+def test_evaluate_config_file(trained: Run, capsys: pytest.CaptureFixture[str]):
     config = str(trained.folder / "config.yaml")
     assert command(trained, "--config", config, "--max-batches", "1") == 0
     with_file = capsys.readouterr().out
@@ -434,9 +443,10 @@ def test_command_line_with_a_config_file(trained: Run, capsys: pytest.CaptureFix
     assert "16 tokens" in capsys.readouterr().out
 
 
-def test_missing_key_is_said_once_and_the_rest_goes_on(
+def test_evaluate_missing_key(
     trained: Run, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
+    """Missing key is said once and the rest goes on."""
     monkeypatch.delenv("ANTHROPIC_API_KEY", raising=False)
     monkeypatch.delenv("ANTHROPIC_AUTH_TOKEN", raising=False)
     wanted = ["--generate", "--set", "evaluation.evaluate_coherence=true"]
@@ -474,9 +484,8 @@ def written(folder: Path, name: str) -> Path:
 
 @pytest.mark.promise("own text measured")
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.txt.gz", "a.jsonl.gz", "README.md", "a"])
-def test_a_text_of_ones_own_is_measured_whole_and_needs_no_data(
-    without_data: Run, capsys: pytest.CaptureFixture[str], name: str
-):
+def test_evaluate_own_text(without_data: Run, capsys: pytest.CaptureFixture[str], name: str):
+    """A text of one's own is measured whole and needs no data."""
     file, report = written(without_data.folder, name), without_data.folder / "report.json"
     before = sorted(without_data.folder.rglob("*"))
     assert command(without_data, "--text", str(file), "--json", str(report)) == 0
@@ -497,7 +506,7 @@ def test_a_text_of_ones_own_is_measured_whole_and_needs_no_data(
 
 
 @pytest.mark.promise("own text measured")
-def test_samples_need_no_data(without_data: Run, capsys: pytest.CaptureFixture[str]):
+def test_evaluate_samples_without_data(without_data: Run, capsys: pytest.CaptureFixture[str]):
     assert command(without_data) == 2
     assert "data.path: expected a file" in capsys.readouterr().err
     report = without_data.folder / "report.json"
@@ -514,7 +523,7 @@ def test_samples_need_no_data(without_data: Run, capsys: pytest.CaptureFixture[s
 
 @pytest.mark.promise("own text measured")
 @pytest.mark.parametrize("kind", ["absent", "empty", "blank", "folder", "binary", "latin"])
-def test_a_text_that_cannot_be_measured_is_refused_in_a_line(
+def test_evaluate_text_unmeasurable(
     without_data: Run, capsys: pytest.CaptureFixture[str], kind: str
 ):
     file = without_data.folder / "text"
@@ -530,7 +539,7 @@ def test_a_text_that_cannot_be_measured_is_refused_in_a_line(
 
 
 @pytest.mark.promise("own text measured")
-def test_a_prompt_without_room_is_said(trained: Run, capsys: pytest.CaptureFixture[str]):
+def test_evaluate_prompt_without_room(trained: Run, capsys: pytest.CaptureFixture[str]):
     """The report is the same, with a line about it."""
     prompts = trained.config.evaluation.generation_prompts
     longest = max(map(len, prompt_tokens(trained.tokenizer, trained.config, prompts)))
@@ -544,7 +553,9 @@ def test_a_prompt_without_room_is_said(trained: Run, capsys: pytest.CaptureFixtu
         )
 
 
-def test_validation_batches_follow_the_training_batch_unless_told(trained: Run):
+def test_evaluate_batch_size_default(trained: Run):
+    """Validation batches follow the training batch unless told."""
+
     def sizes(**batches: int) -> set[int]:
         values = trained.config.to_dict()
         values["evaluation"]["batch_size"] = batches.get("evaluation")
@@ -580,7 +591,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize(("arguments", "words"), WRONG.values(), ids=WRONG.keys())
-def test_mistakes_are_one_line(
+def test_evaluate_mistakes(
     trained: Run, capsys: pytest.CaptureFixture[str], arguments: list[str], words: list[str]
 ):
     assert command(trained, *(a.format(trained.folder) for a in arguments)) == 2
@@ -593,7 +604,7 @@ def test_mistakes_are_one_line(
     ("content", "words"),
     [(None, "no such file"), (b"garbage", "damaged"), ("plain", "train.py saved")],
 )
-def test_files_that_are_no_checkpoint(
+def test_evaluate_not_a_checkpoint(
     trained: Run,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],

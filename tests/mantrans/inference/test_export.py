@@ -34,7 +34,8 @@ def export(checkpoint: Path, output: Path, *more: str) -> int:
     return main(["export", "--checkpoint", str(checkpoint), "--output", str(output), *more])
 
 
-def test_the_folder_has_the_masters_and_the_tokenizer(tmp_path, checkpoint, capsys) -> None:
+def test_export_folder(tmp_path, checkpoint, capsys) -> None:
+    """The folder has the masters and the tokenizer."""
     pytest.importorskip("safetensors")
     assert export(checkpoint, tmp_path / "out") == 0
     assert capsys.readouterr().out == f"{tmp_path / 'out'}\n"
@@ -50,7 +51,8 @@ def test_the_folder_has_the_masters_and_the_tokenizer(tmp_path, checkpoint, caps
     assert tokenizer.hash == load_tokenizer(GOLDEN / "tokenizer").hash
 
 
-def test_the_gguf_file_is_that_of_the_library(tmp_path, checkpoint) -> None:
+def test_export_gguf(tmp_path, checkpoint) -> None:
+    """The file is that of the library."""
     pytest.importorskip("gguf")
     assert export(checkpoint, tmp_path / "m.gguf", "--gguf") == 0
     model = CustomTransformerWrapper.from_checkpoint(checkpoint, device="cpu")
@@ -103,9 +105,8 @@ REFUSED = {
 
 @pytest.mark.parametrize("gguf", [[], ["--gguf"]], ids=["folder", "gguf"])
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_cannot_be_exported_is_refused_in_one_line(
-    tmp_path, checkpoint, capsys, case, gguf
-) -> None:
+def test_export_refuses(tmp_path, checkpoint, capsys, case, gguf) -> None:
+    """What cannot be exported is refused in one line."""
     change, expected = REFUSED[case]
     path = Path("none.pt") if case == "no file" else changed(checkpoint, tmp_path, change)
     assert export(path, tmp_path / "out", *gguf) == 2
@@ -114,7 +115,7 @@ def test_what_cannot_be_exported_is_refused_in_one_line(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_model_of_no_family_is_refused(tmp_path, capsys) -> None:
+def test_export_no_family(tmp_path, capsys) -> None:
     config = small(
         tmp_path, tmp_path / "tokens", model={"norm": "rms_norm"}, max_steps=2, save_every=2
     )
@@ -127,7 +128,8 @@ def test_a_model_of_no_family_is_refused(tmp_path, capsys) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_a_place_that_cannot_be_written_is_refused(tmp_path, checkpoint, capsys) -> None:
+def test_export_unwritable(tmp_path, checkpoint, capsys) -> None:
+    """A place that cannot be written is refused."""
     (tmp_path / "file").write_text("")
     assert export(checkpoint, tmp_path / "file") == 2
     [line] = capsys.readouterr().err.splitlines()

@@ -62,7 +62,8 @@ def kept(monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("V", [1, 10, 50257])
 @pytest.mark.parametrize("value", [-7.25, 3e38])
-def test_of_equal_logits_the_lowest_ids_are_kept(kept, dtype, V: int, value: float) -> None:
+def test_top_k_equal_logits(kept, dtype, V: int, value: float) -> None:
+    """Of equal logits the lowest ids are kept."""
     logits = torch.full((2, V), value, dtype=dtype)
     assert drawn(logits, temperature=0).tolist() == [0, 0]
     for k in {1, 2, V // 2, V - 1, V, V + 5} - {0}:
@@ -71,7 +72,7 @@ def test_of_equal_logits_the_lowest_ids_are_kept(kept, dtype, V: int, value: flo
             assert kept(logits, top_p=k / V) == [list(range(k))] * 2
 
 
-def test_every_share_of_equal_logits_is_met_exactly(kept) -> None:
+def test_top_p_equal_logits(kept) -> None:
     """top_p = k / n of n equal tokens are k of them, whatever the roundings of the sum."""
     for n in range(1, 41):
         for k in range(1, n + 1):
@@ -79,7 +80,8 @@ def test_every_share_of_equal_logits_is_met_exactly(kept) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_ties_at_the_threshold_go_to_the_lowest_ids(kept, dtype) -> None:
+def test_top_k_and_p_ties(kept, dtype) -> None:
+    """Ties at the threshold go to the lowest ids."""
     logits = torch.tensor([[1, 3, 5, 3, 3, 0, 5], [5, 5, 0, 0, 0, 0, 3]], dtype=dtype)
     assert drawn(logits, temperature=0).tolist() == [2, 0]
     assert kept(logits, top_k=1) == [[2], [0]]
@@ -89,7 +91,7 @@ def test_ties_at_the_threshold_go_to_the_lowest_ids(kept, dtype) -> None:
     assert kept(logits, top_k=3, top_p=0.45) == [[2], [0]]
 
 
-def test_a_fresh_bfloat16_model_keeps_no_more_than_top_k(kept) -> None:
+def test_top_k_bfloat16_model(kept) -> None:
     """Its logits have eight bits, so that many share the value at the threshold."""
     ours = CustomTransformerWrapper(
         vocab_size=4096, d_model=64, n_blocks=2, n_heads=4, dtype=torch.bfloat16, device="cpu"
@@ -101,7 +103,7 @@ def test_a_fresh_bfloat16_model_keeps_no_more_than_top_k(kept) -> None:
     assert {len(row) for row in kept(logits, top_k=50)} == {50}
 
 
-def test_transformers_keeps_the_same_tokens_and_all_ties_at_top_k(kept) -> None:
+def test_filters_equal_transformers(kept) -> None:
     """The one difference from transformers: it keeps every token that ties with the k-th."""
     warpers = pytest.importorskip("transformers.generation.logits_process")
     logits = torch.randn(20, 300, generator=torch.Generator().manual_seed(0))
@@ -138,7 +140,8 @@ def tied_model(backend: str, dtype: torch.dtype) -> CustomTransformerWrapper:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("backend", ["reference", "native"])
-def test_ties_go_to_the_lowest_id_on_every_path(backend: str, dtype: torch.dtype) -> None:
+def test_ties_every_path(backend: str, dtype: torch.dtype) -> None:
+    """Ties go to the lowest id on every path."""
     ours = tied_model(backend, dtype)
     prompts = [[3], [1, 2, 3, 4, 5], list(range(12))]  # the last is longer than the window
     for options in (
@@ -181,7 +184,8 @@ WAYS = [
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("row", BROKEN.values(), ids=BROKEN.keys())
-def test_broken_logits_are_refused_in_the_same_words_in_every_way(row, dtype) -> None:
+def test_logits_broken(row, dtype) -> None:
+    """Broken logits are refused in the same words in every way."""
     logits = torch.tensor([[1.0, 2.0, 3.0], row], dtype=dtype)
     said = set()
     for way in WAYS:
@@ -193,14 +197,15 @@ def test_broken_logits_are_refused_in_the_same_words_in_every_way(row, dtype) ->
     assert line.isprintable()
 
 
-def test_masked_logits_are_not_broken() -> None:
+def test_logits_masked() -> None:
     logits = torch.tensor([[-INF, 1.0, -INF], [-INF, -INF, -3e38]])
     for way in WAYS:
         assert drawn(logits, **way).tolist() == [1, 2], way
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_no_accepted_temperature_breaks_finite_logits(kept, dtype) -> None:
+def test_temperature_any(kept, dtype) -> None:
+    """No accepted temperature breaks finite logits."""
     logits = torch.tensor([[3e38, -3e38, 1.0], [-5.0, 2.0, 1.5], [0.0, 1e-30, 0.0]], dtype=dtype)
     for temperature in (1e-37, 1e-30, 1e-9, 1.0, 100.0):
         drawn(logits, temperature=temperature)
@@ -216,7 +221,8 @@ def break_weight(ours: CustomTransformerWrapper, value: float) -> None:
 @pytest.mark.promise("logits that are not finite")
 @pytest.mark.parametrize("value", [NAN, INF, 3e38])
 @pytest.mark.parametrize("backend", ["reference", "native"])
-def test_a_broken_model_speaks_up_when_it_generates(backend: str, value: float) -> None:
+def test_generate_broken_model(backend: str, value: float) -> None:
+    """It is refused when it generates."""
     ours = CustomTransformerWrapper(
         vocab_size=19, d_model=8, n_blocks=1, n_heads=2, max_seq_len=8, dtype=torch.float32,
         device="cpu", backend=backend, initializer_range=1.0,
@@ -238,7 +244,8 @@ def test_a_broken_model_speaks_up_when_it_generates(backend: str, value: float) 
     assert line.startswith("logits: expected finite numbers, got ")
 
 
-def test_a_model_that_breaks_in_the_middle_has_given_what_it_could(monkeypatch) -> None:
+def test_stream_breaking_midway(monkeypatch) -> None:
+    """A model that breaks in the middle has given what it could."""
     ours = tied_model("native", torch.float32)
     steps = ours.stream([[1]], temperature=0)
     assert [next(steps), next(steps)] == [[5], [5]]
@@ -260,9 +267,8 @@ def trained(tmp_path: Path) -> Path:
 
 @pytest.mark.promise("logits that are not finite")
 @pytest.mark.parametrize("temperature", ["0", "0.8"])
-def test_commands_end_in_one_line_for_a_broken_checkpoint(
-    trained: Path, temperature: str, capsys
-) -> None:
+def test_commands_broken_checkpoint(trained: Path, temperature: str, capsys) -> None:
+    """They end in one line."""
     checkpoint = ["--checkpoint", str(trained / "broken.pt")]
     commands = [
         ["generate", *checkpoint, "--prompt", "Once", "--temperature", temperature],
@@ -278,7 +284,7 @@ def test_commands_end_in_one_line_for_a_broken_checkpoint(
 
 @pytest.mark.promise("logits that are not finite")
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
-def test_a_run_whose_model_gives_no_samples_ends_well(tmp_path: Path, temperature: float) -> None:
+def test_train_without_samples(tmp_path: Path, temperature: float) -> None:
     """The weights are finite and are saved, but too large for any logit to be finite."""
     config = small(tmp_path, tmp_path / "tokens", max_steps=2)
     config.evaluation.temperature = temperature
@@ -303,7 +309,7 @@ def test_a_run_whose_model_gives_no_samples_ends_well(tmp_path: Path, temperatur
     assert (checkpoints(tmp_path) / "latest.pt").exists()
 
 
-def test_samples_and_streamed_text_take_the_lowest_id_of_ties(tmp_path: Path) -> None:
+def test_samples_and_stream_ties(tmp_path: Path) -> None:
     """The doors that a run and the command line use, with logits that are all 0."""
     config = small(tmp_path, tmp_path / "tokens", max_steps=2)
     trainer = Trainer(config, quiet=True)

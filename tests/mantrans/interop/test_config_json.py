@@ -101,7 +101,7 @@ def resolved(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_a_published_config_is_read_as_it_is(name) -> None:
+def test_read_published(name) -> None:
     fields, expected = PUBLISHED[name]
     found = resolved(fields)
     expected = {"norm": "rms_norm", "position": "rope", "mlp": "swiglu", "bias": False, **expected}
@@ -109,7 +109,7 @@ def test_a_published_config_is_read_as_it_is(name) -> None:
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_a_written_config_is_read_as_the_same(name) -> None:
+def test_write_then_read(name) -> None:
     config = read(PUBLISHED[name][0])
     family = config_json.family_of(config)
     assert [family.architecture] == PUBLISHED[name][0]["architectures"]
@@ -117,7 +117,7 @@ def test_a_written_config_is_read_as_the_same(name) -> None:
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_transformers_understands_the_same_as_we_do(name) -> None:
+def test_transformers_reads_alike(name) -> None:
     """Its config class reads the published fields, ours, and those that it writes itself."""
     transformers = pytest.importorskip("transformers", reason="it is the oracle here")
     published = PUBLISHED[name][0]
@@ -158,7 +158,7 @@ def changed(fields: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(("changes", "expected"), ROPES, ids=lambda x: str(x)[:60])
-def test_the_forms_of_rope(changes, expected) -> None:
+def test_rope_forms(changes, expected) -> None:
     found = resolved(changed(LLAMA32, changes))
     assert {field: found[field] for field in expected} == expected
 
@@ -182,7 +182,7 @@ WINDOWS: list[tuple[dict[str, Any], int | None]] = [
 
 
 @pytest.mark.parametrize(("changes", "window"), WINDOWS, ids=lambda x: str(x)[:70])
-def test_the_window_is_that_of_every_block(changes, window) -> None:
+def test_window_read(changes, window) -> None:
     transformers = pytest.importorskip("transformers", reason="it is the oracle here")
     fields = changed(QWEN, changes)
     assert resolved(fields)["attention_window"] == window
@@ -192,7 +192,7 @@ def test_the_window_is_that_of_every_block(changes, window) -> None:
 
 
 @pytest.mark.parametrize("window", [None, 1, 7])
-def test_a_written_window_is_transformers_window(window) -> None:
+def test_window_written(window) -> None:
     transformers = pytest.importorskip("transformers", reason="it is the oracle here")
     config = read(QWEN).model_copy(update={"attention_window": window})
     written = config_json.write(config_json.family_of(config), config)
@@ -285,7 +285,8 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], str, str]] = [
 @pytest.mark.parametrize(
     ("fields", "changes", "expected", "got"), REFUSED, ids=lambda x: str(x)[:70]
 )
-def test_what_changes_the_function_is_refused(fields, changes, expected, got) -> None:
+def test_function_changed(fields, changes, expected, got) -> None:
+    """A field that changes the function is refused."""
     with pytest.raises(CheckpointError) as caught:
         config_json.read(changed(fields, changes), "config.json")
     message = str(caught.value)
@@ -312,7 +313,7 @@ UNWRITABLE += [
 
 
 @pytest.mark.parametrize(("shape", "expected"), UNWRITABLE, ids=lambda x: str(x)[:70])
-def test_a_model_of_no_family_is_refused_in_one_line(shape, expected) -> None:
+def test_family_none(shape, expected) -> None:
     with pytest.raises(ConfigError) as caught:
         config_json.family_of(ModelConfig(vocab_size=64, **shape))
     message = str(caught.value)
@@ -336,7 +337,8 @@ WRITABLE = [
 
 
 @pytest.mark.parametrize(("shape", "architecture"), WRITABLE, ids=lambda x: str(x)[:70])
-def test_a_model_is_written_as_the_first_family_that_fits(shape, architecture) -> None:
+def test_family_first_fitting(shape, architecture) -> None:
+    """A model is written as the first family that fits."""
     config = ModelConfig(vocab_size=64, **shape)
     family = config_json.family_of(config)
     assert family.architecture == architecture
@@ -354,7 +356,7 @@ HOSTILE_VALUES = [
 
 
 @pytest.mark.parametrize("name", ["Llama-3.2-1B", "Qwen3-0.6B"])
-def test_no_value_of_any_field_is_a_traceback(name) -> None:
+def test_any_field_any_value(name) -> None:
     """Refused in one line that names the file, or read as a shape of the family."""
     fields = PUBLISHED[name][0] | {"layer_types": None, "use_sliding_window": True}
     fields |= {"rope_parameters": None, "sliding_window": 8, "max_window_layers": 0}

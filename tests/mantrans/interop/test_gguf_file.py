@@ -73,7 +73,7 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         ("qwen3", False),
     ],
 )
-def test_transformers_computes_the_same_from_the_file(tmp_path, case, tied) -> None:
+def test_gguf_transformers_computes_the_same(tmp_path, case, tied) -> None:
     transformers = pytest.importorskip("transformers", reason="it reads GGUF too")
     pytest.importorskip("accelerate", reason="transformers reads GGUF with it")
     tokenizer, size = None, {}
@@ -88,7 +88,7 @@ def test_transformers_computes_the_same_from_the_file(tmp_path, case, tied) -> N
     assert_close(logits, source.forward(IDS)["logits"], 1e-5, "logits")
 
 
-def test_names_and_values_of_gpt2(tmp_path) -> None:
+def test_gguf_gpt2_names_and_values(tmp_path) -> None:
     source = build("gpt2", d_ffn=40, max_seq_len=20)
     source.save_gguf(tmp_path / "a" / "model.gguf")
     _, found = read(tmp_path / "a" / "model.gguf")
@@ -111,7 +111,7 @@ def test_names_and_values_of_gpt2(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("case", ["llama, biases", "qwen2", "qwen3"])
-def test_names_and_values_of_packed_matrices(tmp_path, case) -> None:
+def test_gguf_packed_matrices(tmp_path, case) -> None:
     """q and k of a llama have interleaved pairs, those of a Qwen halves."""
     source = build(case)
     source.save_gguf(tmp_path / "model.gguf")
@@ -151,7 +151,8 @@ SHAPE_FIELDS = {
 }  # fmt: skip
 
 
-def test_metadata_has_the_whole_shape(tmp_path) -> None:
+def test_gguf_metadata(tmp_path) -> None:
+    """It holds the whole shape."""
     build("qwen3", head_dim=10).save_gguf(tmp_path / "small one.gguf")
     fields, _ = read(tmp_path / "small one.gguf")
     found = {name: fields[f"qwen3.{name}"] for name in SHAPE_FIELDS}
@@ -167,7 +168,8 @@ def test_metadata_has_the_whole_shape(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float32], ids=str)
-def test_matrices_keep_their_dtype_and_vectors_are_float32(tmp_path, dtype) -> None:
+def test_gguf_dtypes(tmp_path, dtype) -> None:
+    """Matrices keep their dtype and vectors are float32."""
     source = build("llama", dtype=dtype, stochastic_rounding=dtype == torch.bfloat16)
     source.save_gguf(tmp_path / "model.gguf")
     kinds = {t.name: t.tensor_type.name for t in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
@@ -181,7 +183,7 @@ def test_matrices_keep_their_dtype_and_vectors_are_float32(tmp_path, dtype) -> N
     assert torch.equal(found["blk.1.ffn_down.weight"], own.float())
 
 
-def test_scaled_rope_is_a_tensor_of_llamas(tmp_path) -> None:
+def test_gguf_scaled_rope(tmp_path) -> None:
     """Beside the loop of llama.cpp's converter, in float64."""
     source = build("llama, scaled, tied")
     source.save_gguf(tmp_path / "model.gguf")
@@ -211,7 +213,7 @@ def bpe(pre_tokenizer: tokenizers.pre_tokenizers.PreTokenizer) -> tokenizers.Tok
     return library
 
 
-def test_the_tokenizer_is_in_the_file(tmp_path) -> None:
+def test_gguf_tokenizer(tmp_path) -> None:
     tokenizer = load_tokenizer("tinystories_bpe_4096")
     build("qwen2", vocab_size=tokenizer.vocab_size).save_gguf(tmp_path / "model.gguf", tokenizer)
     fields, _ = read(tmp_path / "model.gguf")
@@ -230,7 +232,8 @@ def test_the_tokenizer_is_in_the_file(tmp_path) -> None:
 
 
 @pytest.mark.slow
-def test_transformers_makes_the_same_tokens_from_the_file(tmp_path) -> None:
+def test_gguf_transformers_same_tokens(tmp_path) -> None:
+    """Transformers makes the same tokens from the file."""
     transformers = pytest.importorskip("transformers", reason="it reads GGUF too")
     tokenizer = load_tokenizer("tinystories_bpe_4096")
     build("qwen2", vocab_size=tokenizer.vocab_size).save_gguf(tmp_path / "model.gguf", tokenizer)
@@ -276,12 +279,14 @@ UNKNOWN = {
 
 
 @pytest.mark.parametrize("name", KNOWN)
-def test_a_pre_tokenizer_has_llama_cpps_name(name) -> None:
+def test_gguf_pre_tokenizer_name(name) -> None:
+    """It is llama.cpp's."""
     assert gguf_file.pre_tokenizer(json.loads(bpe(KNOWN[name]).to_str())) == name
 
 
 @pytest.mark.parametrize("name", UNKNOWN)
-def test_another_pre_tokenizer_is_refused_and_nothing_written(tmp_path, name) -> None:
+def test_gguf_pre_tokenizer_other(tmp_path, name) -> None:
+    """It is refused, and nothing is written."""
     tokenizer = Tokenizer(bpe(UNKNOWN[name]), name, "x") if name in ("Digits", "bytes") else None
     if tokenizer is None:
         with pytest.raises(ConfigError, match=rf"^tokenizer: expected .*got another \({name}"):
@@ -304,7 +309,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("shape", "expected"), REFUSED, ids=[e[:30] for _, e in REFUSED])
-def test_what_llama_cpp_does_not_compute_is_refused(tmp_path, shape, expected) -> None:
+def test_gguf_refuses(tmp_path, shape, expected) -> None:
+    """What llama.cpp does not compute is refused."""
     llama = {"norm": "rms_norm", "position": "rope", "mlp": "swiglu", "bias": False}
     config = ModelConfig(vocab_size=64, **{**llama, **shape})
     with pytest.raises(ConfigError) as caught:
@@ -313,14 +319,14 @@ def test_what_llama_cpp_does_not_compute_is_refused(tmp_path, shape, expected) -
     assert not (tmp_path / "new").exists()
 
 
-def test_the_missing_package_is_named(tmp_path, monkeypatch) -> None:
+def test_gguf_package_missing(tmp_path, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(CheckpointError, match=r"m\.gguf: needs the package gguf \(pip install"):
         build("llama").save_gguf(tmp_path / "m.gguf")
 
 
 @pytest.mark.parametrize("path", ["file/below.gguf", "nul\0", "folder"])
-def test_where_no_file_can_be(tmp_path, path) -> None:
+def test_gguf_impossible_place(tmp_path, path) -> None:
     (tmp_path / "file").write_text("")
     (tmp_path / "folder").mkdir()
     with pytest.raises(CheckpointError, match="could not be written") as caught:
@@ -329,7 +335,7 @@ def test_where_no_file_can_be(tmp_path, path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "folder"]
 
 
-def test_a_failed_save_leaves_what_was_there(tmp_path, monkeypatch) -> None:
+def test_gguf_failed_save(tmp_path, monkeypatch) -> None:
     (tmp_path / "m.gguf").write_bytes(b"before")
 
     def full(self, tensor, *rest) -> None:

@@ -65,7 +65,7 @@ def weights_of(ours: CustomTransformerWrapper) -> dict[str, Tensor]:
 # ------------------------------------------------------------------------------ there and back
 
 
-def test_remarks_of_transformers_are_noticed(tmp_path) -> None:
+def test_their_load_remarks(tmp_path) -> None:
     """`their_load` is worth something: surplus, missing and odd things are remarks."""
     build().save_pretrained(tmp_path)
     rewrite_config(tmp_path, eos_token_id=999)
@@ -80,7 +80,7 @@ def test_remarks_of_transformers_are_noticed(tmp_path) -> None:
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("d_ffn", [40, None], ids=["n_inner", "no n_inner"])
-def test_what_transformers_saves_we_load(tmp_path, dtype, tied, d_ffn) -> None:
+def test_load_transformers_folder(tmp_path, dtype, tied, d_ffn) -> None:
     source = build(dtype=dtype, tie_embeddings=tied, d_ffn=d_ffn)
     theirs = gpt2(source.config, dtype, source.model.named_parameters())
     theirs.save_pretrained(tmp_path)
@@ -92,7 +92,7 @@ def test_what_transformers_saves_we_load(tmp_path, dtype, tied, d_ffn) -> None:
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("bias", [True, False], ids=["biases", "no biases"])
-def test_what_we_save_transformers_loads(tmp_path, dtype, tied, bias) -> None:
+def test_save_transformers_loads(tmp_path, dtype, tied, bias) -> None:
     ours = build(dtype=dtype, tie_embeddings=tied, bias=bias)
     ours.save_pretrained(tmp_path / "new" / "folder")
     theirs = their_load(tmp_path / "new" / "folder")
@@ -102,7 +102,7 @@ def test_what_we_save_transformers_loads(tmp_path, dtype, tied, bias) -> None:
     assert_close(logits_of(theirs), ours.forward(IDS)["logits"], TOLERANCE[dtype], "in training")
 
 
-def test_the_mapping_is_what_makes_them_agree(tmp_path, monkeypatch) -> None:
+def test_mapping_two_layers_exchanged(tmp_path, monkeypatch) -> None:
     """Two layers of one shape exchanged: every name and shape is right, and the function wrong."""
     ours = build()
     ours.save_pretrained(tmp_path / "right")
@@ -117,7 +117,8 @@ def test_the_mapping_is_what_makes_them_agree(tmp_path, monkeypatch) -> None:
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-def test_what_we_save_we_load_bit_for_bit(tmp_path, dtype, tied) -> None:
+def test_save_and_load_bits(tmp_path, dtype, tied) -> None:
+    """The state comes back bit for bit."""
     ours = build(dtype=dtype, tie_embeddings=tied)
     ours.train_step(IDS, IDS)  # so that masters have digits that weights do not
     ours.save_pretrained(tmp_path)
@@ -130,7 +131,7 @@ def test_what_we_save_we_load_bit_for_bit(tmp_path, dtype, tied) -> None:
     assert again.config == ours.config
 
 
-def test_what_older_and_other_readers_rely_on(tmp_path) -> None:
+def test_save_other_readers(tmp_path) -> None:
     """transformers 4 refuses a file without its format; aligned tensors can be mapped; and a
     vocabulary of another tokenizer has no use for GPT-2's default ids of special tokens."""
     build().save_pretrained(tmp_path)
@@ -144,7 +145,7 @@ def test_what_older_and_other_readers_rely_on(tmp_path) -> None:
 
 
 @pytest.mark.promise("Auto classes")
-def test_the_tokenizer_goes_along_and_transformers_loads_both(tmp_path) -> None:
+def test_save_tokenizer(tmp_path) -> None:
     """`Auto` classes need nothing but the folder; our own tokens of a text are theirs."""
     tokenizer = load_tokenizer(Path(__file__).parents[2] / "golden/tokenizer")
     ours = build(vocab_size=tokenizer.vocab_size)
@@ -163,14 +164,16 @@ def test_the_tokenizer_goes_along_and_transformers_loads_both(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("wrong", ["small", "text", 3])
-def test_a_tokenizer_that_is_not_the_models_is_refused_and_nothing_written(tmp_path, wrong) -> None:
+def test_save_other_tokenizer(tmp_path, wrong) -> None:
+    """A tokenizer that is not the model's is refused, and nothing is written."""
     other = load_tokenizer(Path(__file__).parents[2] / "golden/tokenizer")
     with pytest.raises(ValueError, match=r"^tokenizer: expected one of 61 tokens"):
         build().save_pretrained(tmp_path / "new", other if wrong == "small" else wrong)
     assert not (tmp_path / "new").exists()
 
 
-def test_weights_without_masters_keep_their_dtype(tmp_path) -> None:
+def test_save_without_masters(tmp_path) -> None:
+    """Weights without masters keep their dtype."""
     ours = build(dtype=torch.bfloat16, stochastic_rounding=True)
     ours.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
@@ -179,7 +182,8 @@ def test_weights_without_masters_keep_their_dtype(tmp_path) -> None:
     assert_same_bits(weights_of(again), weights_of(ours))
 
 
-def test_a_model_without_biases_comes_back_with_zeros(tmp_path) -> None:
+def test_save_without_biases(tmp_path) -> None:
+    """A model without biases comes back with zeros."""
     ours = build(bias=False, dtype=torch.float64)
     ours.save_pretrained(tmp_path)
     again = load(tmp_path, torch.float64)
@@ -192,7 +196,8 @@ def test_a_model_without_biases_comes_back_with_zeros(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("file_dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
-def test_the_dtype_is_float32_unless_another_is_given(tmp_path, file_dtype) -> None:
+def test_load_dtype_default(tmp_path, file_dtype) -> None:
+    """The dtype is float32 unless another is given."""
     source = build()
     theirs = gpt2(source.config, torch.float32, source.model.named_parameters()).to(file_dtype)
     theirs.save_pretrained(tmp_path)
@@ -203,7 +208,8 @@ def test_the_dtype_is_float32_unless_another_is_given(tmp_path, file_dtype) -> N
     assert automatic.dtype in (torch.float32, torch.bfloat16)
 
 
-def test_keywords_reach_the_class_but_do_not_change_the_shape(tmp_path) -> None:
+def test_load_keywords(tmp_path) -> None:
+    """Keywords reach the class but do not change the shape."""
     build().save_pretrained(tmp_path)
     ours = load(tmp_path, backend="reference", optimizer="adamw", recompute="block")
     assert ours.get_model_info()["backend"] == "reference" and ours.optimizer_name == "adamw"
@@ -214,7 +220,7 @@ def test_keywords_reach_the_class_but_do_not_change_the_shape(tmp_path) -> None:
 # ---------------------------------------------------------------------------- forms of a folder
 
 
-def test_sharded(tmp_path) -> None:
+def test_load_sharded(tmp_path) -> None:
     source = build()
     theirs = gpt2(source.config, torch.float32, source.model.named_parameters())
     theirs.save_pretrained(tmp_path, max_shard_size="20KB")
@@ -222,7 +228,7 @@ def test_sharded(tmp_path) -> None:
     assert_same_bits(weights_of(load(tmp_path)), weights_of(source))
 
 
-def test_names_without_prefix_and_masks_among_the_weights(tmp_path) -> None:
+def test_load_names_without_prefix(tmp_path) -> None:
     """As in OpenAI's own gpt2 repository, whose config.json lacks the later fields."""
     source = build(d_ffn=None)
     source.save_pretrained(tmp_path)
@@ -243,7 +249,8 @@ def strip_prefix(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {**masks, **{name.removeprefix("transformer."): x for name, x in tensors.items()}}
 
 
-def test_a_copy_of_the_tied_embedding_is_ignored(tmp_path) -> None:
+def test_load_tied_copy(tmp_path) -> None:
+    """A copy of the tied embedding is ignored."""
     source = build()
     source.save_pretrained(tmp_path)
     rewrite_weights(
@@ -252,7 +259,8 @@ def test_a_copy_of_the_tied_embedding_is_ignored(tmp_path) -> None:
     assert_same_bits(weights_of(load(tmp_path)), weights_of(source))
 
 
-def test_the_other_name_of_the_same_gelu(tmp_path) -> None:
+def test_load_gelu_name(tmp_path) -> None:
+    """The other name of the same GELU."""
     source = build()
     source.save_pretrained(tmp_path)
     rewrite_config(tmp_path, activation_function="gelu_pytorch_tanh")
@@ -260,7 +268,8 @@ def test_the_other_name_of_the_same_gelu(tmp_path) -> None:
     assert_close(load(tmp_path).forward(IDS)["logits"], expected, 1e-5, "logits")
 
 
-def test_links_into_another_folder_as_in_the_hub_s_cache(tmp_path) -> None:
+def test_load_links(tmp_path) -> None:
+    """Links into another folder as in the hub's cache."""
     source = build()
     source.save_pretrained(tmp_path / "blobs")
     (tmp_path / "snapshot").mkdir()
@@ -272,7 +281,7 @@ def test_links_into_another_folder_as_in_the_hub_s_cache(tmp_path) -> None:
 # --------------------------------------------------------------------- training and generation
 
 
-def test_gradients_after_loading(tmp_path) -> None:
+def test_load_gradients(tmp_path) -> None:
     """All but the keys' bias, whose gradient is zero by mathematics and rounding noise in fact."""
     source = build(dtype=torch.float64, tie_embeddings=False)
     theirs = gpt2(source.config, torch.float64, source.model.named_parameters())
@@ -289,7 +298,8 @@ def test_gradients_after_loading(tmp_path) -> None:
         assert_close(gradient, expected, 1e-10, name)
 
 
-def test_one_step_after_a_round_trip_is_the_step_without(tmp_path) -> None:
+def test_load_one_step(tmp_path) -> None:
+    """One step after a round trip is the step without."""
     ours = build(optimizer="adamw", dtype=torch.bfloat16)
     ours.save_pretrained(tmp_path)
     again = load(tmp_path, torch.bfloat16, optimizer="adamw")
@@ -297,7 +307,7 @@ def test_one_step_after_a_round_trip_is_the_step_without(tmp_path) -> None:
     assert_same_bits(weights_of(again), weights_of(ours))
 
 
-def test_greedy_continuations_are_equal(tmp_path) -> None:
+def test_generate_greedy(tmp_path) -> None:
     ours = build(dtype=torch.float64)
     ours.save_pretrained(tmp_path)
     prompt = IDS[:, :4]
@@ -350,7 +360,8 @@ FIELDS = [
 
 
 @pytest.mark.parametrize(("changes", "expected", "got"), FIELDS, ids=lambda x: str(x)[:40])
-def test_fields_of_another_model_are_refused(saved, tmp_path, changes, expected, got) -> None:
+def test_load_other_fields(saved, tmp_path, changes, expected, got) -> None:
+    """Fields of another model are refused."""
     folder = shutil.copytree(saved, tmp_path / "copy")
     rewrite_config(folder, **changes)
     message = refusal(folder)
@@ -392,13 +403,13 @@ TENSORS = [
 
 
 @pytest.mark.parametrize(("change", "found"), [t[1:] for t in TENSORS], ids=[t[0] for t in TENSORS])
-def test_other_tensors_are_refused(saved, tmp_path, change, found) -> None:
+def test_load_other_tensors(saved, tmp_path, change, found) -> None:
     folder = shutil.copytree(saved, tmp_path / "copy")
     rewrite_weights(folder, change)
     assert found in refusal(folder)
 
 
-def test_config_and_tensors_that_disagree(saved, tmp_path) -> None:
+def test_load_config_disagrees(saved, tmp_path) -> None:
     """A config that asks for terabytes is refused by what the file holds, before any is taken."""
     folder = shutil.copytree(saved, tmp_path / "copy")
     rewrite_config(folder, n_embd=65_535, n_layer=1024, n_inner=2**20)
@@ -408,7 +419,7 @@ def test_config_and_tensors_that_disagree(saved, tmp_path) -> None:
     assert "got no lm_head.weight" in refusal(folder)
 
 
-def test_a_tied_projection_that_differs_is_refused(saved, tmp_path) -> None:
+def test_load_tied_differs(saved, tmp_path) -> None:
     """transformers 5 would leave it untied, with a warning: another function than ours."""
     folder = shutil.copytree(saved, tmp_path / "copy")
     rewrite_weights(folder, lambda w: {**w, "lm_head.weight": w[WTE] + 1})
@@ -480,13 +491,13 @@ FOLDERS: list[tuple[Callable[[Path], Any], str]] = [
 
 
 @pytest.mark.parametrize(("spoil", "found"), FOLDERS, ids=[found[:60] for _, found in FOLDERS])
-def test_broken_folders_are_refused(saved, tmp_path, spoil, found) -> None:
+def test_load_broken_folder(saved, tmp_path, spoil, found) -> None:
     folder = shutil.copytree(saved, tmp_path / "copy")
     spoil(folder)
     assert found in refusal(folder)
 
 
-def test_no_damage_to_a_header_is_a_traceback(saved, tmp_path) -> None:
+def test_load_damaged_header(saved, tmp_path) -> None:
     """Cut anywhere, or with any byte of the header changed: refused in one line, or harmless."""
     folder = shutil.copytree(saved, tmp_path / "copy")
     path = folder / "model.safetensors"
@@ -507,7 +518,7 @@ def test_no_damage_to_a_header_is_a_traceback(saved, tmp_path) -> None:
     assert outcomes >= {"expected an intact", "tensor"}
 
 
-def test_the_missing_package_is_named(saved, monkeypatch) -> None:
+def test_load_package_missing(saved, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "safetensors", None)
     assert "package safetensors (pip install" in refusal(saved)
 
@@ -515,7 +526,7 @@ def test_the_missing_package_is_named(saved, monkeypatch) -> None:
 # --------------------------------------------------------------------------------- full disks
 
 
-def test_a_failed_save_leaves_what_was_there(saved, tmp_path, monkeypatch) -> None:
+def test_save_failed(saved, tmp_path, monkeypatch) -> None:
     folder = shutil.copytree(saved, tmp_path / "copy")
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     calls = iter(range(9))
@@ -534,21 +545,21 @@ def test_a_failed_save_leaves_what_was_there(saved, tmp_path, monkeypatch) -> No
 
 
 @pytest.mark.parametrize("path", ["file", "file/below", "nul\0"])
-def test_where_no_folder_can_be(tmp_path, path) -> None:
+def test_save_impossible_place(tmp_path, path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="could not be written") as caught:
         build().save_pretrained(tmp_path / path)
     assert str(caught.value).isprintable()
 
 
-def test_saving_needs_no_package(tmp_path, monkeypatch) -> None:
+def test_save_needs_no_package(tmp_path, monkeypatch) -> None:
     for name in ("safetensors", "transformers"):
         monkeypatch.setitem(sys.modules, name, None)
     build().save_pretrained(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
 
 
-def test_saving_changes_nothing(tmp_path) -> None:
+def test_save_changes_nothing(tmp_path) -> None:
     ours = build(bias=False)
     before = weights_of(ours)
     ours.save_pretrained(tmp_path)

@@ -53,7 +53,7 @@ CASES = [
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_what_transformers_saves_we_load(tmp_path, case) -> None:
+def test_load_transformers_folder(tmp_path, case) -> None:
     source = ours(case)
     theirs = families.theirs(source)
     theirs.save_pretrained(tmp_path, max_shard_size="40KB")
@@ -65,7 +65,7 @@ def test_what_transformers_saves_we_load(tmp_path, case) -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_what_we_save_transformers_loads(tmp_path, case) -> None:
+def test_save_transformers_loads(tmp_path, case) -> None:
     source = ours(case)
     source.save_pretrained(tmp_path)
     theirs = their_load(tmp_path)
@@ -78,7 +78,7 @@ def test_what_we_save_transformers_loads(tmp_path, case) -> None:
 @pytest.mark.parametrize(
     "dtype", [torch.float16, torch.bfloat16, torch.float64], ids=["f16", "bf16", "f64"]
 )
-def test_every_dtype_of_a_file_is_read(tmp_path, case, dtype) -> None:
+def test_load_any_dtype(tmp_path, case, dtype) -> None:
     source = ours(case)
     theirs = families.theirs(source).to(dtype)
     theirs.save_pretrained(tmp_path)
@@ -88,7 +88,7 @@ def test_every_dtype_of_a_file_is_read(tmp_path, case, dtype) -> None:
     assert_same_bits(found, {name: value.double() for name, value in expected.items()})
 
 
-def test_parts_of_one_matrix_may_have_different_dtypes(tmp_path) -> None:
+def test_load_mixed_dtypes(tmp_path) -> None:
     source = ours("llama")
     source.save_pretrained(tmp_path)
     q, k = (f"model.layers.1.self_attn.{x}_proj.weight" for x in "qk")
@@ -102,7 +102,8 @@ def test_parts_of_one_matrix_may_have_different_dtypes(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=["f64", "bf16"])
-def test_what_we_save_we_load_bit_for_bit(tmp_path, dtype) -> None:
+def test_save_and_load_bits(tmp_path, dtype) -> None:
+    """The state comes back bit for bit."""
     source = ours("qwen3, window, biases", dtype)
     source.train_step(IDS, IDS)  # so that masters have digits that weights do not
     source.save_pretrained(tmp_path)
@@ -112,7 +113,7 @@ def test_what_we_save_we_load_bit_for_bit(tmp_path, dtype) -> None:
     assert source.train_step(IDS, IDS) == again.train_step(IDS, IDS)
 
 
-def test_names_without_prefix_and_frequencies_among_the_weights(tmp_path) -> None:
+def test_load_names_without_prefix(tmp_path) -> None:
     """As transformers saved Llama before version 4.32, and as its inner model is saved."""
     source = ours("llama")
     source.save_pretrained(tmp_path)
@@ -123,7 +124,7 @@ def test_names_without_prefix_and_frequencies_among_the_weights(tmp_path) -> Non
     assert_same_bits(weights_of(load(tmp_path)), weights_of(source))
 
 
-def test_greedy_continuations_are_equal(tmp_path) -> None:
+def test_generate_greedy(tmp_path) -> None:
     source = ours("qwen3")
     source.save_pretrained(tmp_path)
     prompt = IDS[:, :4]
@@ -138,7 +139,7 @@ def test_greedy_continuations_are_equal(tmp_path) -> None:
     "case",
     ["gpt2", "llama", *(pytest.param(x, marks=pytest.mark.slow) for x in ("qwen2", "qwen3"))],
 )
-def test_pipeline_runs_on_a_folder_with_a_tokenizer(tmp_path, case) -> None:
+def test_pipeline_with_tokenizer(tmp_path, case) -> None:
     """The text of a greedy continuation is ours, and `Auto` classes need nothing but the folder."""
     tokenizer = load_tokenizer("tinystories_bpe_4096")
     size = {"vocab_size": tokenizer.vocab_size}
@@ -216,7 +217,7 @@ def without(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize(("change", "found"), [t[1:] for t in TENSORS], ids=[t[0] for t in TENSORS])
-def test_other_tensors_are_refused(saved, tmp_path, change, found) -> None:
+def test_load_other_tensors(saved, tmp_path, change, found) -> None:
     folder = shutil.copytree(saved, tmp_path / "copy")
     rewrite_weights(folder, change)
     assert found in refusal(folder)
@@ -248,14 +249,15 @@ CONFIGS: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("changes", "found"), CONFIGS, ids=[str(c)[:50] for c, _ in CONFIGS])
-def test_a_config_of_other_tensors_is_refused(saved, tmp_path, changes, found) -> None:
+def test_load_other_config(saved, tmp_path, changes, found) -> None:
     """Absurd sizes are refused by what the file holds, before any memory is taken."""
     folder = shutil.copytree(saved, tmp_path / "copy")
     rewrite_config(folder, **changes)
     assert found in refusal(folder)
 
 
-def test_an_index_of_shards_that_share_a_tensor_is_refused(saved, tmp_path) -> None:
+def test_load_shards_sharing_tensor(saved, tmp_path) -> None:
+    """An index of shards that share a tensor is refused."""
     folder = shutil.copytree(saved, tmp_path / "copy")
     os.rename(folder / "model.safetensors", folder / "a.safetensors")
     shutil.copy(folder / "a.safetensors", folder / "b.safetensors")
@@ -265,14 +267,14 @@ def test_an_index_of_shards_that_share_a_tensor_is_refused(saved, tmp_path) -> N
     assert "b.safetensors: tensor" in (message := refusal(folder)) and "got twice" in message
 
 
-def test_only_a_pickle_is_refused(saved, tmp_path) -> None:
+def test_load_pickle_only(saved, tmp_path) -> None:
     folder = shutil.copytree(saved, tmp_path / "copy")
     (folder / "model.safetensors").unlink()
     (folder / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'exit 1'\ntR.")
     assert "pytorch_model.bin: expected model.safetensors, got a pickle" in refusal(folder)
 
 
-def test_a_folder_of_several_files_is_not_written_into(tmp_path) -> None:
+def test_save_into_sharded_folder(tmp_path) -> None:
     """llama.cpp's converter would take its files for more of ours."""
     source = ours("llama")
     families.theirs(source).save_pretrained(tmp_path, max_shard_size="40KB")

@@ -41,7 +41,7 @@ def plain(attention: Attention, H_kv: int, x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("ops", [reference, native], ids=["reference", "native"])
 @pytest.mark.parametrize("H_kv", [2, 1, 6])
-def test_backward_equals_autograd(H_kv: int, ops) -> None:
+def test_attention_backward(H_kv: int, ops) -> None:
     attention = layer(H_kv, ops)
     x, dy = torch.randn(2, B, T, C, dtype=torch.float64)
     weights = [p.value for p in attention.parameters()]
@@ -61,7 +61,7 @@ def test_backward_equals_autograd(H_kv: int, ops) -> None:
 
 
 @pytest.mark.parametrize("H_kv", [2, 1, 6])
-def test_decoding_continues_a_prompt(H_kv: int) -> None:
+def test_attention_decode(H_kv: int) -> None:
     attention = layer(H_kv)
     x = torch.randn(B, T, C, dtype=torch.float64)
     expected, _ = attention.forward(x, None)
@@ -75,7 +75,8 @@ def test_decoding_continues_a_prompt(H_kv: int) -> None:
 
 
 @pytest.mark.parametrize("H_kv", [2, 1, 6])
-def test_it_counts_what_it_keeps_and_does(H_kv: int) -> None:
+def test_attention_counts(H_kv: int) -> None:
+    """What it keeps and computes is what it counts."""
     attention = layer(H_kv, reference)  # which keeps as many statistics as a GPU, native fewer
     _, saved = attention.forward(torch.randn(B, T, C, dtype=torch.float64), None)
     kept = attention.kept()

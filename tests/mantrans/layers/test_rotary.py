@@ -21,7 +21,7 @@ B, T, C, H, D, EPS = 2, 9, 10, 6, 6, 1e-3
 CPU = torch.device("cpu")
 
 
-def test_angles_are_position_times_frequency_in_float64() -> None:
+def test_angles_float64() -> None:
     length = rotary.PART + 17  # more than one part
     angles = Angles(length, 4, 10_000.0)
     angles.allocate(torch.float32, CPU)
@@ -39,7 +39,7 @@ def test_angles_are_position_times_frequency_in_float64() -> None:
     assert angles.cos.dtype == torch.float64
 
 
-def test_scaled_frequencies_are_llama_3s() -> None:
+def test_angles_llama3_scaling() -> None:
     """Slow ones a factor slower, fast ones unchanged, those between mixed, all in order."""
     theta, pairs = 500_000.0, 64
     plain = Angles(8, 2 * pairs, theta).frequencies()
@@ -105,7 +105,7 @@ CASES = [(2, True, None), (1, False, 3), (6, True, 1), (3, True, 99), (6, False,
 
 @pytest.mark.parametrize("ops", [reference, native], ids=["reference", "native"])
 @pytest.mark.parametrize(("H_kv", "norms", "window"), CASES)
-def test_backward_equals_autograd(H_kv: int, norms: bool, window: int | None, ops) -> None:
+def test_attention_backward(H_kv: int, norms: bool, window: int | None, ops) -> None:
     attention = layer(H_kv, norms, window, ops)
     x, dy = torch.randn(2, B, T, C, dtype=torch.float64)
     leaves = {p.name: p.value.clone().requires_grad_() for p in attention.parameters()}
@@ -126,7 +126,7 @@ def test_backward_equals_autograd(H_kv: int, norms: bool, window: int | None, op
 
 @pytest.mark.parametrize("ops", [reference, native], ids=["reference", "native"])
 @pytest.mark.parametrize(("H_kv", "norms", "window"), CASES)
-def test_decoding_continues_a_prompt(H_kv: int, norms: bool, window: int | None, ops) -> None:
+def test_attention_decode(H_kv: int, norms: bool, window: int | None, ops) -> None:
     """Rows of different lengths: each new position is turned by its own angle."""
     attention = layer(H_kv, norms, window, ops)
     x = torch.randn(B, T, C, dtype=torch.float64)
@@ -141,7 +141,8 @@ def test_decoding_continues_a_prompt(H_kv: int, norms: bool, window: int | None,
 
 
 @pytest.mark.parametrize(("H_kv", "norms", "window"), CASES)
-def test_it_counts_what_it_keeps_and_does(H_kv: int, norms: bool, window: int | None) -> None:
+def test_attention_counts(H_kv: int, norms: bool, window: int | None) -> None:
+    """What it keeps and computes is what it counts."""
     attention = layer(H_kv, norms, window, reference)
     x = torch.randn(B, T, C, dtype=torch.float64)
     _, saved = attention.forward(x, first_key(x, window))
@@ -156,7 +157,8 @@ def test_it_counts_what_it_keeps_and_does(H_kv: int, norms: bool, window: int | 
     assert attention.flops(T) == pytest.approx(products + 4 * H * D * keys, rel=1e-14)
 
 
-def test_without_theta_no_pair_is_turned() -> None:
+def test_attention_without_theta() -> None:
+    """Without theta no pair is turned."""
     angles = Angles(T, D, None)
     angles.allocate(torch.float64, CPU)
     turning = Rotary(reference, "a", angles, n_heads=H, n_kv_heads=2, norm_epsilon=None)

@@ -65,7 +65,7 @@ def assert_same_gradients(ours: CustomTransformerWrapper, theirs: torch.nn.Modul
 @pytest.mark.parametrize("backend", ["reference", "native"])
 @pytest.mark.parametrize("micro_batches", [1, 3])
 @pytest.mark.parametrize("ignored", [False, True], ids=["all labels", "some ignored"])
-def test_logits_loss_and_every_gradient(dtype, backend, micro_batches, ignored) -> None:
+def test_gpt2_loss_and_gradients(dtype, backend, micro_batches, ignored) -> None:
     ours, theirs = build(dtype, backend)
     ids, labels = batch(ignored)
     logits, loss = their_loss(theirs, ids, labels)
@@ -81,7 +81,8 @@ def test_logits_loss_and_every_gradient(dtype, backend, micro_batches, ignored) 
 
 
 @pytest.mark.parametrize("recompute", ["gelu", "block"])
-def test_recomputed_activations_give_the_same_gradients(recompute: str) -> None:
+def test_recompute_gradients(recompute: str) -> None:
+    """Recomputed activations give the same gradients."""
     ours, theirs = build(torch.float64, "native", recompute=recompute)
     their_loss(theirs, *batch())[1].backward()
     ours.model.zero_gradients()
@@ -90,7 +91,7 @@ def test_recomputed_activations_give_the_same_gradients(recompute: str) -> None:
 
 
 @pytest.mark.parametrize("backend", ["reference", "native"])
-def test_backward_from_the_gradient_of_the_logits(backend: str) -> None:
+def test_backward_any_gradient(backend: str) -> None:
     """`forward` and `backward` of the bare model, with any dlogits."""
     ours, theirs = build(torch.float64, backend)
     ids, _ = batch()
@@ -103,7 +104,7 @@ def test_backward_from_the_gradient_of_the_logits(backend: str) -> None:
         ours.model.backward(dlogits)
 
 
-def test_untied_output_projection() -> None:
+def test_output_untied() -> None:
     ours, theirs = build(torch.float64, "native", tied=False)
     their_loss(theirs, *batch())[1].backward()
     ours.model.zero_gradients()
@@ -115,7 +116,7 @@ def test_untied_output_projection() -> None:
 
 
 @pytest.mark.parametrize("backend", ["reference", "native"])
-def test_twenty_adamw_steps_track_torch_optim(backend: str) -> None:
+def test_adamw_twenty_steps(backend: str) -> None:
     """Float64; the keys' bias is left out on both sides: AdamW turns its rounding noise into steps
     of full size, in whichever direction the noise points."""
     options = {"beta1": 0.9, "beta2": 0.95, "epsilon": 1e-8, "weight_decay": 0.1}

@@ -54,7 +54,7 @@ def assert_same_gradients(
     ids=str,
 )
 @pytest.mark.parametrize("case", CASES)
-def test_logits_loss_and_every_gradient(case: str, backend: str, dtype: torch.dtype) -> None:
+def test_families_loss_and_gradients(case: str, backend: str, dtype: torch.dtype) -> None:
     ours = families.ours(case, dtype, backend)
     theirs = families.theirs(ours, exact=dtype == torch.float64)
     ids, labels = batch()
@@ -71,7 +71,7 @@ def test_logits_loss_and_every_gradient(case: str, backend: str, dtype: torch.dt
 
 
 @pytest.mark.parametrize("backend", ["reference", "native"])
-def test_a_window_of_one_has_no_gradient_of_queries_and_keys(backend: str) -> None:
+def test_window_of_one(backend: str) -> None:
     """The softmax of one score is 1, whatever the score: both sides hold rounding noise there."""
     ours = families.ours("qwen3", torch.float64, backend, attention_window=1)
     theirs = families.theirs(ours, exact=True)
@@ -89,7 +89,8 @@ def test_a_window_of_one_has_no_gradient_of_queries_and_keys(backend: str) -> No
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_untouched_oracle_agrees_to_its_own_rounding(case: str) -> None:
+def test_oracle_untouched(case: str) -> None:
+    """The untouched oracle agrees to its own rounding."""
     ours = families.ours(case, torch.float64, "reference")
     ids, labels = batch()
     logits, loss = their_loss(families.theirs(ours), ids, labels)
@@ -100,7 +101,8 @@ def test_the_untouched_oracle_agrees_to_its_own_rounding(case: str) -> None:
 
 @pytest.mark.parametrize("recompute", ["gelu", "block"])
 @pytest.mark.parametrize("case", ["llama, biases", "qwen2, window", "qwen3"])
-def test_recomputed_activations_give_the_same_gradients(case: str, recompute: str) -> None:
+def test_recompute_gradients(case: str, recompute: str) -> None:
+    """Recomputed activations give the same gradients."""
     ours = families.ours(case, torch.float64, "native", recompute=recompute)
     theirs = families.theirs(ours, exact=True)
     ids, labels = batch()
@@ -119,7 +121,8 @@ def test_recomputed_activations_give_the_same_gradients(case: str, recompute: st
         pytest.param("qwen2, window", marks=pytest.mark.slow),
     ],
 )
-def test_twenty_adamw_steps_track_torch_optim(case: str, backend: str) -> None:
+def test_adamw_twenty_steps(case: str, backend: str) -> None:
+    """Twenty AdamW steps track torch optim."""
     options = {"beta1": 0.9, "beta2": 0.95, "epsilon": 1e-8, "weight_decay": 0.1}
     ours = families.ours(case, torch.float64, backend, optimizer="adamw", optimizer_options=options)
     theirs = families.theirs(ours, exact=True)

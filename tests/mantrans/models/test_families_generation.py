@@ -22,7 +22,7 @@ def prompts(*lengths: int) -> list[torch.Tensor]:
 @pytest.mark.parametrize("dtype", BOTH, ids=str)
 @pytest.mark.parametrize("backend", [pytest.param("reference", marks=pytest.mark.slow), "native"])
 @pytest.mark.parametrize("case", FIRST)
-def test_cached_and_recomputed_tokens_are_the_same(case: str, backend: str, dtype) -> None:
+def test_generate_with_cache(case: str, backend: str, dtype) -> None:
     """Rows of different lengths, past max_seq_len too, where the context slides."""
     model = families.ours(case, dtype, backend)
     options = {"max_length": T_MAX + 9, "temperature": 0.9, "top_k": 20, "seed": 7}
@@ -50,7 +50,7 @@ def their_tokens(model: CustomTransformerWrapper, given: list, length: int) -> l
 
 @pytest.mark.parametrize("dtype", BOTH, ids=str)
 @pytest.mark.parametrize("case", FIRST)
-def test_greedy_tokens_are_those_of_transformers(case: str, dtype: torch.dtype) -> None:
+def test_generate_equals_transformers(case: str, dtype: torch.dtype) -> None:
     pytest.importorskip("transformers", reason="transformers is the oracle here")
     model = families.ours(case, dtype, "native")
     given = prompts(3, 11, 7)

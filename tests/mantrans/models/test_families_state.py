@@ -53,9 +53,7 @@ ALL = [
     ("name", "dtype", "stochastic", "recompute"),
     [kind if kind in FAST else pytest.param(*kind, marks=pytest.mark.slow) for kind in ALL],
 )
-def test_every_dtype_learns_as_the_reference_in_float64(
-    name: str, dtype: torch.dtype, stochastic: bool, recompute: str
-) -> None:
+def test_train_any_dtype(name: str, dtype: torch.dtype, stochastic: bool, recompute: str) -> None:
     model = build(name, dtype, recompute=recompute, stochastic_rounding=stochastic)
     exact = build(name, torch.float64, backend="reference")
     losses = []
@@ -67,7 +65,7 @@ def test_every_dtype_learns_as_the_reference_in_float64(
     assert relative_error(ours, theirs) <= BOUNDS[dtype] and theirs[-1] < 0.8 * theirs[0]
 
 
-def test_a_window_does_not_reach_into_another_document() -> None:
+def test_window_documents() -> None:
     """It ends at the document's first token, and within a document at its own."""
     model = build("qwen2", torch.float64).model  # sees 4 tokens in each of 2 blocks
     tokens = IDS[:1].clone()
@@ -101,7 +99,7 @@ class Source:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_the_captured_step_is_the_eager_step(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_captured_step_equals_eager(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a direct call in place of the graph, as in `test_step.py`."""
 
     def stand_in(function):
@@ -125,7 +123,8 @@ def test_the_captured_step_is_the_eager_step(name: str, monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("name", MODELS)
-def test_a_checkpoint_goes_on_with_the_same_bits(name: str, dtype, tmp_path: Path) -> None:
+def test_checkpoint_resumed(name: str, dtype, tmp_path: Path) -> None:
+    """A checkpoint goes on with the same bits."""
     model = build(name, dtype)
     model.train_step(IDS, IDS)
     model.save_checkpoint(tmp_path / "c.pt", epoch=5)
@@ -162,16 +161,16 @@ OTHERS = [
 
 
 @pytest.mark.parametrize(("changed", "message"), OTHERS)
-def test_a_checkpoint_of_another_architecture_is_refused_by_its_field(
-    changed: dict[str, Any], message: str
-) -> None:
+def test_checkpoint_other_architecture(changed: dict[str, Any], message: str) -> None:
+    """A checkpoint of another architecture is refused by its field."""
     state = build("llama").state_dict()
     with pytest.raises(CheckpointError) as refused:
         build("llama", **changed).load_state_dict(state)
     assert str(refused.value).startswith(message) and "\n" not in str(refused.value)
 
 
-def test_defaults_and_what_they_resolve_to_are_one_architecture() -> None:
+def test_defaults_same_architecture() -> None:
+    """Defaults and what they resolve to are one architecture."""
     state = build("qwen3").state_dict()
     same = {"n_kv_heads": 4, "head_dim": 6, "qkv_bias": False, "mlp_bias": False}
     build("qwen3", **same).load_state_dict(state)
@@ -189,13 +188,14 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("changed", "message"), REFUSED)
-def test_shapes_that_do_not_fit_are_refused_in_one_line(changed: dict, message: str) -> None:
+def test_shape_wrong(changed: dict, message: str) -> None:
     with pytest.raises(ConfigError) as refused:
         build("llama", **changed)
     assert str(refused.value).endswith(message) and "\n" not in str(refused.value)
 
 
-def test_the_first_value_that_is_not_finite_is_named() -> None:
+def test_diagnose_first_not_finite() -> None:
+    """The first value that is not finite is named."""
     model = build("qwen3").model
     parameters = dict(model.named_parameters())
     parameters["blocks.1.attention.k_norm.weight"][2] = 3e38

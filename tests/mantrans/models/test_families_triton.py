@@ -36,7 +36,7 @@ def ids(step: int = 0) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("case", LONG)
-def test_logits_loss_and_every_gradient(case: str) -> None:
+def test_triton_loss_and_gradients(case: str) -> None:
     pytest.importorskip("transformers", reason="transformers is the oracle here")
     ours = model(case, "triton", torch.float32)
     theirs = families.theirs(ours)
@@ -57,7 +57,7 @@ def test_logits_loss_and_every_gradient(case: str) -> None:
     ("dtype", "bound"), [(torch.bfloat16, 5e-4), (torch.float32, 5e-7)], ids=str
 )
 @pytest.mark.parametrize("case", CASES)
-def test_steps_with_documents_go_where_the_reference_goes(case: str, dtype, bound: float) -> None:
+def test_triton_steps_with_documents(case: str, dtype, bound: float) -> None:
     """Four AdamW steps in which documents, and the window, end inside the sequences."""
     losses = []
     for backend in ("triton", "reference"):
@@ -78,7 +78,7 @@ def test_steps_with_documents_go_where_the_reference_goes(case: str, dtype, boun
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
-def test_generation_through_the_cache(case: str) -> None:
+def test_triton_generate_with_cache(case: str) -> None:
     prompts = [ids()[0, :3], ids()[1, :6]]
     texts = [
         model(case, backend, torch.float32).generate(prompts, max_length=12, temperature=0)

@@ -39,7 +39,7 @@ def loss(model: CustomTransformer, tokens: torch.Tensor, starts: torch.Tensor) -
 @pytest.mark.parametrize(
     "name", [m if m in FEW else pytest.param(m, marks=pytest.mark.slow) for m in MODELS]
 )
-def test_every_gradient_is_the_slope_of_the_loss(name: str, backend: str) -> None:
+def test_gradient_equals_slope(name: str, backend: str) -> None:
     """Along a random direction of each parameter; the error of the difference is of sixth order."""
     wrapper = CustomTransformerWrapper(
         V, 16, 2, 4, 10, T, dtype=torch.float64, device="cpu", backend=backend,

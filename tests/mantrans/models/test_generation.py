@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from mantrans import CustomTransformerWrapper
-from mantrans.models.generation import Decoder, sample, window_start
+from mantrans.cuda_graph import WARM_UP_RUNS
+from mantrans.models import generation
+from mantrans.models.generation import Decoder, TokenStep, sample, window_start
 
 V = 61
 
@@ -33,7 +35,7 @@ def prompts(*lengths: int) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("lengths", [(5,), (1, 9, 4), (23, 24, 25, 60)])
-def test_cached_and_recomputed_tokens_are_the_same(model, lengths) -> None:
+def test_generate_with_cache(model, lengths) -> None:
     """Also past max_seq_len, where the window slides, and for rows that slide at other times."""
     given = prompts(*lengths)
     options = {"max_length": 90, "temperature": 0.9, "top_k": 20, "top_p": 0.95, "seed": 7}
@@ -44,11 +46,44 @@ def test_cached_and_recomputed_tokens_are_the_same(model, lengths) -> None:
         assert torch.equal(row[: len(prompt)], prompt)
 
 
+@pytest.mark.parametrize("backend", ["native", "triton"])
+def test_token_step_captured(monkeypatch, backend) -> None:
+    """The capture's extra runs change nothing; a replay reads and writes where the capture did.
+    Rows slide at other times, which rebuilds the cache under the same graph."""
+    captures = []
+
+    def stand_in(function):
+        """A graph: what the function wrote last keeps its address, and a replay writes there."""
+        for _ in range(WARM_UP_RUNS + 1):
+            function()
+        step = function.__self__
+        captured = step.logits
+
+        def replay() -> None:
+            function()
+            step.logits = captured.copy_(step.logits)
+
+        captures.append(captured)
+        return replay
+
+    model = CustomTransformerWrapper(
+        vocab_size=V, d_model=32, n_blocks=1, n_heads=2, max_seq_len=12, dtype=torch.float32,
+        device="cpu", backend=backend, seed=5,
+    )  # fmt: skip
+    options = {"max_length": 17, "temperature": 0.9, "seed": 7}
+    eager = model.generate(prompts(5, 3, 11), **options)
+    monkeypatch.setattr(generation, "cuda_graph", stand_in)
+    monkeypatch.setattr(TokenStep, "captures", staticmethod(lambda device: True))
+    graph = model.generate(prompts(5, 3, 11), **options)
+    assert len(captures) == 1
+    assert all(map(torch.equal, eager, graph))
+
+
 @pytest.mark.parametrize(
     ("lengths", "max_length", "expected"),
     [((5,), 9, 9), ((5,), 2, 5), ((3, 7), 10, 14), ((3, 7), 24, 24), ((1, 24), 90, 24), ((), 9, 9)],
 )
-def test_the_cache_is_as_long_as_asked_for(model, lengths, max_length, expected) -> None:
+def test_cache_length(model, lengths, max_length, expected) -> None:
     """And holds all that is put there: the longest row goes along until the shortest is done."""
     given = [row.tolist() for row in prompts(*lengths)]
     cache = Decoder(model.model, given, max_length).cache
@@ -62,7 +97,8 @@ def test_the_cache_is_as_long_as_asked_for(model, lengths, max_length, expected)
     assert all(map(torch.equal, rows, others))
 
 
-def test_greedy_rows_do_not_depend_on_their_neighbours(model) -> None:
+def test_generate_greedy_rows_independent(model) -> None:
+    """Greedy rows do not depend on their neighbors."""
     given = prompts(3, 11, 7)
     together = model.generate(given, max_length=40, temperature=0)
     for prompt, row in zip(given, together, strict=True):
@@ -70,13 +106,15 @@ def test_greedy_rows_do_not_depend_on_their_neighbours(model) -> None:
         assert torch.equal(alone, row)
 
 
-def test_same_seed_same_tokens_other_seed_other_tokens(model) -> None:
+def test_generate_seed(model) -> None:
+    """The same seed, the same tokens; another seed, other tokens."""
     given = prompts(4)
     first, again, other = (model.generate(given, max_length=40, seed=s)[0] for s in (1, 1, 2))
     assert torch.equal(first, again) and not torch.equal(first, other)
 
 
-def test_a_row_ends_after_its_end_of_text(model) -> None:
+def test_generate_end_of_text(model) -> None:
+    """A row ends after its end of text."""
     given = prompts(4, 6)
     free = model.generate(given, max_length=60, temperature=0)
     stop = free[0][20].item()
@@ -89,7 +127,8 @@ def test_a_row_ends_after_its_end_of_text(model) -> None:
     assert rows[1].tolist() == expected
 
 
-def test_tensor_prompts_give_a_tensor_filled_up_with_end_of_text(model) -> None:
+def test_generate_tensor_prompts(model) -> None:
+    """Tensor prompts give a tensor filled up with end of text."""
     ids = torch.stack(prompts(5, 5))
     free = model.generate(ids, max_length=30, temperature=0)
     assert free.shape == (2, 30)
@@ -100,13 +139,15 @@ def test_tensor_prompts_give_a_tensor_filled_up_with_end_of_text(model) -> None:
     assert model.generate(ids[0], max_length=8).shape == (1, 8)
 
 
-def test_max_length_counts_the_prompt(model) -> None:
+def test_generate_max_length(model) -> None:
+    """Max_length counts the prompt."""
     given = prompts(3, 10)
     rows = model.generate(given, max_length=8)
     assert [len(r) for r in rows] == [8, 10] and torch.equal(rows[1], given[1])
 
 
-def test_stream_yields_what_generate_returns(model) -> None:
+def test_stream_equals_generate(model) -> None:
+    """Stream yields what generate returns."""
     given = prompts(2, 5)
     options = {"max_length": 12, "temperature": 0.8, "top_k": 50, "top_p": 0.9, "seed": 4}
     steps = list(model.stream(given, **options))
@@ -118,7 +159,8 @@ def test_stream_yields_what_generate_returns(model) -> None:
 
 
 @pytest.mark.parametrize("limit", [1, 2, 3, 8, 25])
-def test_windows_hold_the_newest_tokens_and_slide_by_halves(limit: int) -> None:
+def test_windows_slide(limit: int) -> None:
+    """They hold the newest tokens, and slide by halves."""
     starts = [window_start(n, limit) for n in range(1, 6 * limit)]
     for n, start in enumerate(starts, start=1):
         assert 1 <= n - start <= limit
@@ -127,7 +169,7 @@ def test_windows_hold_the_newest_tokens_and_slide_by_halves(limit: int) -> None:
     assert jumps <= {max(1, limit // 2)}
 
 
-def test_sampling_keeps_what_it_should() -> None:
+def test_sampling_filters() -> None:
     logits = torch.log(torch.tensor([[0.5, 0.3, 0.15, 0.05]])).repeat(4000, 1)
     generator = torch.Generator().manual_seed(0)
 
@@ -155,7 +197,7 @@ def test_sampling_keeps_what_it_should() -> None:
         ({"max_length": 0}, "max_length"),
     ],
 )
-def test_bad_options_are_named(model, options, named) -> None:
+def test_options_wrong(model, options, named) -> None:
     with pytest.raises(ValueError, match=named):
         model.generate(prompts(3), **options)
     with pytest.raises(ValueError, match=named):
@@ -163,6 +205,6 @@ def test_bad_options_are_named(model, options, named) -> None:
 
 
 @pytest.mark.parametrize("bad", [[-1], [V], []])
-def test_bad_prompts_are_refused(model, bad) -> None:
+def test_prompts_wrong(model, bad) -> None:
     with pytest.raises(ValueError, match="input_ids"):
         model.generate([torch.tensor(bad, dtype=torch.int64)], max_length=5)

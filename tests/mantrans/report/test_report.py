@@ -87,7 +87,7 @@ def read(folder: Path) -> Page:
 # --------------------------------------------------------------------------------- axes and curves
 
 
-def test_ticks_are_round() -> None:
+def test_ticks_round() -> None:
     assert ticks(0, 150, 6) == [0, 50, 100, 150]
     assert ticks(1.2, 5.7, 5) == [2, 3, 4, 5]
     assert ticks(0, 24_000, 6) == [0, 5000, 10_000, 15_000, 20_000]
@@ -95,7 +95,8 @@ def test_ticks_are_round() -> None:
 
 
 @given(st.floats(-1e9, 1e9), st.floats(1e-6, 1e9), st.integers(2, 10))
-def test_ticks_lie_on_the_axis_and_are_neither_many_nor_few(low, span, most) -> None:
+def test_ticks_count(low, span, most) -> None:
+    """Ticks lie on the axis and are neither many nor few."""
     found = ticks(low, low + span, most)
     step = report_svg.round_step(low, low + span, most)
     tolerance = 1e-6 * step + 1e-15 * abs(low)
@@ -104,7 +105,8 @@ def test_ticks_lie_on_the_axis_and_are_neither_many_nor_few(low, span, most) -> 
     assert f"{step:.3e}"[:5] in ("1.000", "2.000", "5.000")
 
 
-def test_an_axis_holds_its_values_and_ends_at_round_numbers() -> None:
+def test_axis_bounds() -> None:
+    """An axis holds its values and ends at round numbers."""
     for values, ends in (([1.2, 5.7], (1, 6)), ([0, 12_345], (0, 15_000))):
         axis = Scale.around(values)
         assert (axis.low, axis.high) == ends
@@ -113,7 +115,8 @@ def test_an_axis_holds_its_values_and_ends_at_round_numbers() -> None:
         assert axis.low < value < axis.high
 
 
-def test_labels_have_the_digits_that_tell_ticks_apart() -> None:
+def test_labels_digits() -> None:
+    """Labels have the digits that tell ticks apart."""
     assert tick_labels([0, 0.5, 1.0]) == ["0", "0.5", "1.0"]
     assert tick_labels([3.25, 3.3, 3.35]) == ["3.25", "3.30", "3.35"]
     assert tick_labels([0, 5000, 10_000]) == ["0", "5k", "10k"]
@@ -126,7 +129,8 @@ def test_labels_have_the_digits_that_tell_ticks_apart() -> None:
 
 @given(st.floats(1e-6, 1e6), st.floats(1.001, 1e9))
 @example(999999.9999999999, 4.0)
-def test_a_logarithmic_axis_is_even_in_ratios_and_has_readable_ticks(low, ratio) -> None:
+def test_log_axis_ticks(low, ratio) -> None:
+    """A logarithmic axis is even in ratios and has readable ticks."""
     axis = Scale.around([low, low * ratio], log=True)
     places = [axis(value) for value, _ in axis.ticks]
     assert axis.log and axis.low <= low * (1 + 1e-6) and low * ratio <= axis.high * (1 + 1e-6)
@@ -138,14 +142,15 @@ def test_a_logarithmic_axis_is_even_in_ratios_and_has_readable_ticks(low, ratio)
     assert axis(low * ratio**0.5) == pytest.approx((axis(low) + axis(low * ratio)) / 2)
 
 
-def test_an_axis_with_a_value_that_is_not_positive_stays_linear() -> None:
+def test_log_axis_not_positive() -> None:
+    """An axis with a value that is not positive stays linear."""
     for values in ([0.0, 10.0], [-1.0, 10.0], [5e-324, 10.0]):
         assert not Scale.around(values, log=True).log
     drawn = Page(figure("Loss", "", [Curve("a", [(0, 1.0), (1, 10.0), (2, 100.0)])], log=True))
     assert drawn.all("path")[0]["d"] == "M0.000,100.000 50.000,50.000 100.000,0.000"
 
 
-def test_a_point_is_drawn_where_its_numbers_say() -> None:
+def test_point_place() -> None:
     """On axes from 0 to 200 and from 2 to 12, (50, 8) is a quarter to the right, 60% up."""
     points = [(0, 2.0), (50, 8.0), (200, 12.0)]
     drawn = Page(figure("Loss", "", [Curve("a", points), Curve("b", points[1:2], dots=True)]))
@@ -157,7 +162,8 @@ def test_a_point_is_drawn_where_its_numbers_say() -> None:
     assert stretched["viewbox"] == "0 0 100 100"
 
 
-def test_labels_stand_at_their_values() -> None:
+def test_label_place() -> None:
+    """Labels stand at their values."""
     drawn = figure("Loss", "", [Curve("a", [(0, 0.0), (200, 10.0)])], tokens_per_step=1000)
     left = re.findall(r'x="-8" y="([\d.]+)%" dy="[^"]*">([^<]+)<', drawn)
     assert left == [(f"{100 - 10 * v}.000", str(v)) for v in (0, 2, 4, 6, 8, 10)]
@@ -167,7 +173,7 @@ def test_labels_stand_at_their_values() -> None:
     assert below == steps + tokens
 
 
-def test_what_is_not_finite_is_a_gap() -> None:
+def test_line_gap() -> None:
     points = [(1, 1.0), (2, 2.0), (3, None), (4, 1.0), (5, None), (6, 2.0), (7, 1.0), (8, None)]
     drawn = Page(figure("Loss", "", [Curve("a", points)]))
     (path,) = drawn.all("path")
@@ -177,13 +183,14 @@ def test_what_is_not_finite_is_a_gap() -> None:
     assert not figure("Loss", "", [Curve("a", [(1, None)])]).strip()
 
 
-def test_only_finite_numbers_are_numbers() -> None:
+def test_finite_numbers() -> None:
     assert [number(n) for n in (0, 2.5, -3)] == [0.0, 2.5, -3.0]
     for other in (math.nan, -math.inf, 10**400, 1e300, "nan", "1", True, None, [1]):
         assert number(other) is None
 
 
-def test_a_long_line_is_thinned_without_losing_a_spike() -> None:
+def test_line_thinned() -> None:
+    """A long line is thinned without losing a spike."""
     points = [(float(i), 1.0 + i % 2) for i in range(100_000)]
     points[54_321], points[77_777] = (54_321.0, 99.0), (77_777.0, -99.0)
     (kept,) = Curve("a", points).segments
@@ -194,7 +201,8 @@ def test_a_long_line_is_thinned_without_losing_a_spike() -> None:
 # ---------------------------------------------------------------------------------------- the page
 
 
-def test_the_page_says_what_is_on_record(tmp_path: Path) -> None:
+def test_page_contents(tmp_path: Path) -> None:
+    """The page says what is on record."""
     folder = make_run(tmp_path / "tiny", losses=[4.0, 3.0, 2.5])
     Config.from_dict({"training": {"max_steps": 40}}).save(folder / "config.yaml")
     marks = {"model": "m", "grammar": 3.25, "coherence": 2.5, "plot": 2, "scores": []}
@@ -212,7 +220,8 @@ def test_the_page_says_what_is_on_record(tmp_path: Path) -> None:
     assert validation["cx"] == "100.000%"
 
 
-def test_the_page_needs_nothing_from_elsewhere(tmp_path: Path) -> None:
+def test_page_self_contained(tmp_path: Path) -> None:
+    """The page needs nothing from elsewhere."""
     folder = make_run(tmp_path / "run", losses=[4.0, 3.0])
     add_report(folder)
     content = write_page(folder).read_text(encoding="utf-8")
@@ -221,7 +230,7 @@ def test_the_page_needs_nothing_from_elsewhere(tmp_path: Path) -> None:
     assert "default-src 'none'" in content and "prefers-color-scheme: dark" in content
 
 
-def test_text_from_files_stays_text(tmp_path: Path) -> None:
+def test_page_hostile_text(tmp_path: Path) -> None:
     """In every place that a stranger can write to: the same elements as with harmless text."""
 
     def fill(folder: Path, words: str) -> Page:
@@ -244,7 +253,7 @@ def test_text_from_files_stays_text(tmp_path: Path) -> None:
     assert "\x1b" not in hostile.text and "\ud800" not in hostile.text
 
 
-def test_sections_that_are_none_are_left_out(tmp_path: Path) -> None:
+def test_page_wrong_types(tmp_path: Path) -> None:
     """Every value of the files that the page reads, replaced by something of another type."""
     for odd in (None, 1, True, "x", [1], {"a": {}}, -1.5):
         folder = make_run(tmp_path / "run", losses=[4.0, 3.0])
@@ -260,7 +269,8 @@ def test_sections_that_are_none_are_left_out(tmp_path: Path) -> None:
                 assert len(read(folder).all("blockquote")) == 1 + isinstance(odd, dict)
 
 
-def test_what_a_run_has_not_is_left_out(tmp_path: Path) -> None:
+def test_page_missing_parts(tmp_path: Path) -> None:
+    """What a run does not have is left out."""
     (tmp_path / "metrics.jsonl").write_text('{"step": 5, "loss": 2.0}\n{"step": 10, "lo')
     found = read(tmp_path)
     assert len(found.all("figure")) == 1 and len(found.all("circle")) == 1
@@ -274,7 +284,8 @@ def test_what_a_run_has_not_is_left_out(tmp_path: Path) -> None:
     assert not read(tmp_path).all("figure")
 
 
-def test_a_loss_that_was_nan_leaves_a_gap_and_skipped_steps_a_mark(tmp_path: Path) -> None:
+def test_page_nan_and_skipped(tmp_path: Path) -> None:
+    """A loss that was NaN leaves a gap, skipped steps a mark."""
     losses = [4.0, 3.0, math.nan, 2.5, 2.0]
     found = read(make_run(tmp_path, losses=losses, skipped=[0, 0, 10, 12, 12]))
     assert found.all("path")[0]["d"].count("M") == 2
@@ -283,7 +294,8 @@ def test_a_loss_that_was_nan_leaves_a_gap_and_skipped_steps_a_mark(tmp_path: Pat
     assert "10 skipped after step 20 until 30" in found.text and "skipped steps" in found.text
 
 
-def test_a_report_of_another_step_is_not_this_run_s(tmp_path: Path) -> None:
+def test_page_report_of_another_step(tmp_path: Path) -> None:
+    """A report of another step is not this run's."""
     folder = make_run(tmp_path, losses=[4.0, 3.0])
     add_report(folder, run={"step": 10})
     assert "Final evaluation" not in read(folder).text
@@ -291,7 +303,8 @@ def test_a_report_of_another_step_is_not_this_run_s(tmp_path: Path) -> None:
     assert "Final evaluation" in read(folder).text
 
 
-def test_other_runs_are_drawn_beside_it(tmp_path: Path) -> None:
+def test_page_other_runs(tmp_path: Path) -> None:
+    """Other runs are drawn beside it."""
     one = make_run(tmp_path / "one", losses=[4.0, 3.0])
     other = make_run(tmp_path / "other", losses=[4.5, 2.0])
     output = tmp_path / "both.html"
@@ -332,7 +345,8 @@ def rows_of(content: str) -> dict[str, list[str]]:
 
 
 @pytest.mark.promise("bits per byte")
-def test_runs_of_several_tokenizers_are_compared_by_bits_per_byte(tmp_path: Path) -> None:
+def test_page_several_tokenizers(tmp_path: Path) -> None:
+    """Runs of several tokenizers are compared by bits per byte."""
     one = measured_run(tmp_path / "one", [2.5, 1.5])
     own = {"dataset": "local", "path": "texts/mine.txt", "tokenizer": "mine"}
     other = measured_run(tmp_path / "other", [2.0, 1.25], batch_size=4, n_blocks=2, **own)
@@ -357,7 +371,8 @@ def test_runs_of_several_tokenizers_are_compared_by_bits_per_byte(tmp_path: Path
     assert list(rows)[-1] == "training.learning_rate" and "best validation loss" in rows
 
 
-def test_a_page_says_what_was_trained_on_and_ends_no_line_with_a_dot(tmp_path: Path) -> None:
+def test_page_trained_on(tmp_path: Path) -> None:
+    """It says what was trained on, and ends no line with a period."""
     own = {"dataset": "local", "path": "texts/mine.txt", "gradient_accumulation_steps": 3}
     found = read(measured_run(tmp_path / "run", [2.0], **own))
     for words in ("local mine.txt", "tinystories_bpe_4096", "48 sequences of 256 tokens a step"):
@@ -368,7 +383,8 @@ def test_a_page_says_what_was_trained_on_and_ends_no_line_with_a_dot(tmp_path: P
 
 @pytest.mark.parametrize("last", [1, 2, 7, 10, 226, 999, 1000, 12_345, 1_000_001])
 @pytest.mark.parametrize("most", [3, 6])
-def test_an_axis_of_steps_has_a_label_at_each_end(last: int, most: int) -> None:
+def test_axis_steps_labels(last: int, most: int) -> None:
+    """An axis of steps has a label at each end."""
     axis = Figure("Loss", "", [Curve("a", [(0, 1.0), (last, 2.0)])], most_ticks=most).x
     steps = [step for step, _ in axis.ticks]
     assert all(step == int(step) for step in steps)
@@ -379,7 +395,8 @@ def test_an_axis_of_steps_has_a_label_at_each_end(last: int, most: int) -> None:
 
 @pytest.mark.parametrize("step", [0, 1, 500])
 @pytest.mark.parametrize("dots", [True, False])
-def test_a_single_point_can_be_seen(step: int, dots: bool) -> None:
+def test_point_single(step: int, dots: bool) -> None:
+    """A single point can be seen."""
     drawn = Page(figure("Loss", "", [Curve("a", [(step, 2.0)], dots=dots)]))
     (dot,) = drawn.all("circle")
     assert float(dot["r"] or 0) >= 3 and dot["cy"] == "50.000%"
@@ -388,7 +405,8 @@ def test_a_single_point_can_be_seen(step: int, dots: bool) -> None:
 # ---------------------------------------------------------------------- command line, end of a run
 
 
-def test_bad_input_is_one_line_and_status_2(tmp_path: Path, capsys: Any) -> None:
+def test_command_mistakes(tmp_path: Path, capsys: Any) -> None:
+    """Bad input ends in one line, with status 2."""
     run = make_run(tmp_path / "run", losses=[1.0])
     broken = make_run(tmp_path / "broken", losses=[1.0])
     (broken / "report.json").write_text('["not", "a report"]')
@@ -413,7 +431,7 @@ def test_bad_input_is_one_line_and_status_2(tmp_path: Path, capsys: Any) -> None
     assert not (run / "report.html").exists()
 
 
-def test_the_command(tmp_path: Path) -> None:
+def test_command(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", losses=[2.0, 1.0])
     command = [sys.executable, "-m", "mantrans.report", str(run)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
@@ -437,7 +455,8 @@ def tiny(tmp_path: Path) -> Config:
     )
 
 
-def test_a_run_ends_with_its_page_and_not_for_want_of_one(tmp_path: Path, capsys: Any) -> None:
+def test_train_page(tmp_path: Path, capsys: Any) -> None:
+    """A run ends with its page, and does not fail for want of one."""
     Trainer(tiny(tmp_path)).run()
     file = tmp_path / "runs" / "tiny" / "report.html"
     found = Page(file.read_text(encoding="utf-8"))

@@ -34,7 +34,8 @@ class Broken(io.StringIO):
 @pytest.mark.parametrize(
     "failure", [OSError(28, "full"), BrokenPipeError(), BlockingIOError(), ValueError("closed")]
 )
-def test_a_failing_stream_fails_nobody(failure: Exception) -> None:
+def test_say_failing_stream(failure: Exception) -> None:
+    """Nobody fails with it."""
     stream = Broken(failure)
     terminal.say("text", stream)
     with Progress(3, "counting", stream=stream) as progress:
@@ -45,7 +46,7 @@ def test_a_failing_stream_fails_nobody(failure: Exception) -> None:
         sys.stderr.write("text")
 
 
-def test_output_goes_on_when_there_is_room_again(tmp_path: Path) -> None:
+def test_say_room_again(tmp_path: Path) -> None:
     """What could not be written is lost or comes later; what can be is not."""
     stream = io.StringIO()
     lossy = Lossy(stream)
@@ -57,7 +58,8 @@ def test_output_goes_on_when_there_is_room_again(tmp_path: Path) -> None:
     assert stream.getvalue() == "seen\n"
 
 
-def test_without_a_terminal_progress_is_plain_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_without_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There are plain lines."""
     now = 100.0
     monkeypatch.setattr(terminal.time, "monotonic", lambda: now)
     stream = io.StringIO()
@@ -72,14 +74,15 @@ def test_without_a_terminal_progress_is_plain_lines(monkeypatch: pytest.MonkeyPa
     assert lines[2] == lines[1] and lines[3] == ""
 
 
-def test_quick_or_quiet_progress_says_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+def test_progress_quick_or_quiet(capfd: pytest.CaptureFixture[str]) -> None:
+    """It says nothing."""
     assert list(watched("abc", 3, "reading", "letter")) == ["a", "b", "c"]
     with Progress(None, "counting", quiet=True) as progress:
         progress.message("text")
     assert capfd.readouterr() == ("", "")
 
 
-def test_one_file_writes_to_the_console() -> None:
+def test_console_one_file() -> None:
     """Use `say`, `show` and `Progress` of mantrans.terminal: they survive output that is lost."""
     found = []
     for path in (ROOT / "mantrans").rglob("*.py"):
@@ -96,7 +99,8 @@ def test_one_file_writes_to_the_console() -> None:
 
 
 @pytest.mark.promise("lost output")
-def test_closed_streams_are_not_taken_by_files(tmp_path: Path) -> None:
+def test_streams_closed(tmp_path: Path) -> None:
+    """Files do not take their numbers."""
     program = (
         "import os; from mantrans import terminal\n"
         "terminal.reserve_standard_streams(); terminal.say('lost'); terminal.show('lost')\n"
@@ -116,7 +120,7 @@ def test_closed_streams_are_not_taken_by_files(tmp_path: Path) -> None:
     "arguments",
     ["summary configs/quickstart.yaml", "--help", "train --help", "report --help"],
 )
-def test_a_command_whose_reader_has_gone_ends_quietly(arguments: str) -> None:
+def test_command_reader_gone(arguments: str) -> None:
     """As a real process: Python itself writes what is left when it ends, and complains."""
     reading, writing = os.pipe()
     os.close(reading)

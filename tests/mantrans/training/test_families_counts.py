@@ -31,7 +31,7 @@ QWEN25 = ModelConfig(
 )  # fmt: skip
 
 
-def test_qwen25s_half_billion_by_hand() -> None:
+def test_parameters_qwen25() -> None:
     """Its card says 0.49B parameters, 0.36B without the embedding."""
     groups = memory.parameter_groups(QWEN25)
     assert groups["token embedding"] == 151_936 * 896 and "position embedding" not in groups
@@ -48,7 +48,8 @@ def test_qwen25s_half_billion_by_hand() -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_the_products_that_run_are_those_that_are_counted(name: str) -> None:
+def test_flops_products(name: str) -> None:
+    """The products that run are those that are counted."""
     shape = ModelConfig(**SMALL, **MODELS[name])
     model = CustomTransformer(shape, native, dtype=torch.float64, device=torch.device("cpu"))
     tokens = torch.randint(130, (2, 24))
@@ -64,9 +65,8 @@ def test_the_products_that_run_are_those_that_are_counted(name: str) -> None:
 @pytest.mark.parametrize("recompute", ["none", "gelu", "block"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", MODELS)
-def test_the_buffers_and_kept_activations_are_those_of_the_model(
-    name: str, recompute: str, dtype: torch.dtype
-) -> None:
+def test_memory_buffers(name: str, recompute: str, dtype: torch.dtype) -> None:
+    """The buffers and kept activations are those of the model."""
     shape = ModelConfig(**SMALL, **MODELS[name])
     config = configured(shape, recompute=recompute)
     model = CustomTransformer(
@@ -138,9 +138,8 @@ class Results(ResultsOnly):
 @pytest.mark.parametrize("recompute", ["none", "gelu", "block"])
 @pytest.mark.parametrize("name", ["llama", "qwen3"])
 @pytest.mark.parametrize("inner", [1024, 256], ids=["MLP at the peak", "attention at the peak"])
-def test_the_predicted_peak_is_that_of_the_tensors_alive(
-    name: str, inner: int, recompute: str
-) -> None:
+def test_memory_peak(name: str, inner: int, recompute: str) -> None:
+    """The predicted peak is that of the tensors alive."""
     sizes = {"d_model": 384, "d_ffn": inner, "max_seq_len": 256, "head_dim": 96}
     shape = ModelConfig(**{**SMALL, **MODELS[name], **sizes})
     config = configured(shape, recompute=recompute, batch_size=4, compile_step=False)
@@ -157,7 +156,7 @@ def test_the_predicted_peak_is_that_of_the_tensors_alive(
     assert peak == pytest.approx(predicted.activations + work, rel=0.01)
 
 
-def test_the_cache_of_samples_is_counted() -> None:
+def test_memory_samples_cache() -> None:
     """With a key head in four the keys and values of a sample take a quarter."""
     bytes_of = {}
     for heads in (4, 1):

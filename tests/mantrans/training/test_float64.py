@@ -139,9 +139,8 @@ class Expected:
         ("sgd", "native", "none"),
     ],
 )
-def test_a_float64_run_equals_one_by_autograd(
-    tmp_path: Path, optimizer: str, backend: str, recompute: str
-) -> None:
+def test_train_float64(tmp_path: Path, optimizer: str, backend: str, recompute: str) -> None:
+    """A float64 run equals one by autograd."""
     config = small(
         tmp_path, tmp_path / "tokens", max_steps=STEPS, warmup_steps=WARM_UP, learning_rate=PEAK,
         log_every=1, eval_every=STEPS, save_every=STEPS, max_grad_norm=LIMIT, optimizer=optimizer,
@@ -192,9 +191,7 @@ def model(backend: str = "native", **options: Any) -> CustomTransformerWrapper:
 
 @pytest.mark.parametrize("backend", ["reference", "native"])
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
-def test_no_operation_on_a_float64_model_returns_fewer_bits(
-    tmp_path: Path, optimizer: str, backend: str
-) -> None:
+def test_model_float64_results(tmp_path: Path, optimizer: str, backend: str) -> None:
     """Every door of a model: steps, loss, logits, sampling, saving, loading."""
     ours = model(backend, optimizer=optimizer)
     ids = torch.randint(0, 37, (4, 12), generator=torch.Generator().manual_seed(0))
@@ -216,7 +213,8 @@ def test_no_operation_on_a_float64_model_returns_fewer_bits(
     assert not narrow.found
 
 
-def test_saved_float64_weights_come_back_bit_by_bit(tmp_path: Path) -> None:
+def test_save_float64(tmp_path: Path) -> None:
+    """Saved weights come back bit for bit."""
     pytest.importorskip("safetensors")
     ours = model(optimizer="adamw")
     for name, value in ours.model.named_parameters():
@@ -235,7 +233,7 @@ def test_saved_float64_weights_come_back_bit_by_bit(tmp_path: Path) -> None:
     assert torch.equal(loaded[0].optimizer.exp_avg_sq, ours.optimizer.exp_avg_sq)
 
 
-def test_float64_is_not_given_to_kernels_that_lack_it() -> None:
+def test_triton_float64() -> None:
     """On a GPU `auto` computes it natively, and asking for Triton is refused in one line."""
     cuda, cpu = torch.device("cuda"), torch.device("cpu")
     for device in (cuda, cpu):

@@ -34,7 +34,7 @@ def configured(model: ModelConfig, **training: Any) -> Config:
 # ------------------------------------------------------------------------------------------ FLOPs
 
 
-def test_gpt2_by_hand() -> None:
+def test_flops_gpt2() -> None:
     """84,934,656 weights in the blocks and 38,597,376 in the output; 512.5 keys a query."""
     expected = 6 * (84_934_656 + 38_597_376) + 3 * 12 * 4 * 768 * 512.5
     assert flops.flops_per_token(GPT2) == expected
@@ -57,7 +57,8 @@ class Products(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def test_the_products_that_run_are_those_that_are_counted() -> None:
+def test_flops_products() -> None:
+    """The products that run are those that are counted."""
     model = CustomTransformer(SMALL, native, dtype=torch.float64, device=torch.device("cpu"))
     tokens = torch.randint(256, (2, 24))
     with Products() as products:
@@ -66,7 +67,8 @@ def test_the_products_that_run_are_those_that_are_counted() -> None:
     assert products.count == (flops.flops_per_token(SMALL, 24) - attention) * tokens.numel()
 
 
-def test_recomputing_a_block_leaves_out_its_last_product() -> None:
+def test_flops_recompute() -> None:
+    """Recomputing a block leaves out its last product."""
     tokens = torch.randint(256, (2, 24))
     counts = {}
     for mode in ("none", "block"):
@@ -81,7 +83,7 @@ def test_recomputing_a_block_leaves_out_its_last_product() -> None:
     assert counts["block"] - counts["none"] == SMALL.n_blocks * again
 
 
-def test_length_can_be_given() -> None:
+def test_flops_length() -> None:
     assert flops.flops_per_token(SMALL, 24) == flops.flops_per_token(SMALL)
     difference = flops.flops_per_token(SMALL, 24) - flops.flops_per_token(SMALL, 12)
     assert difference == 3 * 3 * 4 * 32 * (12.5 - 6.5)
@@ -103,13 +105,13 @@ def test_length_can_be_given() -> None:
         ("NVIDIA H200", torch.float64, None),
     ],
 )
-def test_a_peak_is_that_of_the_very_device_or_unknown(
-    name: str, dtype: torch.dtype, expected: float | None
-) -> None:
+def test_peak_flops_device(name: str, dtype: torch.dtype, expected: float | None) -> None:
+    """A peak is that of the very device or unknown."""
     assert flops.peak_flops("cuda", dtype, name=name) == expected
 
 
-def test_a_cpu_has_no_known_peak_and_no_mfu() -> None:
+def test_peak_flops_cpu() -> None:
+    """A CPU has no known peak and no MFU."""
     peak = flops.peak_flops("cpu", torch.float32)
     assert peak is None and flops.mfu(1e5, 1e9, peak) is None
     assert flops.mfu(600_000, 8e8, 989.4e12) == pytest.approx(0.48514, abs=1e-5)
@@ -118,7 +120,8 @@ def test_a_cpu_has_no_known_peak_and_no_mfu() -> None:
 # ----------------------------------------------------------------------------------------- memory
 
 
-def test_groups_sum_to_gpt2s_124_million() -> None:
+def test_parameters_gpt2() -> None:
+    """The groups sum to GPT-2's 124 million."""
     groups = memory.parameter_groups(GPT2)
     assert sum(groups.values()) == 124_439_808
     assert groups["token embedding"] == 50257 * 768 and groups["attention"] == 28_348_416
@@ -129,9 +132,7 @@ def test_groups_sum_to_gpt2s_124_million() -> None:
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("recompute", ["none", "gelu", "block"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_the_buffers_and_kept_activations_are_those_of_the_model(
-    bias: bool, recompute: str, dtype: torch.dtype
-) -> None:
+def test_memory_buffers(bias: bool, recompute: str, dtype: torch.dtype) -> None:
     """Every tensor the model holds after a forward, each storage counted once."""
     shape = SMALL.model_copy(update={"bias": bias, "vocab_size": 130})
     config = configured(shape, recompute=recompute)
@@ -165,7 +166,8 @@ def storage_bytes(value: Any) -> dict[int, int]:
     return found
 
 
-def test_recomputing_saves_activations_in_order_and_sgd_its_moments() -> None:
+def test_memory_recompute_and_sgd() -> None:
+    """Recomputing saves activations, by its order; SGD saves its moments."""
     totals = [
         memory.predict(configured(GPT2, recompute=mode), torch.bfloat16, "cpu").total
         for mode in ("none", "gelu", "block")
@@ -176,7 +178,7 @@ def test_recomputing_saves_activations_in_order_and_sgd_its_moments() -> None:
     assert memory.predict(rounded, torch.bfloat16, "cpu").masters == 0
 
 
-def test_all_logits_at_once_where_a_gpus_memory_allows() -> None:
+def test_memory_chunk_rows() -> None:
     """Chosen without a GPU: at most a quarter of what the step with small chunks leaves free."""
     config, device = configured(GPT2, batch_size=16), torch.device("cuda")
     rows = 16 * config.sequence_length
@@ -268,7 +270,7 @@ class ResultsOnly:
     [(768, 3072, 50257, 2, 512), (256, 512, 4096, 16, 128), (256, 512, 65536, 16, 128)],
     ids=["MLP at the peak", "attention at the peak", "the loss at the peak"],
 )
-def test_the_predicted_peak_is_that_of_the_tensors_alive(
+def test_memory_peak(
     width: int, inner: int, vocabulary: int, B: int, T: int, recompute: str
 ) -> None:
     """A step that allocates its results and nothing else, counted by PyTorch's profiler. 0.5%: the
@@ -295,7 +297,7 @@ def test_the_predicted_peak_is_that_of_the_tensors_alive(
 # ----------------------------------------------------------------------------------- summary
 
 
-def test_the_summary_of_a_shipped_configuration(capsys: Any) -> None:
+def test_summary_shipped(capsys: Any) -> None:
     path = Path(__file__).parents[3] / "configs" / "gpt2-124m.yaml"
     assert main(["summary", str(path), "--set", "training.device=cpu"]) == 0
     shown = capsys.readouterr().out
@@ -303,7 +305,7 @@ def test_the_summary_of_a_shipped_configuration(capsys: Any) -> None:
         assert expected in shown
 
 
-def test_the_summary_of_an_epoch_and_of_a_wrong_configuration(tmp_path: Path, capsys: Any) -> None:
+def test_summary_epoch_and_wrong(tmp_path: Path, capsys: Any) -> None:
     path = tmp_path / "c.yaml"
     path.write_text("model: {vocab_size: 100}\ntraining: {num_epochs: 2}")
     assert main(["summary", str(path), "--tokens", str(4096 * 10)]) == 0
@@ -315,7 +317,7 @@ def test_the_summary_of_an_epoch_and_of_a_wrong_configuration(tmp_path: Path, ca
     )
 
 
-def test_memory_that_the_model_holds_already_counts_as_free(
+def test_memory_held_counts_as_free(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A resumed run asks again when its model is on the GPU: the answer stays the same."""

@@ -95,7 +95,8 @@ def refusal(config: Config) -> str:
 # ------------------------------------------------------------------------------------- the start
 
 
-def test_the_run_has_the_folders_shape_weights_and_tokenizer(tmp_path, tokens, pretrained) -> None:
+def test_init_from_shape_weights_tokenizer(tmp_path, tokens, pretrained) -> None:
+    """They are the folder's."""
     trainer = Trainer(configured(tmp_path, tokens, pretrained), quiet=True)
     expected = CustomTransformerWrapper.from_pretrained(pretrained, device="cpu")
     assert trainer.wrapper.config.resolved() == expected.config.resolved()
@@ -109,7 +110,7 @@ def test_the_run_has_the_folders_shape_weights_and_tokenizer(tmp_path, tokens, p
     trainer.folders.close()
 
 
-def test_the_first_loss_is_that_of_transformers(tmp_path, tokens, pretrained) -> None:
+def test_init_from_first_loss(tmp_path, tokens, pretrained) -> None:
     trainer = Trainer(configured(tmp_path, tokens, pretrained), quiet=True)
     stream = trainer.dataset.validation
     ids = torch.as_tensor(stream.read(0, 64).astype("int64")).view(4, 16)
@@ -130,7 +131,7 @@ def test_the_first_loss_is_that_of_transformers(tmp_path, tokens, pretrained) ->
         ),
     ],
 )
-def test_trained_exported_and_run_by_transformers(tmp_path, tokens, case) -> None:
+def test_init_from_export(tmp_path, tokens, case) -> None:
     """The whole way: a folder of theirs, 50 steps, the command, their classes and pipeline."""
     pretrained = write_pretrained(tmp_path / "pretrained", case)
     trainer = train(configured(tmp_path, tokens, pretrained, max_steps=50, save_every=50))
@@ -181,7 +182,8 @@ def assert_recorded(trainer: Trainer, latest: Path, pretrained: Path) -> None:
 @pytest.mark.parametrize(
     "given", ["the first config", pytest.param("the checkpoint's config", marks=pytest.mark.slow)]
 )
-def test_a_resumed_run_needs_no_folder_and_is_exact(tmp_path, tokens, pretrained, given) -> None:
+def test_init_from_resumed(tmp_path, tokens, pretrained, given) -> None:
+    """A resumed run needs no folder and is exact."""
     folder = shutil.copytree(pretrained, tmp_path / "folder")
     (tmp_path / "whole").mkdir(), (tmp_path / "parts").mkdir()
     train(configured(tmp_path / "whole", tokens, folder))
@@ -218,17 +220,17 @@ def test_a_resumed_run_needs_no_folder_and_is_exact(tmp_path, tokens, pretrained
         ({"max_seq_len": 16}, "model.max_seq_len: expected 40, as "),
     ],
 )
-def test_a_shape_that_clashes_is_refused(tmp_path, tokens, pretrained, model, expected) -> None:
+def test_init_from_shape_clash(tmp_path, tokens, pretrained, model, expected) -> None:
     message = refusal(configured(tmp_path, tokens, pretrained, model=model))
     assert message.startswith(expected) and str(pretrained) in message, message
 
 
-def test_the_same_shape_may_be_given(tmp_path, tokens, pretrained) -> None:
+def test_init_from_same_shape(tmp_path, tokens, pretrained) -> None:
     shape = {"d_model": 16, "n_kv_heads": 2, "d_ffn": 80, "bias": False, "initializer_range": 0.5}
     Trainer(configured(tmp_path, tokens, pretrained, model=shape), quiet=True).folders.close()
 
 
-def test_on_the_command_line_it_replaces_the_files_model(tmp_path, tokens, pretrained) -> None:
+def test_init_from_command_line(tmp_path, tokens, pretrained) -> None:
     """And the file's tokenizer, but not what other overrides say, before it or after it."""
     small(tmp_path, tokens).save(tmp_path / "c.yaml")
     mine = ["data.max_length=16", f"training.init_from={pretrained}"]
@@ -247,15 +249,15 @@ def test_on_the_command_line_it_replaces_the_files_model(tmp_path, tokens, pretr
     )
 
 
-def test_longer_sequences_than_the_folder_has_positions_are_refused(
-    tmp_path, tokens, pretrained
-) -> None:
+def test_init_from_longer_sequences(tmp_path, tokens, pretrained) -> None:
+    """Longer sequences than the folder has positions are refused."""
     config = configured(tmp_path, tokens, pretrained)
     config.data.max_length = 41
     assert refusal(config).startswith("data.max_length: expected at most the 40 positions of ")
 
 
-def test_another_tokenizer_is_refused_and_the_same_is_not(tmp_path, tokens, pretrained) -> None:
+def test_init_from_other_tokenizer(tmp_path, tokens, pretrained) -> None:
+    """It is refused; the same one is not."""
     same = configured(tmp_path, tokens, pretrained, unset=())
     trainer = Trainer(same, quiet=True)
     assert trainer.tokenizer.vocab_size == ROWS
@@ -326,15 +328,15 @@ HOSTILE: list[tuple[str, Callable[[Path], Any], str]] = [
     ("change", "expected"), [h[1:] for h in HOSTILE], ids=[h[0] for h in HOSTILE]
 )
 @pytest.mark.promise("refused starts")
-def test_a_hostile_folder_is_refused_before_anything_is_created(
-    tmp_path, tokens, pretrained, change, expected
-) -> None:
+def test_init_from_hostile_folder(tmp_path, tokens, pretrained, change, expected) -> None:
+    """A hostile folder is refused before anything is created."""
     folder = shutil.copytree(pretrained, tmp_path / "copy")
     change(folder)
     assert expected in refusal(configured(tmp_path, tokens, folder))
 
 
-def test_a_mistake_ends_the_command_in_one_line(tmp_path, tokens, capsys) -> None:
+def test_init_from_mistake(tmp_path, tokens, capsys) -> None:
+    """A mistake ends the command in one line."""
     config = small(tmp_path, tokens)
     config.save(tmp_path / "c.yaml")
     arguments = ["--set", "training.init_from=nowhere", "--config", str(tmp_path / "c.yaml")]
@@ -345,7 +347,8 @@ def test_a_mistake_ends_the_command_in_one_line(tmp_path, tokens, capsys) -> Non
     )
 
 
-def test_the_summary_is_of_the_folders_shape(tmp_path, tokens, pretrained) -> None:
+def test_init_from_summary(tmp_path, tokens, pretrained) -> None:
+    """It is of the folder's shape."""
     found = summary(configured(tmp_path, tokens, pretrained))
     wrapper = CustomTransformerWrapper.from_pretrained(pretrained, device="cpu")
     assert f"{wrapper.count_parameters():,}" in found
@@ -386,7 +389,7 @@ def as_llama3(content: dict[str, Any]) -> None:
     ],
     ids=["special", "not special", "NFC", "end of text"],
 )
-def test_a_models_own_tokenizer_may_have_more(tmp_path, change) -> None:
+def test_foreign_tokenizer_additions(tmp_path, change) -> None:
     """But a text is never read as a special token, and data.tokenizer is as strict as before."""
     folder = changed_tokenizer(tmp_path / "own", change)
     found = foreign_tokenizer(folder)
@@ -400,7 +403,7 @@ def test_a_models_own_tokenizer_may_have_more(tmp_path, change) -> None:
         load_tokenizer(folder)
 
 
-def test_nfc_is_part_of_what_a_tokenizer_is(tmp_path) -> None:
+def test_foreign_tokenizer_nfc(tmp_path) -> None:
     found = foreign_tokenizer(
         changed_tokenizer(tmp_path / "nfc", lambda c: c.update(normalizer={"type": "NFC"}))
     )
@@ -417,13 +420,15 @@ def test_nfc_is_part_of_what_a_tokenizer_is(tmp_path) -> None:
     ],
     ids=["takes spaces", "lower case", "prefix space", "no byte"],
 )
-def test_a_foreign_tokenizer_still_restores_texts(tmp_path, change) -> None:
+def test_foreign_tokenizer_restores_text(tmp_path, change) -> None:
+    """A foreign tokenizer still restores texts."""
     with pytest.raises(DataError) as caught:
         foreign_tokenizer(changed_tokenizer(tmp_path / "own", change))
     assert str(caught.value).isprintable()
 
 
-def test_padding_ids_stand_for_no_text() -> None:
+def test_foreign_tokenizer_padding_ids() -> None:
+    """Padding ids stand for no text."""
     padded = GOLDEN_TOKENIZER.padded(ROWS)
     assert padded.vocab_size == len(padded.token_bytes) == ROWS
     assert not padded.token_bytes[GOLDEN_TOKENIZER.vocab_size :].any()

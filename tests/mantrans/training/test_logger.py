@@ -45,7 +45,9 @@ def steps_of(path: Path) -> list[int]:
 
 
 @pytest.mark.promise("every step on record once")
-def test_an_interrupted_run_has_the_bytes_of_an_unbroken_one(tmp_path: Path) -> None:
+def test_records_resumed(tmp_path: Path) -> None:
+    """An interrupted run has the bytes of an unbroken one."""
+
     def work(log: RunLogger, first: int, last: int) -> None:
         for step in range(first, last + 1):
             log.log(step, loss=1 / step, grad_norm=math.sqrt(step))
@@ -64,7 +66,8 @@ def test_an_interrupted_run_has_the_bytes_of_an_unbroken_one(tmp_path: Path) -> 
 
 
 @pytest.mark.promise("every step on record once")
-def test_a_resume_drops_later_records_and_a_line_cut_short(tmp_path: Path) -> None:
+def test_records_later_dropped(tmp_path: Path) -> None:
+    """A resume drops later records and a line cut short."""
     path = tmp_path / "metrics.jsonl"
     kept = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.5}, {"step": 2, "validation_loss": 1.0}]
     rest = ['{"step": 3}', "[1]", "not json", '{"no": "step"}', '{"step": "2"}', '{"step": 2, "lo']
@@ -76,7 +79,8 @@ def test_a_resume_drops_later_records_and_a_line_cut_short(tmp_path: Path) -> No
     assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
-def test_a_new_run_sets_the_old_records_aside(tmp_path: Path) -> None:
+def test_records_old_set_aside(tmp_path: Path) -> None:
+    """A new run sets the old records aside."""
     for step in (1, 2):
         with logger(tmp_path) as log:
             log.log(step)
@@ -84,7 +88,8 @@ def test_a_new_run_sets_the_old_records_aside(tmp_path: Path) -> None:
     assert steps_of(tmp_path / "metrics.jsonl.previous") == [1]
 
 
-def test_numbers_that_json_does_not_have_are_written_by_name(tmp_path: Path) -> None:
+def test_records_not_in_json(tmp_path: Path) -> None:
+    """Numbers that JSON does not have are written by name."""
     with logger(tmp_path) as log:
         log.log(1, loss=float("nan"), grad_norm=float("-inf"), several=[1.0, float("inf")])
     (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
@@ -92,7 +97,7 @@ def test_numbers_that_json_does_not_have_are_written_by_name(tmp_path: Path) -> 
     assert json.loads(line, parse_constant=pytest.fail) == expected
 
 
-def test_timings_are_kept_apart(tmp_path: Path) -> None:
+def test_timings_apart(tmp_path: Path) -> None:
     with logger(tmp_path) as log:
         log.log(1, loss=1.0)
         log.log_timing(1, tokens_per_second=10.0, mfu=None)
@@ -103,7 +108,7 @@ def test_timings_are_kept_apart(tmp_path: Path) -> None:
 
 
 @pytest.mark.promise("full disk")
-def test_a_full_disk_makes_no_gap_and_is_said_once(tmp_path: Path, monkeypatch: Any) -> None:
+def test_records_disk_full(tmp_path: Path, monkeypatch: Any) -> None:
     """Steps 3 to 6 meet a full disk that takes half a line; step 7 writes them all."""
     is_full = False
 
@@ -125,7 +130,7 @@ def test_a_full_disk_makes_no_gap_and_is_said_once(tmp_path: Path, monkeypatch: 
 
 
 @pytest.mark.promise("every step on record once")
-def test_a_kill_loses_no_record(tmp_path: Path) -> None:
+def test_records_killed(tmp_path: Path) -> None:
     code = (
         "import os, signal; from mantrans.training.logger import RunLogger\n"
         f"log = RunLogger({str(tmp_path)!r}, tensorboard=False)\n"
@@ -138,7 +143,8 @@ def test_a_kill_loses_no_record(tmp_path: Path) -> None:
     assert steps_of(tmp_path / "metrics.jsonl") == list(range(200))
 
 
-def test_a_folder_that_cannot_be_made_is_an_error(tmp_path: Path) -> None:
+def test_folder_impossible(tmp_path: Path) -> None:
+    """A folder that cannot be made is an error."""
     (tmp_path / "file").touch()
     with pytest.raises(MantransError, match="cannot be written"):
         logger(tmp_path / "file" / "run")
@@ -150,7 +156,8 @@ def test_a_folder_that_cannot_be_made_is_an_error(tmp_path: Path) -> None:
 # -------------------------------------------------------------------- what else is written down
 
 
-def test_the_configuration_and_the_versions_are_written(tmp_path: Path) -> None:
+def test_config_and_versions(tmp_path: Path) -> None:
+    """The configuration and the versions are written."""
     config = Config.from_dict({"training": {"max_steps": 5}})
     logger(tmp_path, config=config).close()
     assert Config.load(tmp_path / "config.yaml") == config
@@ -159,7 +166,8 @@ def test_the_configuration_and_the_versions_are_written(tmp_path: Path) -> None:
     assert found["python"] == sys.version.split()[0]
 
 
-def test_the_commit_is_that_of_this_repository_or_unknown() -> None:
+def test_commit() -> None:
+    """The commit is that of this repository or unknown."""
     head = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
     result = subprocess.run(head, capture_output=True, text=True, check=False)
     commit = git_commit()
@@ -168,7 +176,8 @@ def test_the_commit_is_that_of_this_repository_or_unknown() -> None:
     assert (commit or "").removesuffix("+changes") == (expected or "")
 
 
-def test_tensorboard_can_read_what_is_written(tmp_path: Path) -> None:
+def test_tensorboard_readable(tmp_path: Path) -> None:
+    """TensorBoard can read what is written."""
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -183,7 +192,8 @@ def test_tensorboard_can_read_what_is_written(tmp_path: Path) -> None:
     assert seen == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 40.0)]
 
 
-def test_without_tensorboard_it_says_so_once_and_goes_on(tmp_path: Path, monkeypatch: Any) -> None:
+def test_tensorboard_absent(tmp_path: Path, monkeypatch: Any) -> None:
+    """Without TensorBoard it says so once and goes on."""
     for name in list(sys.modules):
         if name.split(".")[0] == "tensorboard" or name.startswith("torch.utils.tensorboard"):
             monkeypatch.delitem(sys.modules, name)
@@ -196,7 +206,8 @@ def test_without_tensorboard_it_says_so_once_and_goes_on(tmp_path: Path, monkeyp
     assert steps_of(tmp_path / "metrics.jsonl") == [1, 2]
 
 
-def test_importing_the_logger_imports_no_heavy_package() -> None:
+def test_logger_imports() -> None:
+    """Importing the logger imports no heavy package."""
     code = (
         "import sys, mantrans.training.logger, mantrans.training.console\n"
         "print([m for m in ('tensorboard', 'tensorflow', 'datasets') if m in sys.modules])"
@@ -210,7 +221,8 @@ def test_importing_the_logger_imports_no_heavy_package() -> None:
 # ----------------------------------------------------------------------------------------- console
 
 
-def test_what_is_unknown_is_left_out() -> None:
+def test_line_unknown_values() -> None:
+    """What is unknown is left out."""
     values = {
         "loss": 1.23456,
         "learning_rate": 3e-4,
@@ -225,7 +237,8 @@ def test_what_is_unknown_is_left_out() -> None:
     assert describe({"tflops": None, "loss": 2.0}) == "loss 2.0000"
 
 
-def test_without_a_terminal_there_are_plain_lines() -> None:
+def test_progress_without_terminal() -> None:
+    """There are plain lines."""
     stream = io.StringIO()
     console = Console(100, stream=stream)
     for step in range(1, 11):
@@ -238,7 +251,7 @@ def test_without_a_terminal_there_are_plain_lines() -> None:
     assert re.fullmatch(expected, stream.getvalue())
 
 
-def test_the_time_left_is_that_of_the_steps_left(monkeypatch: Any) -> None:
+def test_progress_time_left(monkeypatch: Any) -> None:
     now = 1000.0
     monkeypatch.setattr("mantrans.training.console.time.monotonic", lambda: now)
     console = Console(100, first_step=40, quiet=True)
@@ -248,7 +261,8 @@ def test_the_time_left_is_that_of_the_steps_left(monkeypatch: Any) -> None:
     assert Console(None).time(7) == "0:00:00 elapsed"
 
 
-def test_in_a_terminal_there_is_one_live_bar() -> None:
+def test_progress_terminal() -> None:
+    """There is one live bar."""
     stream = Terminal()
     console = Console(10, first_step=4, stream=stream)
     console.update(5)
@@ -260,7 +274,7 @@ def test_in_a_terminal_there_is_one_live_bar() -> None:
     assert "\r" in shown
 
 
-def test_quiet_is_quiet() -> None:
+def test_progress_quiet() -> None:
     stream = Terminal()
     console = Console(10, quiet=True, stream=stream)
     console.update(5)

@@ -36,7 +36,7 @@ EVALUATION = {"evaluation.batch_size": 2**20, "evaluation.max_generation_length"
 @pytest.mark.promise("memory")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
 @pytest.mark.parametrize(("field", "most"), SIZES.items())
-def test_each_size_is_refused_where_it_no_longer_fits(
+def test_memory_each_size(
     monkeypatch: pytest.MonkeyPatch, field: str, most: int, dtype: str
 ) -> None:
     """Doubled from a small value on, a size fits until it does not, and then never again."""
@@ -58,7 +58,7 @@ def test_each_size_is_refused_where_it_no_longer_fits(
 
 @pytest.mark.promise("memory")
 @pytest.mark.parametrize("field", EVALUATION)
-def test_batches_of_evaluation_are_refused_too(monkeypatch: pytest.MonkeyPatch, field: str) -> None:
+def test_memory_evaluation_batches(monkeypatch: pytest.MonkeyPatch, field: str) -> None:
     """As far as there is data to fill them: a huge limit on little text is harmless."""
     monkeypatch.setattr(memory, "available_memory", lambda: GIB)
     settings = ["model.max_seq_len=16384", f"{field}={EVALUATION[field]}"]
@@ -79,7 +79,8 @@ def system(root: Path, **files: str) -> Path:
 
 
 @pytest.mark.promise("memory")
-def test_available_memory_is_the_least_of_system_and_groups(tmp_path: Path) -> None:
+def test_available_memory_least(tmp_path: Path) -> None:
+    """Available memory is the least of system and groups."""
     group = "sys/fs/cgroup/job/step"
     root = system(tmp_path, proc__meminfo=f"MemTotal: 9 kB\nMemAvailable: {4 * GIB // 1024} kB\n")
     assert available_memory(root) == 4 * GIB
@@ -94,7 +95,7 @@ def test_available_memory_is_the_least_of_system_and_groups(tmp_path: Path) -> N
     assert available_memory(root) == 3 * GIB // 2
 
 
-def test_available_memory_reads_the_first_version_of_groups(tmp_path: Path) -> None:
+def test_available_memory_cgroup_v1(tmp_path: Path) -> None:
     root = system(tmp_path, proc__self__cgroup="4:memory:/job\n3:cpuset:/other\n")
     group = "sys/fs/cgroup/memory/job"
     system(root, **{f"{group}/memory.limit_in_bytes": str(2 * GIB)})
@@ -103,7 +104,7 @@ def test_available_memory_reads_the_first_version_of_groups(tmp_path: Path) -> N
     assert available_memory(root) == GIB + 100
 
 
-def test_available_memory_is_what_the_system_says() -> None:
+def test_available_memory_system() -> None:
     assert 0 < available_memory() <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     assert available_memory(Path("/nowhere")) == os.sysconf("SC_PAGE_SIZE") * os.sysconf(
         "SC_PHYS_PAGES"
@@ -184,7 +185,7 @@ LLAMA = (
         "model.attention_window=100",
     ],
 )
-def test_a_step_takes_no_more_than_is_counted(shape: str, dtype: str, documents: bool) -> None:
+def test_memory_step_measured(shape: str, dtype: str, documents: bool) -> None:
     """Measured on the resident memory of a process: never more, and at least a third of it."""
     settings = [
         *shape.split(), f"model.dtype={dtype}", "model.n_heads=2",

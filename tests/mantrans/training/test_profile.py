@@ -17,7 +17,8 @@ def run_steps(profiler: StepProfiler, count: int) -> None:
         profiler.after_step()
 
 
-def test_trace_and_table_of_the_asked_steps(tmp_path: Path) -> None:
+def test_profile_steps(tmp_path: Path) -> None:
+    """Trace and table are of the steps asked for."""
     said: list[str] = []
     profiler = StepProfiler(3, tmp_path, torch.device("cpu"), torch.float32, said.append)
     run_steps(profiler, WARM_UP_STEPS + 3 + 2)
@@ -32,7 +33,8 @@ def test_trace_and_table_of_the_asked_steps(tmp_path: Path) -> None:
     assert len(said) == 1, "a finished recording is told of once"
 
 
-def test_a_run_that_ends_early_shows_what_it_has(tmp_path: Path) -> None:
+def test_profile_run_ends_early(tmp_path: Path) -> None:
+    """A run that ends early shows what it has."""
     said: list[str] = []
     profiler = StepProfiler(10, tmp_path, torch.device("cpu"), torch.float32, said.append)
     run_steps(profiler, WARM_UP_STEPS + 2)
@@ -40,7 +42,8 @@ def test_a_run_that_ends_early_shows_what_it_has(tmp_path: Path) -> None:
     assert len(said) == 1 and "2 steps" in said[0]
 
 
-def test_a_run_within_its_warm_up_says_that_nothing_was_recorded(tmp_path: Path) -> None:
+def test_profile_within_warm_up(tmp_path: Path) -> None:
+    """A run within its warm up says that nothing was recorded."""
     said: list[str] = []
     profiler = StepProfiler(10, tmp_path, torch.device("cpu"), torch.float32, said.append)
     run_steps(profiler, WARM_UP_STEPS)

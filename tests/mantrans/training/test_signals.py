@@ -16,7 +16,8 @@ ROOT = Path(__file__).parents[3]
 
 
 @pytest.mark.parametrize("number", STOPPING)
-def test_a_second_one_of_its_kind_ends_at_once(number: int) -> None:
+def test_signal_second_same(number: int) -> None:
+    """It ends at once."""
     before = signal.getsignal(number)
     signals = StopSignals()
     with pytest.raises(KeyboardInterrupt) as stop, signals.caught():
@@ -27,7 +28,8 @@ def test_a_second_one_of_its_kind_ends_at_once(number: int) -> None:
     assert signal.getsignal(number) is before
 
 
-def test_another_kind_does_not_end_at_once_but_ctrl_c_does() -> None:
+def test_signal_second_other() -> None:
+    """It does not end at once, but Ctrl-C does."""
     signals = StopSignals()
     with pytest.raises(KeyboardInterrupt), signals.caught():
         for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
@@ -38,7 +40,7 @@ def test_another_kind_does_not_end_at_once_but_ctrl_c_does() -> None:
 
 @pytest.mark.promise("signals")
 @pytest.mark.parametrize("number", STOPPING)
-def test_a_signal_that_is_ignored_stays_ignored(number: int) -> None:
+def test_signal_ignored(number: int) -> None:
     before = signal.signal(number, signal.SIG_IGN)
     try:
         signals = StopSignals()
@@ -52,7 +54,7 @@ def test_a_signal_that_is_ignored_stays_ignored(number: int) -> None:
 
 
 @pytest.mark.promise("signals")
-def test_a_closed_terminal_hangs_up_once(tmp_path: Path) -> None:
+def test_signal_terminal_closed(tmp_path: Path) -> None:
     """A process in a terminal of its own: the system sends one SIGHUP when the terminal is closed,
     the test the other, as a shell does. The work after the first goes on."""
     program = f"""

@@ -87,7 +87,7 @@ def direct_graph(monkeypatch) -> list[int]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("micro_batches", [1, 2, 4])
 @pytest.mark.parametrize("end_of_text", [None, EOT])
-def test_captured_step_equals_eager_step(direct_graph, dtype, micro_batches, end_of_text) -> None:
+def test_captured_step_equals_eager(direct_graph, dtype, micro_batches, end_of_text) -> None:
     def run(capture: bool):
         guard = OutlierGuard(3.0, 8, CPU)
         wrapper, step = build(
@@ -103,7 +103,7 @@ def test_captured_step_equals_eager_step(direct_graph, dtype, micro_batches, end
     assert_same_bits(eager, captured)
 
 
-def test_tokens_on_host_and_on_device_are_the_same() -> None:
+def test_tokens_host_or_device() -> None:
     host, device = HostTokens(Loader(), CPU), DeviceTokens(Loader(), CPU)
     for step in (0, 7, 3):
         host.load(step), device.load(step)
@@ -111,7 +111,8 @@ def test_tokens_on_host_and_on_device_are_the_same() -> None:
     assert DeviceTokens(Loader(), CPU).rows().dtype == torch.int64
 
 
-def test_large_token_ids_survive_the_signed_storage() -> None:
+def test_tokens_large_ids() -> None:
+    """They survive the signed storage."""
     loader = Loader()
     loader.tokens[:] = 65_535
     source = DeviceTokens(loader, CPU)
@@ -119,7 +120,7 @@ def test_large_token_ids_survive_the_signed_storage() -> None:
     assert (source.rows() == 65_535).all()
 
 
-def test_documents_do_not_see_each_other() -> None:
+def test_documents_isolated() -> None:
     """With boundaries, what stands before an end-of-text token does not change what follows."""
     wrapper, _ = build(torch.float64)
     tokens = torch.randint(1, V, (1, T), generator=torch.Generator().manual_seed(5))
@@ -133,7 +134,7 @@ def test_documents_do_not_see_each_other() -> None:
     assert not torch.equal(a[6:], b[6:])
 
 
-def test_the_step_is_the_wrappers_train_step() -> None:
+def test_step_equals_wrapper() -> None:
     """The same arithmetic, reached from either side."""
     wrapper, step = build()
     step.run(3, 1e-2)
@@ -151,7 +152,8 @@ def test_the_step_is_the_wrappers_train_step() -> None:
 @pytest.mark.promise("NaN and infinity")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("where", ["weights", "gradients"])
-def test_a_step_that_is_not_finite_is_skipped_and_counted(dtype, where, monkeypatch) -> None:
+def test_step_not_finite(dtype, where, monkeypatch) -> None:
+    """It is skipped and counted."""
     wrapper, step = build(dtype)
     train(step, 2)
     before = everything(wrapper)
@@ -182,7 +184,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(dtype, where, monkeypa
     assert step.read()[0].applied
 
 
-def test_wrapper_names_what_was_not_finite(monkeypatch) -> None:
+def test_wrapper_not_finite_status(monkeypatch) -> None:
     wrapper, _ = build()
     ids = torch.randint(0, V, (2, T))
     before = everything(wrapper)
@@ -215,7 +217,8 @@ def attention_broken_when(breaks) -> types.SimpleNamespace:
 
 
 @pytest.mark.parametrize("end_of_text", [None, EOT])
-def test_the_diagnosis_sees_what_only_documents_break(end_of_text: int | None) -> None:
+def test_diagnose_documents(end_of_text: int | None) -> None:
+    """The diagnosis sees what only documents break."""
     wrapper, step = build(end_of_text=end_of_text)
     wrapper.model.blocks[1].attention.ops = attention_broken_when(lambda start: start is not None)
     step.source.load(0)
@@ -227,7 +230,7 @@ def test_the_diagnosis_sees_what_only_documents_break(end_of_text: int | None) -
 
 
 @pytest.mark.parametrize("micro_batches", [1, 2])
-def test_the_diagnosis_sees_what_only_a_later_micro_batch_breaks(micro_batches: int) -> None:
+def test_diagnose_later_micro_batch(micro_batches: int) -> None:
     """Found by a token that is in the last row alone, and by a gradient that the second adds."""
     wrapper, step = build(micro_batches=micro_batches)
     step.source.load(0)
@@ -257,7 +260,8 @@ def test_the_diagnosis_sees_what_only_a_later_micro_batch_breaks(micro_batches: 
 
 
 @pytest.mark.promise("outlier guard")
-def test_outlier_guard_refuses_what_is_far_above_and_learns_a_new_level() -> None:
+def test_outlier_guard_far_above() -> None:
+    """It refuses what is far above, and learns a new level."""
     guard = OutlierGuard(4.0, 16, CPU)
     generator = torch.Generator().manual_seed(0)
 
@@ -282,9 +286,7 @@ def test_outlier_guard_refuses_what_is_far_above_and_learns_a_new_level() -> Non
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("z_score", [1e-6, 1.0, 4.0])
 @pytest.mark.parametrize("level", [0.0, 1e-30, 1e-3, 1.0, 2.7182818, 1e6, 1e30])
-def test_outlier_guard_does_not_take_a_rounding_for_an_outlier(
-    dtype: torch.dtype, z_score: float, level: float
-) -> None:
+def test_outlier_guard_rounding(dtype: torch.dtype, z_score: float, level: float) -> None:
     """After equal losses and norms their standard deviation is 0, or that of a rounding."""
     equal, above = torch.tensor([level, math.inf], dtype=dtype)
     ulp = torch.nextafter(equal, above)
@@ -300,7 +302,8 @@ def test_outlier_guard_does_not_take_a_rounding_for_an_outlier(
         assert not guard().allows(outlier, equal) and not guard().allows(equal, outlier)
 
 
-def test_unread_results_are_never_overwritten() -> None:
+def test_results_unread() -> None:
+    """Unread results are never overwritten."""
     _, step = build()
     train(step, 2)
     for i in range(16):

@@ -93,7 +93,8 @@ def bad_step(wrapper: CustomTransformerWrapper, bad: dict[str, Any]) -> StepOutc
 
 @pytest.mark.promise("NaN and infinity")
 @pytest.mark.parametrize(("backend", "dtype", "optimizer", "stochastic"), KINDS)
-def test_a_step_that_is_not_finite_changes_nothing(backend, dtype, optimizer, stochastic) -> None:
+def test_step_not_finite(backend, dtype, optimizer, stochastic) -> None:
+    """It changes nothing."""
     wrapper = build(backend, dtype, optimizer, stochastic)
     before = everything(wrapper)
     for name, bad in BAD_STEPS.items():
@@ -103,7 +104,8 @@ def test_a_step_that_is_not_finite_changes_nothing(backend, dtype, optimizer, st
 
 @pytest.mark.promise("rates and empty batches")
 @pytest.mark.parametrize("rate", [NAN, INF, -1.0, 1e300, 100.1, -1e-9, 1e-40])
-def test_a_rate_that_cannot_be_is_refused_at_the_door(rate: float) -> None:
+def test_step_impossible_rate(rate: float) -> None:
+    """It is refused before the step."""
     wrapper = build()
     before = everything(wrapper)
     for call in (
@@ -119,9 +121,8 @@ def test_a_rate_that_cannot_be_is_refused_at_the_door(rate: float) -> None:
 @pytest.mark.parametrize("backend", ["native", "reference"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("gradient", [float("nan"), float("inf"), -float("inf")])
-def test_plain_descent_along_a_gradient_that_is_not_finite_changes_nothing(
-    backend, dtype, gradient: float
-) -> None:
+def test_update_parameters_not_finite(backend, dtype, gradient: float) -> None:
+    """Nothing changes."""
     wrapper = build(backend, dtype)
     p, before = wrapper.model.parameters, everything(wrapper)
     p.gradients[5] = gradient
@@ -143,9 +144,8 @@ NO_TARGETS = {
 
 @pytest.mark.promise("rates and empty batches")
 @pytest.mark.parametrize(("backend", "dtype", "optimizer", "stochastic"), KINDS)
-def test_a_batch_without_targets_changes_nothing_and_is_logged(
-    caplog, backend, dtype, optimizer, stochastic
-) -> None:
+def test_train_step_no_targets(caplog, backend, dtype, optimizer, stochastic) -> None:
+    """Nothing changes, and it is logged."""
     wrapper = build(backend, dtype, optimizer, stochastic)
     before = everything(wrapper)
     for micro_batches in (1, 2):
@@ -158,7 +158,7 @@ def test_a_batch_without_targets_changes_nothing_and_is_logged(
             assert not any(g.any() for _, g in wrapper.model.named_gradients())
 
 
-def test_a_batch_with_one_target_is_a_step() -> None:
+def test_train_step_one_target() -> None:
     wrapper = build()
     before = everything(wrapper)
     wrapper.train_step(IDS, IDS.where(torch.arange(T) == 3, IGNORE_INDEX))
@@ -182,7 +182,8 @@ class Source(HostTokens):
 
 @pytest.mark.promise("rates and empty batches")
 @pytest.mark.parametrize("micro_batches", [1, 2])
-def test_a_training_step_without_targets_changes_nothing(monkeypatch, micro_batches: int) -> None:
+def test_step_no_targets(monkeypatch, micro_batches: int) -> None:
+    """Nothing changes."""
     wrapper, source = build(), Source()
     step = TrainStep(
         wrapper.model, wrapper.optimizer, source, micro_batches=micro_batches, history=8
@@ -229,14 +230,14 @@ OTHERS: dict[str, tuple[Any, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-def test_every_field_that_changes_the_function_is_tried() -> None:
+def test_function_fields_all_tried() -> None:
     known = {*OTHERS, "dtype", "initializer_range"}
     assert known == set(build().config.model_fields_set | type(build().config).model_fields.keys())
 
 
 @pytest.mark.promise("another function")
 @pytest.mark.parametrize("name", OTHERS)
-def test_a_checkpoint_of_another_function_is_refused(tmp_path, name: str) -> None:
+def test_load_checkpoint_other_function(tmp_path, name: str) -> None:
     """Also where every shape fits, as with n_heads: the field, what is expected, what it is."""
     value, shape = OTHERS[name]
     kind = {"device": "cpu", "dtype": torch.float32, "optimizer": "adamw"}
@@ -248,7 +249,8 @@ def test_a_checkpoint_of_another_function_is_refused(tmp_path, name: str) -> Non
     assert unchanged(other, before)
 
 
-def test_what_does_not_change_the_function_is_loaded(tmp_path) -> None:
+def test_load_checkpoint_same_function(tmp_path) -> None:
+    """What does not change the function is loaded."""
     saved = CustomTransformerWrapper(V, 16, 1, 2, None, T, device="cpu", dtype=torch.float32)
     saved.save_checkpoint(tmp_path / "model.pt")
     other = CustomTransformerWrapper(

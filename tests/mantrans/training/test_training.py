@@ -63,7 +63,8 @@ def small(tmp_path: Path, **training) -> Config:
     ],
     ids=["plain", "bf16, accumulation, guard", "sgd over two epochs", "stochastic, documents"],
 )  # fmt: skip
-def test_a_resumed_run_has_the_bits_of_an_unbroken_one(tmp_path, settings, stop) -> None:
+def test_resume_equals_unbroken(tmp_path, settings, stop) -> None:
+    """A resumed run has the bits of an unbroken one."""
     unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
     Trainer(small(unbroken, **settings), quiet=True).run()
     first = Trainer(small(broken, **settings), quiet=True)
@@ -79,7 +80,7 @@ def test_a_resumed_run_has_the_bits_of_an_unbroken_one(tmp_path, settings, stop)
 @pytest.mark.parametrize(
     "recorded", [7, *(pytest.param(x, marks=pytest.mark.slow) for x in (None, "absent"))]
 )
-def test_a_resumed_run_computes_its_logits_as_before(
+def test_resume_chunk_rows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recorded: int | str | None
 ) -> None:
     """Whatever memory would choose now, the checkpoint's count of rows stays: the bits depend on
@@ -118,7 +119,7 @@ def test_a_resumed_run_computes_its_logits_as_before(
 
 
 @pytest.mark.parametrize("odd", [0, -1, True, 7.0, "7", [7], 2**70])
-def test_an_odd_count_of_logits_is_refused_in_one_line(tmp_path: Path, odd: object) -> None:
+def test_chunk_rows_odd(tmp_path: Path, odd: object) -> None:
     Trainer(small(tmp_path, max_steps=4), quiet=True).run()
     path = tmp_path / "checkpoints" / "small" / "latest.pt"
     state = {**state_file.load(path), "logits_chunk_rows": odd}
@@ -131,7 +132,7 @@ def test_an_odd_count_of_logits_is_refused_in_one_line(tmp_path: Path, odd: obje
     assert "\n" not in str(refusal.value)
 
 
-def test_the_log_has_every_line_once(tmp_path: Path) -> None:
+def test_log_lines_once(tmp_path: Path) -> None:
     config = small(tmp_path)
     Trainer(config, quiet=True).run()
     records = read_records(tmp_path / "runs" / "small" / "metrics.jsonl")
@@ -144,7 +145,7 @@ def test_the_log_has_every_line_once(tmp_path: Path) -> None:
     assert all(r["tokens_per_second"] > 0 and r["mfu"] is None for r in timings)
 
 
-def test_real_stories_are_learnt(tmp_path: Path) -> None:
+def test_train_stories(tmp_path: Path) -> None:
     """Thirty steps on TinyStories: the loss falls from that of guessing to well below it."""
     if not REAL_TEXT.exists():
         pytest.skip("the TinyStories sample is not beside this checkout")
@@ -161,7 +162,8 @@ def test_real_stories_are_learnt(tmp_path: Path) -> None:
 
 
 @pytest.mark.promise("too many skips")
-def test_steps_that_are_not_finite_end_the_run_with_a_report(tmp_path: Path) -> None:
+def test_train_not_finite(tmp_path: Path) -> None:
+    """Steps that are not finite end the run with a report."""
     trainer = Trainer(small(tmp_path, max_consecutive_skips=3, log_every=1), quiet=True)
     advance = trainer._advance
 
@@ -181,7 +183,8 @@ def test_steps_that_are_not_finite_end_the_run_with_a_report(tmp_path: Path) -> 
     assert all(x.isfinite().all() for x in state["parameters"].values())
 
 
-def test_resume_refuses_what_it_cannot_continue(tmp_path: Path) -> None:
+def test_resume_refuses(tmp_path: Path) -> None:
+    """Resume refuses what it cannot continue."""
     config = small(tmp_path, max_steps=4)
     Trainer(config, quiet=True).run()
     with pytest.raises(CheckpointError, match=r"expected a checkpoint .*, got no such file"):
@@ -195,7 +198,8 @@ def test_resume_refuses_what_it_cannot_continue(tmp_path: Path) -> None:
         Trainer(config, resume="latest", quiet=True)
 
 
-def test_a_vocabulary_that_does_not_match_is_refused(tmp_path: Path) -> None:
+def test_vocab_size_mismatch(tmp_path: Path) -> None:
+    """A vocabulary that does not match is refused."""
     config = small(tmp_path)
     config.model.vocab_size = 5000
     with pytest.raises(ConfigError, match=r"model\.vocab_size: expected null or 4096.*, got 5000"):
