@@ -799,8 +799,8 @@ class Update(Operation):
             "finite": torch.tensor(True, device=draw.device),
         }
 
-    def update(self, ops: Any, i: Inputs) -> None:
-        """One update in place."""
+    def update(self, ops: Any, i: Inputs, **rounding: Any) -> None:
+        """One update in place. rounding: rounding_seed and offset, without a master."""
         raise NotImplementedError
 
     def forward(self, ops: Any, i: Inputs) -> Results:
@@ -813,10 +813,11 @@ class Sgd(Update):
 
     name, calls = "sgd", ("sgd_update",)
 
-    def update(self, ops: Any, i: Inputs) -> None:
+    def update(self, ops: Any, i: Inputs, **rounding: Any) -> None:
         ops.sgd_update(
-            i["weights"], i["master"], i["gradients"], *i["rates"], i["finite"], WEIGHT_DECAY
-        )
+            i["weights"], i["master"], i["gradients"], *i["rates"], i["finite"], WEIGHT_DECAY,
+            **rounding,
+        )  # fmt: skip
 
     def cost(self, s: Shapes, size: int) -> dict[str, Cost]:
         return {"update": Cost(4 * s.P, (12 if size == 4 else 14) * s.P)}
@@ -831,10 +832,10 @@ class AdamW(Update):
     name, calls = "adamw", ("adamw_update",)
     moments = ("exp_avg", "exp_avg_sq")
 
-    def update(self, ops: Any, i: Inputs) -> None:
+    def update(self, ops: Any, i: Inputs, **rounding: Any) -> None:
         ops.adamw_update(
             i["weights"], i["master"], i["gradients"], i["exp_avg"], i["exp_avg_sq"], i["step"],
-            *i["rates"], i["finite"], *BETAS, ADAM_EPS, WEIGHT_DECAY,
+            *i["rates"], i["finite"], *BETAS, ADAM_EPS, WEIGHT_DECAY, **rounding,
         )  # fmt: skip
 
     def plain(self, i: Inputs) -> Results:
