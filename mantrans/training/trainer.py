@@ -23,11 +23,10 @@ from mantrans.data.loader import RULE, BatchLoader
 from mantrans.errors import CheckpointError, ConfigError, MantransError, ModelError
 from mantrans.evaluation.evaluator import as_json, as_text, evaluate, measure_stream
 from mantrans.inference.trained import saved_tokenizer
-from mantrans.kernels import selfcheck
 from mantrans.optim.guards import OutlierGuard
 from mantrans.optim.schedule import scheduled_learning_rate
 from mantrans.runtime import disable_malloc_trim
-from mantrans.training import flops, memory
+from mantrans.training import flops, kernel_check, memory
 from mantrans.training.batches import token_source
 from mantrans.training.diagnosis import first_non_finite
 from mantrans.training.logger import RunLogger
@@ -126,7 +125,7 @@ class Trainer:
             notes += self._continue_data(checkpoint)
         self._make_step()
         if check_kernels and self.wrapper.device.type == "cuda":
-            self._check_kernels()
+            kernel_check.check(self.config, self.wrapper.model, quiet=quiet)
         notes += self._open_folders(checkpoint if goes_on else None)
         self.logger = RunLogger(
             self.directory,
@@ -544,25 +543,6 @@ class Trainer:
             f"run      {self.total_steps:,} steps of {self.config.tokens_per_step:,} tokens, "
             f"{self.total_steps / self.loader.batches_per_epoch:.2f} epochs"
         )
-
-    def _check_kernels(self) -> None:
-        """Refuse to train on a kernel whose results differ from the reference."""
-        config = self.wrapper.config
-        try:
-            selfcheck.check(
-                self.wrapper.model.ops,
-                d_model=config.d_model,
-                n_heads=config.n_heads,
-                n_kv_heads=config.n_kv_heads,
-                head_dim=config.head_dim,
-                d_ffn=config.feed_forward_width,
-                vocab_size=self.wrapper.model.vocab_size,
-                sequence_length=self.config.sequence_length,
-                dtype=self.wrapper.dtype,
-                device=self.wrapper.device,
-            )
-        except selfcheck.KernelCheckError as wrong:
-            raise MantransError(str(wrong)) from None
 
 
 def rate(training: TrainingConfig, step: int, total_steps: int) -> float:
