@@ -15,7 +15,7 @@ FLOORS = [
     "kernels.operations kernels.selfcheck errors",
     "layers parameters config runtime distributed assets terminal options",
     "models optim checkpoint interop wrapper records recording",
-    "training evaluation data inference report mantrans",
+    "training evaluation data inference report proof mantrans",
     "cli __main__",
 ]
 FLOOR = {unit: number for number, units in enumerate(FLOORS) for unit in units.split()}

@@ -32,7 +32,7 @@ class Sample(NamedTuple):
     uncertainty: how far the difference may be from the slope (`Slopes`).
     """
 
-    index: tuple[int, ...]
+    element: tuple[int, ...]
     gradient: float
     difference: float
     uncertainty: float
@@ -76,7 +76,9 @@ class GradientCheck(NamedTuple):
 
     def _lines(self) -> Iterator[str]:
         own = f"{str(self.dtype).removeprefix('torch.')} {self.backend}"
-        cells = [("parameter", "shape", "gradient", own, "float64", "difference", "")]
+        cells: list[tuple[str, ...]] = [
+            ("parameter", "shape", "gradient", own, "float64", "difference", "")
+        ]
         for row in self.rows:
             errors = [f"{x:.1e}" for x in (row.norm, row.own, row.exact, row.difference)]
             shape = " × ".join(map(str, row.shape))
@@ -152,14 +154,13 @@ def own_gradients(
         raise ValueError("labels: expected at least one target after the first position, got none")
     before = buffer.clone()
     model.accumulate_gradients(input_ids.to(model.device, torch.int64), targets, overwrite=True)
-    gradients = {name: g.to(CPU, torch.float64) for name, g in model.model.named_gradients()}
+    named = model.model.named_gradients()
+    gradients = {name: g.to(CPU, torch.float64, copy=True) for name, g in named}
     buffer.copy_(before)
     return gradients
 
 
-def chosen(
-    gradient: Tensor, count: int, generator: torch.Generator
-) -> list[tuple[int, ...]]:
+def chosen(gradient: Tensor, count: int, generator: torch.Generator) -> list[tuple[int, ...]]:
     """Indices of at most `count` elements: the first half where the gradient is not 0, if it is not
     0 anywhere, the others anywhere."""
 
@@ -183,24 +184,24 @@ def compared(
 ) -> Row:
     """expected: autograd's gradient; whole: the norm of that of all parameters."""
     norm, largest = expected.norm().item(), expected.abs().max().item()
-    errors = [(x - expected).norm().item() for x in (own, exact)]
-    allowed = max(norm, SMALL * whole)
-    bounds = [BOUNDS[dtype] * allowed, BOUNDS[torch.float64] * allowed]
+    own_error, exact_error = ((x - expected).norm().item() for x in (own, exact))
     misses = [abs(s.difference - s.gradient) for s in samples]
-    allowances = [DIFFERENCE * largest + 10 * s.uncertainty for s in samples]
+    allowed = [DIFFERENCE * largest + 10 * s.uncertainty for s in samples]
+    size = max(norm, SMALL * whole)
     within = {
-        "own": errors[0] <= bounds[0],
-        "exact": errors[1] <= bounds[1],
-        "difference": all(x <= most for x, most in zip(misses, allowances, strict=True)),
+        "own": own_error <= BOUNDS[dtype] * size,
+        "exact": exact_error <= BOUNDS[torch.float64] * size,
+        "difference": all(miss <= most for miss, most in zip(misses, allowed, strict=True)),
     }
     return Row(
         name,
         tuple(expected.shape),
         norm,
-        *(ratio(error, norm) for error in errors),
+        ratio(own_error, norm),
+        ratio(exact_error, norm),
         samples,
         ratio(max(misses, default=0.0), largest),
-        tuple(what for what, fine in within.items() if not fine),  # a NaN is not within anything
+        tuple(what for what, fine in within.items() if not fine),  # NaN is within no bound
     )
 
 

@@ -53,29 +53,29 @@ def differences(
     start = named[name]
 
     def loss(x: Tensor) -> Tensor:
-        see = lambda found, own: x if found == name else own  # noqa: E731
+        def see(result: str, own: Tensor) -> Tensor:
+            return x if result == name else own
+
         return exact.loss(tokens, targets, see, {name: x})
 
-    def rise(part: Tensor, distance: float) -> Tensor:
-        """f(x + distance) - f(x - distance) for each element."""
-        points = start.expand(2, len(part), *start.shape).clone()
-        for sign, moved in zip((1, -1), points, strict=True):
-            moved[(torch.arange(len(part)), *part.T)] += sign * distance
-        above, below = (torch.vmap(loss)(moved) for moved in points)
-        return above - below
-
+    distances = step * torch.arange(1, order // 2 + 1, dtype=start.dtype)
+    shifts = torch.stack((distances, -distances), 1).flatten()
+    elements = torch.tensor(indices).repeat_interleave(len(shifts), 0)
     each = start.numel() + tokens.numel() * (model.config.d_model + model.vocab_size)
-    parts = torch.tensor(indices).split(max(1, _ELEMENTS // each))
-    numbers = range(1, order // 2 + 1)
-    rises = torch.stack([torch.cat([rise(x, n * step) for x in parts]) for n in numbers])
-    values = slopes(rises, step, order)
+    losses = []
+    for part in torch.arange(len(elements)).split(max(1, _ELEMENTS // each)):
+        points = start.expand(len(part), *start.shape).clone()
+        points[(torch.arange(len(part)), *elements[part].T)] += shifts[part % len(shifts)]
+        losses.append(torch.vmap(loss)(points))
+    above, below = torch.cat(losses).view(len(indices), -1, 2).unbind(-1)
+    values = slopes(above - below, step, order)
     if order == 2:
         return Slopes(values, torch.full_like(values, torch.nan))
     rounding = torch.finfo(start.dtype).eps * exact.loss(tokens, targets).abs() / step
-    return Slopes(values, (values - slopes(rises, step, order - 2)).abs() + rounding)
+    return Slopes(values, (values - slopes(above - below, step, order - 2)).abs() + rounding)
 
 
 def slopes(rises: Tensor, step: float, order: int) -> Tensor:
-    """(order / 2 or more, n) -> (n,)"""
+    """f(x + n h) - f(x - n h), (elements, order / 2 or more) -> (elements,)."""
     weights = torch.tensor(STENCILS[order], dtype=rises.dtype)
-    return weights @ rises[: len(weights)] / step
+    return rises[:, : len(weights)] @ weights / step
