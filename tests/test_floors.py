@@ -26,6 +26,7 @@ BESIDE = {
     "kernels.operations": "kernels.reference",
     "kernels.selfcheck": "kernels.reference kernels.operations",
     "layers": "parameters",
+    "distributed": "terminal",
     "parameters": "distributed",
     "config": "assets",
     "interop": "models checkpoint",
