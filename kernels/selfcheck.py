@@ -13,9 +13,10 @@ memory is filled with NaN meanwhile, so that elements that a kernel does not wri
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -180,11 +181,20 @@ def attention_inputs(s: Shapes, draw: Draw) -> Inputs:
     return {**operations.DocumentAttention().inputs(s, draw), "window": window}
 
 
-def attention(ops: Any, i: Inputs) -> Outputs:
-    outputs = outputs_of(operations.Attention(), ops, {**i, "starts": None})
-    outputs |= outputs_of(operations.DocumentAttention(), ops, i, " with documents")
-    window = {**i, "starts": i["window"]}
-    outputs |= outputs_of(operations.WindowAttention(), ops, window, " with a window")
+# How a run's attention is used: the operation, and the input with each query's first key.
+ATTENTION_MODES: dict[str, tuple[Operation, str | None]] = {
+    "": (operations.Attention(), None),
+    " with documents": (operations.DocumentAttention(), "starts"),
+    " with a window": (operations.WindowAttention(), "window"),
+}
+
+
+def attention(ops: Any, i: Inputs, modes: Collection[str] = tuple(ATTENTION_MODES)) -> Outputs:
+    outputs: Outputs = {}
+    for mode in modes:
+        operation, starts = ATTENTION_MODES[mode]
+        inputs = {**i, "starts": None if starts is None else i[starts]}
+        outputs |= outputs_of(operation, ops, inputs, mode)
     # all heads have one scale, so each is compared with all: alone, dq of one token is 0
     H, H_kv = i["heads"]
     return {
@@ -236,12 +246,15 @@ def loss(ops: Any, i: Inputs) -> Outputs:
 
 
 def steps_inputs(s: Shapes, draw: Draw) -> Inputs:
-    return operations.AdamW().inputs(s._replace(P=4 * s.C * s.C + 3), draw)  # no block divides it
+    """No block divides the weights, or a piece of the gradients."""
+    P = 4 * s.C * s.C + 3
+    pieces = {"pieces": 3, "aligned": draw.normal(P // 192 * 192, dtype=draw.wide)}
+    return {**operations.AdamW().inputs(s._replace(P=P), draw), **pieces}
 
 
 def steps(ops: Any, i: Inputs) -> Outputs:
     """Compares the changes, not the new weights: beside the weights a wrong change looks small."""
-    outputs = outputs_of(operations.GradientNorm(), ops, i)
+    outputs = outputs_of(operations.GradientNorms(), ops, {**i, "gradients": i["aligned"]})
     for operation in (operations.Sgd(), operations.AdamW()):
         for finite in (False, True):
             state = {name: x.clone() if isinstance(x, Tensor) else x for name, x in i.items()}
@@ -301,6 +314,18 @@ PROGRAMS: list[tuple[Callable[[Shapes, Draw], Inputs], Program]] = [
 ]
 
 
+def programs_for(
+    unused: Collection[str] = (), modes: Collection[str] = tuple(ATTENTION_MODES)
+) -> list[tuple[Callable[[Shapes, Draw], Inputs], Program]]:
+    """PROGRAMS without those named in `unused`, with attention in some of ATTENTION_MODES: what a
+    run does not use takes it a second a kernel to compile."""
+    return [
+        (draw, functools.partial(attention, modes=modes) if program is attention else program)
+        for draw, program in PROGRAMS
+        if program.__name__ not in unused
+    ]
+
+
 def run_shapes(
     d_model: int,
     n_heads: int,
@@ -342,23 +367,29 @@ def check(
     device: torch.device,
     n_kv_heads: int | None = None,
     head_dim: int | None = None,
+    programs: Sequence[tuple[Callable[[Shapes, Draw], Inputs], Program]] = PROGRAMS,
+    progress: Callable[[int, int], object] = lambda done, total: None,
 ) -> list[Result]:
-    """Run every operation of the backend `ops` and compare it with the reference.
+    """Run operations of the backend `ops` and compare them with the reference.
 
     The arguments are the run's; n_kv_heads None means n_heads, head_dim None d_model / n_heads.
+    programs: what to check, see `programs_for`. progress: called with the number of programs that
+    have run and of all.
     Returns one Result per output.
     Raises KernelCheckError at the first wrong output: one line with the operation, the output and
     its shape.
     """
     shapes = run_shapes(d_model, n_heads, d_ffn, vocab_size, sequence_length, n_kv_heads, head_dim)
     results = []
-    for draw_inputs, program in PROGRAMS:
+    for done, (draw_inputs, program) in enumerate(programs):
+        progress(done, len(programs))
         for result in compare(ops, program, draw_inputs(shapes, Draw(dtype, device)), dtype):
             results.append(result)
             if not result.error <= result.bound:  # true for NaN too
                 raise KernelCheckError(complaint(result, dtype, device))
         if device.type == "cuda":
             torch.cuda.empty_cache()  # the next program's tensors are of other sizes
+    progress(len(programs), len(programs))
     return results
 
 

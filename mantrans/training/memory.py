@@ -33,7 +33,7 @@ from mantrans.kernels.native import QUERY_BLOCK
 from mantrans.kernels.reference import wide_dtype
 from mantrans.models import build
 from mantrans.models.network import Network
-from mantrans.parameters import Parameter, numel
+from mantrans.parameters import Parameter, layout, numel
 from mantrans.runtime import available_memory, resolve_device, resolve_dtype
 
 CUBLAS_WORKSPACE = 32 << 20
@@ -95,7 +95,7 @@ def predict(
     network = _network(config.model, training.recompute)
     narrow, wide = dtype.itemsize, wide_dtype(dtype).itemsize
     on_gpu = torch.device(device).type == "cuda"
-    stored = sum(p.stored_elements for p in network.parameters())
+    stored = layout(network.parameters()).elements
     constants = 0 if network.angles is None else network.angles.elements() * wide
     partials = _partial_sums(network, device) if _by_triton(config, on_gpu) else 0
     tokens = training.batch_size * config.sequence_length

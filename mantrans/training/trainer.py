@@ -23,13 +23,12 @@ from mantrans.config.arguments import Steps, checked
 from mantrans.data.dataset import prepare
 from mantrans.data.loader import BatchLoader
 from mantrans.distributed.world import World, device_of
-from mantrans.errors import ConfigError, MantransError
+from mantrans.errors import ConfigError
 from mantrans.evaluation.evaluator import measure_stream
-from mantrans.kernels import selfcheck
 from mantrans.optim.guards import OutlierGuard
 from mantrans.optim.schedule import rate
 from mantrans.runtime import disable_malloc_trim
-from mantrans.training import agreement, flops, memory, saving
+from mantrans.training import agreement, flops, kernel_check, memory, saving
 from mantrans.training.alone import on_first
 from mantrans.training.batches import token_source
 from mantrans.training.ending import finish, give_up
@@ -142,7 +141,9 @@ class Trainer:
         if checkpoint:
             notes += continue_data(self, checkpoint)
         if check_kernels and self.wrapper.device.type == "cuda":
-            self._check_kernels()
+            kernel_check.check(
+                self.config, self.wrapper.model, quiet=quiet or not self.world.is_first
+            )
         self._meet()
         self._make_step()
         notes += self._open_folders(checkpoint if goes_on else None)
@@ -452,25 +453,6 @@ class Trainer:
             f"run      {self.total_steps:,} steps of {self.config.tokens_per_step:,} tokens, "
             f"{self.total_steps / self.loader.batches_per_epoch:.2f} epochs"
         )
-
-    def _check_kernels(self) -> None:
-        """Refuse to train on a kernel whose results differ from the reference."""
-        config = self.wrapper.config
-        try:
-            selfcheck.check(
-                self.wrapper.model.ops,
-                d_model=config.d_model,
-                n_heads=config.n_heads,
-                n_kv_heads=config.n_kv_heads,
-                head_dim=config.head_dim,
-                d_ffn=config.feed_forward_width,
-                vocab_size=self.wrapper.model.vocab_size,
-                sequence_length=self.config.sequence_length,
-                dtype=self.wrapper.dtype,
-                device=self.wrapper.device,
-            )
-        except selfcheck.KernelCheckError as wrong:
-            raise MantransError(str(wrong)) from None
 
 
 def build_wrapper(config: Config, vocab_size: int) -> CustomTransformerWrapper:
