@@ -115,6 +115,7 @@ class Trainer:
 
         Returns what the user should know about it.
         """
+        quiet = quiet or not self.world.is_first
         checkpoint, notes = open_checkpoint(self, resume)
         goes_on = checkpoint is not None and self.folders.is_of_this_run(*checkpoint.origin)
         self.folders.check(replaced=not goes_on and self.folders.has_run())
@@ -134,7 +135,7 @@ class Trainer:
         notes += begun.load_weights(self.wrapper)
         if checkpoint:
             notes += load_state(self, checkpoint)
-        self._load_data(quiet or not self.world.is_first)
+        self._load_data(quiet)
         if self.world.is_first:
             windows = -(-len(self.dataset.validation) // self.config.sequence_length)
             memory.require_evaluation_memory(self.placed, self.tokenizer.vocab_size, windows)
@@ -269,13 +270,10 @@ class Trainer:
                 self.placed, self.tokenizer.vocab_size, rows, processes=asks_for
             )
 
-        def choose() -> str:
-            self.memory = require(rows)
-            return json.dumps(self.memory.chunk_rows)
-
-        chosen = json.loads(self.world.from_first("rows of logits", choose))
-        if not self.world.is_first:
-            self.memory = self.world.local_first("memory", lambda: require(chosen))
+        chosen = self.world.from_first(
+            "rows of logits", lambda: json.dumps(require(rows).chunk_rows)
+        )
+        self.memory = self.world.local_first("memory", lambda: require(json.loads(chosen)))
 
     def _make_step(self) -> None:
         training, data = self.config.training, self.config.data
