@@ -25,11 +25,17 @@ _ELEMENTS = 2**21  # that are computed with at once: 16 MiB, which a processor's
 
 
 class Slopes(NamedTuple):
-    """values (n,); uncertainty (n,): what a stencil of two points fewer gives is as far away, and
-    rounding is added. NaN for a stencil of two points."""
+    """values (n,): the slopes of the loss at n elements.
+
+    uncertainty (n,): what a stencil of two points fewer gives is as far away, and rounding is
+        added. NaN for a stencil of two points.
+    above, below (n, order / 2): the losses with the element raised, lowered by 1, 2, ... steps.
+    """
 
     values: Tensor
     uncertainty: Tensor
+    above: Tensor
+    below: Tensor
 
 
 def differences(
@@ -69,10 +75,11 @@ def differences(
         losses.append(torch.vmap(loss)(points))
     above, below = torch.cat(losses).view(len(indices), -1, 2).unbind(-1)
     values = slopes(above - below, step, order)
-    if order == 2:
-        return Slopes(values, torch.full_like(values, torch.nan))
-    rounding = torch.finfo(start.dtype).eps * exact.loss(tokens, targets).abs() / step
-    return Slopes(values, (values - slopes(above - below, step, order - 2)).abs() + rounding)
+    uncertainty = torch.full_like(values, torch.nan)
+    if order > 2:
+        uncertainty = (values - slopes(above - below, step, order - 2)).abs()
+        uncertainty += torch.finfo(start.dtype).eps * above[:, 0].abs() / step
+    return Slopes(values, uncertainty, above, below)
 
 
 def slopes(rises: Tensor, step: float, order: int) -> Tensor:
