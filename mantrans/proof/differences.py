@@ -71,7 +71,8 @@ def differences(
     losses = []
     for part in torch.arange(len(elements)).split(max(1, _ELEMENTS // each)):
         points = start.expand(len(part), *start.shape).clone()
-        points[(torch.arange(len(part)), *elements[part].T)] += shifts[part % len(shifts)]
+        moved = (torch.arange(len(part)), *elements[part].T)
+        points[moved] += shifts[part % len(shifts)]
         losses.append(torch.vmap(loss)(points))
     above, below = torch.cat(losses).view(len(indices), -1, 2).unbind(-1)
     values = slopes(above - below, step, order)
