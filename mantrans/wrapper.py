@@ -29,6 +29,7 @@ from mantrans.config.arguments import (
     checked,
     field,
 )
+from mantrans.distributed.world import World
 from mantrans.errors import CheckpointError, ConfigError, show
 from mantrans.interop import gguf_file, huggingface
 from mantrans.kernels import backend as backends
@@ -124,7 +125,7 @@ class CustomTransformerWrapper:
         """The model that `config` describes; vocab_size must be set.
 
         keywords: device, backend, optimizer, optimizer_options, seed, recompute,
-        stochastic_rounding, inference: as for the class.
+        stochastic_rounding, inference: as for the class. world, shard: see `Parameters`.
         """
         wrapper = cls.__new__(cls)
         wrapper._build(config, **keywords)
@@ -143,6 +144,8 @@ class CustomTransformerWrapper:
         recompute: str = "none",
         stochastic_rounding: bool = False,
         inference: bool = False,
+        world: World | None = None,
+        shard: str = "none",
     ) -> None:
         if not isinstance(config, ModelConfig) or config.vocab_size is None:
             raise ConfigError(
@@ -165,6 +168,8 @@ class CustomTransformerWrapper:
             training=not inference,
             keep_master=not stochastic_rounding,
             seed=seed,
+            world=world,
+            shard=shard,
         )
         self.optimizer_name = optimizer
         self.optimizer: Optimizer | None = None
@@ -381,7 +386,7 @@ class CustomTransformerWrapper:
             p.write(name, value)
         for key, named in moments.items():
             for name, value in named.items():
-                p.view(own[key], name).copy_(value)
+                p.store(own[key], name, value)
 
     @checked(path=FilePath)
     def save_checkpoint(self, path: str | Path, **extra: Any) -> None:
@@ -603,7 +608,17 @@ def mean_scale(targets: Tensor, dtype: torch.dtype) -> Tensor:
 
     0 if there are none.
     """
-    count = (targets != IGNORE_INDEX).sum().to(dtype)
+    return scale_of(count_targets(targets), dtype)
+
+
+def count_targets(targets: Tensor) -> Tensor:
+    """0-d int64."""
+    return (targets != IGNORE_INDEX).sum()
+
+
+def scale_of(count: Tensor, dtype: torch.dtype) -> Tensor:
+    """1 / count, 0-d; 0 if it is 0."""
+    count = count.to(dtype)
     return count.clamp(max=1) / count.clamp(min=1)
 
 

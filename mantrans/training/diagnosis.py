@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from mantrans.models.transformer import CustomTransformer
-from mantrans.training.step import MicroBatch
+from mantrans.training.batches import MicroBatch
 
 FINITE = "when the batch is run again, all values are finite"
 
