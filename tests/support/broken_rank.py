@@ -5,6 +5,7 @@ The variable BREAK says how, on which rank and where: "kill 1 step 7", "hang 0 v
     where   step        inside that step: its gradients are computed, nothing is exchanged yet
             validation  before the validation of that step
     how     kill, stop  by a signal to itself
+            term        SIGTERM to itself, which asks to stop after the step
             hang        its main thread sleeps, the others of the process go on
             memory      it asks for more memory than there can be
             bug         an exception that nobody expects
@@ -25,7 +26,7 @@ from mantrans import cli
 from mantrans.training import trainer as module
 from mantrans.training.trainer import Trainer
 
-BREAK = "BREAK"
+BREAK, BROKEN = "BREAK", "tests.support.broken_rank:main train"
 
 
 def main() -> int:
@@ -51,9 +52,13 @@ def main() -> int:
 
 
 def then(function: Callable[..., Any], how: str, run: Trainer) -> Callable[..., Any]:
+    """`function`, and when it is called first, what breaks the rank."""
+    ways = [how]
+
     def called(*arguments: Any, **keywords: Any) -> Any:
         result = function(*arguments, **keywords)
-        do(how, run)
+        if ways:
+            do(ways.pop(), run)
         return result
 
     return called
@@ -64,6 +69,8 @@ def do(how: str, run: Trainer | None) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
     elif how == "stop":
         os.kill(os.getpid(), signal.SIGSTOP)
+    elif how == "term":
+        os.kill(os.getpid(), signal.SIGTERM)
     elif how == "hang":
         time.sleep(3600)
     elif how == "memory":

@@ -87,9 +87,7 @@ def start_ranks(
     for rank in range(size):
         given = {**store.environment(rank), **(environment or {})}
         own = (others or {}).get(rank, ())
-        children.append(
-            processes.start(*arguments, *own, cwd=cwd, environment=given, **keywords)
-        )
+        children.append(processes.start(*arguments, *own, cwd=cwd, environment=given, **keywords))
     return Ranks(children, store)
 
 
