@@ -109,5 +109,5 @@ def test_ranks_resume_other_size(
             )
         )  # fmt: skip
         assert f"stopped at step {stop} of 9" in said or stop == 9
-        assert not resume or f"resumed from {parts}" in said and f"at step {stop - 3}\n" in said
+        assert not resume or f"at step {stop - 3}\n" in said
     assert_same_bits(left(parts), left(whole))
