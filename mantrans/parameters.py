@@ -277,8 +277,16 @@ class Parameters:
         """Set a parameter's elements in a flat buffer of the rank's own: a master or a moment."""
         self.shard.store(owned, self._offsets[name], value.reshape(-1))
 
+    def whole(self, owned: Tensor | None) -> Tensor | None:
+        """All elements of a flat buffer of the rank's own. Called by all ranks if they divide
+        state; then rank 0 has them, on the CPU, the others None."""
+        if owned is None or self.divided == "none":
+            return owned
+        return self.shard.whole(owned)
+
     def best_weights(self) -> Tensor:
-        """The most precise flat buffer of the weights: the master if there is one."""
+        """The most precise flat buffer of the weights: the master, if there is one, of which a rank
+        may have a part."""
         return self.weights if self.master is None else self.master
 
     def low_precision(self) -> bool:

@@ -351,14 +351,20 @@ class CustomTransformerWrapper:
     def state_dict(self) -> dict[str, Any]:
         """The complete state of model and optimizer: plain data and tensors, by name.
 
-        As in PyTorch, the tensors share the model's memory: copy them to keep them.
+        As in PyTorch, the tensors share the model's memory: copy them to keep them. Ranks that
+        divide the state all call this; that of rank 0 is complete.
         """
         p = self.model.parameters
+
+        def named(owned: Tensor) -> dict[str, Tensor]:
+            flat = p.whole(owned)
+            return {} if flat is None else dict(p.named(flat))
+
         moments = self.optimizer.state() if self.optimizer else {}
-        optimizer = {name: dict(p.named(flat)) for name, flat in moments.items()}
+        optimizer = {name: named(flat) for name, flat in moments.items()}
         return {
             "model_config": self.config.model_dump(),
-            "parameters": dict(p.named(p.best_weights())),
+            "parameters": dict(p.named(p.weights)) if p.master is None else named(p.master),
             "optimizer": self.optimizer_name,
             "optimizer_state": optimizer,
             "optimizer_updates": int(p.updates.item()),

@@ -6,6 +6,7 @@ It is the model's own code over other operations: nothing of a layer is written 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from inspect import signature
 from types import MappingProxyType
 from typing import Any
 
@@ -16,9 +17,8 @@ from mantrans.kernels import reference
 from mantrans.kernels.reference import IGNORE_INDEX
 from mantrans.models import build
 from mantrans.models.transformer import CustomTransformer
+from mantrans.proof.plain import See
 from mantrans.recording import named_layers
-
-See = Callable[[str, Tensor], Tensor]
 
 CPU = torch.device("cpu")
 # The first result of each operation, as it is called in its layer. The others are statistics.
@@ -27,8 +27,8 @@ RESULT = {
     "linear_forward": "y",
     "layer_norm_forward": "y",
     "rms_norm_forward": "y",
-    "rotary_forward": "qkv",
-    "norm_rotary_forward": "qkv",
+    "rotary_forward": "rotated",
+    "norm_rotary_forward": "rotated",
     "attention_forward": "out",
     "bias_gelu_forward": "a",
     "swiglu_forward": "a",
@@ -54,6 +54,8 @@ class Exact:
 
     def __init__(self, model: CustomTransformer, ops: Any) -> None:
         self.ops, self.network = ops, build(model.config, ops)
+        self.layers = dict(named_layers(self.network))
+        del self.layers["output"]  # its result is the logits without padding
         if self.network.angles is not None:
             self.network.angles.allocate(torch.float64, CPU)
         p = model.parameters
@@ -70,13 +72,13 @@ class Exact:
 
         weights: those that take the place of the model's own.
         see: called with every result of an operation, such as "blocks.0.mlp.a", "blocks.0.norm_2.x"
-        (the residual) or "logits"; what it returns takes the result's place.
+        (the residual) or "logits"; what it returns takes the result's place. With `plain` also with
+        what is inside: "blocks.0.attention.scores".
         """
         for parameter in self.network.parameters():
             parameter.value = weights.get(parameter.name, self.weights[parameter.name])
-        for name, layer in named_layers(self.network):
+        for name, layer in self.layers.items():
             layer.ops = Seen(self.ops, name, see)
-        self.network.output.ops = self.ops
         y, *_ = self.network.forward(tokens)
         logits = see("logits", self.network.output.forward(y)).flatten(0, 1)
         losses, _ = self.ops.cross_entropy_forward(logits, targets.flatten(), logits.shape[-1])
@@ -99,20 +101,24 @@ class Seen:
         if operation.startswith("add_"):
             return self._add_norm(operation.removeprefix("add_"))
         function, name = getattr(self.ops, operation), RESULT[operation]
+        shown = {"see": self._see} if "see" in signature(function).parameters else {}
 
         def call(*args: Any) -> Any:
-            results = function(*args)
+            results = function(*args, **shown)
             if isinstance(results, Tensor):
-                return self.see(f"{self.layer}.{name}", results)
-            return self.see(f"{self.layer}.{name}", results[0]), *results[1:]
+                return self._see(name, results)
+            return self._see(name, results[0]), *results[1:]
 
         return call
+
+    def _see(self, name: str, x: Tensor) -> Tensor:
+        return self.see(f"{self.layer}.{name}", x)
 
     def _add_norm(self, norm: str) -> Callable:
         """The sum and its norm, one after the other: the sum is a result too, the residual."""
 
         def call(branch: Tensor, residual: Tensor, *args: Any) -> tuple:
-            x = self.see(f"{self.layer}.x", residual + branch)
+            x = self._see("x", residual + branch)
             y, *statistics = getattr(self, norm)(x, *args)
             return y, x, *statistics
 

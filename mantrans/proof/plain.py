@@ -1,12 +1,20 @@
-"""The forwards in PyTorch's own functions, for its autograd. Nothing here is shared with the
-mathematics that they judge; names and arguments are those of `mantrans.kernels.reference`."""
+"""The forwards in PyTorch's own functions, for its autograd.
+
+Names and arguments are those of `mantrans.kernels.reference`, but nothing of its mathematics is
+used. `see` is called with what a function computes on its way, and returns it.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from mantrans.kernels.operations import rotated_and_packed, split_heads, visible
+
+See = Callable[[str, Tensor], Tensor]
 
 
 def embedding_forward(
@@ -20,21 +28,23 @@ def linear_forward(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
     return F.linear(x, weight, bias)
 
 
-def layer_norm_forward(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> tuple:
-    return F.layer_norm(x, weight.shape, weight, bias, eps), None, None
+def layer_norm_forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, *, see: See
+) -> tuple:
+    x_hat = see("x_hat", F.layer_norm(x, weight.shape, None, None, eps))
+    return x_hat * weight if bias is None else x_hat * weight + bias, None, None
 
 
-def rms_norm_forward(x: Tensor, weight: Tensor, eps: float) -> tuple:
-    return F.rms_norm(x, weight.shape, weight, eps), None
+def rms_norm_forward(x: Tensor, weight: Tensor, eps: float, *, see: See) -> tuple:
+    return see("x_hat", F.rms_norm(x, weight.shape, None, eps)) * weight, None
 
 
 def rotary_forward(
     qkv: Tensor, cos: Tensor, sin: Tensor, n_heads: int, n_kv_heads: int, positions: None
 ) -> Tensor:
-    T = qkv.shape[1]
-    return rotated_and_packed(
-        *split_heads(qkv, n_heads, n_kv_heads), {"cos": cos[:T], "sin": sin[:T]}
-    )
+    """positions: None, which is 0 .. T-1."""
+    tables = {"cos": cos[: qkv.shape[1]], "sin": sin[: qkv.shape[1]]}
+    return rotated_and_packed(*split_heads(qkv, n_heads, n_kv_heads), tables)
 
 
 def norm_rotary_forward(
@@ -48,30 +58,34 @@ def norm_rotary_forward(
     n_kv_heads: int,
     positions: None,
 ) -> tuple:
-    T = qkv.shape[1]
+    tables = {"cos": cos[: qkv.shape[1]], "sin": sin[: qkv.shape[1]]}
     q, k, v = split_heads(qkv, n_heads, n_kv_heads)
     q = F.rms_norm(q, q_weight.shape, q_weight, eps)
     k = F.rms_norm(k, k_weight.shape, k_weight, eps)
-    return rotated_and_packed(q, k, v, {"cos": cos[:T], "sin": sin[:T]}), None
+    return rotated_and_packed(q, k, v, tables), None
 
 
 def attention_forward(
-    qkv: Tensor, n_heads: int, first_key: Tensor | None, n_kv_heads: int
+    qkv: Tensor, n_heads: int, first_key: Tensor | None, n_kv_heads: int, *, see: See
 ) -> tuple:
-    q, k, v = split_heads(qkv, n_heads, n_kv_heads)
-    mask = None if first_key is None else visible(first_key)
-    out = F.scaled_dot_product_attention(
-        q, k, v, mask, is_causal=mask is None, enable_gqa=n_heads != n_kv_heads
+    """Each head of q has its own k and v here, of which those of a group are equal."""
+    heads = split_heads(qkv, n_heads, n_kv_heads)
+    q, k, v = (
+        see(name, x.repeat_interleave(n_heads // x.shape[1], dim=1))
+        for name, x in zip("qkv", heads, strict=True)
     )
-    return out.transpose(1, 2).flatten(2), None
+    first_key = qkv.new_zeros(qkv.shape[:2]) if first_key is None else first_key
+    scores = (q @ k.mT / q.shape[-1] ** 0.5).masked_fill(~visible(first_key), -torch.inf)
+    p = see("p", F.softmax(see("scores", scores), dim=-1))
+    return (p @ v).transpose(1, 2).flatten(2), None
 
 
-def bias_gelu_forward(h: Tensor, bias: Tensor | None = None) -> Tensor:
-    return F.gelu(h if bias is None else h + bias, approximate="tanh")
+def bias_gelu_forward(h: Tensor, bias: Tensor | None = None, *, see: See) -> Tensor:
+    return F.gelu(see("u", h if bias is None else h + bias), approximate="tanh")
 
 
-def swiglu_forward(h: Tensor) -> Tensor:
-    gate, up = h.chunk(2, dim=-1)
+def swiglu_forward(h: Tensor, *, see: See) -> Tensor:
+    gate, up = (see(name, x) for name, x in zip(("gate", "up"), h.chunk(2, dim=-1), strict=True))
     return F.silu(gate) * up
 
 
