@@ -14,6 +14,7 @@ from mantrans.config import ModelConfig
 from mantrans.distributed.world import World
 from mantrans.kernels.reference import IGNORE_INDEX
 from mantrans.optim.guards import OutlierGuard
+from mantrans.training.diagnosis import first_non_finite
 from mantrans.training.step import StepRecord, TrainStep
 from mantrans.wrapper import CustomTransformerWrapper
 from tests.support.ranks import in_ranks
@@ -230,3 +231,25 @@ def test_step_out_of_memory_leaves_gradients_in_place() -> None:
         each.accumulate_gradients(ids, ids.roll(1, 1))
     found, wanted = (dict(each.model.named_gradients()) for each in (wrapper, expected))
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+@pytest.mark.parametrize("shard", ["none", "gradients"])
+def test_diagnosis_of_divided_gradients(shard: str) -> None:
+    """A gradient is looked at before another block's is written over it."""
+    wrapper, step = build(World(0, 2), Case(shard=shard))
+    step.world = World.single()  # alone: nothing is exchanged
+    step.source.load(0)
+    down = wrapper.model.blocks[2].mlp.down
+    original, calls = down.backward, []
+
+    def breaking(*arguments: Any, **options: Any) -> Tensor:
+        dx = original(*arguments, **options)
+        calls.append(down.weight.gradient)
+        if len(calls) == 1:
+            down.weight.gradient[1, 2] = torch.inf
+        return dx
+
+    down.backward = breaking
+    said = first_non_finite(wrapper.model, step.batch())
+    assert len(calls) == 2
+    assert said == "the first gradient that is not finite is that of blocks.2.mlp.down.weight"
