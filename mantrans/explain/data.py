@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mantrans.explain.arrays import MOST, Arrays
 from mantrans.explain.boxes import Boxes, named, parameter_axes
-from mantrans.explain.code import source
+from mantrans.explain.code import TOP, place, source
 from mantrans.explain.operations import OPERATIONS
 from mantrans.explain.step import Step
 from mantrans.recording import Call
@@ -182,7 +182,11 @@ class Data:
             call = self._call(layer, "_backward")
             g, x_hat = call.values["g"], call.values["x_hat"]
             shift = g.mean(-1).tolist() if call.operation == "layer_norm_backward" else None
-            found[layer] = {"g": shift, "x_hat": (g * x_hat).mean(-1).tolist()}
+            found[layer] = {
+                "g": shift,
+                "x_hat": (g * x_hat).mean(-1).tolist(),
+                "square": g.square().mean(-1).tolist(),
+            }
         return found
 
     def _probabilities(self) -> Tensor:
@@ -216,4 +220,5 @@ def words(operation: str) -> dict[str, Any]:
     """What `operations` says of one."""
     found = OPERATIONS[operation]
     ways = {way: getattr(found, way)._asdict() for way in ("forward", "backward")}
-    return {"title": found.title, "derivation": found.derivation, **ways}
+    derivation = place(TOP / "docs" / "gradients" / f"{found.derivation}.md")
+    return {"title": found.title, "derivation": derivation, **ways}

@@ -558,6 +558,14 @@ def rate(training: TrainingConfig, step: int, total_steps: int) -> float:
     )
 
 
+def optimizer_options(training: TrainingConfig) -> dict[str, Any]:
+    """The keywords of the run's optimizer."""
+    names = ["weight_decay", "max_grad_norm"]
+    if training.optimizer == "adamw":
+        names += ["beta1", "beta2", "epsilon"]
+    return {name: getattr(training, name) for name in names}
+
+
 def build_wrapper(config: Config, vocab_size: int) -> CustomTransformerWrapper:
     """The model and optimizer that a config describes, for a tokenizer of `vocab_size` entries.
 
@@ -569,17 +577,12 @@ def build_wrapper(config: Config, vocab_size: int) -> CustomTransformerWrapper:
             f"model.vocab_size: expected null or {vocab_size}, the entries of data.tokenizer "
             f"({config.data.tokenizer}), got {model.vocab_size}"
         )
-    options: dict[str, Any] = {"weight_decay": training.weight_decay}
-    if training.optimizer == "adamw":
-        options |= {
-            "beta1": training.beta1, "beta2": training.beta2, "epsilon": training.epsilon
-        }  # fmt: skip
     return CustomTransformerWrapper.from_config(
         model.model_copy(update={"vocab_size": vocab_size}),
         device=training.device,
         backend=training.backend,
         optimizer=training.optimizer,
-        optimizer_options={**options, "max_grad_norm": training.max_grad_norm},
+        optimizer_options=optimizer_options(training),
         seed=training.seed,
         recompute=training.recompute,
         stochastic_rounding=training.stochastic_rounding,
