@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from markupsafe import Markup
 
+from mantrans import optim
 from mantrans.checkpoint.atomic import replacing, write_all
 from mantrans.config import Config
 from mantrans.data.tokenizer import Tokenizer, load_tokenizer
@@ -23,8 +24,8 @@ from mantrans.errors import ConfigError, MantransError, ModelError, printable, s
 from mantrans.explain.data import Data
 from mantrans.explain.step import float64_copy, run
 from mantrans.inference import trained
+from mantrans.optim.schedule import rate
 from mantrans.report.page import environment
-from mantrans.training.trainer import optimizer_options, rate
 from mantrans.wrapper import CustomTransformerWrapper
 
 PAGE = "explain.html"
@@ -54,7 +55,7 @@ def of_checkpoint(path: Path) -> Subject:
     tokenizer = trained.tokenizer_of(state, config)
     trained.check_vocabulary(state, tokenizer)
     training, dtype = config.training, state["model_config"].get("dtype")
-    wrapper = float64_copy(state, optimizer_options(training))
+    wrapper = float64_copy(state, optim.options(training))
     notes = []
     if dtype != "float64":
         notes.append(

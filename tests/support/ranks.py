@@ -13,12 +13,13 @@ import os
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from tests.support.processes import start_fork_server
+from tests.support.processes import Child, Ended, Processes, start_fork_server
 
 LIMIT_SECONDS = 60.0
 
@@ -37,6 +38,43 @@ class Store:
             "MASTER_PORT": str(self.store.port), "TORCHELASTIC_USE_AGENT_STORE": "True",
             "GLOO_SOCKET_IFNAME": "lo",
         }  # fmt: skip
+
+
+class Ranks:
+    """The processes of one run of the command line, in the order of ranks."""
+
+    def __init__(self, children: list[Child], store: Store) -> None:
+        self.children, self.store = children, store
+
+    def wait(self, timeout: float = 120.0) -> list[Ended]:
+        """Wait until all have ended; what is left after `timeout` seconds is killed."""
+        return [child.wait(timeout) for child in self.children]
+
+    def __getitem__(self, rank: int) -> Child:
+        return self.children[rank]
+
+
+def start_ranks(
+    processes: Processes,
+    size: int,
+    *arguments: str,
+    cwd: Path,
+    environment: dict[str, str] | None = None,
+    others: dict[int, dict[str, Any]] | None = None,
+    store: Store | None = None,
+) -> Ranks:
+    """`train` with these arguments on `size` ranks.
+
+    others: more keywords of `Processes.start`, by rank; "arguments" are added to the others.
+    """
+    store = store or Store(size)
+    children = []
+    for rank in range(size):
+        own = dict((others or {}).get(rank, {}))
+        given = {**store.environment(rank), **(environment or {}), **own.pop("environment", {})}
+        more = own.pop("arguments", ())
+        children.append(processes.start(*arguments, *more, cwd=cwd, environment=given, **own))
+    return Ranks(children, store)
 
 
 def in_ranks(size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
