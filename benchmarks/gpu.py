@@ -38,6 +38,8 @@ from benchmarks.harness import RESULTS, Measurement
 ROOT = Path(__file__).parents[1]
 PASSED, FAILED, OUT_OF_TIME = "passed", "failed", "out of time"
 SANITIZER = "/usr/local/cuda/bin/compute-sanitizer"
+PTXAS = "/usr/local/cuda/bin/ptxas"
+TESTS_OF_KERNELS = "tests/gpu/test_gpu_kernels.py"
 GPU_TESTS = ("step", "model", "memory", "resume", "selfcheck")
 # What the table asks for. All others are measured by `ops` and `step`, which take
 # longer than a suite may.
@@ -107,7 +109,7 @@ class Bench(NamedTuple):
         limits = ("--output", str(self.output), "--seconds", str(int(seconds)))
         self.python("-m", "benchmarks", command, *limits, *options)
 
-    def tests(self, most: int, *files: str) -> str:
+    def tests(self, most: int, *files: str, **environment: str) -> str:
         """Split the tests among as many processes as there are cores, at most `most`: nearly all of
         their time is compiling. Returns the counts."""
         n = min(os.cpu_count() or 1, most)
@@ -117,7 +119,7 @@ class Bench(NamedTuple):
             processes = [
                 self.start(
                     sys.executable, "-m", "pytest", "-p", "tests.gpu.share", "--share", f"{i}/{n}",
-                    *options, "--maxfail=20", *files, log=log,
+                    *options, "--maxfail=20", *files, log=log, **environment,
                 )
                 for i, log in enumerate(logs)
             ]  # fmt: skip
@@ -160,7 +162,16 @@ def machine(bench: Bench) -> str:
 
 
 def parity(bench: Bench) -> str:
-    return bench.tests(14, "tests/gpu/test_gpu_kernels.py")
+    return bench.tests(14, TESTS_OF_KERNELS)
+
+
+def ptxas(bench: Bench) -> str:
+    """Parity again, with the toolkit's assembler instead of that in Triton's wheel: each version
+    has its own faults (see `kernels.selfcheck.GOOD_PTXAS`)."""
+    other = shutil.which("ptxas") or shutil.which(PTXAS)
+    if other is None:
+        return "no ptxas but Triton's is installed"
+    return bench.tests(14, TESTS_OF_KERNELS, TRITON_PTXAS_PATH=other)
 
 
 def step(bench: Bench) -> str:
@@ -217,6 +228,10 @@ STAGES = (
     Stage("speed", 80, "each operation's speed beside PyTorch's", speed),
     Stage("training", 200, "training steps: speed and peak memory", training),
 )
+# Run only if named: beside the others it would take more than nine minutes.
+ON_REQUEST = (
+    Stage("ptxas", 300, "parity with the CUDA toolkit's ptxas, where one is installed", ptxas),
+)
 
 
 # ---------------------------------------------------------------------------------- the sequence
@@ -224,7 +239,7 @@ STAGES = (
 
 def main(arguments: Namespace) -> int:
     """`python -m benchmarks gpu`; see the module's text for the exit status."""
-    names = [stage.name for stage in STAGES]
+    names = [stage.name for stage in STAGES + ON_REQUEST]
     unknown = [name for name in arguments.stages if name not in names]
     if unknown or arguments.output == RESULTS:
         print(
@@ -236,7 +251,8 @@ def main(arguments: Namespace) -> int:
     if not torch.cuda.is_available():
         print(f"no GPU: torch {torch.__version__} sees none; nothing was run", file=sys.stderr)
         return 3
-    chosen = [stage for stage in STAGES if stage.name in (arguments.stages or names)]
+    by_default = [stage.name for stage in STAGES]
+    chosen = [s for s in STAGES + ON_REQUEST if s.name in (arguments.stages or by_default)]
     return run(chosen, arguments.output, arguments.seconds)
 
 

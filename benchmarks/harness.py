@@ -247,7 +247,7 @@ def _elapsed(function: Callable[[], object]) -> float:
 
 def _graph_of(function: Callable[[], None]) -> Callable[[], None] | None:
     """What replays the function's launches; None for what no graph can hold: timed as it is."""
-    from mantrans.training.step import cuda_graph
+    from mantrans.cuda_graph import cuda_graph
 
     outside = torch.cuda.current_stream()
     try:

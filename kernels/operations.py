@@ -759,20 +759,21 @@ class LinearCrossEntropy(Operation):
         return {"forward+backward": Cost(6 * s.N * s.V * s.C, n_bytes)}
 
 
-class GradientNorm(Operation):
-    """The L2 norm over one flat buffer."""
+class GradientNorms(Operation):
+    """The L2 norms of 64 pieces of one flat buffer."""
 
     name, dims = "gradient_norm", ("P",)
-    calls: ClassVar[tuple[str, ...]] = ("gradient_norm",)
+    calls: ClassVar[tuple[str, ...]] = ("gradient_norms",)
 
     def inputs(self, s: Shapes, draw: Draw) -> Inputs:
-        return {"gradients": draw.normal(s.P, dtype=draw.wide)}
+        return {"gradients": draw.normal(-(-s.P // 64) * 64, dtype=draw.wide), "pieces": 64}
 
     def forward(self, ops: Any, i: Inputs) -> Results:
-        return {"norm": ops.gradient_norm(i["gradients"])}
+        return {"norms": ops.gradient_norms(i["gradients"], i["pieces"])}
 
     def plain(self, i: Inputs) -> Results:
-        return {"norm": torch.nn.utils.get_total_norm([i["gradients"]])}
+        pieces = i["gradients"].view(i["pieces"], -1)
+        return {"norms": torch.linalg.vector_norm(pieces, dim=1, dtype=torch.float64)}
 
     def cost(self, s: Shapes, size: int) -> dict[str, Cost]:
         return {"forward": Cost(2 * s.P, 4 * s.P)}
@@ -798,8 +799,8 @@ class Update(Operation):
             "finite": torch.tensor(True, device=draw.device),
         }
 
-    def update(self, ops: Any, i: Inputs) -> None:
-        """One update in place."""
+    def update(self, ops: Any, i: Inputs, **rounding: Any) -> None:
+        """One update in place. rounding: rounding_seed and offset, without a master."""
         raise NotImplementedError
 
     def forward(self, ops: Any, i: Inputs) -> Results:
@@ -812,10 +813,11 @@ class Sgd(Update):
 
     name, calls = "sgd", ("sgd_update",)
 
-    def update(self, ops: Any, i: Inputs) -> None:
+    def update(self, ops: Any, i: Inputs, **rounding: Any) -> None:
         ops.sgd_update(
-            i["weights"], i["master"], i["gradients"], *i["rates"], i["finite"], WEIGHT_DECAY
-        )
+            i["weights"], i["master"], i["gradients"], *i["rates"], i["finite"], WEIGHT_DECAY,
+            **rounding,
+        )  # fmt: skip
 
     def cost(self, s: Shapes, size: int) -> dict[str, Cost]:
         return {"update": Cost(4 * s.P, (12 if size == 4 else 14) * s.P)}
@@ -830,10 +832,10 @@ class AdamW(Update):
     name, calls = "adamw", ("adamw_update",)
     moments = ("exp_avg", "exp_avg_sq")
 
-    def update(self, ops: Any, i: Inputs) -> None:
+    def update(self, ops: Any, i: Inputs, **rounding: Any) -> None:
         ops.adamw_update(
             i["weights"], i["master"], i["gradients"], i["exp_avg"], i["exp_avg_sq"], i["step"],
-            *i["rates"], i["finite"], *BETAS, ADAM_EPS, WEIGHT_DECAY,
+            *i["rates"], i["finite"], *BETAS, ADAM_EPS, WEIGHT_DECAY, **rounding,
         )  # fmt: skip
 
     def plain(self, i: Inputs) -> Results:

@@ -13,9 +13,10 @@ memory is filled with NaN meanwhile, so that elements that a kernel does not wri
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -35,6 +36,10 @@ BOUNDS = {
     torch.float64: 1e-10,
 }
 WORST_ROW = 8  # factor for the worst row: rounding errors are spread evenly, bugs are not
+
+# Each older one gives wrong results for some kernel with Hopper's products (WGMMA):
+# flash-linear-attention's pull request 1262 names 12.8.93, in Triton's wheel, and 13.0.88.
+GOOD_PTXAS = "13.1"
 
 MAX_ROWS = 512
 MAX_LOGITS = 2**23  # logits of the loss; 64 MiB in float64
@@ -176,11 +181,20 @@ def attention_inputs(s: Shapes, draw: Draw) -> Inputs:
     return {**operations.DocumentAttention().inputs(s, draw), "window": window}
 
 
-def attention(ops: Any, i: Inputs) -> Outputs:
-    outputs = outputs_of(operations.Attention(), ops, {**i, "starts": None})
-    outputs |= outputs_of(operations.DocumentAttention(), ops, i, " with documents")
-    window = {**i, "starts": i["window"]}
-    outputs |= outputs_of(operations.WindowAttention(), ops, window, " with a window")
+# How a run's attention is used: the operation, and the input with each query's first key.
+ATTENTION_MODES: dict[str, tuple[Operation, str | None]] = {
+    "": (operations.Attention(), None),
+    " with documents": (operations.DocumentAttention(), "starts"),
+    " with a window": (operations.WindowAttention(), "window"),
+}
+
+
+def attention(ops: Any, i: Inputs, modes: Collection[str] = tuple(ATTENTION_MODES)) -> Outputs:
+    outputs: Outputs = {}
+    for mode in modes:
+        operation, starts = ATTENTION_MODES[mode]
+        inputs = {**i, "starts": None if starts is None else i[starts]}
+        outputs |= outputs_of(operation, ops, inputs, mode)
     # all heads have one scale, so each is compared with all: alone, dq of one token is 0
     H, H_kv = i["heads"]
     return {
@@ -232,12 +246,15 @@ def loss(ops: Any, i: Inputs) -> Outputs:
 
 
 def steps_inputs(s: Shapes, draw: Draw) -> Inputs:
-    return operations.AdamW().inputs(s._replace(P=4 * s.C * s.C + 3), draw)  # no block divides it
+    """No block divides the weights, or a piece of the gradients."""
+    P = 4 * s.C * s.C + 3
+    pieces = {"pieces": 3, "aligned": draw.normal(P // 192 * 192, dtype=draw.wide)}
+    return {**operations.AdamW().inputs(s._replace(P=P), draw), **pieces}
 
 
 def steps(ops: Any, i: Inputs) -> Outputs:
     """Compares the changes, not the new weights: beside the weights a wrong change looks small."""
-    outputs = outputs_of(operations.GradientNorm(), ops, i)
+    outputs = outputs_of(operations.GradientNorms(), ops, {**i, "gradients": i["aligned"]})
     for operation in (operations.Sgd(), operations.AdamW()):
         for finite in (False, True):
             state = {name: x.clone() if isinstance(x, Tensor) else x for name, x in i.items()}
@@ -254,6 +271,33 @@ def steps(ops: Any, i: Inputs) -> Outputs:
     return outputs
 
 
+def rounding_inputs(s: Shapes, draw: Draw) -> Inputs:
+    return {**steps_inputs(s, draw), "seed": draw.integers(2**31)}
+
+
+def stochastic_rounding(ops: Any, i: Inputs) -> Outputs:
+    """Of bfloat16 weights without a master: the share that is rounded as the reference does.
+
+    Both draw the same noise. A step that differs in its last bit of float32 is rounded to another
+    neighbor by chance, once in 65,536 times.
+    """
+    narrow = {"weights": torch.bfloat16}
+    outputs = {}
+    for operation in (operations.Sgd(), operations.AdamW()):
+        rounded = []
+        for backend in (reference, ops):
+            state = {
+                name: x.to(narrow.get(name, torch.float32), copy=True)
+                if isinstance(x, Tensor) and x.is_floating_point() else x
+                for name, x in i.items()
+            }  # fmt: skip
+            operation.update(backend, {**state, "master": None}, rounding_seed=i["seed"], offset=37)
+            rounded.append(state["weights"])
+        same = (rounded[0] == rounded[1]).double().mean()
+        outputs[operation.calls[0], "share of weights rounded as the reference"] = same
+    return outputs
+
+
 PROGRAMS: list[tuple[Callable[[Shapes, Draw], Inputs], Program]] = [
     (embedding_inputs, embedding),
     (linear_inputs, linear),
@@ -266,7 +310,20 @@ PROGRAMS: list[tuple[Callable[[Shapes, Draw], Inputs], Program]] = [
     (operations.SwiGLU().inputs, swiglu),
     (loss_inputs, loss),
     (steps_inputs, steps),
+    (rounding_inputs, stochastic_rounding),
 ]
+
+
+def programs_for(
+    unused: Collection[str] = (), modes: Collection[str] = tuple(ATTENTION_MODES)
+) -> list[tuple[Callable[[Shapes, Draw], Inputs], Program]]:
+    """PROGRAMS without those named in `unused`, with attention in some of ATTENTION_MODES: what a
+    run does not use takes it a second a kernel to compile."""
+    return [
+        (draw, functools.partial(attention, modes=modes) if program is attention else program)
+        for draw, program in PROGRAMS
+        if program.__name__ not in unused
+    ]
 
 
 def run_shapes(
@@ -310,22 +367,29 @@ def check(
     device: torch.device,
     n_kv_heads: int | None = None,
     head_dim: int | None = None,
+    programs: Sequence[tuple[Callable[[Shapes, Draw], Inputs], Program]] = PROGRAMS,
+    progress: Callable[[int, int], object] = lambda done, total: None,
 ) -> list[Result]:
-    """Run every operation of the backend `ops` and compare it with the reference.
+    """Run operations of the backend `ops` and compare them with the reference.
 
     The arguments are the run's; n_kv_heads None means n_heads, head_dim None d_model / n_heads.
+    programs: what to check, see `programs_for`. progress: called with the number of programs that
+    have run and of all.
     Returns one Result per output.
     Raises KernelCheckError at the first wrong output: one line with the operation, the output and
     its shape.
     """
     shapes = run_shapes(d_model, n_heads, d_ffn, vocab_size, sequence_length, n_kv_heads, head_dim)
     results = []
-    for draw_inputs, program in PROGRAMS:
-        inputs = draw_inputs(shapes, Draw(dtype, device))
-        for result in compare(ops, program, inputs, dtype):
+    for done, (draw_inputs, program) in enumerate(programs):
+        progress(done, len(programs))
+        for result in compare(ops, program, draw_inputs(shapes, Draw(dtype, device)), dtype):
             results.append(result)
             if not result.error <= result.bound:  # true for NaN too
                 raise KernelCheckError(complaint(result, dtype, device))
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # the next program's tensors are of other sizes
+    progress(len(programs), len(programs))
     return results
 
 
@@ -336,6 +400,8 @@ def compare(ops: Any, program: Program, inputs: Inputs, dtype: torch.dtype) -> I
     try:
         with poisoned_memory():
             outputs = program(watched, inputs)
+    except torch.OutOfMemoryError:
+        raise  # which says nothing about the kernel
     except Exception as failure:
         first_line = (str(failure).strip() or type(failure).__name__).splitlines()[0]
         raise KernelCheckError(f"{watched.current} does not run: {first_line}") from failure
@@ -370,7 +436,8 @@ def complaint(result: Result, dtype: torch.dtype, device: torch.device) -> str:
     return (
         f"{result.operation} is wrong on {device} in {dtype_name}: "
         f"{result.output} {result.shape}: {found}; "
-        "train with backend native, or with another Triton or ptxas that passes this check"
+        "train with backend native, or with another compiler that passes this check: another "
+        f"Triton, or TRITON_PTXAS_PATH set to a ptxas of CUDA {GOOD_PTXAS} or newer"
     )
 
 

@@ -1,19 +1,24 @@
 """Where weights and gradients live: one flat buffer each, and named views into them.
 
-With flat buffers the gradient norm takes one kernel launch, the optimizer a few, and a matrix
-product writes its gradient where the optimizer reads it.
+With flat buffers norm and update take a few kernel launches, and a matrix product writes its
+gradient where the optimizer reads it.
 
     order     three groups: `tables` (embeddings), `matrices`, `vectors` (biases and gains).
-              Matrices of one shape are adjacent, as one stack (n, M, K); vectors are in the order
-              of the forward, so those of one block are one range
+              Matrices are block by block, so that the gradients of one block are one range, which
+              ranks exchange as soon as its backward is done; those of one name in all blocks are
+              one stack (n_blocks, M, K). Vectors are in the order of the forward, so those of one
+              block are one range. Tables' and vectors' gradients are complete last
+    buckets   what is exchanged at once: `tables`; the matrices of one block, `blocks.3`; `vectors`.
+              Each has PIECES equal pieces, whatever the number of ranks
     offsets   multiples of 64 elements, so that every view starts on a 128-byte line
-    padding   zeros between views, and zero rows at the end of a table;
+    padding   zeros between views, at the end of buckets, and zero rows at the end of a table;
               they receive no gradient and stay zero under every optimizer
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +26,7 @@ from torch import Tensor
 from mantrans.kernels.reference import wide_dtype
 
 ALIGNMENT = 64
+PIECES = 64  # of a bucket: ranks own ranges of them, and the gradient norm is that of their norms
 GROUPS = ("tables", "matrices", "vectors")
 
 
@@ -57,7 +63,12 @@ class Parameter:
     @property
     def stored_elements(self) -> int:
         """Elements that it takes in a flat buffer, padding included."""
-        return -(-numel(self.stored_shape) // ALIGNMENT) * ALIGNMENT
+        return _rounded_up(numel(self.stored_shape), ALIGNMENT)
+
+    @property
+    def bucket(self) -> str:
+        """The name of the bucket that it lies in."""
+        return self.group if self.group != "matrices" else _block(self) or "matrices"
 
     def initial_values(self, generator: torch.Generator) -> Tensor:
         """float32, drawn on the CPU, so that a seed gives the same values on any device."""
@@ -70,17 +81,37 @@ def numel(shape: tuple[int, ...]) -> int:
     return torch.Size(shape).numel()
 
 
-def in_memory_order(parameters: Iterable[Parameter]) -> list[Parameter]:
-    """Group by group; in the group `matrices` shape by shape."""
-    parameters = list(parameters)
-    by_group: dict[str, list[Parameter]] = {group: [] for group in GROUPS}
-    for parameter in parameters:
-        by_group[parameter.group].append(parameter)
-    by_shape: dict[tuple[int, ...], list[Parameter]] = {}
-    for parameter in by_group["matrices"]:
-        by_shape.setdefault(parameter.stored_shape, []).append(parameter)
-    by_group["matrices"] = [p for same in by_shape.values() for p in same]
-    return [p for group in GROUPS for p in by_group[group]]
+def _rounded_up(count: int, multiple: int) -> int:
+    return -(-count // multiple) * multiple
+
+
+class Layout(NamedTuple):
+    """Where parameters lie in a flat buffer of so many elements."""
+
+    offsets: dict[str, int]  # of each parameter
+    buckets: dict[str, slice]
+    groups: dict[str, slice]
+    elements: int
+
+
+def layout(parameters: Iterable[Parameter]) -> Layout:
+    """Group by group, within it bucket by bucket in the order of declaration."""
+    in_order = sorted(parameters, key=lambda p: GROUPS.index(p.group))
+    buckets: dict[str, list[Parameter]] = {}
+    for parameter in in_order:
+        buckets.setdefault(parameter.bucket, []).append(parameter)
+    found = Layout({}, {}, {}, 0)
+    end = 0
+    for bucket, members in buckets.items():
+        start = end
+        for parameter in members:
+            found.offsets[parameter.name] = end
+            end += parameter.stored_elements
+        end = start + _rounded_up(end - start, PIECES * ALIGNMENT)
+        found.buckets[bucket] = slice(start, end)
+        group = members[0].group
+        found.groups[group] = slice(found.groups.get(group, found.buckets[bucket]).start, end)
+    return found._replace(elements=end)
 
 
 class Parameters:
@@ -91,7 +122,8 @@ class Parameters:
                float64 and thus their own master, or where `keep_master` is False
     gradients  (P,) float32, or float64 for a float64 model: what the backward adds to
     updates    0-d int64: the number of updates so far
-    groups     the range of each of GROUPS in the buffers
+    buckets    the range of each bucket in the buffers
+    groups     the range of each of GROUPS
 
     training: False leaves out master and gradients.
     partial_rows: rows of partial sums in which the backend's kernels leave gradients of vectors
@@ -110,15 +142,7 @@ class Parameters:
     ) -> None:
         parameters = list(parameters)
         self.by_name = {p.name: p for p in parameters}
-        self._offsets: dict[str, int] = {}
-        self.groups: dict[str, slice] = {}
-        end = 0
-        for p in in_memory_order(parameters):
-            self._offsets[p.name] = end
-            start = self.groups.get(p.group, slice(end, end)).start
-            end += p.stored_elements
-            self.groups[p.group] = slice(start, end)
-
+        self._offsets, self.buckets, self.groups, end = layout(parameters)
         self.wide = wide_dtype(dtype)
         self.training = training
         self.weights = torch.zeros(end, dtype=dtype, device=device)
@@ -153,13 +177,20 @@ class Parameters:
             yield name, self.view(flat, name)
 
     def stacks(self, flat: Tensor) -> Iterator[tuple[list[str], Tensor]]:
-        """(names, view (n, M, K)) of all matrices of one shape, for each shape."""
-        matrices = [p for p in in_memory_order(self.by_name.values()) if p.group == "matrices"]
-        for shape in dict.fromkeys(p.stored_shape for p in matrices):
-            names = [p.name for p in matrices if p.stored_shape == shape]
-            step = self.by_name[names[0]].stored_elements
-            strides = (step, shape[1], 1)
-            yield names, flat.as_strided((len(names), *shape), strides, self._offsets[names[0]])
+        """(names, view (n_blocks, M, K)) of each matrix in all blocks."""
+        by_name: dict[str, list[Parameter]] = {}
+        for p in self.by_name.values():
+            if p.group == "matrices":
+                by_name.setdefault(p.name.removeprefix(_block(p)), []).append(p)
+        for matrices in by_name.values():
+            first = matrices[0]
+            block = self.buckets[first.bucket]
+            shape = (len(matrices), *first.stored_shape)
+            strides = (block.stop - block.start, first.stored_shape[1], 1)
+            yield (
+                [p.name for p in matrices],
+                flat.as_strided(shape, strides, flat.storage_offset() + self._offsets[first.name]),
+            )
 
     def count(self) -> int:
         """Number of parameters, padding not counted."""

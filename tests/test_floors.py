@@ -13,9 +13,9 @@ ROOT = Path(__file__).parents[1]
 FLOORS = [
     "kernels.reference kernels.native kernels.triton kernels.backend "
     "kernels.operations kernels.selfcheck errors",
-    "layers parameters config runtime assets terminal options",
+    "layers parameters config runtime cuda_graph distributed assets terminal options",
     "models optim checkpoint interop wrapper records recording",
-    "training evaluation data inference report mantrans",
+    "training evaluation data inference report explain proof mantrans",
     "cli __main__",
 ]
 FLOOR = {unit: number for number, units in enumerate(FLOORS) for unit in units.split()}
@@ -26,12 +26,15 @@ BESIDE = {
     "kernels.operations": "kernels.reference",
     "kernels.selfcheck": "kernels.reference kernels.operations",
     "layers": "parameters",
+    "distributed": "terminal",
+    "parameters": "distributed",
     "config": "assets",
     "interop": "models checkpoint",
     "wrapper": "models optim checkpoint interop",
     "records": "checkpoint",
     "recording": "models wrapper",
     "training": "evaluation data inference report",
+    "explain": "training inference data report proof",
     "evaluation": "data inference",
     "inference": "data",
     "__main__": "cli",

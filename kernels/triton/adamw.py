@@ -1,4 +1,4 @@
-"""AdamW (Loshchilov & Hutter 2019, algorithm 2) over the flat buffer, one launch.
+"""AdamW (Loshchilov & Hutter 2019, algorithm 2) over the flat buffer.
 
     m ← β₁ m + (1 - β₁) c g
     v ← β₂ v + (1 - β₂) (c g)²
@@ -8,7 +8,8 @@
 Each element is read once and written once: 16 bytes in (g, m, v, master), 14 out (m, v, master and
 the bfloat16 weight). η, c, t and the finite flag are read from device memory, as a captured step
 needs; if the flag is False nothing is written. The two bias corrections are computed in float64,
-because 1 - 0.999 in float32 would keep only four digits.
+because 1 - 0.999 in float32 would keep only four digits; and once, by a launch of their own,
+because many GPUs do float64 at a 64th of float32's speed.
 """
 
 from __future__ import annotations
@@ -35,10 +36,19 @@ SMALLEST_BETA = 1e-300  # in place of 0, which has no logarithm; its powers unde
 
 
 @triton.jit
-def bias_correction(step, LOG_BETA: tl.constexpr):
-    """1 / (1 - βᵗ), float32, computed in float64.   step t: 0-d float64."""
-    power = tl.exp(step * tl.full((), LOG_BETA, tl.float64))
-    return (1.0 / (1.0 - power)).to(tl.float32)
+def bias_corrections_kernel(
+    step_ptr, corrections_ptr, LOG_BETA1: tl.constexpr, LOG_BETA2: tl.constexpr
+):
+    """One program: 1 / (1 - β₁ᵗ) and 1 / (1 - β₂ᵗ).
+
+    step_ptr         0-d float32 or float64: t, 1 at the first update
+    corrections_ptr  (2,) float32: written
+    """
+    step = tl.load(step_ptr).to(tl.float64)
+    first = 1.0 - tl.exp(step * tl.full((), LOG_BETA1, tl.float64))
+    second = 1.0 - tl.exp(step * tl.full((), LOG_BETA2, tl.float64))
+    tl.store(corrections_ptr, (1.0 / first).to(tl.float32))
+    tl.store(corrections_ptr + 1, (1.0 / second).to(tl.float32))
 
 
 @triton.jit
@@ -48,7 +58,7 @@ def adamw_kernel(
     gradients_ptr,
     exp_avg_ptr,
     exp_avg_sq_ptr,
-    step_ptr,
+    corrections_ptr,
     learning_rate_ptr,
     clip_ptr,
     finite_ptr,
@@ -57,8 +67,6 @@ def adamw_kernel(
     offset,
     BETA1: tl.constexpr,
     BETA2: tl.constexpr,
-    LOG_BETA1: tl.constexpr,
-    LOG_BETA2: tl.constexpr,
     EPS: tl.constexpr,
     WEIGHT_DECAY: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -70,7 +78,7 @@ def adamw_kernel(
     gradients_ptr      (n,) float32
     exp_avg_ptr        (n,) float32: m, read and written
     exp_avg_sq_ptr     (n,) float32: v, read and written
-    step_ptr           0-d float32 or float64: t, 1 at the first update
+    corrections_ptr    (2,) float32: 1 / (1 - β₁ᵗ), 1 / (1 - β₂ᵗ)
     learning_rate_ptr  0-d float32 or float64: η
     clip_ptr           0-d float32 or float64: c
     finite_ptr         0-d bool
@@ -86,13 +94,12 @@ def adamw_kernel(
         v = tl.load(exp_avg_sq_ptr + index, mask=mask, other=0.0)
         w = load_master(weights_ptr, master_ptr, index, mask)
 
-        step = tl.load(step_ptr).to(tl.float64)
         rate = tl.load(learning_rate_ptr).to(tl.float32)
         g *= tl.load(clip_ptr).to(tl.float32)
         m = m * BETA1 + g * (1.0 - BETA1)
         v = v * BETA2 + g * g * (1.0 - BETA2)
-        m_hat = m * bias_correction(step, LOG_BETA1)
-        v_hat = v * bias_correction(step, LOG_BETA2)
+        m_hat = m * tl.load(corrections_ptr)
+        v_hat = v * tl.load(corrections_ptr + 1)
         w *= 1.0 - rate * WEIGHT_DECAY
         w -= rate * m_hat / (tl.sqrt(v_hat) + EPS)
 
@@ -101,20 +108,11 @@ def adamw_kernel(
         store_weights(w, weights_ptr, master_ptr, seed_ptr, index, offset, mask)
 
 
-def constants(beta1: float, beta2: float, eps: float, weight_decay: float) -> dict[str, float]:
-    """The run's constants, compiled into its kernel."""
-    for name, beta in (("beta1", beta1), ("beta2", beta2)):
-        if not 0 <= beta < 1:
-            refuse(name, beta, "at least 0 and below 1")
-    return {
-        "BETA1": beta1,
-        "BETA2": beta2,
-        "LOG_BETA1": math.log(max(beta1, SMALLEST_BETA)),
-        "LOG_BETA2": math.log(max(beta2, SMALLEST_BETA)),
-        "EPS": eps,
-        "WEIGHT_DECAY": weight_decay,
-        "BLOCK": BLOCK,
-    }
+def log_of_beta(name: str, beta: float) -> float:
+    """ln β. Raises ValueError for a β that is none."""
+    if not 0 <= beta < 1:
+        refuse(name, beta, "at least 0 and below 1")
+    return math.log(max(beta, SMALLEST_BETA))
 
 
 def adamw_update(
@@ -143,6 +141,9 @@ def adamw_update(
     check_buffers(weights, master, gradients=gradients, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
     check_scalars(weights.device, step=step, learning_rate=learning_rate, clip=clip)
     check_switches(weights, finite, rounding_seed)
+    corrections = exp_avg.new_empty(2)
+    logs = {"LOG_BETA1": log_of_beta("beta1", beta1), "LOG_BETA2": log_of_beta("beta2", beta2)}
+    launch(bias_corrections_kernel, (1,), step, corrections, **logs, num_warps=1)
     launch(
         adamw_kernel,
         grid(weights),
@@ -151,13 +152,17 @@ def adamw_update(
         gradients,
         exp_avg,
         exp_avg_sq,
-        step,
+        corrections,
         learning_rate,
         clip,
         finite,
         rounding_seed,
         weights.numel(),
         offset,
-        **constants(beta1, beta2, eps, weight_decay),
+        BETA1=beta1,
+        BETA2=beta2,
+        EPS=eps,
+        WEIGHT_DECAY=weight_decay,
+        BLOCK=BLOCK,
         num_warps=WARPS,
     )

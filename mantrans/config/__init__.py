@@ -307,6 +307,21 @@ class TrainingConfig(Section):
     stochastic_rounding: bool = setting(
         False, "bfloat16 weights without fp32 masters, rounded stochastically"
     )
+    shard: Literal["none", "optimizer", "gradients"] = setting(
+        "none",
+        "several processes: each keeps only its part of masters and moments, or also of gradients",
+    )
+    gradient_sum: Literal["tree", "running"] = setting(
+        "tree",
+        "order in which micro-batches are added; tree: the same bits with any number of processes "
+        "that is a power of two",
+    )
+    distributed_timeout: float = setting(
+        120.0, "several processes: seconds without a sign of one before all end", ge=5.0, le=1e6
+    )
+    compare_ranks_every: Count = setting(
+        100, "several processes: steps between comparisons of their weights"
+    )
     output_dir: FilePath = setting("runs", "folder of metrics, logs and samples")
     checkpoint_dir: FilePath = setting("checkpoints", "folder of checkpoints")
 

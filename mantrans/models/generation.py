@@ -7,14 +7,16 @@ token, is rebuilt every max_seq_len / 2 tokens instead of at every token.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
 from mantrans.config.arguments import SAMPLING, checked
+from mantrans.cuda_graph import cuda_graph
 from mantrans.errors import ModelError
 from mantrans.kernels.reference import wide_dtype
+from mantrans.layers import KeyValueCache
 from mantrans.models.transformer import CustomTransformer
 
 
@@ -97,6 +99,40 @@ def _refuse_broken(logits: Tensor) -> None:
         )
 
 
+class TokenStep:
+    """One more token per row, against a cache that stays where it is.
+
+    On a GPU a captured graph, whose inputs and logits have fixed addresses: launching the kernels
+    of one token takes the host ten times as long as they run. Running a token's step again changes
+    nothing, since it writes the same keys and values; so the capture may.
+    """
+
+    def __init__(self, model: CustomTransformer, cache: list[KeyValueCache], rows: int) -> None:
+        self.model, self.cache = model, cache
+        device = model.parameters.weights.device
+        self.tokens = torch.zeros(rows, dtype=torch.int64, device=device)
+        self.lengths = torch.ones_like(self.tokens)
+        self.logits: Tensor | None = None
+        self.run: Callable[[], None] | None = None
+
+    def __call__(self, tokens: list[int], lengths: list[int]) -> Tensor:
+        """Logits (rows, V) after `tokens`, at index lengths[b] - 1; valid until the next call."""
+        self.tokens.copy_(torch.tensor(tokens))
+        self.lengths.copy_(torch.tensor(lengths))
+        if self.run is None:
+            self.run = cuda_graph(self._run) if self.captures(self.tokens.device) else self._run
+        self.run()
+        assert self.logits is not None
+        return self.logits
+
+    @staticmethod
+    def captures(device: torch.device) -> bool:
+        return device.type == "cuda"
+
+    def _run(self) -> None:
+        self.logits = self.model.decode(self.tokens, self.lengths, self.cache)
+
+
 class Decoder:
     """The next-token logits of a growing batch of sequences.
 
@@ -118,6 +154,7 @@ class Decoder:
         length = max(lengths) + max(0, max_length - min(lengths))
         length = min(length, model.config.max_seq_len)
         self.cache = model.new_cache(len(sequences), length)
+        self.step = TokenStep(model, self.cache, len(sequences))
         self.starts: list[int] | None = None  # of the windows that the cache holds
 
     def next_logits(self) -> Tensor:
@@ -126,9 +163,7 @@ class Decoder:
         starts = [window_start(len(s), limit) for s in self.sequences]
         lengths = [len(s) - start for s, start in zip(self.sequences, starts, strict=True)]
         if self.use_cache and starts == self.starts:
-            return self.model.decode(
-                self._tensor([s[-1] for s in self.sequences]), self._tensor(lengths), self.cache
-            )
+            return self.step([s[-1] for s in self.sequences], lengths)
         self.starts = starts
         width = max(lengths)
         windows = [

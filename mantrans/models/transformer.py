@@ -21,7 +21,7 @@ from mantrans.config.arguments import BUILD, Rate, checked
 from mantrans.errors import show
 from mantrans.layers import Block, KeyValueCache, Norm
 from mantrans.models import build
-from mantrans.parameters import Parameters
+from mantrans.parameters import PIECES, Parameters
 
 
 class CustomTransformer:
@@ -260,7 +260,7 @@ class CustomTransformer:
         p = self.parameters
         gradients = self._gradients()
         one, rate = gradients.new_ones(()), gradients.new_tensor(learning_rate)
-        finite = (rate * self.ops.gradient_norm(gradients)).isfinite()
+        finite = (rate * self.ops.gradient_norms(gradients, PIECES)).isfinite().all()
         seed = p.updates if p.low_precision() else None
         self.ops.sgd_update(p.weights, p.master, gradients, rate, one, finite, 0.0, seed)
         p.updates += finite

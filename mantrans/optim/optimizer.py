@@ -15,8 +15,9 @@ from torch import Tensor
 
 from mantrans.config.arguments import OPTIMIZER, GradNorm, checked
 from mantrans.errors import show
+from mantrans.kernels import reference
 from mantrans.optim.guards import Guard
-from mantrans.parameters import Parameters
+from mantrans.parameters import PIECES, Parameters
 
 
 class StepOutcome(NamedTuple):
@@ -67,7 +68,8 @@ class Optimizer:
             if not isinstance(number, Tensor) or number.dim():
                 raise TypeError(f"{name}: expected a 0-d tensor, got {show(number)}")
         p = self.parameters
-        norm = self.ops.gradient_norm(p.gradients)
+        norms = [self.ops.gradient_norms(p.gradients[b], PIECES) for b in p.buckets.values()]
+        norm = reference.gradient_norms(torch.cat(norms), 1)[0]
         clip = torch.ones_like(norm)
         limit = self.max_grad_norm if max_grad_norm == "configured" else max_grad_norm
         if limit is not None:

@@ -11,6 +11,8 @@ from torch import Tensor
 from mantrans.models.transformer import CustomTransformer
 from mantrans.training.step import MicroBatch
 
+FINITE = "when the batch is run again, all values are finite"
+
 
 def first_non_finite(model: CustomTransformer, batch: Iterable[MicroBatch]) -> str:
     """Run a batch through the model by micro-batches, as the step does, and describe the place.
@@ -32,7 +34,7 @@ def first_non_finite(model: CustomTransformer, batch: Iterable[MicroBatch]) -> s
     for name, gradient in reversed(list(model.named_gradients())):
         if not gradient.isfinite().all():
             return f"the first gradient that is not finite is that of {name}"
-    return "when the batch is run again, all values are finite"
+    return FINITE
 
 
 def first_value(model: CustomTransformer, part: MicroBatch) -> str | None:

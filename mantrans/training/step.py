@@ -15,14 +15,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mantrans.cuda_graph import WARM_UP_RUNS, cuda_graph
 from mantrans.kernels.reference import document_starts
 from mantrans.models.transformer import CustomTransformer
 from mantrans.optim import Optimizer
 from mantrans.optim.guards import Guard, Switch
 from mantrans.training.batches import TokenSource
 from mantrans.wrapper import mean_scale
-
-WARM_UP_RUNS = 3
 
 
 class StepRecord(NamedTuple):
@@ -133,21 +132,3 @@ class TrainStep:
             tensor.copy_(value)
         self.place.zero_()
         self.switch.on.fill_(True)
-
-
-def cuda_graph(function: Callable[[], None]) -> Callable[[], None]:
-    """Run `function` a few times, capture what it launches, and return a function that replays it.
-
-    The first runs compile kernels and let libraries choose their algorithms. They use a side
-    stream, as PyTorch's notes on CUDA graphs require.
-    """
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(WARM_UP_RUNS):
-            function()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        function()
-    return graph.replay

@@ -20,8 +20,8 @@ def fresh_memory_is_poisoned() -> Iterator[None]:
 
 @pytest.fixture
 def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The gradient norm in four programs of large blocks: the interpreter runs them one by one."""
+    """Gradient norms in four programs of large blocks: the interpreter runs them one by one."""
     # The package shows the function of this name.
-    triton_norm = importlib.import_module("mantrans.kernels.triton.gradient_norm")
+    triton_norm = importlib.import_module("mantrans.kernels.triton.gradient_norms")
     monkeypatch.setattr(triton_norm, "PROGRAMS", 4)
     monkeypatch.setattr(triton_norm, "BLOCK", 2**14)

@@ -14,15 +14,17 @@ from mantrans.kernels.triton.launch import GRID_LIMITS, launch
 
 
 class Kernel:
-    """Remembers the grids that it was launched with."""
+    """Remembers the grids and options that it was launched with."""
 
     __name__ = "some_kernel"
 
     def __init__(self) -> None:
         self.grids: list[tuple[int, ...]] = []
+        self.options: dict[str, Any] = {}
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
-        return lambda *_, **__: self.grids.append(grid)
+        self.grids.append(grid)
+        return lambda *_, **options: self.options.update(options)
 
 
 @pytest.mark.parametrize("grid", [(2**31,), (1, 65_536), (1, 1, 65_536)])
@@ -62,3 +64,9 @@ def test_attention_most_heads(monkeypatch: pytest.MonkeyPatch, T: int, documents
     for name, grid in launched.items():
         assert all(n <= most for n, most in zip(grid, GRID_LIMITS, strict=False)), (name, grid)
         assert torch.Size(grid).numel() >= B * H // 64, (name, grid)
+
+
+def test_launch_fuses_multiplications_and_additions() -> None:
+    """Whatever Triton's default is: it changes with 3.10."""
+    launch(kernel := Kernel(), (1,), torch.zeros(1), SIZE=16)
+    assert kernel.options == {"enable_fp_fusion": True, "SIZE": 16}

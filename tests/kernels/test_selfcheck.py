@@ -47,7 +47,7 @@ def test_selfcheck_right_backend() -> None:
         if isinstance(value, types.FunctionType)
         and hasattr(reference, name)
         and name.endswith(
-            ("forward", "backward", "update", "norm", "gradient", "attention", "partials")
+            ("forward", "backward", "update", "norms", "gradient", "attention", "partials")
         )
     }
     assert checked == operations, "every operation of a backend must be checked"
@@ -142,6 +142,14 @@ def sgd_that_decays_too_much(*arguments: Any) -> None:
     native.sgd_update(*arguments)
 
 
+def adamw_that_rounds_to_nearest(*arguments: Any, **rounding: Any) -> None:
+    reference.adamw_update(*arguments)
+
+
+def sgd_with_other_noise(*arguments: Any, offset: int = 0, **rounding: Any) -> None:
+    native.sgd_update(*arguments, **rounding)
+
+
 def decoding_that_reads_too_far(q, k_cache, v_cache, lengths, *heads, window=None):
     too_far = (lengths + 1).clamp(max=k_cache.shape[1])
     return native.decode_attention(q, k_cache, v_cache, too_far, *heads, window)
@@ -176,6 +184,8 @@ def linear_in_tf32(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
         ("cross_entropy_forward_backward", loss_that_leaves_the_padding, "dlogits"),
         ("adamw_update", adamw_that_never_skips, "finite=False"),
         ("sgd_update", sgd_that_decays_too_much, "finite=True"),
+        ("adamw_update", adamw_that_rounds_to_nearest, "rounded as the reference"),
+        ("sgd_update", sgd_with_other_noise, "rounded as the reference"),
         ("decode_attention", decoding_that_reads_too_far, "never written"),
         ("decode_attention", decoding_without_window, "out with a window"),
         ("linear_forward", linear_in_tf32, "y"),
@@ -200,6 +210,16 @@ def test_selfcheck_raising_operation() -> None:
     with pytest.raises(KernelCheckError) as caught:
         check(backend(attention_backward=out_of_resources), **RUN)
     assert str(caught.value) == "attention_backward does not run: out of resource: shared memory"
+
+
+def test_selfcheck_out_of_memory() -> None:
+    """It is no fault of the kernel, and is said as what it is."""
+
+    def out_of_memory(*arguments: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        check(backend(attention_backward=out_of_memory), **RUN)
 
 
 def test_selfcheck_wrong_partial_sums() -> None:

@@ -117,18 +117,23 @@ class Child:
             time.sleep(0.005)
 
 
+def start_fork_server() -> None:
+    """Start it, unless it runs."""
+    multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOADED)
+    environment = {
+        "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false",
+    }  # fmt: skip
+    with mock.patch.dict(os.environ, environment):
+        forkserver.ensure_running()
+
+
 class Processes:
     """Starts them; the fork server is started with the first."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.started = folder, 0
         self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(PRELOADED)
-        environment = {
-            "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false",
-        }  # fmt: skip
-        with mock.patch.dict(os.environ, environment):
-            forkserver.ensure_running()
+        start_fork_server()
 
     def start(
         self,

@@ -15,6 +15,7 @@ from mantrans.kernels import selfcheck
 from mantrans.kernels import triton as ops
 from mantrans.kernels.selfcheck import Draw, Shapes
 from mantrans.optim.guards import OutlierGuard
+from mantrans.training.kernel_check import programs_of
 from mantrans.training.step import TrainStep
 from mantrans.training.trainer import build_wrapper
 from tests.gpu import (
@@ -86,7 +87,7 @@ def of_config(path: Path) -> Iterator[Program]:
         model.n_kv_heads,
         model.head_dim,
     )
-    yield from selfcheck_programs(group, shapes, torch.bfloat16)
+    yield from selfcheck_programs(group, shapes, torch.bfloat16, programs_of(config))
     yield Program(group, "step", lambda: step_of(config, vocabulary))
     yield Program(f"{group}, later", "evaluation", lambda: evaluation_of(config, vocabulary))
 
@@ -123,10 +124,13 @@ def evaluation_of(config: Config, vocabulary: int) -> None:
     model.decode(lengths, lengths, cache)
 
 
-def selfcheck_programs(group: str, shapes: Shapes, dtype: torch.dtype) -> Iterator[Program]:
-    """The self-check's programs."""
-    for draw, program in selfcheck.PROGRAMS:
-        name = f"{program.__name__} {str(dtype).removeprefix('torch.')} {shapes}"
+def selfcheck_programs(
+    group: str, shapes: Shapes, dtype: torch.dtype, programs: Sequence[Any] = selfcheck.PROGRAMS
+) -> Iterator[Program]:
+    """The self-check's programs, or some of them."""
+    for draw, program in programs:
+        function = getattr(program, "func", program)  # of a functools.partial
+        name = f"{function.__name__} {str(dtype).removeprefix('torch.')} {shapes}"
         yield Program(group, name, bound(program, draw, shapes, dtype))
 
 

@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from mantrans import CustomTransformerWrapper
-from mantrans.models.generation import Decoder, sample, window_start
+from mantrans.cuda_graph import WARM_UP_RUNS
+from mantrans.models import generation
+from mantrans.models.generation import Decoder, TokenStep, sample, window_start
 
 V = 61
 
@@ -42,6 +44,39 @@ def test_generate_with_cache(model, lengths) -> None:
     for row, other, prompt in zip(cached, recomputed, given, strict=True):
         assert torch.equal(row, other) and len(row) == 90
         assert torch.equal(row[: len(prompt)], prompt)
+
+
+@pytest.mark.parametrize("backend", ["native", "triton"])
+def test_token_step_captured(monkeypatch, backend) -> None:
+    """The capture's extra runs change nothing; a replay reads and writes where the capture did.
+    Rows slide at other times, which rebuilds the cache under the same graph."""
+    captures = []
+
+    def stand_in(function):
+        """A graph: what the function wrote last keeps its address, and a replay writes there."""
+        for _ in range(WARM_UP_RUNS + 1):
+            function()
+        step = function.__self__
+        captured = step.logits
+
+        def replay() -> None:
+            function()
+            step.logits = captured.copy_(step.logits)
+
+        captures.append(captured)
+        return replay
+
+    model = CustomTransformerWrapper(
+        vocab_size=V, d_model=32, n_blocks=1, n_heads=2, max_seq_len=12, dtype=torch.float32,
+        device="cpu", backend=backend, seed=5,
+    )  # fmt: skip
+    options = {"max_length": 17, "temperature": 0.9, "seed": 7}
+    eager = model.generate(prompts(5, 3, 11), **options)
+    monkeypatch.setattr(generation, "cuda_graph", stand_in)
+    monkeypatch.setattr(TokenStep, "captures", staticmethod(lambda device: True))
+    graph = model.generate(prompts(5, 3, 11), **options)
+    assert len(captures) == 1
+    assert all(map(torch.equal, eager, graph))
 
 
 @pytest.mark.parametrize(

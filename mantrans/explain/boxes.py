@@ -1,0 +1,162 @@
+"""The recorded calls as boxes, in the order of the forward, and as moments, in that of the run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor
+
+from mantrans.explain.arrays import Arrays
+from mantrans.explain.code import place
+from mantrans.explain.operations import OPERATIONS, RENAMED, RESULTS
+from mantrans.recording import Call
+
+# Axis letters of what is not (T, C): by the last part of the layer's name.
+_WIDTHS = {
+    "qkv": {"y": "M"},
+    "rotary": dict.fromkeys(("qkv", "rotated"), "M"),
+    "attention": {"qkv": "M", "out": "HD"},
+    "projection": {"x": "HD"},
+    "up": {"y": "F"},
+    "gate_up": {"y": "2F"},
+    "mlp": dict.fromkeys(("u", "a", "gate", "up"), "F"),
+    "down": {"x": "F"},
+    "output": {"y": "V"},
+    "loss": {"logits": "V"},
+}
+# Rows and columns of the matrices, by the last part of their layer's name.
+_MATRICES = {
+    "qkv": "M C", "projection": "C HD", "up": "F C", "gate_up": "2F C", "down": "C F",
+    "token_embedding": "V C", "position_embedding": "position C", "output": "V C",
+    "q_norm": "D", "k_norm": "D",
+}  # fmt: skip
+_OF_QUERY_AND_KEY = ("p", "scores")
+
+
+def base(operation: str) -> str:
+    """ "linear" for linear_forward and linear_backward."""
+    return operation.removesuffix("_forward").removesuffix("_backward")
+
+
+def group(layer: str) -> str:
+    """The block of a layer, "blocks.0", or the layer itself."""
+    return ".".join(layer.split(".")[:2]) if layer.startswith("blocks.") else layer
+
+
+def named(call: Call | None) -> dict[str, Tensor]:
+    """Everything that a call took, computed and returned, by the names of the page."""
+    if call is None:
+        return {}
+    renamed = RENAMED.get(call.operation, {})
+    values = {renamed.get(name, name): x for name, x in call.values.items()}
+    if call.operation in RESULTS:
+        values[RESULTS[call.operation]] = call.results[0]
+    return values
+
+
+def axes(call: Call, name: str, dimensions: int) -> list[str]:
+    """The letters of the dimensions of a value of the forward, without B."""
+    if dimensions == 4:
+        return ["H", "T", "T" if name in _OF_QUERY_AND_KEY else "D"]
+    if name == "losses":
+        return ["T"]
+    if name == "h":  # of SwiGLU: gate and value side by side
+        return ["T", "2F" if call.operation == "swiglu_forward" else "F"]
+    return ["T", _WIDTHS.get(call.layer.split(".")[-1], {}).get(name, "C")]
+
+
+def parameter_axes(name: str, dimensions: int) -> list[str]:
+    layer = name.split(".")[-2]
+    letters = _MATRICES.get(layer, "C").split()
+    return letters[-2:] if dimensions == 2 else letters[:1]
+
+
+class Boxes:
+    """The boxes and moments of one step's calls."""
+
+    def __init__(self, calls: list[Call], arrays: Arrays) -> None:
+        self.arrays = arrays
+        self.forwards = [c for c in calls if c.operation.endswith("_forward")]
+        self.backwards = [c for c in calls if c.operation.endswith("_backward")]
+        self.updates = [c for c in calls if c.layer == "update"]
+        self.backward_of = {c.layer: c for c in self.backwards}
+
+    def boxes(self) -> list[dict[str, Any]]:
+        return [self._box(call) for call in self.forwards]
+
+    def _box(self, call: Call) -> dict[str, Any]:
+        operation, backward = base(call.operation), self.backward_of.get(call.layer)
+        words = OPERATIONS[operation]
+        return {
+            "layer": call.layer,
+            "operation": operation,
+            "title": words.title,
+            "group": group(call.layer),
+            "parameters": list(call.parameters.values()),
+            **{
+                part: list(self._pairs(call, backward, getattr(words, part)))
+                for part in ("inputs", "outputs", "inside")
+            },
+        }
+
+    def _pairs(
+        self, call: Call, backward: Call | None, names: tuple[tuple[str, str], ...]
+    ) -> Iterator[dict[str, Any]]:
+        there, back = named(call), named(backward)
+        for name, gradient_name in names:
+            value, gradient = there.get(name, back.get(name)), back.get(gradient_name)
+            found = [x for x in (value, gradient) if x is not None]
+            letters = axes(call, name, found[0].dim())
+            yield {
+                "name": name,
+                "gradient_name": gradient_name,
+                "value": None if value is None else self.arrays.add(value, letters),
+                "gradient": None if gradient is None else self.arrays.add(gradient, letters),
+            }
+
+    def moments(self) -> list[dict[str, Any]]:
+        """Forward, backward and one update; with the numbers that are alive at each."""
+        index = {call.layer: i for i, call in enumerate(self.forwards)}
+        steps = [
+            *((c, "forward") for c in self.forwards),
+            *((c, "backward") for c in self.backwards),
+        ]
+        alive = numbers_alive([call for call, _ in steps], len(self.forwards))
+        found = [
+            {
+                "phase": phase,
+                "box": index[call.layer],
+                "functions": [call.operation],
+                "caller": place(*call.caller),
+                "activations": activations,
+                "gradients": gradients,
+            }
+            for (call, phase), (activations, gradients) in zip(steps, alive, strict=True)
+        ]
+        functions = list(dict.fromkeys(c.operation for c in self.updates))
+        caller = place(*self.updates[-1].caller)
+        return [
+            *found,
+            {"phase": "update", "box": None, "functions": functions, "caller": caller,
+             "activations": 0, "gradients": 0},
+        ]  # fmt: skip
+
+
+def numbers_alive(calls: list[Call], forwards: int) -> list[tuple[int, int]]:
+    """(of the forward, of the backward): results alive at each call, until their last use."""
+    lives: dict[int, list[int]] = {}  # address -> born, last used, elements
+    for i, call in enumerate(calls):
+        for x in call.inputs.values():
+            if x.untyped_storage().data_ptr() in lives:
+                lives[x.untyped_storage().data_ptr()][1] = i
+        for x in call.results:
+            if isinstance(x, Tensor):
+                storage = x.untyped_storage()
+                size = storage.nbytes() // x.element_size()
+                lives.setdefault(storage.data_ptr(), [i, i, size])[1] = i
+    alive = [[0, 0] for _ in calls]
+    for born, last, size in lives.values():
+        for i in range(born, last + 1):
+            alive[i][born >= forwards] += size
+    return [(a, g) for a, g in alive]
