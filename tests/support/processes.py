@@ -33,6 +33,7 @@ PRELOADED = [
     "__main__",  # else every child runs the script `pytest`, if it was that
     "mantrans.training.trainer",
     "tests.end_to_end.sampled",
+    "tests.support.broken_rank",
     "encodings.utf_8_sig",  # a child that is nobody may not be able to read it
     "mantrans.cli",
     "mantrans.evaluation.checkpoint",
