@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from mantrans.models.transformer import CustomTransformer
-from mantrans.training.step import MicroBatch
+from mantrans.training.batches import MicroBatch
 
 FINITE = "when the batch is run again, all values are finite"
 
@@ -31,6 +31,8 @@ def first_non_finite(model: CustomTransformer, batch: Iterable[MicroBatch]) -> s
         loss = model.forward_backward(*part, accumulate=i > 0)
         if not loss.isfinite():
             return "all values up to the loss are finite, but the loss is not"
+    if model.parameters.divided == "gradients":  # each of two buffers had many blocks'
+        return f"{FINITE} up to the loss"
     for name, gradient in reversed(list(model.named_gradients())):
         if not gradient.isfinite().all():
             return f"the first gradient that is not finite is that of {name}"

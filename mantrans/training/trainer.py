@@ -217,11 +217,10 @@ class Trainer:
         )
         self.loader = BatchLoader(
             self.dataset.train,
-            self.share.sequences,
+            training.sequences_per_step,
             self.config.sequence_length,
             training.seed,
-            self.world.rank,
-            self.world.size,
+            self.share.rows,
         )
         self.set_length()
 
@@ -245,7 +244,7 @@ class Trainer:
             self.placed = self.config.model_copy(update={"training": placed})
         self._require_memory(checkpoint)
         disable_malloc_trim()
-        self.wrapper = build_wrapper(self.placed, self.tokenizer.vocab_size)
+        self.wrapper = build_wrapper(self.placed, self.tokenizer.vocab_size, self.world)
         self.wrapper.model.output.chunk_rows = self.memory.chunk_rows
         self.flops_per_token = flops.flops_per_token(
             self.wrapper.config, self.config.sequence_length
@@ -283,6 +282,8 @@ class Trainer:
             self.wrapper.trainable(),
             token_source(self.loader, self.wrapper.device, self.memory.bytes),
             micro_batches=self.share.micro_batches,
+            world=self.world,
+            gradient_sum=training.gradient_sum,
             end_of_text=None if data.attend_across_documents else self.tokenizer.eot_id,
             guards=[self.guard] if self.guard else [],
             capture=training.compile_step and self.wrapper.device.type == "cuda",
@@ -454,8 +455,12 @@ class Trainer:
         )
 
 
-def build_wrapper(config: Config, vocab_size: int) -> CustomTransformerWrapper:
+def build_wrapper(
+    config: Config, vocab_size: int, world: World | None = None
+) -> CustomTransformerWrapper:
     """The model and optimizer that a config describes, for a tokenizer of `vocab_size` entries.
+
+    world: the processes that divide its state by training.shard; None for this one alone.
 
     Raises ConfigError if the config names another vocabulary size.
     """
@@ -474,4 +479,6 @@ def build_wrapper(config: Config, vocab_size: int) -> CustomTransformerWrapper:
         seed=training.seed,
         recompute=training.recompute,
         stochastic_rounding=training.stochastic_rounding,
+        world=world,
+        shard=training.shard,
     )
