@@ -142,8 +142,13 @@ def test_resume_after_kill_between_links(
 @pytest.mark.promise("signals")
 @pytest.mark.parametrize(
     ("number", "status"),
-    [(signal.SIGTERM, 0), (signal.SIGINT, 130), (signal.SIGHUP, 0), (signal.SIGUSR1, 0)],
-    ids=["SIGTERM", "Ctrl-C", "SIGHUP", "SIGUSR1"],
+    [
+        pytest.param(signal.SIGTERM, 0, id="SIGTERM"),
+        pytest.param(signal.SIGINT, 130, id="Ctrl-C"),
+        # Caught in the same way: tests/mantrans/training/test_signals.py.
+        pytest.param(signal.SIGHUP, 0, id="SIGHUP", marks=pytest.mark.slow),
+        pytest.param(signal.SIGUSR1, 0, id="SIGUSR1", marks=pytest.mark.slow),
+    ],
 )
 def test_signal_during_step(
     tmp_path: Path, tokens: Path, processes: Processes, number: int, status: int
@@ -172,8 +177,8 @@ def test_signal_during_step(
     [
         (signal.SIGINT, signal.SIGINT),
         (signal.SIGTERM, signal.SIGTERM),
-        (signal.SIGHUP, signal.SIGHUP),
-        (signal.SIGUSR1, signal.SIGUSR1),
+        pytest.param(signal.SIGHUP, signal.SIGHUP, marks=pytest.mark.slow),
+        pytest.param(signal.SIGUSR1, signal.SIGUSR1, marks=pytest.mark.slow),
         (signal.SIGTERM, signal.SIGINT),
     ],
     ids=lambda number: signal.Signals(number).name,
