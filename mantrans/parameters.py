@@ -213,15 +213,23 @@ class Parameters:
         """Let the backward write to `flat`, laid out as `gradients`."""
         self._written = flat
         for p in self.by_name.values():
-            if p.group == "vectors" and self.partials is not None:
-                continue  # it is written to rows, whose sums `bucket_gradients` gets
-            shape, bucket = p.stored_shape, self.bucket_gradients(p.bucket)
-            start = self._offsets[p.name] - self.buckets[p.bucket].start
-            p.gradient = bucket[start : start + numel(shape)].view(shape)
+            if p.group != "vectors" or self.partials is None:  # else it is written to rows
+                p.gradient = self._written_gradient(p)
 
     def bucket_gradients(self, bucket: str) -> Tensor:
         """The gradients of a bucket, as the backward writes them."""
         return self._written[self.places[bucket]]
+
+    def gradients_in(self, bucket: str) -> Iterator[tuple[str, Tensor]]:
+        """(name, gradient) of each parameter of a bucket, as the backward has written it."""
+        for p in self.by_name.values():
+            if p.bucket == bucket:
+                yield p.name, self._written_gradient(p)[: p.shape[0]]
+
+    def _written_gradient(self, p: Parameter) -> Tensor:
+        start = self._offsets[p.name] - self.buckets[p.bucket].start
+        bucket = self.bucket_gradients(p.bucket)
+        return bucket[start : start + numel(p.stored_shape)].view(p.stored_shape)
 
     def gradients_of(self, part: Part) -> Tensor:
         """The sums that update this part of the rank's elements."""

@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 from typing import Any, Literal
 
+from mantrans import optim
 from mantrans.checkpoint import state_file
 from mantrans.checkpoint.folder import CheckpointFolder
 from mantrans.config import Config, TrainingConfig
@@ -477,17 +478,12 @@ def build_wrapper(
             f"model.vocab_size: expected null or {vocab_size}, the entries of data.tokenizer "
             f"({config.data.tokenizer}), got {model.vocab_size}"
         )
-    options: dict[str, Any] = {"weight_decay": training.weight_decay}
-    if training.optimizer == "adamw":
-        options |= {
-            "beta1": training.beta1, "beta2": training.beta2, "epsilon": training.epsilon
-        }  # fmt: skip
     return CustomTransformerWrapper.from_config(
         model.model_copy(update={"vocab_size": vocab_size}),
         device=training.device,
         backend=training.backend,
         optimizer=training.optimizer,
-        optimizer_options={**options, "max_grad_norm": training.max_grad_norm},
+        optimizer_options=optim.options(training),
         seed=training.seed,
         recompute=training.recompute,
         stochastic_rounding=training.stochastic_rounding,
