@@ -170,6 +170,7 @@ class Ranks(World):
             ) from None
 
     def fail(self, reason: str, status: int, show: Show = "rank and reason") -> NoReturn:
+        self.watcher.main_thread_fails = True
         fail(self.rank, self.store, reason, status, show)
 
     def watch(self, *, timeout: float | None = None, last_saved: str | None = None) -> None:
