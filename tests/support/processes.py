@@ -36,10 +36,8 @@ PRELOADED = [
     "tests.support.broken_rank",
     "encodings.utf_8_sig",  # a child that is nobody may not be able to read it
     "mantrans.cli",
-    "mantrans.evaluation.checkpoint",
-    "tensorboard.summary.writer.event_file_writer",
-    "tensorboard.compat.proto.event_pb2",
-    "tensorboard.compat.proto.summary_pb2",
+    "tests.support.warm",
+    "torch.utils.tensorboard",
 ]
 TRAIN, EVALUATE = "mantrans.cli:main train", "mantrans.cli:main evaluate"
 
