@@ -89,7 +89,7 @@ class Watcher(threading.Thread):
         if self.store.check([FAILED]):
             self._leave()
         if not self._places and not self._all_have_come():
-            return
+            return  # in the first moment
         beats = self.store.multi_get([f"beat/{rank}" for rank in range(self.size)])
         for rank, (old, new) in enumerate(zip(self._beats, beats, strict=True)):
             self.silent[rank] = (

@@ -27,7 +27,7 @@ def processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Processes]:
 def ended(processes: Processes, way: str, size: int = 2) -> tuple[list[int], list[str]]:
     """Statuses, and the lines that all have printed."""
     main = "tests.mantrans.distributed.failing:main"
-    ranks: Ranks = start_ranks(processes, size, way, cwd=Path.cwd(), main=main)
+    ranks: Ranks = start_ranks(processes, size, *way.split(","), cwd=Path.cwd(), main=main)
     ranks.seconds_until_gone()
     return [child.wait().status for child in ranks.children], ranks.said().splitlines()
 
@@ -54,6 +54,13 @@ def test_watcher_last_act(processes: Processes) -> None:
     assert ended(processes, "leaving") == (
         [2, ENDED_BY_ANOTHER], ["error: rank 0: wrong", "rank 1 leaves"]
     )  # fmt: skip
+
+
+def test_meet_missing_rank(processes: Processes) -> None:
+    """Named once, by rank 0; by the others if that is missing."""
+    line = "error: rank {}: expected 3 processes within 1.5 s, got none of rank {}"
+    assert ended(processes, "missing,2", 3) == ([2, 2, 0], [line.format(0, 2)])
+    assert ended(processes, "missing,0", 3) == ([0, 2, 2], [line.format(r, 0) for r in (1, 2)])
 
 
 @pytest.mark.slow
