@@ -1,5 +1,5 @@
-"""The command line: mantrans train | evaluate | summary | generate | tokenizer | report | export |
-convert.
+"""The command line: mantrans train | evaluate | summary | generate | tokenizer | report | explain |
+export | convert.
 
 Each command parses its arguments, then imports and calls the module that does the work, so that
 `--help` does not import torch. Only `main` turns an error into a line and an exit status. train.py,
@@ -332,6 +332,30 @@ def report(arguments: list[str]) -> int:
     return 0
 
 
+def explain(arguments: list[str]) -> int:
+    """show one training step as a page, gradient by gradient"""
+    parser = Parser(
+        "mantrans explain",
+        description="Run one training step on a sentence, and write a page on which every gradient "
+        "can be followed and checked.",
+    )
+    add = parser.add_argument
+    add("--checkpoint", type=Path, help="a model that train.py saved (default: the quickstart's)")
+    add("--text", help="the sentence (default: one of a story)")
+    add("--output", type=Path, metavar="FOLDER", help="where to write explain.html (default: RUN/)")
+    add(
+        "--max-tokens", type=integer(2, 2**20), metavar="N", help="cut the text there (default: 24)"
+    )
+    options = parser.parse_args(arguments)
+    from mantrans.explain.page import TOKENS, write_page
+
+    page = write_page(
+        options.checkpoint, options.text, options.output, options.max_tokens or TOKENS
+    )
+    terminal.show(str(page))
+    return 0
+
+
 def export(arguments: list[str]) -> int:
     """write a model for transformers or llama.cpp"""
     parser = Parser(
@@ -369,7 +393,7 @@ def convert(arguments: list[str]) -> int:
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     command.__name__: command
-    for command in (train, evaluate, summary, generate, tokenizer, report, export, convert)
+    for command in (train, evaluate, summary, generate, tokenizer, report, explain, export, convert)
 }
 
 

@@ -106,6 +106,14 @@ class World:
     def broadcast(self, x: Tensor, source: int) -> None:
         """Replace `x` by that of the rank `source`."""
 
+    def send(self, x: Tensor, to: int) -> None:
+        """Send `x` to the rank `to`, which calls `receive`."""
+        raise AssertionError("one process has no partner")
+
+    def receive(self, x: Tensor, source: int) -> None:
+        """Fill `x` with what the rank `source` sends."""
+        raise AssertionError("one process has no partner")
+
     def any(self, flag: bool) -> bool:
         """Whether a rank said True. On the host: no GPU is asked."""
         return flag
@@ -215,6 +223,14 @@ class Ranks(World):
     def broadcast(self, x: Tensor, source: int) -> None:
         with self._exchange():
             dist.broadcast(x, source)
+
+    def send(self, x: Tensor, to: int) -> None:
+        with self._exchange():
+            dist.send(x, to)
+
+    def receive(self, x: Tensor, source: int) -> None:
+        with self._exchange():
+            dist.recv(x, source)
 
     def any(self, flag: bool) -> bool:
         flags = torch.tensor([flag], dtype=torch.uint8)

@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 from typing import Any, Literal
 
+from mantrans import optim
 from mantrans.checkpoint import state_file
 from mantrans.checkpoint.folder import CheckpointFolder
 from mantrans.config import Config, TrainingConfig
@@ -216,11 +217,10 @@ class Trainer:
         )
         self.loader = BatchLoader(
             self.dataset.train,
-            self.share.sequences,
+            training.sequences_per_step,
             self.config.sequence_length,
             training.seed,
-            self.world.rank,
-            self.world.size,
+            self.share.rows,
         )
         self.set_length()
 
@@ -244,7 +244,7 @@ class Trainer:
             self.placed = self.config.model_copy(update={"training": placed})
         self._require_memory(checkpoint)
         disable_malloc_trim()
-        self.wrapper = build_wrapper(self.placed, self.tokenizer.vocab_size)
+        self.wrapper = build_wrapper(self.placed, self.tokenizer.vocab_size, self.world)
         self.wrapper.model.output.chunk_rows = self.memory.chunk_rows
         self.flops_per_token = flops.flops_per_token(
             self.wrapper.config, self.config.sequence_length
@@ -282,6 +282,8 @@ class Trainer:
             self.wrapper.trainable(),
             token_source(self.loader, self.wrapper.device, self.memory.bytes),
             micro_batches=self.share.micro_batches,
+            world=self.world,
+            gradient_sum=training.gradient_sum,
             end_of_text=None if data.attend_across_documents else self.tokenizer.eot_id,
             guards=[self.guard] if self.guard else [],
             capture=training.compile_step and self.wrapper.device.type == "cuda",
@@ -453,8 +455,12 @@ class Trainer:
         )
 
 
-def build_wrapper(config: Config, vocab_size: int) -> CustomTransformerWrapper:
+def build_wrapper(
+    config: Config, vocab_size: int, world: World | None = None
+) -> CustomTransformerWrapper:
     """The model and optimizer that a config describes, for a tokenizer of `vocab_size` entries.
+
+    world: the processes that divide its state by training.shard; None for this one alone.
 
     Raises ConfigError if the config names another vocabulary size.
     """
@@ -464,18 +470,15 @@ def build_wrapper(config: Config, vocab_size: int) -> CustomTransformerWrapper:
             f"model.vocab_size: expected null or {vocab_size}, the entries of data.tokenizer "
             f"({config.data.tokenizer}), got {model.vocab_size}"
         )
-    options: dict[str, Any] = {"weight_decay": training.weight_decay}
-    if training.optimizer == "adamw":
-        options |= {
-            "beta1": training.beta1, "beta2": training.beta2, "epsilon": training.epsilon
-        }  # fmt: skip
     return CustomTransformerWrapper.from_config(
         model.model_copy(update={"vocab_size": vocab_size}),
         device=training.device,
         backend=training.backend,
         optimizer=training.optimizer,
-        optimizer_options={**options, "max_grad_norm": training.max_grad_norm},
+        optimizer_options=optim.options(training),
         seed=training.seed,
         recompute=training.recompute,
         stochastic_rounding=training.stochastic_rounding,
+        world=world,
+        shard=training.shard,
     )

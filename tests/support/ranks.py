@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -46,12 +47,25 @@ class Ranks:
     def __init__(self, children: list[Child], store: Store) -> None:
         self.children, self.store = children, store
 
+    def __getitem__(self, rank: int) -> Child:
+        return self.children[rank]
+
+    def seconds_until_gone(self, but: Sequence[int] = (), limit: float = 60.0) -> float:
+        """Wait until all have ended, `but` these, and say how long it took."""
+        begun = time.monotonic()
+        waiting = [c for r, c in enumerate(self.children) if r not in but]
+        while any(child.process.exitcode is None for child in waiting):
+            assert time.monotonic() < begun + limit, self.said()
+            time.sleep(0.01)
+        return time.monotonic() - begun
+
     def wait(self, timeout: float = 120.0) -> list[Ended]:
         """Wait until all have ended; what is left after `timeout` seconds is killed."""
         return [child.wait(timeout) for child in self.children]
 
-    def __getitem__(self, rank: int) -> Child:
-        return self.children[rank]
+    def said(self) -> str:
+        """What all of them have printed, rank after rank."""
+        return "".join(child.said() for child in self.children)
 
 
 def start_ranks(
@@ -60,20 +74,20 @@ def start_ranks(
     *arguments: str,
     cwd: Path,
     environment: dict[str, str] | None = None,
-    others: dict[int, dict[str, Any]] | None = None,
+    others: dict[int, Sequence[str]] | None = None,
     store: Store | None = None,
+    **keywords: Any,
 ) -> Ranks:
-    """`train` with these arguments on `size` ranks.
+    """`train` with these arguments on `size` ranks; keywords: of `Processes.start`.
 
-    others: more keywords of `Processes.start`, by rank; "arguments" are added to the others.
+    others: more arguments of single ranks.
     """
     store = store or Store(size)
     children = []
     for rank in range(size):
-        own = dict((others or {}).get(rank, {}))
-        given = {**store.environment(rank), **(environment or {}), **own.pop("environment", {})}
-        more = own.pop("arguments", ())
-        children.append(processes.start(*arguments, *more, cwd=cwd, environment=given, **own))
+        given = {**store.environment(rank), **(environment or {})}
+        own = (others or {}).get(rank, ())
+        children.append(processes.start(*arguments, *own, cwd=cwd, environment=given, **keywords))
     return Ranks(children, store)
 
 

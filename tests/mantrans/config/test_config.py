@@ -240,10 +240,11 @@ def test_datasets_have_sources() -> None:
 
 def test_generated_files_current() -> None:
     """By `python -m mantrans.config --schema > configs/schema.json`, and so the page."""
-    assert (ROOT / "configs/schema.json").read_text() == schema()
-    assert (ROOT / "docs/configuration.md").read_text() == reference()
+    found, page = schema(), reference()
+    assert (ROOT / "configs/schema.json").read_text() == found
+    assert (ROOT / "docs/configuration.md").read_text() == page
     for _, field in FIELDS:
-        assert f'\n        "{field}": {{' in schema() and f"\n| `{field}` | " in reference()
+        assert f'\n        "{field}": {{' in found and f"\n| `{field}` | " in page
 
 
 def test_fields_without_torch() -> None:
