@@ -104,7 +104,11 @@ class Browser:
 
     # ----------------------------------------------------------------------------------- a person
 
-    def open(self, page: Path, width: int, height: int, phone: bool = False, dark: bool = False):
+    def open(
+        self, page: Path, width: int, height: int, phone: bool = False, dark: bool = False,
+        address: str = "",
+    ) -> None:  # fmt: skip
+        """Load a file. address: the part of its own after #."""
         self.call(
             "Emulation.setDeviceMetricsOverride",
             width=width, height=height, deviceScaleFactor=2 if phone else 1, mobile=phone,
@@ -113,16 +117,22 @@ class Browser:
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[scheme])
         self.call("Page.navigate", url="about:blank")
-        self.call("Page.navigate", url=page.as_uri())
-        end = time.monotonic() + SECONDS
-        while self.run("document.readyState + location.protocol") != "completefile:":
-            assert time.monotonic() < end, "the page does not load"
+        self.call("Page.navigate", url=f"{page.as_uri()}{address and '#'}{address}")
+        loaded = "document.readyState + location.protocol == 'completefile:'"
+        self.wait(loaded, "the page does not load")
 
     def run(self, script: str) -> Any:
         """The value of a JavaScript expression."""
         answer = self.call("Runtime.evaluate", expression=script, returnByValue=True)
         assert "exceptionDetails" not in answer, (script, answer)
         return answer["result"].get("value")
+
+    def wait(self, script: str, why: str) -> Any:
+        """The value of an expression, as soon as it is true."""
+        end = time.monotonic() + SECONDS
+        while not (found := self.run(script)):
+            assert time.monotonic() < end, why
+        return found
 
     def press(self, key: str) -> None:
         code = _KEYS[key]
@@ -137,9 +147,7 @@ class Browser:
     def click(self, x: float, y: float) -> None:
         self.hover(x, y)
         for kind in ("mousePressed", "mouseReleased"):
-            self.call(
-                "Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1
-            )
+            self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
 
     def tap(self, x: float, y: float) -> None:
         self.call("Input.dispatchTouchEvent", type="touchStart", touchPoints=[{"x": x, "y": y}])

@@ -146,7 +146,9 @@ def inside_gpt2(
         gradients[f"{mlp}.up.y"] = gradients[f"{mlp}.u"]
         for found in (values, gradients):
             for name, x in zip("qkv", found[f"{own}.qkv.y"].chunk(3, dim=-1), strict=True):
-                found[f"{own}.{name}"] = x.unflatten(-1, (wrapper.config.n_heads, -1)).transpose(0, 1)
+                found[f"{own}.{name}"] = x.unflatten(-1, (wrapper.config.n_heads, -1)).transpose(
+                    0, 1
+                )
         q, k = values[f"{own}.q"], values[f"{own}.k"]
         hidden = torch.ones(len(q[0]), len(q[0])).triu(1).bool()
         scores = (q @ k.mT / q.shape[-1] ** 0.5).masked_fill(hidden, -torch.inf).requires_grad_()
