@@ -8,8 +8,11 @@ update. For Llama's, Qwen2's and Qwen3's, transformers gives the gradients of th
 from __future__ import annotations
 
 import copy
+import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +23,14 @@ from mantrans.proof.autograd import differentiate
 from mantrans.wrapper import CustomTransformerWrapper
 from tests.support import families
 from tests.support.huggingface import gpt2, oriented, their_name
+
+
+def page_data(page: Path) -> dict[str, Any]:
+    """The numbers of a page that the command wrote."""
+    html = page.read_text(encoding="utf-8")
+    found = re.findall(r'<script type="application/json" id="step">(.*?)</script>', html, re.DOTALL)
+    assert len(found) == 1
+    return json.loads(found[0])
 
 
 @dataclass

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import base64
 import json
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import pytest
 
 from mantrans.cli import main
 from tests.support.browser import CHROMIUM, Browser
+from tests.support.explained import page_data
 
 pytestmark = [
     pytest.mark.slow,
@@ -39,10 +39,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def data(page: Path) -> dict[str, Any]:
-    found = re.search(r'<script type="application/json" id="step">(.*?)</script>',
-                      page.read_text(encoding="utf-8"), re.DOTALL)  # fmt: skip
-    assert found
-    return json.loads(found[1])
+    return page_data(page)
 
 
 @pytest.fixture(scope="module")
