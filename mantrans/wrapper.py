@@ -528,6 +528,7 @@ class CustomTransformerWrapper:
         buffers = [p.weights, p.master]
         if self.optimizer is not None:
             buffers += [p.gradients, *self.optimizer.state().values()]
+            buffers += [] if p.owned_gradients is p.gradients else [p.owned_gradients]
         return {
             **self.config.resolved(),
             "parameters": self.count_parameters(),

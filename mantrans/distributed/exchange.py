@@ -43,6 +43,12 @@ class Exchange:
             self.world.swap(given, received, partner)
             kept += received
 
+    def all_reduce(self, bucket: Tensor) -> None:
+        """Sum a bucket over the ranks in place; every rank has all of the sum."""
+        self.reduce(bucket)
+        if self.world.is_power_of_two:
+            self.gather(bucket)
+
     def gather(self, bucket: Tensor) -> None:
         """Fill a bucket with what each rank owns of it."""
         if self.world.is_power_of_two:

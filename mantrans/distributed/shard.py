@@ -103,7 +103,9 @@ def _joined(parts: list[Part]) -> list[Part]:
 def owned_pieces(rank: int, size: int) -> slice:
     """The numbers of the pieces that a rank of `size` owns. ConfigError for too many ranks."""
     if size > PIECES:
-        raise ConfigError(f"processes: expected at most {PIECES}, got {size}")
+        raise ConfigError(
+            f"training.shard: expected none with more than {PIECES} processes, got {size} processes"
+        )
     if size & (size - 1):
         return slice(PIECES * rank // size, PIECES * (rank + 1) // size)
     place = 0  # the bits of `rank` in reverse

@@ -29,12 +29,18 @@ from mantrans.models.transformer import CustomTransformer
 from mantrans.training.batches import MicroBatch
 
 
+def tree_depth(micro_batches: int) -> int:
+    """How many buffers beside the gradients a tree over so many micro-batches takes."""
+    return (micro_batches - 1).bit_length()
+
+
 class GradientSum:
     """Computes the sum that `Optimizer.step` reads, and the loss.
 
     micro_batches: of this rank. method: "tree", or "running", which adds in place, micro-batch by
         micro-batch, and takes no memory for the tree's levels.
-    levels: the tree's buffers, ceil(log2(micro_batches)) besides the gradients.
+    levels: the tree's buffers, each of the elements whose sums the rank keeps: its own, after the
+        gradients themselves, `tree_depth` in number. exchange.received: half the largest bucket.
     """
 
     def __init__(
@@ -44,7 +50,7 @@ class GradientSum:
         self.model, self.parameters = model, p
         self.micro_batches, self.world, self.method = micro_batches, world, method
         self.each_is_exchanged = p.divided == "gradients"
-        depth = (micro_batches - 1).bit_length() if method == "tree" else 0
+        depth = tree_depth(micro_batches) if method == "tree" else 0
         self.levels = [p.owned_gradients]
         self.levels += [torch.zeros_like(p.owned_gradients) for _ in range(depth)]
         largest = max(bucket.stop - bucket.start for bucket in p.buckets.values())
@@ -114,9 +120,11 @@ class GradientSum:
             where = p.buckets[bucket]
             with self._aside():
                 self._add_up(level, where)
-                self.exchange.reduce(self.levels[0][where])
+                gradients = self.levels[0][where]
                 if p.divided == "none":
-                    self.exchange.gather(self.levels[0][where])
+                    self.exchange.all_reduce(gradients)
+                else:
+                    self.exchange.reduce(gradients)
 
         return finished
 

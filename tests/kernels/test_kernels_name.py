@@ -7,6 +7,7 @@ and installing or removing ours must not touch it.
 from __future__ import annotations
 
 import ast
+import importlib.machinery
 import importlib.metadata
 import re
 import subprocess
@@ -74,11 +75,19 @@ print(kernels.__file__)
 """
 
 
-@pytest.mark.parametrize(
-    "ours_first",
-    [True, pytest.param(False, marks=pytest.mark.slow)],
-    ids=["clone first", "clone last"],
-)
+@pytest.mark.parametrize("ours_first", [True, False], ids=["clone first", "clone last"])
+def test_kernels_package_found(tmp_path: Path, ours_first: bool) -> None:
+    """A package is found before a folder without `__init__.py`, wherever they are on the path."""
+    theirs = tmp_path / "kernels" / "__init__.py"
+    theirs.parent.mkdir()
+    theirs.write_text("")
+    path = [str(ROOT), str(tmp_path)] if ours_first else [str(tmp_path), str(ROOT)]
+    found = importlib.machinery.PathFinder.find_spec("kernels", path)
+    assert found is not None and found.origin == str(theirs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ours_first", [True, False], ids=["clone first", "clone last"])
 def test_kernels_package_with_transformers(tmp_path: Path, ours_first: bool) -> None:
     """Another package `kernels` is found and used by transformers."""
     utils = pytest.importorskip("transformers.utils.import_utils")

@@ -59,9 +59,9 @@ class Ranks:
             time.sleep(0.01)
         return time.monotonic() - begun
 
-    def wait(self, timeout: float = 120.0) -> list[Ended]:
+    def wait(self, cpu_seconds: float = 60.0) -> list[Ended]:
         """Wait until all have ended; what is left after `timeout` seconds is killed."""
-        return [child.wait(timeout) for child in self.children]
+        return [child.wait(cpu_seconds) for child in self.children]
 
     def said(self) -> str:
         """What all of them have printed, rank after rank."""
