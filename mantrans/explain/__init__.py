@@ -34,6 +34,8 @@ The data of the page is one JSON object in `<script type="application/json" id="
                  error: {absolute, relative}: the largest against autograd's, and that relative to
                  autograd's largest. above, below: the loss with the element raised and lowered by
                  step; slopes: (above - below) / (2 step)
+    results     {layer.name: {error, elements, gradients, differences}}: the same of inputs of boxes
+                 that have no matrix, such as "blocks.0.attention.qkv"
     residual    [{layer, norm, gradient}]: the residual's norm at each norm layer, and that of
                  its gradient
     norms       {layer: {g: [float a position] or null, x_hat, square: same}}: the means of g

@@ -82,6 +82,7 @@ class Data:
             "functions": {name: source(function) for name, function in functions.items()},
             "words": {name: words(name) for name in OPERATIONS if name in used},
             "parameters": parameters,
+            "results": self._results(boxes),
             "residual": self._residual(),
             "norms": self._norms(),
             "predictions": predictions,
@@ -127,7 +128,7 @@ class Data:
         before, after, gradient = (p.view(x, name) for x in (step.before, step.after, p.gradients))
         letters = parameter_axes(name, gradient.dim())
         value, gradient_array = self.arrays.add(before, letters), self.arrays.add(gradient, letters)
-        elements = self._elements(gradient, self.arrays.items[gradient_array])
+        elements = self._elements(gradient, gradient_array, self.samples)
         at = tuple(torch.tensor(elements).T)
         return {
             "shape": list(gradient.shape),
@@ -147,13 +148,14 @@ class Data:
             "update": self._update(name, elements),
         }
 
-    def _elements(self, gradient: Tensor, array: dict[str, Any]) -> list[list[int]]:
+    def _elements(self, gradient: Tensor, index: int, count: int) -> list[list[int]]:
         """Elements that the heat map shows: half of them the steepest, half drawn by lot, of those
         whose gradient is not 0 if there are as many."""
+        array = self.arrays.items[index]
         columns = array["columns"] or range(gradient.shape[-1])
         rows = (array["rows"] or range(len(gradient))) if gradient.dim() == 2 else [0]
         seen = gradient.view(-1, gradient.shape[-1])[list(rows)][:, list(columns)].abs().flatten()
-        count = min(self.samples, seen.numel())
+        count = min(count, seen.numel())
         steepest = seen.topk(count // 2).indices.tolist()
         lots = torch.rand(seen.numel(), generator=self.generator) + (seen != 0)
         drawn = lots.argsort(descending=True).tolist()
@@ -161,7 +163,27 @@ class Data:
         found = [[rows[c // len(columns)], columns[c % len(columns)]] for c in sorted(cells)]
         return found if gradient.dim() == 2 else [[column] for _, column in found]
 
+    def _results(self, boxes: list[dict[str, Any]]) -> dict[str, Any]:
+        """Differences of the inputs of boxes that have no matrix of weights."""
+        found = {}
+        for box in boxes:
+            if all(self.parameters.by_name[n].group == "vectors" for n in box["parameters"]):
+                for pair in box["inputs"]:
+                    name = self.boxes.results[pair["value"]]
+                    gradient = self.arrays.tensors[pair["gradient"]]
+                    count = max(1, self.samples // 4)
+                    elements = self._elements(gradient, pair["gradient"], count)
+                    at = tuple(torch.tensor(elements).T)
+                    found[f"{box['layer']}.{pair['name']}"] = {
+                        "error": pair["error"],
+                        "elements": elements,
+                        "gradients": gradient[at].tolist(),
+                        "differences": self._differences(name, [[0, *e] for e in elements]),
+                    }
+        return found
+
     def _differences(self, name: str, elements: list[list[int]]) -> dict[str, Any]:
+        """The loss on both sides of each element, of a parameter or of a result."""
         tokens = self.step.tokens
         found = differences(self.exact, tokens, self.targets, name, elements, DISTANCE, order=2)
         losses = {"above": found.above[:, 0].tolist(), "below": found.below[:, 0].tolist()}

@@ -28,14 +28,15 @@ function el(tag, attributes = {}, ...children) {
 function number(value, digits = 3) {
   if (value === null || value === undefined || !Number.isFinite(value)) return "–";
   const size = Math.abs(value);
-  const text = size !== 0 && (size < 1e-3 || size >= 1e5) ? value.toExponential(digits - 1) : String(+value.toPrecision(digits));
-  return text.replace("-", "−").replace("e-", "e−").replace("e+", "e");
+  const small = size !== 0 && (size < 1e-3 || size >= 1e5);
+  const text = small ? value.toExponential(digits - 1).replace(/\.?0*e/, "e") : String(+value.toPrecision(digits));
+  return text.replace(/-/g, "−").replace("e+", "e");
 }
 
 const count = value => value.toLocaleString("en-US");
-const textOf = id => show_spaces(data.texts[id] ?? `#${id}`);
-const show_spaces = text => text.replace(/\n/g, "↵").replace(/^ /, "\u2009").replace(/ $/, "␣");
-const tokenAt = t => show_spaces(tokens[t].text);
+const textOf = id => visible(data.texts[id] ?? `#${id}`);
+const visible = text => text.replace(/\n/g, "↵").replace(/^ (?=.)/, "").replace(/^ $/, "␣");
+const tokenAt = t => visible(tokens[t].text);
 const largest = values => Math.max(...values.map(Math.abs), 1e-300);
 const blockName = group => group.startsWith("blocks.") ? `Block ${+group.split(".")[1] + 1}` : null;
 
@@ -141,7 +142,10 @@ function heat(index, options = {}) {
     };
     canvas.paint();
     const overlay = el("svg", { viewBox: `0 0 ${width} ${height}`, preserveAspectRatio: "none", "aria-hidden": true });
-    const square = (row, column, name) => el("rect", { x: column, y: row, width: 1, height: 1, class: name });
+    const square = (row, column, name) => {
+      const around = name.includes("chosen") && size < 8 ? 1 : 0;
+      return el("rect", { x: column - around, y: row - around, width: 1 + 2 * around, height: 1 + 2 * around, class: name });
+    };
     const marks = (options.marks ?? []).map(element => marked(array, folded, width, element));
     marks.forEach(([row, column], i) => overlay.append(square(row, column, i === options.chosen ? "element chosen" : "element")));
     const cursor = square(0, 0, "at");
@@ -268,6 +272,10 @@ function layerChart() {
 
 /* ---------------------------------------------------------------------------------- map, time */
 
+/* What can be followed element by element: weights, and the inputs of boxes that have no matrix. */
+const subject = name => parameters[name] ?? data.results[name];
+const resultOf = (box, pair) => `${box.layer}.${pair.name}`;
+const subjectsOf = box => [...box.parameters, ...box.inputs.map(pair => resultOf(box, pair)).filter(name => data.results[name])];
 const momentOf = (box, phase) => moments.findIndex(m => m.box === box && m.phase === phase);
 
 function drawMap() {
@@ -348,7 +356,8 @@ function drawBox() {
 
 function operation(box, moment) {
   const words = data.words[box.operation], other = moment.phase === "forward" ? "backward" : "forward";
-  if (!box.parameters.includes(now.parameter)) Object.assign(now, { parameter: box.parameters[0] ?? null, element: 0 });
+  const subjects = subjectsOf(box);
+  if (!subjects.includes(now.parameter)) Object.assign(now, { parameter: subjects[0] ?? null, element: 0 });
   return [
     el("header", {}, el("span", { class: "phase" }, [PHASES[moment.phase], blockName(box.group)].filter(Boolean).join(" · ")),
       el("button", { type: "button", onclick: () => go(momentOf(moment.box, other)) }, `see its ${other}`)),
@@ -367,45 +376,50 @@ function flow(box, moment) {
   const arrow = moment.phase === "forward" ? "→" : "←", later = moment.phase === "forward" ? "later" : null;
   const column = (title, values, gradients) => [el("h3", {}, title), el("div", { class: "heats" }, values), el("div", { class: `heats ${later ?? ""}` }, gradients)];
   const side = pairs => [pairs.map(p => heat(p.value, { name: p.name, row: now.token, onrow: chooseToken })),
-    pairs.filter(p => p.gradient !== null).map(p => heat(p.gradient, { name: p.gradient_name, row: now.token, onrow: chooseToken }))];
+    pairs.filter(p => p.gradient !== null).map(p => heat(p.gradient, { name: p.gradient_name, row: now.token, onrow: chooseToken, ...marksOf(pairs === box.inputs ? resultOf(box, p) : "") }))];
   const weights = box.parameters.map(name => [name, parameters[name]]);
   const short = name => name.split(".").slice(-2).join(".");
   return el("section", { class: "part flow", "aria-label": "What goes in and out" },
     box.inputs.length ? column(`In ${arrow}`, ...side(box.inputs)) : [],
     weights.length ? column("Weights", weights.map(([name, p]) => heat(p.value, { name: short(name) })),
-      weights.map(([name, p]) => heat(p.gradient, { name: `d ${short(name)}`, marks: p.elements, chosen: name === now.parameter ? now.element : -1,
-        onchoose: element => choose(name, element) }))) : [],
+      weights.map(([name, p]) => heat(p.gradient, { name: `d ${short(name)}`, ...marksOf(name) }))) : [],
     column(`${arrow} Out`, ...side(box.outputs)));
 }
 
-/* The chosen weight's gradient, and the loss on both sides of it. */
+/* The elements of a subject that can be chosen in its heat map. */
+function marksOf(name) {
+  if (!subject(name)) return {};
+  return { marks: subject(name).elements, chosen: name === now.parameter ? now.element : -1, onchoose: element => choose(name, element) };
+}
+
+/* The chosen element's gradient, and the loss on both sides of it. */
 function proof(box) {
   const pairs = [...box.inputs, ...box.outputs].filter(p => p.error).map(p => [p.gradient_name, p.error]);
   const weights = box.parameters.filter(name => parameters[name].error).map(name => [`d ${name}`, parameters[name].error]);
   const checked = [...pairs, ...weights];
   if (!checked.length) return null;
-  return el("section", { class: "part", "aria-label": "The proof" }, el("h2", { style: "font-size:1.1rem" }, "The proof"),
+  return el("section", { class: "part", "aria-label": "The proof" }, el("h2", {}, "The proof"),
+    el("p", {}, `These gradients agree with autograd's to ${number(Math.max(...checked.map(([, error]) => error.relative)), 2)} of their largest element.`),
     el("div", { class: "columns" },
       el("div", {}, el("h3", {}, "Against autograd, in float64"),
-        el("table", {}, el("thead", {}, el("tr", {}, ["gradient", "largest error", "by the largest"].map(x => el("th", {}, x)))),
+        el("table", {}, el("thead", {}, el("tr", {}, ["gradient", "largest error", "relative"].map(x => el("th", {}, x)))),
           el("tbody", {}, checked.map(([name, error]) => el("tr", {}, el("td", {}, name), el("td", {}, number(error.absolute, 2)), el("td", {}, number(error.relative, 2))))))),
-      now.parameter && parameters[now.parameter].differences ? difference(box.parameters) : null));
+      now.parameter ? difference(subjectsOf(box)) : null));
 }
 
 function chooser(names) {
-  const p = parameters[now.parameter], element = p.elements[now.element];
-  const at = element.length === 1 ? [element[0]] : element;
+  const p = subject(now.parameter);
   return el("div", { class: "controls" },
-    el("select", { "aria-label": "Weights", onchange: event => choose(event.target.value, 0) }, names.map(name => el("option", { value: name, selected: name === now.parameter }, name))),
+    el("select", { "aria-label": "Which gradient", onchange: event => choose(event.target.value, 0) }, names.map(name => el("option", { value: name, selected: name === now.parameter }, parameters[name] ? name : `the input, ${name.split(".").pop()}`))),
     el("button", { type: "button", "aria-label": "The element before", onclick: () => choose(now.parameter, now.element - 1) }, "‹"),
-    el("span", { class: "mono" }, `[${at.join(", ")}]`),
+    el("span", { class: "mono" }, `[${p.elements[now.element].join(", ")}]`),
     el("button", { type: "button", "aria-label": "The next element", onclick: () => choose(now.parameter, now.element + 1) }, "›"),
-    el("span", { class: "soft" }, `${now.element + 1} of ${p.elements.length}, marked above`));
+    el("span", { class: "soft" }, `${now.element + 1} of ${p.elements.length}, framed in the heat map`));
 }
 
 /* The digits in which two numbers agree, and the rest. */
 function agreeing(value, other) {
-  const [a, b] = [value, other].map(x => x.toExponential(9).replace("-", "−"));
+  const [a, b] = [value, other].map(x => x.toExponential(9).replace(/-/g, "−"));
   const sameExponent = a.split("e")[1] === b.split("e")[1];
   let n = 0;
   while (sameExponent && n < a.length && a[n] === b[n]) n++;
@@ -413,10 +427,10 @@ function agreeing(value, other) {
 }
 
 function difference(names) {
-  const p = parameters[now.parameter], i = now.element, { step, above, below, slopes } = p.differences;
+  const p = subject(now.parameter), i = now.element, { step, above, below, slopes } = p.differences;
   const line = (name, value) => [el("span", {}, name), el("code", {}, value), el("span")];
   return el("div", { id: "difference" }, el("h3", {}, "Against the loss itself: a finite difference"), chooser(names),
-    el("div", { class: "sums" }, line(`loss with w + ${number(step)}`, above[i].toFixed(12)), line(`loss with w − ${number(step)}`, below[i].toFixed(12)),
+    el("div", { class: "sums" }, line(`loss with the element + ${number(step)}`, above[i].toFixed(12)), line(`loss with it − ${number(step)}`, below[i].toFixed(12)),
       line(`their difference / ${number(2 * step)}`, agreeing(slopes[i], p.gradients[i])), line("the backward's gradient", agreeing(p.gradients[i], slopes[i])),
       line("difference of the two", number(slopes[i] - p.gradients[i], 2))));
 }
@@ -433,7 +447,7 @@ function code(moment, words) {
     });
     return [el("h3", { style: "margin-top:1rem" }, `${name}, `, link(data.functions[name], `${file}:${line}`)), el("pre", { tabindex: 0 }, lines.flat())];
   };
-  return el("section", { class: "part" }, el("h2", { style: "font-size:1.1rem" }, "The code that computed it"),
+  return el("section", { class: "part" }, el("h2", {}, "The code that computed it"),
     el("p", { class: "soft" }, "called at ", link(moment.caller, `${moment.caller.file}:${moment.caller.line}`), "; derived in ", link(words.derivation, words.derivation.file)),
     moment.functions.map(listing).flat());
 }
@@ -447,18 +461,18 @@ function attention(box, moment) {
   const p = keys.map(j => read(pair.p.value, j)), dp = keys.map(j => read(pair.p.gradient, j)), ds = keys.map(j => read(pair.scores.gradient, j));
   const delta = keys.reduce((sum, _, n) => sum + p[n] * dp[n], 0);
   const cells = (j, n) => [el("td", {}, tokenAt(j)), el("td", { class: "wide" }, bar(p[n], 1)), el("td", {}, number(p[n]))].concat(back ? [
-    el("td", {}, number(dp[n])), el("td", {}, number(dp[n] - delta)), el("td", { class: "wide" }, bar(ds[n], largest(ds), true)), el("td", {}, number(ds[n]))] : []);
+    el("td", { class: "spare" }, number(dp[n])), el("td", {}, number(dp[n] - delta)), el("td", { class: "wide" }, bar(ds[n], largest(ds), true)), el("td", {}, number(ds[n]))] : []);
   const choosePlane = (row, head) => { now.head = head; chooseToken(row); };
   const inside = ["q", "k", "v"].map(name => [el("h3", {}, `${name} and d${name}, head ${now.head + 1}`), heat(pair[name].value, { name, head: now.head, row: i, onrow: chooseToken }),
     el("div", { class: back ? null : "later" }, heat(pair[name].gradient, { name: `d${name}`, head: now.head, row: i, onrow: chooseToken }))]);
   return el("section", { class: "part", "aria-label": "Inside attention" },
-    el("h2", { style: "font-size:1.1rem" }, back ? "Where a query's gradient goes" : "What a query looks at"),
+    el("h2", {}, back ? "Where a query's gradient goes" : "What a query looks at"),
     el("div", { class: "controls" }, range(about.sizes.H).map(h => el("button", { type: "button", "aria-pressed": h === now.head, onclick: () => { now.head = h; drawBox(); } }, `head ${h + 1}`))),
     tokenButtons(i, chooseToken),
     el("div", { class: "columns", style: "margin-top:1rem" },
       el("div", { class: "heats" }, heat(pair.p.value, { name: "p, all heads", onrow: choosePlane, row: i }), back ? heat(pair.scores.gradient, { name: "ds, all heads", onrow: choosePlane, row: i }) : null),
       el("div", {}, el("table", { style: `--color:${colorOf("forward")}` },
-        el("thead", {}, el("tr", {}, ["key", "", "p"].concat(back ? ["dp", "dp − δ", "", "ds"] : []).map(x => el("th", {}, x)))),
+        el("thead", {}, el("tr", {}, ["key", "", "p"].concat(back ? ["dp", "dp − δ", "", "ds"] : []).map(x => el("th", { class: x === "dp" ? "spare" : null }, x)))),
         el("tbody", {}, keys.map((j, n) => el("tr", {}, cells(j, n))))),
         back ? el("p", { class: "soft", style: "margin-top:.6rem" }, `δ = Σ p dp = ${number(delta)}: the one number that the softmax takes from every dp of this query, because raising one weight lowers the others. `
           + "Then dq gathers ds k over the keys; each key receives ds q, each value p dout.") : null)),
@@ -473,7 +487,7 @@ function norm(box, moment) {
   const scale = largest(g), strip = (name, values, note) => [el("span", {}, name), stripOf(values, scale, name), el("span", { class: "soft" }, note)];
   const lost = (shift ** 2 + along ** 2) / means.square[t];
   return el("section", { class: "part", "aria-label": "What the gradient loses" },
-    el("h2", { style: "font-size:1.1rem" }, means.g ? "The two means that the gradient loses" : "The mean that the gradient loses"), tokenButtons(t, chooseToken),
+    el("h2", {}, means.g ? "The two means that the gradient loses" : "The mean that the gradient loses"), tokenButtons(t, chooseToken),
     el("div", { class: "strips" },
       strip("g = γ dy", g, "what arrives"),
       means.g ? strip("mean(g)", g.map(() => shift), number(shift)) : [],
@@ -497,7 +511,7 @@ function crossEntropy(box, moment) {
   const t = clamp(now.token, tokens.length), row = data.predictions[t], target = data.targets[t], back = moment.phase === "backward";
   const label = id => `${textOf(id)}${id === target ? "  ← comes next" : ""}`;
   return el("section", { class: "part", "aria-label": "Token by token" },
-    el("h2", { style: "font-size:1.1rem" }, back ? "Probabilities minus one-hot, token by token" : "What the model expected, token by token"), tokenButtons(t, chooseToken),
+    el("h2", {}, back ? "Probabilities minus one-hot, token by token" : "What the model expected, token by token"), tokenButtons(t, chooseToken),
     el("p", { class: "soft", style: "margin-top:.6rem" }, target === null ? "Nothing comes after the last token: no loss, no gradient."
       : `After “${tokenAt(t)}” comes “${textOf(target)}”: loss ${number(data.losses[t], 4)} = −log ${number(row.probabilities[row.ids.indexOf(target)], 4)}.`),
     el("div", { class: "columns" },
@@ -511,7 +525,7 @@ function tied(box, moment) {
   const { ids, norms } = data.tied, r = Math.max(0, ids.indexOf(tokens[now.token].id));
   const names = { output: "from the output: as a word that could come next", embedding: "from the embedding: as a word that was read", together: "together: what the optimizer sees" };
   return el("section", { class: "part", "aria-label": "Two gradients meet" },
-    el("h2", { style: "font-size:1.1rem" }, "Two gradients that meet in one row"),
+    el("h2", {}, "Two gradients that meet in one row"),
     el("p", {}, "The table is used twice, so each row's gradient has two parts, and both are added in the same memory."),
     tokenButtons(r, at => { now.token = tokens.findIndex(token => token.id === ids[at]); drawBox(); }, { ids }),
     el("div", { style: "margin:1rem 0" }, bars(Object.entries(names).map(([part, name]) => [`${name.split(":")[0]}`, norms[part][r], `norm ${number(norms[part][r])}`]), { color: colorOf("backward") })),
@@ -520,7 +534,7 @@ function tied(box, moment) {
 
 function update(moment) {
   const words = data.words[about.optimizer.name], names = Object.keys(parameters);
-  if (!now.parameter) Object.assign(now, { parameter: names.find(name => name.endsWith("qkv.weight")) ?? names[0], element: 0 });
+  if (!parameters[now.parameter]) Object.assign(now, { parameter: names.find(name => name.endsWith("qkv.weight")) ?? names[0], element: 0 });
   const p = parameters[now.parameter], i = now.element, u = p.update, value = name => u[name]?.[i];
   const steps = [["gradient", p.gradients[i], "of the backward"], ["clipped", p.gradients[i] * about.clip, `times c = ${number(about.clip)}`],
     ["m", value("m"), "mean of the gradients lately"], ["v", value("v"), "mean of their squares"],
@@ -530,11 +544,11 @@ function update(moment) {
     el("header", {}, el("span", { class: "phase" }, "Update")), el("h2", {}, words.title), el("p", { class: "why" }, words.backward.why),
     el("div", { class: "ways" }, el("div", { class: "way now" }, words.backward.formulas.map(line => el("div", {}, line))),
       el("div", { class: "way" }, Object.entries({ "learning rate η": about.learning_rate, ...about.optimizer }).filter(([, x]) => typeof x === "number").map(([name, x]) => el("div", {}, `${name.replace(/_/g, " ")} = ${number(x)}`)))),
-    el("section", { class: "part" }, el("h2", { style: "font-size:1.1rem" }, "Clipping"),
+    el("section", { class: "part" }, el("h2", {}, "Clipping"),
       bars([["gradient norm", about.grad_norm], ["after clipping", about.grad_norm * about.clip]], { color: colorOf("backward") }),
       el("p", { class: "soft", style: "margin-top:.5rem" }, about.clip < 1 ? `The gradient is longer than the limit ${number(about.optimizer.max_grad_norm)}, so all of it is multiplied by ${number(about.clip)}: its direction stays.` : "The gradient is shorter than the limit and stays as it is.")),
-    el("section", { class: "part" }, el("h2", { style: "font-size:1.1rem" }, "One weight's step"), chooser(names),
-      el("div", { class: "columns" }, heat(p.gradient, { name: `d ${now.parameter}`, marks: p.elements, chosen: i, onchoose: element => choose(now.parameter, element) }),
+    el("section", { class: "part" }, el("h2", {}, "One weight's step"), chooser(names),
+      el("div", { class: "columns" }, heat(p.gradient, { name: `d ${now.parameter}`, ...marksOf(now.parameter) }),
         el("div", { class: "sums" }, steps.map(([name, x, note]) => [el("span", {}, name), el("code", {}, number(x, 6)), el("span", { class: "soft" }, note)])))),
     code(moment, words)];
 }
@@ -544,7 +558,7 @@ function update(moment) {
 function chooseToken(t) { now.token = clamp(t, tokens.length); drawBox(); }
 
 function choose(name, element) {
-  const size = parameters[name].elements.length;
+  const size = subject(name).elements.length;
   Object.assign(now, { parameter: name, element: (element + size) % size });
   drawBox();
 }

@@ -21,7 +21,7 @@ from mantrans.checkpoint.atomic import replacing, write_all
 from mantrans.config import Config
 from mantrans.data.tokenizer import Tokenizer, load_tokenizer
 from mantrans.errors import ConfigError, MantransError, ModelError, printable, show, single_line
-from mantrans.explain.data import Data
+from mantrans.explain.data import ELEMENTS, Data
 from mantrans.explain.step import float64_copy, run
 from mantrans.inference import trained
 from mantrans.optim.schedule import rate
@@ -31,6 +31,7 @@ from mantrans.wrapper import CustomTransformerWrapper
 PAGE = "explain.html"
 TEXT = "Once upon a time, there was a little girl named Lily. She loved to play with her red ball."
 TOKENS = 24  # of a sentence, unless more are asked for
+MOST_OPERATIONS = 10**12  # of all finite differences
 QUICKSTART = Path("checkpoints/quickstart/best.pt")
 
 
@@ -102,10 +103,25 @@ def write_page(
     step = run(subject.wrapper, torch.tensor([ids]), subject.learning_rate)
     if not step.applied:
         raise ModelError(f"loss and gradient: expected finite numbers, got a loss of {step.loss}")
-    data = Data(step, lambda i: printable(subject.tokenizer.decode([i]))).all()
+    samples, more = affordable(subject.wrapper, len(ids))
+    data = Data(step, lambda i: printable(subject.tokenizer.decode([i])), samples).all()
     shown = subject.tokenizer.decode(ids)
-    data["about"] |= {"title": subject.title, "text": shown, "notes": subject.notes + notes}
+    data["about"] |= {"title": subject.title, "text": shown, "notes": subject.notes + notes + more}
     return save(data, subject.folder if output is None else output)
+
+
+def affordable(wrapper: CustomTransformerWrapper, T: int) -> tuple[int, list[str]]:
+    """Finite differences a parameter, of each of which two forwards are computed, and what is to be
+    said of their number."""
+    p = wrapper.model.parameters
+    each = 2 * 2 * p.count() * T * len(p.by_name)
+    samples = max(1, min(ELEMENTS, MOST_OPERATIONS // each))
+    if samples == ELEMENTS:
+        return samples, []
+    return samples, [
+        f"The model is large: {samples} of a parameter's elements have a finite difference, not "
+        f"{ELEMENTS}."
+    ]
 
 
 def sentence(subject: Subject, text: str, max_tokens: int) -> tuple[list[int], list[str]]:
@@ -126,7 +142,7 @@ def save(data: dict[str, Any], folder: Path) -> Path:
     path = folder / PAGE
     places = [*data["functions"].values(), *(m["caller"] for m in data["moments"])]
     for where in places + [w["derivation"] for w in data["words"].values()]:
-        where["link"] = link(where.pop("path"), folder)
+        where["link"] = link(where.pop("path"), where["line"], folder)
     # inside <script> only "<" can end it
     content = json.dumps(data, allow_nan=False, ensure_ascii=False).replace("<", "\\u003c")
     here = Path(__file__).parent
@@ -145,6 +161,7 @@ def save(data: dict[str, Any], folder: Path) -> Path:
     return path
 
 
-def link(path: str | None, folder: Path) -> str | None:
-    """From a page in `folder` to a file of the source."""
-    return path and Path(os.path.relpath(path, folder.resolve())).as_posix()
+def link(path: str | None, line: int | None, folder: Path) -> str | None:
+    """From a page in `folder` to a line of the source."""
+    there = path and Path(os.path.relpath(path, folder.resolve())).as_posix()
+    return f"{there}#L{line}" if there and line else there
