@@ -19,7 +19,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mantrans.proof import plain
 from mantrans.proof.autograd import differentiate
+from mantrans.proof.exact import Exact
 from mantrans.wrapper import CustomTransformerWrapper
 from tests.support import families
 from tests.support.huggingface import gpt2, oriented, their_name
@@ -40,6 +42,7 @@ class Truth:
     values, gradients: "LAYER.NAME" -> a result of the forward and its gradient, without B; of a
         layer's inputs too.
     weights: parameter -> gradient. loss_of: the loss with other weights, by name.
+    moved: the loss with an element of a value, without B, raised by so much.
     """
 
     wrapper: CustomTransformerWrapper
@@ -49,6 +52,7 @@ class Truth:
     weights: dict[str, Tensor]
     losses: Tensor  # (T-1,)
     loss_of: Callable[[dict[str, Tensor]], float]
+    moved: Callable[[str, tuple[int, ...], float], float]
 
     @property
     def loss(self) -> float:
@@ -62,8 +66,9 @@ def truth(wrapper: CustomTransformerWrapper, tokens: Tensor) -> Truth:
     values, gradients, weights, theirs = (transformers_gpt2 if of_gpt2 else by_autograd)(
         wrapper, tokens
     )
+    source_of = sources(values, wrapper.config.n_blocks, of_gpt2)
     for found in (values, gradients):
-        found |= inputs(found, wrapper.config.n_blocks, of_gpt2)
+        found |= {name: found[source] for name, source in source_of.items() if source in found}
     losses = F.cross_entropy(values["loss.logits"][:-1], tokens[0, 1:], reduction="none")
 
     @torch.no_grad()
@@ -74,7 +79,17 @@ def truth(wrapper: CustomTransformerWrapper, tokens: Tensor) -> Truth:
         logits = theirs(other)(tokens).logits[0, :-1]
         return F.cross_entropy(logits, tokens[0, 1:]).item()
 
-    return Truth(wrapper, tokens, values, gradients, weights, losses, loss_of)
+    def moved(name: str, element: tuple[int, ...], distance: float) -> float:
+        def see(result: str, x: Tensor) -> Tensor:
+            if result == source_of.get(name, name):
+                x = x.clone()
+                x[(0, *element)] += distance
+            return x
+
+        targets = F.pad(tokens[:, 1:], (0, 1), value=-100)
+        return Exact(wrapper.model, plain).loss(tokens, targets, see).item()
+
+    return Truth(wrapper, tokens, values, gradients, weights, losses, loss_of, moved)
 
 
 def copied(wrapper: CustomTransformerWrapper) -> CustomTransformerWrapper:
@@ -168,15 +183,15 @@ def inside_gpt2(
         values[f"{own}.scores"] = scores.detach()
 
 
-def inputs(found: dict[str, Tensor], n_blocks: int, of_gpt2: bool) -> dict[str, Tensor]:
-    """A layer's inputs are results of those before it."""
-    sources = {"blocks.0.norm_1.x": "embedding.x", "output.x": "final_norm.y",
-               "output.y": "logits", "loss.logits": "logits"}  # fmt: skip
+def sources(values: dict[str, Tensor], n_blocks: int, of_gpt2: bool) -> dict[str, str]:
+    """An input of a layer -> the result that it is, of a layer before."""
+    found = {"blocks.0.norm_1.x": "embedding.x", "output.x": "final_norm.y", "output.y": "logits",
+             "loss.logits": "logits"}  # fmt: skip
     first = "up" if of_gpt2 else "gate_up"
-    rotary = "blocks.0.attention.rotary.rotated" in found
+    rotary = "blocks.0.attention.rotary.rotated" in values
     for i in range(n_blocks):
         own = f"blocks.{i}"
-        sources |= {
+        found |= {
             f"{own}.attention.qkv.x": f"{own}.norm_1.y",
             f"{own}.attention.rotary.qkv": f"{own}.attention.qkv.y",
             f"{own}.attention.qkv": f"{own}.attention.{'rotary.rotated' if rotary else 'qkv.y'}",
@@ -185,7 +200,7 @@ def inputs(found: dict[str, Tensor], n_blocks: int, of_gpt2: bool) -> dict[str, 
             f"{own}.mlp.h": f"{own}.mlp.{first}.y",
             f"{own}.mlp.down.x": f"{own}.mlp.a",
         }
-    return {name: found[source] for name, source in sources.items() if source in found}
+    return found
 
 
 def updated(

@@ -17,6 +17,7 @@ from tests.mantrans.explain.test_numbers import check_page
 from tests.support.explained import page_data
 from tests.support.runs import GOLDEN, checkpoints, small
 
+CONTEXT = 16  # tokens, of `small`
 MODELS: dict[str, dict[str, Any]] = {
     "gpt2 in float32": {},
     "qwen3 in bfloat16": {
@@ -36,14 +37,15 @@ def test_page_of_run(
     config = small(tmp_path, tmp_path / "tokens", model=MODELS[model])
     config.save(tmp_path / "config.yaml")
     assert main(["train", "--config", str(tmp_path / "config.yaml")]) == 0
-    found = re.search(r"look at next +mantrans (.*?)   \(.*: (.*)\)", capsys.readouterr().out)
-    assert found
+    said = "".join(capsys.readouterr())
+    found = re.search(r"look at next +mantrans (.*?)   \(.*: (.*)\)", said)
+    assert found, said
     text = "Once there was a cat."
     assert main([*shlex.split(found[1]), "--text", text]) == 0
     page = Path(found[2])
     assert capsys.readouterr().out.strip() == str(page)
     data = page_data(page)
-    tokens = torch.tensor([load_tokenizer(str(GOLDEN / "tokenizer")).encode(text)])
+    tokens = torch.tensor([load_tokenizer(str(GOLDEN / "tokenizer")).encode(text)[:CONTEXT]])
     wrapper = CustomTransformerWrapper.from_checkpoint(
         checkpoints(tmp_path) / "best.pt", dtype=torch.float64, device="cpu", backend="reference",
         optimizer_options={
@@ -52,4 +54,5 @@ def test_page_of_run(
         },
     )  # fmt: skip
     check_page(data, wrapper, tokens)
-    assert any("float64" in note for note in data["about"]["notes"])
+    notes = " ".join(data["about"]["notes"])
+    assert "float64" in notes and f"the first {CONTEXT} are used" in notes
