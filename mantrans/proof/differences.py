@@ -20,8 +20,8 @@ STENCILS = {
     6: (3 / 4, -3 / 20, 1 / 60),
     8: (4 / 5, -1 / 5, 4 / 105, -1 / 280),
 }
-# Distances of points at which rounding and the error of the stencil are both small where a weight is
-# of the order of 0.1 or more, which most functions of it vary over.
+# Distances of points at which rounding and the error of the stencil are both small, for weights of
+# 0.1 and more: the loss varies over about as much.
 STEPS = {2: 1e-4, 4: 5e-4, 6: 1e-3, 8: 2e-3}
 _ELEMENTS = 2**21  # that are computed with at once: 16 MiB, which a processor's cache can hold
 
@@ -55,9 +55,9 @@ def differences(
 
     model: float64 on the CPU (`exact_copy`). tokens, targets (B, T) int64, as for `Exact.loss`.
     name: a parameter's, or a result's of `Exact.loss`. indices: n elements, each a tuple of ints.
-    step: h, the distance of neighboring points; by default one that suits the order and the size of
-    x. order: 2, 4, 6 or 8; the loss is computed at as many points an element, and the slope is wrong
-    by the order of h^order; rounding adds about 1e-16 loss / h.
+    step: h, the distance of neighboring points; by default one that suits the order and the size
+    of x. order: 2, 4, 6 or 8; the loss is computed at as many points an element, and the slope is
+    wrong by something like h^order; rounding adds about 1e-16 loss / h.
     """
     exact = Exact(model, reference)
     named = exact.weights if name in exact.weights else exact.results(tokens, targets)

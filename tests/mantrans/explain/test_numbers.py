@@ -157,7 +157,7 @@ def check_moments(page: Page) -> None:
     order = [("forward", n) for n in names] + [("backward", n) for n in names[::-1]]
     assert found == [*order, ("update", None)]
     alive = living(page.truth.wrapper, page.truth.tokens.shape[1])
-    # XX    assert [(m["activations"], m["gradients"]) for m in moments] == [*alive, (0, 0)]
+    assert [(m["activations"], m["gradients"]) for m in moments] == [*alive, (0, 0)]
     for moment in moments:
         assert moment["functions"], moment
         line = (TOP / moment["caller"]["file"]).read_text().splitlines()
