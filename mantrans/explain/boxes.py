@@ -32,6 +32,7 @@ _MATRICES = {
     "q_norm": "D", "k_norm": "D",
 }  # fmt: skip
 _OF_QUERY_AND_KEY = ("p", "scores")
+_OF_THE_MODEL = ("cos", "sin")  # tables, which are always there
 
 
 def base(operation: str) -> str:
@@ -175,19 +176,23 @@ class Boxes:
 
 
 def numbers_alive(calls: list[Call], forwards: int) -> list[tuple[int, int]]:
-    """(of the forward, of the backward): results alive at each call, until their last use."""
+    """(of the forward, of the backward): what is alive at each call. A result lives until its last
+    use; a copy that a layer makes, such as of the logits with their padding, while it is read."""
     lives: dict[int, list[int]] = {}  # address -> born, last used, elements
+    copies = []
     for i, call in enumerate(calls):
-        for x in call.inputs.values():
-            if x.untyped_storage().data_ptr() in lives:
-                lives[x.untyped_storage().data_ptr()][1] = i
         for x in call.results:
             if isinstance(x, Tensor):
                 storage = x.untyped_storage()
                 size = storage.nbytes() // x.element_size()
                 lives.setdefault(storage.data_ptr(), [i, i, size])[1] = i
+        for name, x in call.inputs.items():
+            if x.untyped_storage().data_ptr() in lives:
+                lives[x.untyped_storage().data_ptr()][1] = i
+            elif x.is_floating_point() and x.dim() and name not in _OF_THE_MODEL:
+                copies.append([i, i, x.numel()])
     alive = [[0, 0] for _ in calls]
-    for born, last, size in lives.values():
+    for born, last, size in [*lives.values(), *copies]:
         for i in range(born, last + 1):
             alive[i][born >= forwards] += size
     return [(a, g) for a, g in alive]
