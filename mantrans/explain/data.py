@@ -47,8 +47,8 @@ class Data:
         self.exact = exact_copy(step.wrapper.model)
         self.exact.parameters.weights.copy_(step.before)
         self.targets = step.targets.view(step.tokens.shape)
-        self.autograd = differentiate(self.exact, step.tokens, self.targets)
-        self.boxes = Boxes(step.calls, self.arrays, self.autograd.results)
+        self.judged = differentiate(self.exact, step.tokens, self.targets)
+        self.boxes = Boxes(step.calls, self.arrays, self.judged.results)
         self.generator = torch.Generator().manual_seed(seed)
 
     @property
@@ -138,7 +138,7 @@ class Data:
                 "gradient": gradient.norm().item(),
                 "change": (after - before).norm().item(),
             },
-            "error": largest_error(gradient, self.autograd.weights[name]),
+            "error": largest_error(gradient, self.judged.weights[name]),
             "differences": self._differences(name, elements),
             "elements": elements,
             "gradients": gradient[at].tolist(),
