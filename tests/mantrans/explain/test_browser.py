@@ -23,7 +23,8 @@ pytestmark = [
     pytest.mark.skipif(CHROMIUM is None, reason="no chromium on the path"),
 ]
 DESKTOP, PHONE = (1280, 900), (390, 844)
-SENTENCE = "Once upon a time, there was a little girl."
+    "Once upon a time, there was a little girl named Lily. She loved to play with her red ball."
+)
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +33,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("page")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        assert main(["explain", "--text", SENTENCE, "--output", str(folder)]) == 0
+        assert main(["explain", "--output", str(folder)]) == 0
     (found,) = folder.glob("*.html")
     return found
 
