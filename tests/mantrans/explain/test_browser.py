@@ -23,8 +23,6 @@ pytestmark = [
     pytest.mark.skipif(CHROMIUM is None, reason="no chromium on the path"),
 ]
 DESKTOP, PHONE = (1280, 900), (390, 844)
-    "Once upon a time, there was a little girl named Lily. She loved to play with her red ball."
-)
 
 
 @pytest.fixture(scope="module")
