@@ -84,6 +84,7 @@ class Data:
             "results": self._results(boxes),
             "residual": self._residual(),
             "norms": self._norms(),
+            "deltas": self._deltas(),
             "predictions": predictions,
             "tied": tied,
             "variants": [v._asdict() for v in step.variants],
@@ -233,6 +234,11 @@ class Data:
                 "square": g.square().mean(-1).tolist(),
             }
         return found
+
+    def _deltas(self) -> dict[str, list[list[float]]]:
+        """δ of each head and query, which the softmax takes from dp."""
+        calls = [c for c in self.step.calls if c.operation == "attention_backward"]
+        return {c.layer: c.values["delta"][0, :, :, 0].tolist() for c in calls}
 
     def _probabilities(self) -> Tensor:
         values = self.calls["loss", "cross_entropy_backward"].values

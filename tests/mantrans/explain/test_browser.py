@@ -298,10 +298,11 @@ def test_update_of_one_weight(browser: Browser, data: dict[str, Any]) -> None:
     name = browser.run("document.querySelector('#box select').value")
     parameter = data["parameters"][name]
     update = parameter["update"]
+    i = parameter["elements"].index(json.loads(text(browser, "#box .controls .mono")))
     for value in (
-        parameter["gradients"][0], parameter["gradients"][0] * data["about"]["clip"],
-        *(update[key][0] for key in ("m", "v", "m_hat", "v_hat")), parameter["before"][0],
-        parameter["after"][0], parameter["after"][0] - parameter["before"][0],
+        parameter["gradients"][i], parameter["gradients"][i] * data["about"]["clip"],
+        *(update[key][i] for key in ("m", "v", "m_hat", "v_hat")), parameter["before"][i],
+        parameter["after"][i], parameter["after"][i] - parameter["before"][i],
     ):  # fmt: skip
         assert number(value, 6) in shown
 

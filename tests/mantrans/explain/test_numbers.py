@@ -121,8 +121,13 @@ def check_boxes(page: Page) -> None:
     assert [b["layer"] for b in boxes] == list(layers(page.truth.wrapper))
     used = [name for box in boxes for name in box["parameters"]]
     assert set(used) == page.truth.weights.keys()
+    kept = keeps(page.truth.wrapper)
     for box in boxes:
-        assert box.keys() == {"layer", "operation", "title", "group", "parameters", *PARTS}
+        assert box.keys() == {
+            "layer", "operation", "title", "group", "parameters", "keeps", *PARTS
+        }  # fmt: skip
+        kind = box["layer"].split(".")[-1]
+        assert box["keeps"] == page.truth.tokens.shape[1] * kept[kind], box["layer"]
         for pair in (p for part in PARTS for p in box[part]):
             assert pair.keys() <= {"name", "gradient_name", "value", "gradient", "error"}
             name = f"{box['layer']}.{pair['name']}"
@@ -135,6 +140,21 @@ def check_boxes(page: Page) -> None:
             gradient = page.truth.gradients[name]
             page.check_array(pair["gradient"], gradient, f"gradient of {name}")
             check_error(pair["error"], gradient, name)
+
+
+def keeps(wrapper: CustomTransformerWrapper) -> dict[str, int]:
+    """Numbers a token that the backward of a layer reads again, by the end of its name."""
+    config = wrapper.config.resolved()
+    C, F, V = (config[name] for name in ("d_model", "d_ffn", "vocab_size"))
+    H, H_kv, D = (config[name] for name in ("n_heads", "n_kv_heads", "head_dim"))
+    M, modern = (H + 2 * H_kv) * D, config["norm"] == "rms_norm"
+    norm = C + (1 if modern else 2)  # and the mean
+    return {
+        "embedding": 0, "norm_1": norm, "norm_2": norm, "final_norm": norm, "qkv": C,
+        "rotary": M + H + H_kv if config["qk_norm"] else 0, "attention": M + H * D + 2 * H,
+        "projection": H * D, "up": C, "gate_up": C, "mlp": 2 * F if modern else F, "down": F,
+        "output": C, "loss": V + 2,
+    }  # fmt: skip
 
 
 def check_error(error: dict[str, float], expected: Tensor, what: str) -> None:
@@ -365,6 +385,15 @@ def check_norms(page: Page) -> None:
         near(found["square"], g.square().mean(-1), name)
 
 
+def check_deltas(page: Page) -> None:
+    """δ = Σ p dp of each query and head."""
+    names = [n for n in layers(page.truth.wrapper) if n.endswith(".attention")]
+    assert page.data["deltas"].keys() == set(names)
+    for name, found in page.data["deltas"].items():
+        p, dp = (x[f"{name}.p"] for x in (page.truth.values, page.truth.gradients))
+        near(found, (p * dp).sum(-1), name)
+
+
 def check_predictions(page: Page) -> None:
     logits, gradients = page.truth.values["loss.logits"], page.truth.gradients["loss.logits"]
     probabilities, targets = logits.softmax(-1), page.data["targets"]
@@ -418,9 +447,9 @@ CHECKS = MappingProxyType(
     {
         "about": check_about, "losses": check_losses, "boxes": check_boxes,
         "moments": check_moments, "functions": check_functions, "parameters": check_parameters,
-        "results": check_results,
-        "residual": check_residual, "norms": check_norms, "predictions": check_predictions,
-        "tied": check_tied, "variants": check_variants,
+        "results": check_results, "residual": check_residual, "norms": check_norms,
+        "deltas": check_deltas, "predictions": check_predictions, "tied": check_tied,
+        "variants": check_variants,
     }
 )  # fmt: skip
 # Checked with the losses, or with what uses them; texts and words hold no number.
