@@ -773,7 +773,7 @@ class GradientNorms(Operation):
 
     def plain(self, i: Inputs) -> Results:
         pieces = i["gradients"].view(i["pieces"], -1)
-        return {"norms": torch.linalg.vector_norm(pieces, dim=1, dtype=torch.float64)}
+        return {"norms": torch.linalg.vector_norm(pieces, dim=1)}
 
     def cost(self, s: Shapes, size: int) -> dict[str, Cost]:
         return {"forward": Cost(2 * s.P, 4 * s.P)}

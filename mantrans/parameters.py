@@ -23,10 +23,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mantrans.distributed.shard import PIECES, Part, Shard
+from mantrans.distributed.world import World
 from mantrans.kernels.reference import wide_dtype
 
 ALIGNMENT = 64
-PIECES = 64  # of a bucket: ranks own ranges of them, and the gradient norm is that of their norms
 GROUPS = ("tables", "matrices", "vectors")
 
 
@@ -114,6 +115,21 @@ def layout(parameters: Iterable[Parameter]) -> Layout:
     return found._replace(elements=end)
 
 
+def _two_blocks(buckets: dict[str, slice]) -> dict[str, slice]:
+    """Places for the buckets in a buffer with two blocks, which the blocks use in turn."""
+    places: dict[str, slice] = {}
+    end = blocks = 0
+    for name, bucket in buckets.items():
+        if name not in GROUPS:
+            blocks += 1
+        start = end
+        if name not in GROUPS and blocks > 2:
+            start = places[f"blocks.{blocks - 3}"].start
+        places[name] = slice(start, start + bucket.stop - bucket.start)
+        end = max(end, places[name].stop)
+    return places
+
+
 class Parameters:
     """The flat buffers `weights`, `master` and `gradients`, and views into them by name.
 
@@ -124,6 +140,13 @@ class Parameters:
     updates    0-d int64: the number of updates so far
     buckets    the range of each bucket in the buffers
     groups     the range of each of GROUPS
+
+    With several ranks, `shard` is what they divide (Rajbhandari et al. 2020, "ZeRO"):
+
+    none       nothing: each rank has all of it
+    optimizer  masters and moments: buffers of the elements that the rank owns, see `Shard`
+    gradients  these too: `owned_gradients` has the sums of the rank's elements, and `gradients`
+               only tables, vectors and two blocks, which the blocks use in turn
 
     training: False leaves out master and gradients.
     partial_rows: rows of partial sums in which the backend's kernels leave gradients of vectors
@@ -139,24 +162,39 @@ class Parameters:
         training: bool = True,
         keep_master: bool = True,
         partial_rows: int = 0,
+        world: World | None = None,
+        shard: str = "none",
     ) -> None:
         parameters = list(parameters)
         self.by_name = {p.name: p for p in parameters}
         self._offsets, self.buckets, self.groups, end = layout(parameters)
+        world = world or World.single()
+        self.divided = shard if world.size > 1 else "none"
+        self.shard = Shard(self.buckets, World.single() if self.divided == "none" else world)
+        # where in `gradients` each bucket's are while they are computed
+        self.places = self.buckets
+        if self.divided == "gradients":
+            self.places = _two_blocks(self.buckets)
+
         self.wide = wide_dtype(dtype)
         self.training = training
         self.weights = torch.zeros(end, dtype=dtype, device=device)
         self.updates = torch.zeros((), dtype=torch.int64, device=device)
         self.master: Tensor | None = None
         if training:
-            self.gradients = torch.zeros(end, dtype=self.wide, device=device)
+            in_work = max(place.stop for place in self.places.values())
+            self.gradients = torch.zeros(in_work, dtype=self.wide, device=device)
+            self.owned_gradients = self.gradients
+            if self.divided == "gradients":
+                self.owned_gradients = self.gradients.new_zeros(self.shard.elements)
             if keep_master and dtype != self.wide:
-                self.master = torch.zeros(end, dtype=self.wide, device=device)
+                self.master = self.gradients.new_zeros(self.shard.elements)
         for p in parameters:
             p.value = self.stored(self.weights, p.name)
-            if training:
-                p.gradient = self.stored(self.gradients, p.name)
-        self.partials = Partials(self, partial_rows) if training and partial_rows else None
+        self.partials: Partials | None = None
+        if training:
+            self.write_gradients_to(self.gradients)
+            self.partials = Partials(self, partial_rows) if partial_rows else None
 
     def offset(self, name: str) -> int:
         """Where the parameter begins in a flat buffer."""
@@ -170,6 +208,33 @@ class Parameters:
     def view(self, flat: Tensor, name: str) -> Tensor:
         """The view of `name` in a flat buffer, in its public shape."""
         return self.stored(flat, name)[: self.by_name[name].shape[0]]
+
+    def write_gradients_to(self, flat: Tensor) -> None:
+        """Let the backward write to `flat`, laid out as `gradients`."""
+        self._written = flat
+        for p in self.by_name.values():
+            if p.group != "vectors" or self.partials is None:  # else it is written to rows
+                p.gradient = self._written_gradient(p)
+
+    def bucket_gradients(self, bucket: str) -> Tensor:
+        """The gradients of a bucket, as the backward writes them."""
+        return self._written[self.places[bucket]]
+
+    def gradients_in(self, bucket: str) -> Iterator[tuple[str, Tensor]]:
+        """(name, gradient) of each parameter of a bucket, as the backward has written it."""
+        for p in self.by_name.values():
+            if p.bucket == bucket:
+                yield p.name, self._written_gradient(p)[: p.shape[0]]
+
+    def _written_gradient(self, p: Parameter) -> Tensor:
+        start = self._offsets[p.name] - self.buckets[p.bucket].start
+        bucket = self.bucket_gradients(p.bucket)
+        return bucket[start : start + numel(p.stored_shape)].view(p.stored_shape)
+
+    def gradients_of(self, part: Part) -> Tensor:
+        """The sums that update this part of the rank's elements."""
+        where = part.kept if self.divided == "gradients" else part.where
+        return self.owned_gradients[where]
 
     def named(self, flat: Tensor) -> Iterator[tuple[str, Tensor]]:
         """(name, view) of every parameter, in the order of declaration."""
@@ -212,12 +277,24 @@ class Parameters:
         if tuple(value.shape) != self.by_name[name].shape:
             expected, got = self.by_name[name].shape, tuple(value.shape)
             raise ValueError(f"{name}: expected shape {expected}, got {got}")
-        for flat in (self.weights, self.master):
-            if flat is not None:
-                self.view(flat, name).copy_(value)
+        self.view(self.weights, name).copy_(value)
+        if self.master is not None:
+            self.store(self.master, name, value)
+
+    def store(self, owned: Tensor, name: str, value: Tensor) -> None:
+        """Set a parameter's elements in a flat buffer of the rank's own: a master or a moment."""
+        self.shard.store(owned, self._offsets[name], value.reshape(-1))
+
+    def whole(self, owned: Tensor | None) -> Tensor | None:
+        """All elements of a flat buffer of the rank's own. Called by all ranks if they divide
+        state; then rank 0 has them, on the CPU, the others None."""
+        if owned is None or self.divided == "none":
+            return owned
+        return self.shard.whole(owned)
 
     def best_weights(self) -> Tensor:
-        """The most precise flat buffer of the weights: the master if there is one."""
+        """The most precise flat buffer of the weights: the master, if there is one, of which a rank
+        may have a part."""
         return self.weights if self.master is None else self.master
 
     def low_precision(self) -> bool:
@@ -235,18 +312,19 @@ class Partials:
     """
 
     def __init__(self, parameters: Parameters, rows: int) -> None:
-        self.flat = parameters.gradients
-        self.ranges: dict[str, slice] = {}
+        self.parameters = parameters
+        self.ranges: dict[str, slice] = {}  # of the bucket `vectors`
         vectors = [p for p in parameters.by_name.values() if p.group == "vectors"]
         for p in vectors:
-            start = parameters.offset(p.name)
+            start = parameters.offset(p.name) - parameters.buckets["vectors"].start
             first = self.ranges.get(_block(p), slice(start, start)).start
             self.ranges[_block(p)] = slice(first, start + p.stored_elements)
         widest = max(r.stop - r.start for r in self.ranges.values())
-        self.buffers = self.flat.new_zeros(2, rows, widest)
+        self.buffers = parameters.gradients.new_zeros(2, rows, widest)
         self.rows = {block: self.buffers[i % 2] for i, block in enumerate(self.ranges)}
         for p in vectors:
-            column = parameters.offset(p.name) - self.ranges[_block(p)].start
+            start = parameters.offset(p.name) - parameters.buckets["vectors"].start
+            column = start - self.ranges[_block(p)].start
             p.gradient = self.rows[_block(p)][:, column : column + p.shape[0]]
 
     def clear(self) -> None:
@@ -256,7 +334,8 @@ class Partials:
     def of(self, block: str) -> tuple[Tensor, Tensor]:
         """(partial sums (rows, W), gradients (W,)) of a block's vectors, for `sum_partials`."""
         where = self.ranges[block]
-        return self.rows[block][:, : where.stop - where.start], self.flat[where]
+        rows = self.rows[block][:, : where.stop - where.start]
+        return rows, self.parameters.bucket_gradients("vectors")[where]
 
 
 def _block(parameter: Parameter) -> str:

@@ -55,6 +55,13 @@ def named(call: Call | None) -> dict[str, Tensor]:
     return values
 
 
+def largest_error(gradient: Tensor, expected: Tensor) -> dict[str, float]:
+    """The largest absolute error, and that relative to the largest expected gradient."""
+    absolute = (gradient.reshape(expected.shape) - expected).abs().max().item()
+    largest = expected.abs().max().item()
+    return {"absolute": absolute, "relative": absolute / largest if largest else absolute}
+
+
 def axes(call: Call, name: str, dimensions: int) -> list[str]:
     """The letters of the dimensions of a value of the forward, without B."""
     if dimensions == 4:
@@ -73,14 +80,19 @@ def parameter_axes(name: str, dimensions: int) -> list[str]:
 
 
 class Boxes:
-    """The boxes and moments of one step's calls."""
+    """The boxes and moments of one step's calls.
 
-    def __init__(self, calls: list[Call], arrays: Arrays) -> None:
-        self.arrays = arrays
+    expected: name of a result (`mantrans.proof.exact.Exact.loss`) -> its gradient by autograd.
+    """
+
+    def __init__(self, calls: list[Call], arrays: Arrays, expected: dict[str, Tensor]) -> None:
+        self.arrays, self.expected = arrays, expected
+        self.results: dict[int, str] = {}  # array of a result -> its name in `expected`
         self.forwards = [c for c in calls if c.operation.endswith("_forward")]
         self.backwards = [c for c in calls if c.operation.endswith("_backward")]
         self.updates = [c for c in calls if c.layer == "update"]
         self.backward_of = {c.layer: c for c in self.backwards}
+        self.V = self.backward_of["loss"].inputs["logits"].shape[-1]
 
     def boxes(self) -> list[dict[str, Any]]:
         return [self._box(call) for call in self.forwards]
@@ -106,14 +118,33 @@ class Boxes:
         there, back = named(call), named(backward)
         for name, gradient_name in names:
             value, gradient = there.get(name, back.get(name)), back.get(gradient_name)
+            if call.layer == "output" and name == "y":  # without the padding of the table's rows
+                value, gradient = (
+                    None if x is None else x[..., : self.V] for x in (value, gradient)
+                )
             found = [x for x in (value, gradient) if x is not None]
             letters = axes(call, name, found[0].dim())
+            array = None if value is None else self.arrays.add(value, letters)
             yield {
                 "name": name,
                 "gradient_name": gradient_name,
-                "value": None if value is None else self.arrays.add(value, letters),
+                "value": array,
                 "gradient": None if gradient is None else self.arrays.add(gradient, letters),
+                "error": self._error(call.layer, name, array, gradient),
             }
+
+    def _error(
+        self, layer: str, name: str, array: int | None, gradient: Tensor | None
+    ) -> dict[str, float] | None:
+        """Of a value's gradient; an input has the name that it had as a result."""
+        result = {"output.y": "logits", "loss.logits": "logits"}.get(f"{layer}.{name}")
+        result = result or f"{layer}.{name}"
+        if array is not None and result in self.expected:
+            self.results.setdefault(array, result)
+        expected = self.expected.get(self.results.get(-1 if array is None else array, result))
+        if gradient is None or expected is None:
+            return None
+        return largest_error(gradient, expected)
 
     def moments(self) -> list[dict[str, Any]]:
         """Forward, backward and one update; with the numbers that are alive at each."""

@@ -185,8 +185,8 @@ def test_signal_second_during_save(
     config_for(tmp_path, tokens, save_every=4, eval_every=24)
     child = start(processes, tmp_path, environment={SLOW_WRITE_VARIABLE: "0.02"})
     folder = checkpoints(tmp_path)
-    wait_until(lambda: (folder / "latest.pt").exists())
-    wait_until(lambda: any(folder.glob(".step_00000008*")))
+    child.wait_until(lambda: (folder / "latest.pt").exists())
+    child.wait_until(lambda: any(folder.glob(".step_00000008*")))
     child.kill(first)
     time.sleep(0.05)
     child.kill(second)
@@ -197,13 +197,6 @@ def test_signal_second_during_save(
     assert start(processes, tmp_path).wait().status == 0
 
 
-def wait_until(condition: Callable[[], bool], timeout: float = 60.0) -> None:
-    deadline = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-
-
 @pytest.mark.promise("latest.pt")
 def test_latest_always_present(
     tmp_path: Path, tokens: Path, processes: Processes, record_property: Callable
@@ -212,7 +205,7 @@ def test_latest_always_present(
     config_for(tmp_path, tokens, save_every=1, log_every=1, keep_checkpoints=1)
     names = [checkpoints(tmp_path) / "latest.pt", tmp_path / "checkpoints" / "latest.pt"]
     child = start(processes, tmp_path)
-    wait_until(lambda: all(name.exists() for name in names))
+    child.wait_until(lambda: all(name.exists() for name in names))
     looks = loads = 0
     seen = 0
     report = tmp_path / "runs" / "small" / "report.json"
