@@ -139,7 +139,9 @@ class Trainer:
         self._load_data(quiet)
         if self.world.is_first:
             windows = -(-len(self.dataset.validation) // self.config.sequence_length)
-            memory.require_evaluation_memory(self.placed, self.tokenizer.vocab_size, windows)
+            memory.require_evaluation_memory(
+                self.placed, self.tokenizer.vocab_size, windows, self.world.size
+            )
         if checkpoint:
             notes += continue_data(self, checkpoint)
         if check_kernels and self.wrapper.device.type == "cuda":
@@ -267,7 +269,7 @@ class Trainer:
 
         def require(rows: int | Literal["auto"] | None) -> memory.StepMemory:
             return memory.require_memory(
-                self.placed, self.tokenizer.vocab_size, rows, processes=asks_for
+                self.placed, self.tokenizer.vocab_size, rows, asks_for, self.world.size
             )
 
         chosen = self.world.from_first(
