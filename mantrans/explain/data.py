@@ -48,8 +48,8 @@ class Data:
         self.exact = exact_copy(step.wrapper.model)
         self.exact.parameters.weights.copy_(step.before)
         self.targets = step.targets.view(step.tokens.shape)
-        self.autograd = differentiate(self.exact, step.tokens, self.targets)
-        self.boxes = Boxes(step.calls, self.arrays, self.autograd.results)
+        self.judged = differentiate(self.exact, step.tokens, self.targets)
+        self.boxes = Boxes(step.calls, self.arrays, self.judged.results)
         self.generator = torch.Generator().manual_seed(seed)
 
     @property
@@ -85,6 +85,7 @@ class Data:
             "results": self._results(boxes),
             "residual": self._residual(),
             "norms": self._norms(),
+            "deltas": self._deltas(),
             "predictions": predictions,
             "tied": tied,
             "variants": [v._asdict() for v in step.variants],
@@ -139,7 +140,7 @@ class Data:
                 "gradient": gradient.norm().item(),
                 "change": (after - before).norm().item(),
             },
-            "error": largest_error(gradient, self.autograd.weights[name]),
+            "error": largest_error(gradient, self.judged.weights[name]),
             "differences": self._differences(name, elements),
             "elements": elements,
             "gradients": gradient[at].tolist(),
@@ -234,6 +235,11 @@ class Data:
                 "square": g.square().mean(-1).tolist(),
             }
         return found
+
+    def _deltas(self) -> dict[str, list[list[float]]]:
+        """δ of each head and query, which the softmax takes from dp."""
+        calls = [c for c in self.step.calls if c.operation == "attention_backward"]
+        return {c.layer: c.values["delta"][0, :, :, 0].tolist() for c in calls}
 
     def _probabilities(self) -> Tensor:
         values = self.calls["loss", "cross_entropy_backward"].values

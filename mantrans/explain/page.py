@@ -26,10 +26,11 @@ from mantrans.explain.step import float64_copy, run
 from mantrans.inference import trained
 from mantrans.optim.schedule import rate
 from mantrans.report.page import environment
+from mantrans.runtime import disable_malloc_trim
 from mantrans.wrapper import CustomTransformerWrapper
 
 PAGE = "explain.html"
-TEXT = "Once upon a time, there was a little girl named Lily. She loved to play with her red ball."
+TEXT = "Once upon a time, there was a little girl named Lily. She had a red ball."
 TOKENS = 24  # of a sentence, unless more are asked for
 MOST_OPERATIONS = 10**12  # of all finite differences
 QUICKSTART = Path("checkpoints/quickstart/best.pt")
@@ -96,6 +97,7 @@ def write_page(
     default the run's folder. max_tokens: a longer text is cut there, or at the model's context.
     Returns the page's path. Raises MantransError (one line) for what cannot be explained.
     """
+    disable_malloc_trim()
     if checkpoint is None and QUICKSTART.is_file():
         checkpoint = QUICKSTART
     subject = fresh() if checkpoint is None else of_checkpoint(checkpoint)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -253,3 +254,50 @@ def test_diagnosis_of_divided_gradients(shard: str) -> None:
     said = first_non_finite(wrapper.model, step.batch())
     assert len(calls) == 2
     assert said == "the first gradient that is not finite is that of blocks.2.mlp.down.weight"
+
+
+class Stream:
+    """Stands for a CUDA stream, and notes who waits for what."""
+
+    def __init__(self, name: str, log: list[str]) -> None:
+        self.name, self.log, self.events = name, log, 0
+
+    def wait_stream(self, other: Stream) -> None:
+        self.log.append(f"{self.name} waits for {other.name}")
+
+    def wait_event(self, event: str) -> None:
+        self.log.append(f"{self.name} waits for {event}")
+
+    def record_event(self) -> str:
+        self.events += 1
+        return f"exchange {self.events}"
+
+
+@pytest.mark.parametrize("shard", ["none", "gradients"])
+def test_exchange_on_a_stream_of_its_own(shard: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No GPU: what would run where. An exchange follows what the backward has launched for its
+    bucket, and the backward writes to no block's buffer that is still being exchanged."""
+    log: list[str] = []
+    wrapper, step = build(World(0, 2), Case(shard=shard, accumulation=2))
+    gradients, main = step.gradient_sum, Stream("main", log)
+    gradients.side = Stream("side", log)
+    step.world = gradients.world = gradients.exchange.world = World.single()
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: main)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    for i, block in enumerate(wrapper.model.blocks):
+
+        def backward(*arguments: Any, i: int = i, original: Any = block.backward) -> Tensor:
+            log.append(f"block {i}")
+            return original(*arguments)
+
+        block.backward = backward
+    step.source.load(0)
+    gradients.run(step.batch())
+    aside = ["side waits for main"]
+    if shard == "none":
+        follows = [aside] * 5
+    else:
+        follows = [aside, *([*aside, f"main waits for exchange {i}"] for i in (1, 2, 3, 4))]
+    blocks = [["block 2", *follows[0]], ["block 1", *follows[1]], ["block 0", *follows[2]]]
+    rest = [*follows[3], *follows[4], "main waits for side"]
+    assert log == [line for lines in (*blocks, rest) for line in lines]
