@@ -84,18 +84,18 @@ def _memory(config: Config, device: str, ranks: int) -> str:
     title = f"predicted for {str(dtype).removeprefix('torch.')} on {device}"
     if ranks == 1:
         return _table(f"memory, {title}", _purposes(predict(config, dtype, device), config))
-    columns = [("training.shard", *SHARDS)]
     per_shard = [
         _purposes(predict(_with(config, s), dtype, device, ranks=ranks), config) for s in SHARDS
     ]
-    for rows in zip(*per_shard, strict=True):
-        columns.append((rows[0][0], *(value for _, value in rows)))
-    widths = [max(map(len, column)) for column in zip(*columns, strict=True)][1:]
-    rows = [
-        (name, "  ".join(f"{value:>{width}}" for value, width in zip(values, widths, strict=True)))
-        for name, *values in columns
+    values = [SHARDS, *zip(*([value for _, value in rows] for rows in per_shard), strict=True)]
+    widths = [max(map(len, column)) for column in zip(*values, strict=True)]
+    names = ["training.shard", *(name for name, _ in per_shard[0])]
+    lines = [
+        "  ".join(f"{value:>{width}}" for value, width in zip(row, widths, strict=True))
+        for row in values
     ]
-    return _table(f"memory of one of {ranks} ranks, {title}", rows)
+    title = f"memory of one of {ranks} ranks, {title}"
+    return _table(title, list(zip(names, lines, strict=True)))
 
 
 SHARDS = get_args(TrainingConfig.model_fields["shard"].annotation)

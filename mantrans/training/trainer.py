@@ -28,7 +28,7 @@ from mantrans.errors import ConfigError
 from mantrans.evaluation.evaluator import measure_stream
 from mantrans.optim.guards import OutlierGuard
 from mantrans.optim.schedule import rate
-from mantrans.runtime import disable_malloc_trim
+from mantrans.runtime import disable_malloc_trim, resolve_device, set_threads
 from mantrans.training import agreement, flops, kernel_check, memory, saving
 from mantrans.training.alone import on_first
 from mantrans.training.batches import token_source
@@ -254,6 +254,8 @@ class Trainer:
             self.placed = self.config.model_copy(update={"training": placed})
         self._require_memory(checkpoint)
         disable_malloc_trim()
+        if resolve_device(device).type == "cpu":
+            set_threads(training.threads, self.world.local_size)
         self.wrapper = build_wrapper(self.placed, self.tokenizer.vocab_size, self.world)
         self.wrapper.model.output.chunk_rows = self.memory.chunk_rows
         self.flops_per_token = flops.flops_per_token(
