@@ -20,6 +20,7 @@ import os
 import platform
 import threading
 import time
+from collections.abc import Callable
 from typing import Literal, NoReturn
 
 import torch.distributed as dist
@@ -47,6 +48,7 @@ class Watcher(threading.Thread):
         self.rank, self.size, self.store = rank, size, store
         self.local_rank = local_rank
         self.timeout, self.last_saved = 120.0, "no checkpoint is saved"
+        self.last_act: Callable[[], None] = lambda: None  # before the process ends
         self.step = StepClock()
         self.silent = [0.0] * size
         self._beats: list[bytes] = [b""] * size
@@ -84,7 +86,7 @@ class Watcher(threading.Thread):
     def _look(self, passed: float) -> None:
         """One look at the others, `passed` seconds after the last."""
         if self.store.check([FAILED]):
-            leave(ENDED_BY_ANOTHER)
+            self._leave()
         if not self._places and not self._all_have_come():
             return
         beats = self.store.multi_get([f"beat/{rank}" for rank in range(self.size)])
@@ -131,7 +133,7 @@ class Watcher(threading.Thread):
         mine = f"{self.rank} {line}"
         if self.store.compare_set(FAILED, "", mine).decode() == mine:
             terminal.say(f"error: {line}")
-        leave(ENDED_BY_ANOTHER)
+        self._leave()
 
     def _store_is_gone(self) -> NoReturn:
         if self._ended.is_set():
@@ -142,6 +144,11 @@ class Watcher(threading.Thread):
                 "error: rank 0 has died, or torchrun on its machine: its store does not answer; "
                 f"{self.last_saved}"
             )
+        self._leave()
+
+    def _leave(self) -> NoReturn:
+        with contextlib.suppress(Exception):
+            self.last_act()
         leave(ENDED_BY_ANOTHER)
 
 

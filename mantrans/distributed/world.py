@@ -79,6 +79,9 @@ class World:
     def watch(self, *, timeout: float | None = None, last_saved: str | None = None) -> None:
         """Set how long a silent rank is waited for; what is said about the last checkpoint."""
 
+    def before_leaving(self, act: Callable[[], None]) -> None:
+        """What this rank does if another one's failure ends it, in short: a lock is given back."""
+
     @property
     def last_saved(self) -> str:
         """How messages about the end of a run end: "the last checkpoint is …"."""
@@ -172,6 +175,9 @@ class Ranks(World):
     def watch(self, *, timeout: float | None = None, last_saved: str | None = None) -> None:
         self.watcher.timeout = timeout or self.watcher.timeout
         self.watcher.last_saved = last_saved or self.watcher.last_saved
+
+    def before_leaving(self, act: Callable[[], None]) -> None:
+        self.watcher.last_act = act
 
     @property
     def last_saved(self) -> str:

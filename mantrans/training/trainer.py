@@ -92,6 +92,7 @@ class Trainer:
             config.training.checkpoint_dir, config.training.experiment_name, "latest.pt"
         )
         self.folders = on_first(self.world, RunFolders, config.training)
+        self.world.before_leaving(self.folders.close)
         try:
             notes = self._set_up(resume, check_kernels, quiet)
         except BaseException:
@@ -175,7 +176,14 @@ class Trainer:
                 "device": self.wrapper.device.type,
                 "dtype": str(self.wrapper.dtype),
                 "backend": self.wrapper.model.ops.__name__.rpartition(".")[2],
-                "data": self.dataset.identity,
+                **{
+                    f"{what} of {split} tokens": value
+                    for split, identity in self.dataset.identity.items()
+                    for what, value in (
+                        ("number", identity["tokens"]),
+                        ("checksum", identity["checksum"]),
+                    )
+                },
             },
         )
         self.world.connect(self.wrapper.device)
