@@ -384,17 +384,18 @@ function operation(box, moment) {
 }
 
 function flow(box, moment) {
-  const arrow = moment.phase === "forward" ? "→" : "←", later = moment.phase === "forward" ? "later" : null;
+  const back = moment.phase === "backward", later = back ? null : "later", at = moment.box;
+  const neighbor = (index, words) => boxes[index] ? [`, ${words} `, el("button", { type: "button", onclick: () => go(momentOf(index, moment.phase)) }, nameOf(boxes[index]))] : [];
   const column = (title, values, gradients) => [el("h3", {}, title), el("div", { class: "heats" }, values), el("div", { class: `heats ${later ?? ""}` }, gradients)];
   const side = pairs => [pairs.map(p => heat(p.value, { name: p.name, row: now.token, onrow: chooseToken })),
     pairs.filter(p => p.gradient !== null).map(p => heat(p.gradient, { name: p.gradient_name, row: now.token, onrow: chooseToken, ...marksOf(pairs === box.inputs ? resultOf(box, p) : "") }))];
   const weights = box.parameters.map(name => [name, parameters[name]]);
   const short = name => name.split(".").slice(-2).join(".");
   return el("section", { class: "part flow", "aria-label": "What goes in and out" },
-    box.inputs.length ? column(`In ${arrow}`, ...side(box.inputs)) : [],
+    box.inputs.length ? column(["In", neighbor(at - 1, back ? "gradient to" : "from"), box.operation.startsWith("add_") ? " and the residual" : ""], ...side(box.inputs)) : [],
     weights.length ? column("Weights", weights.map(([name, p]) => heat(p.value, { name: short(name) })),
       weights.map(([name, p]) => heat(p.gradient, { name: `d ${short(name)}`, ...marksOf(name) }))) : [],
-    column(`${arrow} Out`, ...side(box.outputs)));
+    column(["Out", neighbor(at + 1, back ? "gradient from" : "to")], ...side(box.outputs)));
 }
 
 /* The elements of a subject that can be chosen in its heat map. */
