@@ -57,10 +57,11 @@ def _status(arguments: list[str]) -> int:
         return status
     except (Exception, KeyboardInterrupt) as error:
         status, reason = explained(error)
-    # Several processes have the same arguments: on each machine the first says what is wrong.
-    if reason and os.environ.get("LOCAL_RANK", "0").strip() in ("", "0"):
-        terminal.say(f"error: {reason}")
-    return status
+        # Several processes have the same arguments: on each machine the first says what is wrong.
+        is_first = os.environ.get("LOCAL_RANK", "0").strip() in ("", "0")
+        if reason and (is_first or isinstance(error, RanksError)):
+            terminal.say(f"error: {reason}")
+        return status
 
 
 def explained(error: BaseException) -> tuple[int, str]:

@@ -59,7 +59,7 @@ def test_world_without_torchrun_is_single(monkeypatch: pytest.MonkeyPatch) -> No
     [
         ("RANK", "two", "RANK: expected a number, as torchrun sets it, got 'two'"),
         ("RANK", "4", r"RANK: expected less than WORLD_SIZE \(4\), got 4"),
-        ("MASTER_ADDR", "", "MASTER_ADDR: expected a value, as torchrun sets it, got nothing"),
+        ("MASTER_ADDR", "", "MASTER_ADDR: expected a machine, as torchrun sets it, got nothing"),
     ],
 )
 def test_variables_of_torchrun_are_refused(
