@@ -57,11 +57,15 @@ def _status(arguments: list[str]) -> int:
         return status
     except (Exception, KeyboardInterrupt) as error:
         status, reason = explained(error)
-        # Several processes have the same arguments: on each machine the first says what is wrong.
-        is_first = os.environ.get("LOCAL_RANK", "0").strip() in ("", "0")
-        if reason and (is_first or isinstance(error, RanksError)):
+        if reason and (isinstance(error, RanksError) or _is_first_of_machine()):
             terminal.say(f"error: {reason}")
         return status
+
+
+def _is_first_of_machine() -> bool:
+    """Whether no other process of this machine has the same arguments and says what is wrong."""
+    size, local_rank = (os.environ.get(name, "") for name in ("WORLD_SIZE", "LOCAL_RANK"))
+    return size.strip() in ("", "1") or local_rank.strip() in ("", "0")
 
 
 def explained(error: BaseException) -> tuple[int, str]:

@@ -239,10 +239,12 @@ class Ranks(World):
         return bool(flags)
 
     def texts(self, key: str, text: str) -> list[str]:
+        before = f"{key}/{self._calls.get(key, 0)}"
         call = self._call(key)
         self.store.set(f"{call}/{self.rank}", text)
         keys = [f"{call}/{rank}" for rank in range(self.size)]
         self._wait_for(keys)
+        self.store.delete_key(f"{before}/{self.rank}")  # all have read it: they are here
         return [value.decode() for value in self.store.multi_get(keys)]
 
     def from_first(self, key: str, make: Callable[[], str]) -> str:

@@ -118,6 +118,23 @@ def test_ranks_resume_other_size(
     assert_same_bits(left(parts), left(whole))
 
 
+@pytest.mark.promise("torchrun")
+@pytest.mark.slow
+def test_ranks_resume_own_config(tmp_path: Path, tokens: Path, processes: Processes) -> None:
+    """Without --config rank 0 chooses the run, and all have its settings; a profile is rank 0's."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    finished(begin(processes, whole, tokens, 1))
+    way = {BREAK: "term 1 step 3"}
+    finished(begin(processes, parts, tokens, 2, main=BROKEN, environment=way))
+    said = finished(
+        start_ranks(
+            processes, 4, "--resume", str(parts / "runs" / "small"), "--profile", "1", cwd=parts
+        )
+    )
+    assert "at step 3\n" in said and "nothing was profiled: the run had 5 steps" in said
+    assert_same_bits(left(parts), left(whole))
+
+
 def refused(ranks: Ranks, folder: Path) -> str:
     """The one line with which all ranks end; nothing is left in the run's folders."""
     assert {child.wait().status for child in ranks.children} <= {2, ENDED_BY_ANOTHER}, ranks.said()

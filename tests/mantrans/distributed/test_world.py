@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from mantrans.distributed.world import World, device_of
+from mantrans.distributed.world import Ranks, World, device_of
 from mantrans.errors import ConfigError, MantransError
 from tests.support.ranks import in_ranks
 
@@ -27,6 +27,24 @@ def exchanges(world: World) -> dict[str, Any]:
         "texts": [world.texts("a", f"{n} of {world.rank}") for n in range(2)],
         "from_first": [world.from_first("b", lambda: f"{world.rank}") for _ in range(2)],
     }
+
+
+def keys_left(world: World) -> list[int]:
+    """In the store, after one and after many calls."""
+    assert isinstance(world, Ranks)
+    counts = []
+    for n in range(20):
+        world.texts("a", "x" * n)
+        world.texts("all have counted", "")
+        if n in (1, 19):
+            counts.append(world.store.num_keys())
+    return counts
+
+
+def test_texts_leave_nothing() -> None:
+    """The store, which torchrun holds for as long as a run takes, does not grow."""
+    for first, last in in_ranks(2, keys_left):
+        assert last <= first + 2, (first, last)
 
 
 @pytest.mark.parametrize("size", [1, 3, 4])

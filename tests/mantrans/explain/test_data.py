@@ -66,6 +66,21 @@ class TestData:
         assert kept[-2] == kept[-1] == 0 < kept[0]
         assert all((m["gradients"] > 0) == (m["phase"] == "backward") for m in moments)
 
+    def test_boxes_keep_what_their_backward_reads(self, case: str) -> None:
+        keeps = {box["layer"]: box["keeps"] for box in explained(case)[1]["boxes"]}
+        assert keeps["embedding"] == keeps["loss"] - keeps["loss"] == 0
+        assert keeps["blocks.1.attention.qkv"] == keeps["output"] == T * 48
+        assert keeps["blocks.0.mlp.down"] == T * (80 if case in families.CASES else 4 * 48)
+        if case in families.CASES:  # only heads that are normalized are read again
+            assert (keeps["blocks.0.attention.rotary"] > 0) == (case == "qwen3")
+
+    def test_delta_is_the_mean_that_the_softmax_takes(self, case: str) -> None:
+        data = explained(case)[1]
+        box = next(b for b in data["boxes"] if b["layer"] == "blocks.1.attention")
+        p, dp = (values(data["arrays"][box["inside"][0][end]]) for end in ("value", "gradient"))
+        delta = data["deltas"]["blocks.1.attention"]
+        np.testing.assert_allclose((p * dp).sum(-1), delta, 1e-4, 1e-9)
+
     def test_each_value_has_its_gradient_of_the_same_shape(self, case: str) -> None:
         data = explained(case)[1]
         arrays = data["arrays"]
