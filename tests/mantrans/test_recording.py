@@ -78,6 +78,8 @@ class TestRecording:
         p, dp, delta, ds = (call.values[n] for n in ("p", "dp", "delta", "ds"))
         assert p.shape == (1, 4, T, T)
         assert torch.equal(ds, p * (dp - delta))
+        for each in calls:  # not those of functions that it calls
+            assert each.values.keys() <= set(each.function.__code__.co_varnames)
         file, line = call.caller
         assert file.endswith("layers/attention.py")
         assert "attention_backward(" in Path(file).read_text().splitlines()[line - 1]

@@ -68,6 +68,23 @@ class TestData:
         assert kept[-2] == kept[-1] == 0 < kept[0]
         assert all((m["gradients"] > 0) == (m["phase"] == "backward") for m in moments)
 
+    def test_data_boxes_keep(self, case: str) -> None:
+        """Boxes keep what their backward reads."""
+        keeps = {box["layer"]: box["keeps"] for box in explained(case)[1]["boxes"]}
+        assert keeps["embedding"] == keeps["loss"] - keeps["loss"] == 0
+        assert keeps["blocks.1.attention.qkv"] == keeps["output"] == T * 48
+        assert keeps["blocks.0.mlp.down"] == T * (80 if case in families.CASES else 4 * 48)
+        if case in families.CASES:  # only heads that are normalized are read again
+            assert (keeps["blocks.0.attention.rotary"] > 0) == (case == "qwen3")
+
+    def test_data_delta(self, case: str) -> None:
+        """Delta is the mean that the softmax takes."""
+        data = explained(case)[1]
+        box = next(b for b in data["boxes"] if b["layer"] == "blocks.1.attention")
+        p, dp = (values(data["arrays"][box["inside"][0][end]]) for end in ("value", "gradient"))
+        delta = data["deltas"]["blocks.1.attention"]
+        np.testing.assert_allclose((p * dp).sum(-1), delta, 1e-4, 1e-9)
+
     def test_data_gradient_shapes(self, case: str) -> None:
         """Each value has its gradient of the same shape."""
         data = explained(case)[1]
