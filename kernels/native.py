@@ -755,18 +755,22 @@ def bias_gelu_backward(
     return dh
 
 
+SHARE = 2**15  # elements for which PyTorch's loops take another thread
 VECTORS = 64  # elements: of every dtype a multiple of what PyTorch's loops take at a time
 
 
-def _even_shares(x: Tensor) -> tuple[Tensor, Tensor]:
+def _even_shares(x: Tensor, least: int = 0) -> tuple[Tensor, Tensor]:
     """x (...), flat, in two parts: one of which each thread gets whole vectors, and the rest.
 
     What a thread's share has beyond whole vectors is computed an element at a time, with another
-    tanh. Without this the last bits would depend on the number of threads.
+    exp. Without this the last bits would depend on the number of threads.
+    least: elements for which PyTorch takes another thread; 0: it takes all, as for GELU.
     """
-    flat = x.view(-1)
-    unit = 1 if x.is_cuda else VECTORS * torch.get_num_threads()
-    whole = len(flat) // unit * unit
+    flat, shares = x.view(-1), 1 if x.is_cuda else torch.get_num_threads()
+    if least:
+        shares = min(shares, -(-len(flat) // least))
+    unit = VECTORS * max(1, shares)
+    whole = max(len(flat) // unit * unit, (shares - 1) * least)
     return flat[:whole], flat[whole:]
 
 
@@ -779,16 +783,11 @@ def swiglu_forward(h: Tensor) -> Tensor:
     y, wide = packed.new_empty(len(packed), F), wide_dtype(h.dtype)
     for rows in _cached_rows(y):
         gate, up = packed[rows].to(wide).chunk(2, dim=-1)
-        out = _wide_part(y, rows)
-        _sigmoid(gate, out).mul_(gate).mul_(up)
-        _write_part(y, rows, out)
+        out = _wide_part(y, rows).copy_(gate)
+        for part in _even_shares(out, SHARE):
+            aten.silu_(part)
+        _write_part(y, rows, out.mul_(up))
     return y.view(*h.shape[:-1], F)
-
-
-def _sigmoid(x: Tensor, out: Tensor) -> Tensor:
-    """σ(x), in `out`. `torch.sigmoid` computes the last few elements of a thread's share with
-    another exp than the others; `exp` has one, whatever the number of threads."""
-    return torch.neg(x, out=out).exp_().add_(1).reciprocal_()
 
 
 def swiglu_backward(dy: Tensor, h: Tensor) -> Tensor:
@@ -807,7 +806,9 @@ def swiglu_backward(dy: Tensor, h: Tensor) -> Tensor:
         x = (dh[rows] if is_wide else x_memory[here]).copy_(packed[rows])
         upstream = dy_rows[rows] if is_wide else dy_memory[here].copy_(dy_rows[rows])
         gate, up = x.chunk(2, dim=-1)
-        s = _sigmoid(gate, s_memory[here])
+        s = s_memory[here].copy_(gate)
+        for part in _even_shares(s, SHARE):
+            part.sigmoid_()
         a = gate.mul_(s)
         slope_up = torch.lerp(a, one, s, out=s).mul_(up)
         torch.mul(a, upstream, out=up)  # du
