@@ -20,6 +20,7 @@ import os
 import platform
 import threading
 import time
+from collections.abc import Callable
 from typing import Literal, NoReturn
 
 import torch.distributed as dist
@@ -47,7 +48,9 @@ class Watcher(threading.Thread):
         self.rank, self.size, self.store = rank, size, store
         self.local_rank = local_rank
         self.timeout, self.last_saved = 120.0, "no checkpoint is saved"
+        self.last_act: Callable[[], None] = lambda: None  # before the process ends
         self.step = StepClock()
+        self.main_thread_fails = False
         self.silent = [0.0] * size
         self._beats: list[bytes] = [b""] * size
         self._places: list[str] = []
@@ -63,7 +66,7 @@ class Watcher(threading.Thread):
 
     def run(self) -> None:
         number, before = 0, time.monotonic()
-        while not self._ended.is_set():
+        while not self._ended.is_set() and not self.main_thread_fails:
             try:
                 self.store.set(f"beat/{self.rank}", str(number))
                 now = time.monotonic()
@@ -84,9 +87,9 @@ class Watcher(threading.Thread):
     def _look(self, passed: float) -> None:
         """One look at the others, `passed` seconds after the last."""
         if self.store.check([FAILED]):
-            leave(ENDED_BY_ANOTHER)
+            self._leave()
         if not self._places and not self._all_have_come():
-            return
+            return  # in the first moment
         beats = self.store.multi_get([f"beat/{rank}" for rank in range(self.size)])
         for rank, (old, new) in enumerate(zip(self._beats, beats, strict=True)):
             self.silent[rank] = (
@@ -131,7 +134,7 @@ class Watcher(threading.Thread):
         mine = f"{self.rank} {line}"
         if self.store.compare_set(FAILED, "", mine).decode() == mine:
             terminal.say(f"error: {line}")
-        leave(ENDED_BY_ANOTHER)
+        self._leave()
 
     def _store_is_gone(self) -> NoReturn:
         if self._ended.is_set():
@@ -142,6 +145,13 @@ class Watcher(threading.Thread):
                 "error: rank 0 has died, or torchrun on its machine: its store does not answer; "
                 f"{self.last_saved}"
             )
+        self._leave()
+
+    def _leave(self) -> NoReturn:
+        if self.main_thread_fails:  # which says so, and ends the process with a status of its own
+            raise SystemExit
+        with contextlib.suppress(Exception):
+            self.last_act()
         leave(ENDED_BY_ANOTHER)
 
 

@@ -20,7 +20,8 @@ The data of the page is one JSON object in `<script type="application/json" id="
                  data: base64 of float32, little endian, in the order plane, row, column. The
                  statistics are of the whole tensor. B, which is 1, is left out
     boxes       [{layer, operation, title, group, inputs, outputs, inside: [pair],
-                 parameters: [name]}] in the order of the forward. A pair is {name, gradient_name,
+                 parameters: [name], keeps: numbers that its backward reads again}] in the order of
+                 the forward. A pair is {name, gradient_name,
                  value, gradient: array or null, error}; error as below or null
     moments     [{phase: "forward" | "backward" | "update", box: index or null, functions: [name],
                  caller: {file, link, line}, activations, gradients: numbers alive then}]
@@ -40,6 +41,7 @@ The data of the page is one JSON object in `<script type="application/json" id="
                  its gradient
     norms       {layer: {g: [float a position] or null, x_hat, square: same}}: the means of g
                  and of g x̂, which the gradient loses (RMS norm: only the second), and of g²
+    deltas      {layer: [[float a query] a head]}: what attention's softmax takes from dp
     predictions [{ids: [int], probabilities, gradients: [float]}] a position: its target, if it has
                  one, then the likeliest tokens
     tied        {ids: [int], output, embedding, together: array, norms: {each of them: [float]}} or

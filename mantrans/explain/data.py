@@ -20,7 +20,6 @@ from mantrans.recording import Call
 from mantrans.terminal import watched
 
 ELEMENTS = 64
-DISTANCE = 1e-4  # of finite differences: an error of some 1e-8, and of rounding of 1e-12
 LIKELIEST = 8  # predicted tokens of a position
 
 
@@ -48,8 +47,8 @@ class Data:
         self.exact = exact_copy(step.wrapper.model)
         self.exact.parameters.weights.copy_(step.before)
         self.targets = step.targets.view(step.tokens.shape)
-        self.autograd = differentiate(self.exact, step.tokens, self.targets)
-        self.boxes = Boxes(step.calls, self.arrays, self.autograd.results)
+        self.judged = differentiate(self.exact, step.tokens, self.targets)
+        self.boxes = Boxes(step.calls, self.arrays, self.judged.results)
         self.generator = torch.Generator().manual_seed(seed)
 
     @property
@@ -85,6 +84,7 @@ class Data:
             "results": self._results(boxes),
             "residual": self._residual(),
             "norms": self._norms(),
+            "deltas": self._deltas(),
             "predictions": predictions,
             "tied": tied,
             "variants": [v._asdict() for v in step.variants],
@@ -139,7 +139,7 @@ class Data:
                 "gradient": gradient.norm().item(),
                 "change": (after - before).norm().item(),
             },
-            "error": largest_error(gradient, self.autograd.weights[name]),
+            "error": largest_error(gradient, self.judged.weights[name]),
             "differences": self._differences(name, elements),
             "elements": elements,
             "gradients": gradient[at].tolist(),
@@ -185,9 +185,9 @@ class Data:
     def _differences(self, name: str, elements: list[list[int]]) -> dict[str, Any]:
         """The loss on both sides of each element, of a parameter or of a result."""
         tokens = self.step.tokens
-        found = differences(self.exact, tokens, self.targets, name, elements, DISTANCE, order=2)
+        found = differences(self.exact, tokens, self.targets, name, elements, order=2)
         losses = {"above": found.above[:, 0].tolist(), "below": found.below[:, 0].tolist()}
-        return {"step": DISTANCE, **losses, "slopes": found.values.tolist()}
+        return {"step": found.step, **losses, "slopes": found.values.tolist()}
 
     def _update(self, name: str, elements: list[list[int]]) -> dict[str, list[float]]:
         """The local variables of the optimizer's function that have one number a weight."""
@@ -234,6 +234,11 @@ class Data:
                 "square": g.square().mean(-1).tolist(),
             }
         return found
+
+    def _deltas(self) -> dict[str, list[list[float]]]:
+        """δ of each head and query, which the softmax takes from dp."""
+        calls = [c for c in self.step.calls if c.operation == "attention_backward"]
+        return {c.layer: c.values["delta"][0, :, :, 0].tolist() for c in calls}
 
     def _probabilities(self) -> Tensor:
         values = self.calls["loss", "cross_entropy_backward"].values

@@ -150,6 +150,7 @@ function heat(index, options = {}) {
     marks.forEach(([row, column], i) => overlay.append(square(row, column, i === options.chosen ? "element chosen" : "element")));
     const cursor = square(0, 0, "at");
     const at = { row: 0, column: 0 };
+    let touched = null;
     const point = event => {
       const area = canvas.getBoundingClientRect();
       at.row = Math.min(height - 1, Math.max(0, Math.floor((event.clientY - area.top) / area.height * height)));
@@ -163,10 +164,15 @@ function heat(index, options = {}) {
       else if (options.onrow) options.onrow(array.atRows[at.row], head);
     };
     canvas.addEventListener("pointermove", event => { point(event); look(); });
-    canvas.addEventListener("pointerleave", leave);
+    canvas.addEventListener("pointerleave", event => { if (event.pointerType !== "touch") leave(); });
     canvas.addEventListener("blur", leave);
     canvas.addEventListener("focus", look);
-    canvas.addEventListener("click", event => { point(event); look(); choose(); });
+    canvas.addEventListener("click", event => {  // a finger's first tap reads a cell, its second chooses
+      point(event);
+      look();
+      if (event.pointerType !== "touch" || touched === `${at.row} ${at.column}`) choose();
+      touched = `${at.row} ${at.column}`;
+    });
     canvas.addEventListener("keydown", event => {
       const step = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0] }[event.key];
       if (step) { at.row = clamp(at.row + step[0], height); at.column = clamp(at.column + step[1], width); look(); }
@@ -178,15 +184,22 @@ function heat(index, options = {}) {
     return el("div", { class: "plane" }, canvas, overlay);
   });
   const named = options.rows !== false && !folded && ["T", "row"].includes(array.axes.at(-2));
-  const label = row => array.axes.at(-2) === "T" ? tokenAt(row) : textOf(data.tied.ids[row]);
+  const rowName = row => array.axes.at(-2) === "T" ? tokenAt(row) : textOf(data.tied.ids[row]);
   return el("figure", {},
     el("figcaption", {}, el("b", {}, options.name), el("span", {}, shapeText(array)), el("span", {}, sampledText(array))),
     el("div", { class: "heat" },
       named ? el("ol", { "aria-hidden": true, style: `grid-template-rows:repeat(${height},${size}px)` },
-        array.atRows.map(row => el("li", { class: row === options.row ? "chosen" : null }, size < 8 ? "" : label(row)))) : el("span"),
+        array.atRows.map(row => el("li", { class: row === options.row ? "chosen" : null }, size < 8 ? "" : rowName(row)))) : el("span"),
       el("div", { class: "planes" }, planes)),
     read);
 }
+
+/* Of the positions that an array keeps, the one nearest to the token in hand. */
+function keptRow(index) {
+  const rows = decoded(data.arrays[index]).atRows;
+  return rows.reduce((best, row) => Math.abs(row - now.token) < Math.abs(best - now.token) ? row : best, rows[0]);
+}
+const notKept = index => t => !decoded(data.arrays[index]).atRows.includes(t);
 
 const clamp = (value, size) => Math.max(0, Math.min(size - 1, value));
 
@@ -250,7 +263,7 @@ function drawQuestions() {
       bars(byChange.map(([name, share]) => [name, share, `${number(100 * share, 2)}%`]), { color: colorOf("update") }),
       el("p", { class: "soft" }, "Norm of the change by the norm of the weights.")),
     el("div", {}, el("h2", {}, "What would another update do?"),
-      bars([["before", data.loss, number(data.loss, 4)], ...data.variants.map(v => [v.name, v.loss, number(v.loss, 4)])], { color: colorOf("forward") }),
+      bars([["before", data.loss, data.loss.toFixed(3)], ...data.variants.map(v => [v.name, v.loss, v.loss.toFixed(3)])], { color: colorOf("forward") }),
       el("p", { class: "soft" }, `Loss of the same sentence after the update, which changes the weights by ${data.variants.map(v => `${number(v.length)} ${v.name === "this step" ? "in this step" : v.name}`).join(", ")} (norm of the change).`)));
 }
 
@@ -292,7 +305,7 @@ function drawMap() {
       el("span", { class: "group" }, blockName(box.group)), el("span", { class: "rail back", style: `--color:${colorOf("backward")};--size:${width.toFixed(1)}px`, "data-rail": "backward", "data-box": i })] : [];
     group = box.group;
     const button = way => el("button", { type: "button", class: way === "backward" ? "back" : null, "data-moment": momentOf(i, way), onclick: () => go(momentOf(i, way)) }, SHORT[lastOf(box)] ?? nameOf(box));
-    return [...head, rail("forward"), button("forward"), el("span", { class: "saved", "data-box": i, title: "kept for the backward" }), button("backward"), rail("backward")];
+    return [...head, rail("forward"), button("forward"), el("span", { class: box.keeps ? "saved" : null, "data-box": i, title: `keeps ${count(box.keeps)} numbers for its backward` }), button("backward"), rail("backward")];
   });
   byId("map").replaceChildren(el("span", { class: "head" }, "Forward ↓"), el("span", { class: "head back" }, "Backward ↑"), el("span"), ...rows.flat(),
     el("span"), el("button", { type: "button", class: "update", "data-moment": moments.length - 1, onclick: () => go(moments.length - 1) }, "Update"), el("span"));
@@ -325,7 +338,7 @@ function drawTime() {
     el("div", { class: "line" },
       el("button", { type: "button", "aria-label": "Back", onclick: () => go(now.moment - 1) }, "←"),
       el("button", { type: "button", "aria-label": "Onward", onclick: () => go(now.moment + 1) }, "→"),
-      el("span", { class: "what" }), el("span", { class: "alive" })),
+      el("span", { class: "what", "aria-live": "polite" }), el("span", { class: "alive" })),
     el("div", { class: "track" },
       el("svg", { viewBox: `0 0 ${N} 38`, preserveAspectRatio: "none", "aria-hidden": true },
         area(m => m.activations, () => 0, colorOf("forward")), area(m => m.activations + m.gradients, m => m.activations, colorOf("backward")),
@@ -350,14 +363,19 @@ function markTime() {
 function drawBox() {
   const moment = moments[now.moment], box = boxes[moment.box];
   const holder = byId("box");
+  const focused = holder.contains(document.activeElement) ? label(document.activeElement) : null;
   holder.style.setProperty("--color", colorOf(moment.phase));
   holder.replaceChildren(...(box ? operation(box, moment) : update(moment)));
+  if (focused) [...holder.querySelectorAll("button, select, canvas, a, pre")].find(node => label(node) === focused)?.focus({ preventScroll: true });
 }
+
+/* What a control is called, to find it again after a drawing. */
+const label = node => node.tagName + (node.getAttribute("aria-label") ?? (node.tagName === "BUTTON" ? node.textContent : ""));
 
 function operation(box, moment) {
   const words = data.words[box.operation], other = moment.phase === "forward" ? "backward" : "forward";
   const subjects = subjectsOf(box);
-  if (!subjects.includes(now.parameter)) Object.assign(now, { parameter: subjects[0] ?? null, element: 0 });
+  if (!subjects.includes(now.parameter)) choose(subjects[0] ?? null, null, false);
   return [
     el("header", {}, el("span", { class: "phase" }, [PHASES[moment.phase], blockName(box.group)].filter(Boolean).join(" · ")),
       el("button", { type: "button", onclick: () => go(momentOf(moment.box, other)) }, `see its ${other}`)),
@@ -366,24 +384,25 @@ function operation(box, moment) {
     el("div", { class: "ways" }, ["forward", "backward"].map(way => el("div", { class: way === moment.phase ? "way now" : "way", style: `--color:${colorOf(way)}` },
       el("h3", {}, PHASES[way]), words[way].formulas.map(line => el("div", {}, line))))),
     flow(box, moment),
-    ({ attention, cross_entropy: crossEntropy, embedding: tied, layer_norm: norm, add_layer_norm: norm, rms_norm: norm, add_rms_norm: norm })[box.operation]?.(box, moment),
     proof(box),
+    ({ attention, cross_entropy: crossEntropy, embedding: tied, layer_norm: norm, add_layer_norm: norm, rms_norm: norm, add_rms_norm: norm })[box.operation]?.(box, moment),
     code(moment, words),
   ].filter(Boolean);
 }
 
 function flow(box, moment) {
-  const arrow = moment.phase === "forward" ? "→" : "←", later = moment.phase === "forward" ? "later" : null;
+  const back = moment.phase === "backward", later = back ? null : "later", at = moment.box;
+  const neighbor = (index, words) => boxes[index] ? [`, ${words} `, el("button", { type: "button", onclick: () => go(momentOf(index, moment.phase)) }, nameOf(boxes[index]))] : [];
   const column = (title, values, gradients) => [el("h3", {}, title), el("div", { class: "heats" }, values), el("div", { class: `heats ${later ?? ""}` }, gradients)];
   const side = pairs => [pairs.map(p => heat(p.value, { name: p.name, row: now.token, onrow: chooseToken })),
     pairs.filter(p => p.gradient !== null).map(p => heat(p.gradient, { name: p.gradient_name, row: now.token, onrow: chooseToken, ...marksOf(pairs === box.inputs ? resultOf(box, p) : "") }))];
   const weights = box.parameters.map(name => [name, parameters[name]]);
   const short = name => name.split(".").slice(-2).join(".");
   return el("section", { class: "part flow", "aria-label": "What goes in and out" },
-    box.inputs.length ? column(`In ${arrow}`, ...side(box.inputs)) : [],
+    box.inputs.length ? column(["In", neighbor(at - 1, back ? "gradient to" : "from"), box.operation.startsWith("add_") ? " and the residual" : ""], ...side(box.inputs)) : [],
     weights.length ? column("Weights", weights.map(([name, p]) => heat(p.value, { name: short(name) })),
       weights.map(([name, p]) => heat(p.gradient, { name: `d ${short(name)}`, ...marksOf(name) }))) : [],
-    column(`${arrow} Out`, ...side(box.outputs)));
+    column(["Out", neighbor(at + 1, back ? "gradient from" : "to")], ...side(box.outputs)));
 }
 
 /* The elements of a subject that can be chosen in its heat map. */
@@ -402,7 +421,7 @@ function proof(box) {
     el("p", {}, `These gradients agree with autograd's to ${number(Math.max(...checked.map(([, error]) => error.relative)), 2)} of their largest element.`),
     el("div", { class: "columns" },
       el("div", {}, el("h3", {}, "Against autograd, in float64"),
-        el("table", {}, el("thead", {}, el("tr", {}, ["gradient", "largest error", "relative"].map(x => el("th", {}, x)))),
+        el("table", { class: "names" }, el("thead", {}, el("tr", {}, ["gradient", "largest error", "relative"].map(x => el("th", {}, x)))),
           el("tbody", {}, checked.map(([name, error]) => el("tr", {}, el("td", {}, name), el("td", {}, number(error.absolute, 2)), el("td", {}, number(error.relative, 2))))))),
       now.parameter ? difference(subjectsOf(box)) : null));
 }
@@ -410,7 +429,7 @@ function proof(box) {
 function chooser(names) {
   const p = subject(now.parameter);
   return el("div", { class: "controls" },
-    el("select", { "aria-label": "Which gradient", onchange: event => choose(event.target.value, 0) }, names.map(name => el("option", { value: name, selected: name === now.parameter }, parameters[name] ? name : `the input, ${name.split(".").pop()}`))),
+    el("select", { "aria-label": "Which gradient", onchange: event => choose(event.target.value, null) }, names.map(name => el("option", { value: name, selected: name === now.parameter }, parameters[name] ? name : `the input, ${name.split(".").pop()}`))),
     el("button", { type: "button", "aria-label": "The element before", onclick: () => choose(now.parameter, now.element - 1) }, "‹"),
     el("span", { class: "mono" }, `[${p.elements[now.element].join(", ")}]`),
     el("button", { type: "button", "aria-label": "The next element", onclick: () => choose(now.parameter, now.element + 1) }, "›"),
@@ -456,10 +475,10 @@ function code(moment, words) {
 
 function attention(box, moment) {
   const pair = Object.fromEntries(box.inside.map(p => [p.name, p])), back = moment.phase === "backward";
-  const T = tokens.length, i = now.token, read = (index, j) => { const a = decoded(data.arrays[index]); return a.values[(now.head * a.atRows.length + a.atRows.indexOf(i)) * a.atColumns.length + a.atColumns.indexOf(j)]; };
+  const i = keptRow(pair.p.value), read = (index, j) => { const a = decoded(data.arrays[index]); return a.values[(now.head * a.atRows.length + a.atRows.indexOf(i)) * a.atColumns.length + a.atColumns.indexOf(j)]; };
   const keys = range(i + 1).filter(j => data.arrays[pair.p.value].columns?.includes(j) ?? true);
   const p = keys.map(j => read(pair.p.value, j)), dp = keys.map(j => read(pair.p.gradient, j)), ds = keys.map(j => read(pair.scores.gradient, j));
-  const delta = keys.reduce((sum, _, n) => sum + p[n] * dp[n], 0);
+  const delta = data.deltas[box.layer][now.head][i], unseen = i + 1 - keys.length;
   const cells = (j, n) => [el("td", {}, tokenAt(j)), el("td", { class: "wide" }, bar(p[n], 1)), el("td", {}, number(p[n]))].concat(back ? [
     el("td", { class: "spare" }, number(dp[n])), el("td", {}, number(dp[n] - delta)), el("td", { class: "wide" }, bar(ds[n], largest(ds), true)), el("td", {}, number(ds[n]))] : []);
   const choosePlane = (row, head) => { now.head = head; chooseToken(row); };
@@ -468,26 +487,27 @@ function attention(box, moment) {
   return el("section", { class: "part", "aria-label": "Inside attention" },
     el("h2", {}, back ? "Where a query's gradient goes" : "What a query looks at"),
     el("div", { class: "controls" }, range(about.sizes.H).map(h => el("button", { type: "button", "aria-pressed": h === now.head, onclick: () => { now.head = h; drawBox(); } }, `head ${h + 1}`))),
-    tokenButtons(i, chooseToken),
+    tokenButtons(i, chooseToken, { disabled: notKept(pair.p.value) }),
     el("div", { class: "columns", style: "margin-top:1rem" },
       el("div", { class: "heats" }, heat(pair.p.value, { name: "p, all heads", onrow: choosePlane, row: i }), back ? heat(pair.scores.gradient, { name: "ds, all heads", onrow: choosePlane, row: i }) : null),
       el("div", {}, el("table", { style: `--color:${colorOf("forward")}` },
         el("thead", {}, el("tr", {}, ["key", "", "p"].concat(back ? ["dp", "dp − δ", "", "ds"] : []).map(x => el("th", { class: x === "dp" ? "spare" : null }, x)))),
         el("tbody", {}, keys.map((j, n) => el("tr", {}, cells(j, n))))),
+        unseen ? el("p", { class: "soft" }, `${count(unseen)} other keys are not shown.`) : null,
         back ? el("p", { class: "soft", style: "margin-top:.6rem" }, `δ = Σ p dp = ${number(delta)}: the one number that the softmax takes from every dp of this query, because raising one weight lowers the others. `
           + "Then dq gathers ds k over the keys; each key receives ds q, each value p dout.") : null)),
     el("div", { class: "flow", style: "margin-top:1.2rem" }, inside));
 }
 
 function norm(box, moment) {
-  const back = moment.phase === "backward", means = data.norms[box.layer], [pair] = box.inside, t = now.token;
-  if (!back) return null;
+  if (moment.phase === "forward") return null;
+  const means = data.norms[box.layer], [pair] = box.inside, t = keptRow(pair.value);
   const row = index => { const a = decoded(data.arrays[index]), n = a.atColumns.length, at = a.atRows.indexOf(t); return [...a.values.subarray(at * n, (at + 1) * n)]; };
   const g = row(pair.gradient), xHat = row(pair.value), shift = means.g ? means.g[t] : 0, along = means.x_hat[t];
   const scale = largest(g), strip = (name, values, note) => [el("span", {}, name), stripOf(values, scale, name), el("span", { class: "soft" }, note)];
   const lost = (shift ** 2 + along ** 2) / means.square[t];
   return el("section", { class: "part", "aria-label": "What the gradient loses" },
-    el("h2", {}, means.g ? "The two means that the gradient loses" : "The mean that the gradient loses"), tokenButtons(t, chooseToken),
+    el("h2", {}, means.g ? "The two means that the gradient loses" : "The mean that the gradient loses"), tokenButtons(t, chooseToken, { disabled: notKept(pair.value) }),
     el("div", { class: "strips" },
       strip("g = γ dy", g, "what arrives"),
       means.g ? strip("mean(g)", g.map(() => shift), number(shift)) : [],
@@ -534,7 +554,7 @@ function tied(box, moment) {
 
 function update(moment) {
   const words = data.words[about.optimizer.name], names = Object.keys(parameters);
-  if (!parameters[now.parameter]) Object.assign(now, { parameter: names.find(name => name.endsWith("qkv.weight")) ?? names[0], element: 0 });
+  if (!parameters[now.parameter]) choose(names.find(name => name.endsWith("qkv.weight")) ?? names[0], null, false);
   const p = parameters[now.parameter], i = now.element, u = p.update, value = name => u[name]?.[i];
   const steps = [["gradient", p.gradients[i], "of the backward"], ["clipped", p.gradients[i] * about.clip, `times c = ${number(about.clip)}`],
     ["m", value("m"), "mean of the gradients lately"], ["v", value("v"), "mean of their squares"],
@@ -557,10 +577,12 @@ function update(moment) {
 
 function chooseToken(t) { now.token = clamp(t, tokens.length); drawBox(); }
 
-function choose(name, element) {
-  const size = subject(name).elements.length;
-  Object.assign(now, { parameter: name, element: (element + size) % size });
-  drawBox();
+/* element: null for the one with the largest gradient. */
+function choose(name, element, draw = true) {
+  const gradients = subject(name)?.gradients ?? [0], n = gradients.length;
+  const steepest = gradients.map(Math.abs).indexOf(largest(gradients));
+  Object.assign(now, { parameter: name, element: element === null ? Math.max(0, steepest) : (element + n) % n });
+  if (draw) drawBox();
 }
 
 function go(moment) {

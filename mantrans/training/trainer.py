@@ -28,7 +28,7 @@ from mantrans.errors import ConfigError
 from mantrans.evaluation.evaluator import measure_stream
 from mantrans.optim.guards import OutlierGuard
 from mantrans.optim.schedule import rate
-from mantrans.runtime import disable_malloc_trim
+from mantrans.runtime import disable_malloc_trim, resolve_device, set_threads
 from mantrans.training import agreement, flops, kernel_check, memory, saving
 from mantrans.training.alone import on_first
 from mantrans.training.batches import token_source
@@ -92,6 +92,7 @@ class Trainer:
             config.training.checkpoint_dir, config.training.experiment_name, "latest.pt"
         )
         self.folders = on_first(self.world, RunFolders, config.training)
+        self.world.before_leaving(self.folders.close)
         try:
             notes = self._set_up(resume, check_kernels, quiet)
         except BaseException:
@@ -139,7 +140,9 @@ class Trainer:
         self._load_data(quiet)
         if self.world.is_first:
             windows = -(-len(self.dataset.validation) // self.config.sequence_length)
-            memory.require_evaluation_memory(self.placed, self.tokenizer.vocab_size, windows)
+            memory.require_evaluation_memory(
+                self.placed, self.tokenizer.vocab_size, windows, self.world.size
+            )
         if checkpoint:
             notes += continue_data(self, checkpoint)
         if check_kernels and self.wrapper.device.type == "cuda":
@@ -175,7 +178,14 @@ class Trainer:
                 "device": self.wrapper.device.type,
                 "dtype": str(self.wrapper.dtype),
                 "backend": self.wrapper.model.ops.__name__.rpartition(".")[2],
-                "data": self.dataset.identity,
+                **{
+                    f"{what} of {split} tokens": value
+                    for split, identity in self.dataset.identity.items()
+                    for what, value in (
+                        ("number", identity["tokens"]),
+                        ("checksum", identity["checksum"]),
+                    )
+                },
             },
         )
         self.world.connect(self.wrapper.device)
@@ -244,6 +254,8 @@ class Trainer:
             self.placed = self.config.model_copy(update={"training": placed})
         self._require_memory(checkpoint)
         disable_malloc_trim()
+        if resolve_device(device).type == "cpu":
+            set_threads(training.threads, self.world.local_size)
         self.wrapper = build_wrapper(self.placed, self.tokenizer.vocab_size, self.world)
         self.wrapper.model.output.chunk_rows = self.memory.chunk_rows
         self.flops_per_token = flops.flops_per_token(
@@ -267,7 +279,7 @@ class Trainer:
 
         def require(rows: int | Literal["auto"] | None) -> memory.StepMemory:
             return memory.require_memory(
-                self.placed, self.tokenizer.vocab_size, rows, processes=asks_for
+                self.placed, self.tokenizer.vocab_size, rows, asks_for, self.world.size
             )
 
         chosen = self.world.from_first(

@@ -95,7 +95,7 @@ HUGE = {
 }  # fmt: skip
 
 
-IN_SHORT = ("model.d_model", "training.batch_size", "training.gradient_accumulation_steps")
+IN_SHORT = ("model.d_model", "training.batch_size")
 
 
 @pytest.mark.promise("any configuration")

@@ -23,7 +23,7 @@ from mantrans.config import Config
 from mantrans.errors import CheckpointError, MantransError
 from mantrans.training.trainer import Trainer
 from mantrans.wrapper import CustomTransformerWrapper
-from tests.support.processes import EVALUATE, TRAIN, Processes
+from tests.support.processes import EVALUATE, TRAIN, Ended, Processes
 from tests.support.runs import NAME, checkpoints, finish, small, stop_after
 
 ROOT = Path(__file__).parents[2]
@@ -233,10 +233,16 @@ def test_token_ids_beyond_vocabulary(tmp_path: Path, processes: Processes, stopp
     + [f"data.tokenizer={name}" for name in ("../x", "a/../../b", "..", "/../etc", "x\0")],
 )
 def test_paths_leaving_folder(
-    tmp_path: Path, stopped: Config, processes: Processes, override: str
+    tmp_path: Path,
+    stopped: Config,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    override: str,
 ) -> None:
     before = sorted(tmp_path.rglob("*"))
-    ended = processes.run("--config", "config.yaml", "--set", override, cwd=tmp_path)
+    monkeypatch.chdir(tmp_path)
+    status = main(["train", "--config", "config.yaml", "--set", override])
+    ended = Ended(status, capsys.readouterr().err)
     assert ended.is_one_line_error, ended.text
     assert sorted(tmp_path.rglob("*")) == before
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from mantrans.distributed.watcher import ENDED_BY_ANOTHER
 from tests.support.broken_rank import BREAK, BROKEN
 from tests.support.compare import assert_same_bits
 from tests.support.processes import Processes
@@ -19,7 +21,9 @@ def begin(
 ) -> Ranks:
     """A small run of 8 steps of 4 micro-batches."""
     keywords = {
-        name: settings.pop(name) for name in ("environment", "others", "main") if name in settings
+        name: settings.pop(name)
+        for name in ("environment", "others", "main", "limits")
+        if name in settings
     }
     defaults = {"gradient_accumulation_steps": 4, "batch_size": 2, "max_steps": 8, "eval_every": 4}
     folder.mkdir(exist_ok=True)
@@ -89,6 +93,7 @@ def test_ranks_bits(
 
 
 @pytest.mark.promise("same bits on any number of ranks")
+@pytest.mark.promise("a signal to one rank")
 @pytest.mark.parametrize(
     "sizes", [(2, 1, 4), *(pytest.param(s, marks=pytest.mark.slow) for s in [(4, 2, 1), (1, 4, 2)])]
 )
@@ -111,3 +116,125 @@ def test_ranks_resume_other_size(
         assert f"stopped at step {stop} of 9" in said or stop == 9
         assert not resume or f"at step {stop - 3}\n" in said
     assert_same_bits(left(parts), left(whole))
+
+
+@pytest.mark.promise("torchrun")
+@pytest.mark.slow
+def test_ranks_resume_own_config(tmp_path: Path, tokens: Path, processes: Processes) -> None:
+    """Without --config rank 0 chooses the run, and all have its settings; a profile is rank 0's."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    finished(begin(processes, whole, tokens, 1))
+    way = {BREAK: "term 1 step 3"}
+    finished(begin(processes, parts, tokens, 2, main=BROKEN, environment=way))
+    said = finished(
+        start_ranks(
+            processes, 4, "--resume", str(parts / "runs" / "small"), "--profile", "1", cwd=parts
+        )
+    )
+    assert "at step 3\n" in said and "nothing was profiled: the run had 5 steps" in said
+    assert_same_bits(left(parts), left(whole))
+
+
+def refused(ranks: Ranks, folder: Path) -> str:
+    """The one line with which all ranks end; nothing is left in the run's folders."""
+    assert {child.wait().status for child in ranks.children} <= {2, ENDED_BY_ANOTHER}, ranks.said()
+    lines = [line for line in ranks.said().splitlines() if not line.startswith("tokenizing")]
+    assert len(lines) == 1, ranks.said()
+    assert not (folder / "runs").exists() and not (folder / "checkpoints").exists()
+    return lines[0]
+
+
+@pytest.mark.promise("ranks that differ")
+@pytest.mark.parametrize(
+    ("on_last", "line"),
+    [
+        (
+            "training.learning_rate=0.002",
+            "error: rank 2: training.learning_rate: expected 0.005, as rank 0 has, got 0.002",
+        ),
+        pytest.param(
+            "model.dtype=float64",
+            "error: rank 2: model.dtype: expected float32, as rank 0 has, got float64",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            "data.tokenizer=tinystories_bpe_4096",
+            "error: rank 2: hash of the tokenizer: expected ", marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            "data.path={own}",
+            "error: rank 2: number of train tokens: expected 20035, as rank 0 has, got ",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            "data.path=none.txt",
+            "error: rank 2: data.path: expected a file ",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            "training.unknown=1",
+            "error: rank 2: --set training.unknown=1: expected a field of training ",
+            marks=pytest.mark.slow,
+        ),
+    ],
+)  # fmt: skip
+def test_ranks_start_differs(
+    tmp_path: Path, tokens: Path, processes: Processes, on_last: str, line: str
+) -> None:
+    """Refused by name before anything is written."""
+    own = tmp_path / "own.txt"
+    own.write_text("Other text than the others have. " * 100)
+    override = ["--set", on_last.format(own=own)]
+    ranks = begin(processes, tmp_path, tokens, 3, batch_size=3, others={2: override})
+    assert refused(ranks, tmp_path).startswith(line)
+
+
+@pytest.mark.promise("ranks that differ")
+@pytest.mark.slow
+def test_ranks_start_other_version(tmp_path: Path, tokens: Path, processes: Processes) -> None:
+    way = {BREAK: "version 1 start 0"}
+    ranks = begin(processes, tmp_path, tokens, 2, main=BROKEN, environment=way)
+    assert refused(ranks, tmp_path) == (
+        f"error: rank 1: version of torch: expected {metadata.version('torch')}, as rank 0 has, "
+        "got 0.0"
+    )
+
+
+@pytest.mark.promise("ranks that differ")
+@pytest.mark.parametrize(
+    ("size", "settings", "line"),
+    [
+        (
+            4, {"batch_size": 3, "gradient_accumulation_steps": 2},
+            "error: rank 0: training.batch_size × gradient_accumulation_steps: expected a multiple "
+            "of the 4 processes, got 6",
+        ),
+        pytest.param(
+            2, {"data": {"path": "none.txt"}}, "error: rank 0: data.path: expected a file ",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            2, {"device": "cuda:1"},
+            "error: rank 0: training.device: expected auto, cuda or cpu, since 2 processes train, "
+            "got cuda:1", marks=pytest.mark.slow,
+        ),
+    ],
+)  # fmt: skip
+def test_ranks_start_refused(
+    tmp_path: Path,
+    tokens: Path,
+    processes: Processes,
+    size: int,
+    settings: dict[str, Any],
+    line: str,
+) -> None:
+    """What all ranks have in common is said once, by rank 0."""
+    assert refused(begin(processes, tmp_path, tokens, size, **settings), tmp_path).startswith(line)
+
+
+@pytest.mark.promise("ranks that differ")
+@pytest.mark.slow
+def test_ranks_start_argument(tmp_path: Path, tokens: Path, processes: Processes) -> None:
+    """A wrong command line is told before the ranks meet: by the first of each machine."""
+    line = refused(begin(processes, tmp_path, tokens, 2, "--confg", "x"), tmp_path)
+    assert line.startswith("error: unrecognized arguments: --confg x")

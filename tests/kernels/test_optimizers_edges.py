@@ -51,8 +51,7 @@ def test_update_refused(ops, bad):
 
 @each_ops
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("size", [6.8e19, 1e38])
+@pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 6.8e19), (torch.bfloat16, 1e38)])
 def test_update_clipped_long_gradient(ops, name, dtype, size):
     """The step is that of the same direction with norm 1, and the gradients are only read."""
     direction = None

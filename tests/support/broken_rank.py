@@ -1,21 +1,27 @@
 """A rank that breaks: `train`, but in its own way on one rank.
 
-The variable BREAK says how, on which rank and where: "kill 1 step 7", "hang 0 validation 6".
+The variable BREAK says how, on which rank and where: "kill 1 step 7", "hang 0 validation 6". When
+torchrun starts it again, nothing breaks.
 
-    where   step        inside that step: its gradients are computed, nothing is exchanged yet
+    where   start       from the start
+            step        inside that step: its gradients are computed, nothing is exchanged yet
             validation  before the validation of that step
     how     kill, stop  by a signal to itself
             term        SIGTERM to itself, which asks to stop after the step
+            sleep       for 15 seconds
             hang        its main thread sleeps, the others of the process go on
             memory      it asks for more memory than there can be
             bug         an exception that nobody expects
+            nan         its loss is NaN in this step and the later ones
             bit         it turns one bit of its weights
+            version     its packages have another version
 """
 
 from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -23,6 +29,7 @@ from typing import Any
 import torch
 
 from mantrans import cli
+from mantrans.training import agreement
 from mantrans.training import trainer as module
 from mantrans.training.trainer import Trainer
 
@@ -31,8 +38,11 @@ BREAK, BROKEN = "BREAK", "tests.support.broken_rank:main train"
 
 def main() -> int:
     how, rank, where, step = os.environ[BREAK].split()
-    if rank != os.environ.get("RANK", "0"):
+    again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    if again or rank != os.environ.get("RANK", "0"):
         return cli.main()
+    if where == "start":
+        do(how, None)
     advance, measure = Trainer._advance, module.measure_stream
 
     def and_break(run: Trainer) -> None:
@@ -59,7 +69,7 @@ def then(function: Callable[..., Any], how: str, run: Trainer) -> Callable[..., 
         result = function(*arguments, **keywords)
         if ways:
             do(ways.pop(), run)
-        return result
+        return result * torch.nan if how == "nan" else result
 
     return called
 
@@ -73,6 +83,10 @@ def do(how: str, run: Trainer | None) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
     elif how == "hang":
         time.sleep(3600)
+    elif how == "sleep":
+        time.sleep(15)
+    elif how == "version":
+        agreement.metadata.version = lambda package: "0.0"  # type: ignore[assignment]
     elif how == "memory":
         torch.empty(1 << 50)
     elif how == "bug":
@@ -80,3 +94,7 @@ def do(how: str, run: Trainer | None) -> None:
     elif how == "bit" and run is not None:
         weights = run.wrapper.model.parameters.weights
         weights.view(torch.int32)[70] ^= 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -36,10 +36,8 @@ PRELOADED = [
     "tests.support.broken_rank",
     "encodings.utf_8_sig",  # a child that is nobody may not be able to read it
     "mantrans.cli",
-    "mantrans.evaluation.checkpoint",
-    "tensorboard.summary.writer.event_file_writer",
-    "tensorboard.compat.proto.event_pb2",
-    "tensorboard.compat.proto.summary_pb2",
+    "tests.support.warm",
+    "torch.utils.tensorboard",
 ]
 TRAIN, EVALUATE = "mantrans.cli:main train", "mantrans.cli:main evaluate"
 
@@ -133,6 +131,7 @@ class Processes:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.started = folder, 0
+        self.children: list[Child] = []
         self.context = multiprocessing.get_context("forkserver")
         start_fork_server()
 
@@ -162,7 +161,13 @@ class Processes:
                 str(output), streams or {},
             ),
         )  # fmt: skip
-        return Child(process, output)
+        self.children.append(Child(process, output))
+        return self.children[-1]
+
+    def close(self) -> None:
+        """Kill those that a failed test left: pytest would wait for them."""
+        for child in self.children:
+            child.process.kill()
 
     def run(self, *arguments: str, **keywords: Any) -> Ended:
         """Start and wait."""
