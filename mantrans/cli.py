@@ -264,11 +264,19 @@ def summary(arguments: list[str]) -> int:
     parser.add_argument(
         "--tokens", type=integer(1), help="tokens in the training set, for the steps of an epoch"
     )
+    parser.add_argument(
+        "--ranks",
+        type=integer(1, 10**6),
+        default=1,
+        metavar="N",
+        help="processes of torchrun: show the memory of one of them",
+    )
     options = parser.parse_args(arguments)
     from mantrans.config import Config
     from mantrans.training import summary as text
 
-    terminal.show(text.summary(Config.load(options.config, options.overrides), options.tokens))
+    config = Config.load(options.config, options.overrides)
+    terminal.show(text.summary(config, options.tokens, options.ranks))
     return 0
 
 

@@ -176,6 +176,7 @@ def versions() -> dict[str, str | None]:
     found["torch"] = torch.__version__
     found["cuda"] = torch.version.cuda
     found["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    found["threads"] = str(torch.get_num_threads())
     found["machine"] = f"{platform.system()} {platform.machine()}"
     found["command"] = " ".join(sys.argv)
     found["git_commit"] = git_commit()

@@ -28,7 +28,7 @@ from mantrans.errors import ConfigError
 from mantrans.evaluation.evaluator import measure_stream
 from mantrans.optim.guards import OutlierGuard
 from mantrans.optim.schedule import rate
-from mantrans.runtime import disable_malloc_trim
+from mantrans.runtime import disable_malloc_trim, resolve_device, set_threads
 from mantrans.training import agreement, flops, kernel_check, memory, saving
 from mantrans.training.alone import on_first
 from mantrans.training.batches import token_source
@@ -140,7 +140,9 @@ class Trainer:
         self._load_data(quiet)
         if self.world.is_first:
             windows = -(-len(self.dataset.validation) // self.config.sequence_length)
-            memory.require_evaluation_memory(self.placed, self.tokenizer.vocab_size, windows)
+            memory.require_evaluation_memory(
+                self.placed, self.tokenizer.vocab_size, windows, self.world.size
+            )
         if checkpoint:
             notes += continue_data(self, checkpoint)
         if check_kernels and self.wrapper.device.type == "cuda":
@@ -253,6 +255,8 @@ class Trainer:
             self.placed = self.config.model_copy(update={"training": placed})
         self._require_memory(checkpoint)
         disable_malloc_trim()
+        if resolve_device(device).type == "cpu":
+            set_threads(training.threads, self.world.local_size)
         self.wrapper = build_wrapper(self.placed, self.tokenizer.vocab_size, self.world)
         self.wrapper.model.output.chunk_rows = self.memory.chunk_rows
         self.flops_per_token = flops.flops_per_token(
@@ -276,7 +280,7 @@ class Trainer:
 
         def require(rows: int | Literal["auto"] | None) -> memory.StepMemory:
             return memory.require_memory(
-                self.placed, self.tokenizer.vocab_size, rows, processes=asks_for
+                self.placed, self.tokenizer.vocab_size, rows, asks_for, self.world.size
             )
 
         chosen = self.world.from_first(

@@ -132,7 +132,7 @@ def test_rank_hangs(
 
 @pytest.mark.promise("a rank hangs, all end")
 @pytest.mark.slow
-def test_ranks_wait_for_validation(tmp_path: Path, tokens: Path, processes: Processes) -> None:
+def test_rank_slow_validation(tmp_path: Path, tokens: Path, processes: Processes) -> None:
     """Rank 0 may take its time: three times the limit."""
     ranks = broken(
         processes, tmp_path, tokens, 2, "sleep 0 validation 4", distributed_timeout=5.0

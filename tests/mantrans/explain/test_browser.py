@@ -329,7 +329,8 @@ def test_addresses_of_the_docs(
     assert data["words"][operation][phase or "backward"]["why"] in text(browser, "#box")
 
 
-def test_every_control_has_a_name_and_takes_focus(browser: Browser) -> None:
+def test_controls_names_and_focus(browser: Browser) -> None:
+    """Every control has a name and takes focus."""
     for address in ("blocks.0.attention/backward", "embedding/backward"):
         go(browser, address)
         unnamed = browser.run("""[...document.querySelectorAll('button, select, input, a, canvas')]

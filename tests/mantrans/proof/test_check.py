@@ -67,7 +67,7 @@ def break_backward(ops: ModuleType, operation: str, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize(("case", "dtype"), RIGHT)
-def test_check_of_right_model(case: str, dtype: str) -> None:
+def test_check_right_model(case: str, dtype: str) -> None:
     wrapper = model(case, dtype)
     found = check_gradients(wrapper, *batch(), samples=1)
     assert found.ok, str(found)
@@ -82,7 +82,7 @@ def test_check_of_right_model(case: str, dtype: str) -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("case", "operation"), PAIRS)
-def test_check_of_broken_backend(
+def test_check_broken_backend(
     case: str, operation: str, dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     break_backward(native, operation, monkeypatch)
@@ -93,7 +93,7 @@ def test_check_of_broken_backend(
 
 @pytest.mark.parametrize("samples", [0, pytest.param(3, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("case", "operation"), PAIRS)
-def test_check_of_broken_reference(
+def test_check_broken_reference(
     case: str, operation: str, samples: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     break_backward(reference, operation, monkeypatch)
@@ -103,7 +103,7 @@ def test_check_of_broken_reference(
     assert (sum("difference" in which for which in wrong) > len(wrong) // 2) == (samples > 0)
 
 
-def test_check_of_forgotten_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_check_forgotten_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the key's norm of Qwen3; no other parameter's is wrong."""
     right = reference.norm_rotary_backward
 
@@ -118,13 +118,13 @@ def test_check_of_forgotten_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     }
 
 
-def test_check_of_nan() -> None:
+def test_check_nan() -> None:
     wrapper = model("gpt2")
     dict(wrapper.model.named_parameters())["blocks.1.mlp.down.weight"][0, 0] = torch.nan
     assert not any(not row.wrong for row in check_gradients(wrapper, *batch(), samples=1).rows[:-2])
 
 
-def test_check_leaves_model() -> None:
+def test_check_model_unchanged() -> None:
     wrapper = model("gpt2", optimizer="adamw")
     wrapper.train_step(*batch())
     p = wrapper.model.parameters
@@ -135,11 +135,11 @@ def test_check_leaves_model() -> None:
     assert wrapper.model.blocks[0].mlp.ops is ops
 
 
-def test_check_with_recomputation() -> None:
+def test_check_recomputation() -> None:
     assert check_gradients(model("llama", recompute="block"), *batch(), samples=0).ok
 
 
-def test_table_has_every_row() -> None:
+def test_table_rows() -> None:
     found = check_gradients(model("gpt2", n_blocks=1), *batch(), samples=3)
     head, *lines, last = str(found).splitlines()
     assert head.split() == ["parameter", "shape", "gradient", "float32", "native", "float32",
@@ -164,7 +164,7 @@ def test_chosen_elements() -> None:
     assert chosen(torch.zeros(2), 5, torch.Generator()) == [(0,), (1,)]
 
 
-def test_check_of_wrong_arguments() -> None:
+def test_check_wrong_arguments() -> None:
     wrapper, (ids, labels) = model("gpt2"), batch()
     for arguments, kind, message in (
         ((wrapper.model, ids, labels), TypeError, "model: expected a CustomTransformerWrapper"),

@@ -92,7 +92,7 @@ def _owners(model: Any) -> list[Any]:
                               "model.attention_window=8"]),
     ],
 )  # fmt: skip
-def test_programs_cover_the_run(name: str, changes: list[str]) -> None:
+def test_programs_of_run(name: str, changes: list[str]) -> None:
     config = Config.load(CONFIGS / f"{name}.yaml", [*SMALL, *changes])
     ops, model = Called(), config.model
     shapes = run_shapes(32, 2, 48, 61, 24, model.n_kv_heads)
