@@ -159,6 +159,7 @@ class Trainer:
             self.progress.step if checkpoint else None,
             config=self.config,
             total_steps=self.total_steps,
+            processes=self.world.size,
             quiet=quiet,
         )
         if checkpoint:
