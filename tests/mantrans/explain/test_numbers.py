@@ -27,10 +27,10 @@ from tests.support.explained import Truth, truth, updated
 
 EXACT = 1e-10  # of what float64 computes in another order
 T, V, RATE = 9, 97, 3e-3
-# `test_run` has a GPT-2.
-SLOW = (
+CASES = (
     "gpt2",
     "gpt2, sgd",
+    "qwen3",
     "llama",
     "llama, scaled, tied",
     "qwen2, window",
@@ -491,9 +491,8 @@ def small(case: str) -> tuple[CustomTransformerWrapper, Tensor, dict[str, Any]]:
     )
 
 
-@pytest.mark.parametrize(
-    "case", ["qwen3", *(pytest.param(x, marks=pytest.mark.slow) for x in SLOW)]
-)
+@pytest.mark.slow  # `test_run` has a GPT-2 that is not
+@pytest.mark.parametrize("case", CASES)
 def test_every_number_of_the_page(case: str) -> None:
     wrapper, tokens, data = small(case)
     assert data["about"]["learning_rate"] == RATE
