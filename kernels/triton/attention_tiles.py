@@ -143,17 +143,25 @@ FLOAT32_TILES = {
 }
 TILES |= {(kernel, arch, 4): row for kernel, row in FLOAT32_TILES.items() for arch in (80, 90, 100)}
 
+CDNA, RDNA = 64, 32  # AMD's GPUs, by the lanes of a warp
+TILES |= {
+    (kernel, arch, size): dict(TILES[kernel, 80, size])
+    for kernel in FLOAT32_TILES for size in (2, 4) for arch in (CDNA, RDNA)
+}
+
 L2_BYTES = 16 * 2**20  # of tiles that programs under way may share: a part of the L2 cache
 
 
 def architecture(device: torch.device) -> int:
-    """Which rows of TILES serve `device`: 90, 100, or 80 for everything else.
+    """Which rows of TILES serve `device`: 90, 100, CDNA, RDNA, or 80 for all others.
 
     The rows of 80 keep within the 99 KiB of shared memory that consumer cards have, and leave the
     registers that addresses take where tiles come by plain loads: newer GPUs use them too for head
     widths that the copy engine does not serve.
     """
     gpu = gpu_of(device)
+    if gpu is not None and gpu.capability == 0:
+        return CDNA if gpu.lanes == 64 else RDNA
     return {9: 90, 10: 100}.get(gpu.capability // 10 if gpu else 0, 80)
 
 
@@ -173,7 +181,7 @@ class Problem(NamedTuple):
     def tiles(self, kernel: str, documents: bool) -> Tiles:
         """The kernel's row of TILES, or of the two tables of exceptions."""
         key = kernel, self.architecture, self.element_bytes
-        if self.element_bytes == 2 and not self.TMA:
+        if self.element_bytes == 2 and not self.TMA and self.architecture >= 80:
             rows = TILES[kernel, 80, 2] | TILES_BY_LOADS.get(key[:2], {})
         else:
             rows = TILES[key] | (TILES_WITH_DOCUMENTS.get(key, {}) if documents else {})

@@ -125,7 +125,7 @@ class Trainer:
             notes += self._continue_data(checkpoint)
         self._make_step()
         if check_kernels and self.wrapper.device.type == "cuda":
-            kernel_check.check(self.config, self.wrapper.model, quiet=quiet)
+            notes += kernel_check.check(self.config, self.wrapper.model, quiet=quiet)
         notes += self._open_folders(checkpoint if goes_on else None)
         self.logger = RunLogger(
             self.directory,
