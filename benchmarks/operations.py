@@ -130,7 +130,7 @@ def model_cases(B: int, T: int, C: int, H: int, F: int, V: int, dtype: str) -> I
         (described.Embedding(), s),
         (described.AdamW(), s),
         (described.DecodeAttention(), s),
-        (described.GradientNorm(), s),
+        (described.GradientNorms(), s),
     ]
     for operation, shapes in sizes:
         yield from directions(operation, shapes, dtype)
@@ -159,7 +159,7 @@ def gpu_cases() -> Iterator[Case]:
         (described.Embedding(), gpt2),
         (described.Linear(), gpt2),
         (described.DecodeAttention(), gpt2._replace(B=64)),
-        (described.GradientNorm(), gpt2),
+        (described.GradientNorms(), gpt2),
         (described.AddRmsNorm(), Shapes(N=16384, C=896)),  # Qwen2.5-0.5B's
         (described.SwiGLU(), Shapes(N=16384, F=4864)),
     ]

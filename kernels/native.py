@@ -952,23 +952,32 @@ def linear_cross_entropy_forward_backward(
 # ------------------------------------------------------------------------------- optimization
 
 
-NORM_PIECE = 256  # squares that a CPU adds in float32, a few at a time in each lane
+SHORT = 256  # squares that a CPU adds in float32, a few at a time in each lane
 SMALLEST_NORM = 1e-15  # above it no square that counts was too small for float32
 
 
-def gradient_norm(gradients: Tensor) -> Tensor:
-    """See `reference.gradient_norm`. On a CPU the norm of the norms of short pieces: PyTorch's own
-    adds up millions of squares in float32, and is 1% low at GPT-2's size."""
+def gradient_norms(gradients: Tensor, pieces: int) -> Tensor:
+    """See `reference.gradient_norms`. A piece's norm has the same bits whatever lies beside it.
+
+    On a CPU it is the norm of the norms of its short parts: PyTorch's own adds up millions of
+    squares in float32, and is 1% low at GPT-2's size. On a GPU the `foreach` norm, which divides
+    work tensor by tensor.
+    """
+    g = gradients.view(pieces, len(gradients) // pieces)
     if gradients.is_cuda:
-        return torch.linalg.vector_norm(gradients, dtype=torch.float64)
-    whole = len(gradients) // NORM_PIECE * NORM_PIECE
-    pieces = torch.linalg.vector_norm(gradients[:whole].view(-1, NORM_PIECE), dim=1)
-    rest = torch.linalg.vector_norm(gradients[whole:])
-    norm = torch.linalg.vector_norm(torch.cat([pieces, rest[None]]), dtype=torch.float64)
-    if SMALLEST_NORM < norm < torch.inf:
-        return norm
-    parts = [reference.gradient_norm(part) for part in gradients.split(CACHED_ELEMENTS)]
-    return reference.gradient_norm(torch.stack(parts))
+        return torch.stack(torch._foreach_norm(g.unbind(), 2, torch.float64))
+    n_short = g.shape[1] // SHORT
+    parts = torch.linalg.vector_norm(g[:, : n_short * SHORT].view(pieces, n_short, SHORT), dim=2)
+    rest = torch.linalg.vector_norm(g[:, n_short * SHORT :], dim=1)
+    norms = torch.linalg.vector_norm(
+        torch.cat([parts, rest[:, None]], 1), dim=1, dtype=torch.float64
+    )
+    doubtful = ~((norms > SMALLEST_NORM) & (norms < torch.inf))
+    for i in doubtful.nonzero()[:, 0].tolist():
+        if g[i].any():
+            scaled = [reference.gradient_norms(part, 1) for part in g[i].split(CACHED_ELEMENTS)]
+            norms[i] = reference.gradient_norms(torch.cat(scaled), 1)[0]
+    return norms
 
 
 CLIPPED_ELEMENTS = 2**24  # of gradients at a time on a GPU: few launches, in 64 MB

@@ -777,18 +777,19 @@ def linear_cross_entropy_forward_backward(
 # ------------------------------------------------------------------------------- optimization
 
 
-def gradient_norm(gradients: Tensor) -> Tensor:
-    """√(Σ g²) over the flat buffer, 0-d float64. Not finite if any gradient is not.
+def gradient_norms(gradients: Tensor, pieces: int) -> Tensor:
+    """√(Σ g²) of each of `pieces` equal parts of the flat buffer, (pieces,) float64.
+
+    Not finite where any gradient is not. The norm of these norms is that of all.
 
     In float64, because the norm of finite float32 gradients can be too large for float32; and
     scaled, as max |g| · √(Σ (g / max |g|)²), so that no square is too large or too small.
+    gradients (P,), P a multiple of pieces.
     """
-    g = gradients.double().abs()
-    if not g.numel():
-        return g.sum()
-    largest = torch.linalg.vector_norm(g, torch.inf)
+    g = gradients.double().abs().view(pieces, len(gradients) // pieces)
+    largest = torch.linalg.vector_norm(g, torch.inf, dim=1) if g.numel() else g.sum(1)
     scale = largest.where((largest > 0) & largest.isfinite(), 1)
-    return scale * (g / scale).square().sum().sqrt()
+    return scale * (g / scale[:, None]).square().sum(1).sqrt()
 
 
 def sgd_update(

@@ -246,12 +246,15 @@ def loss(ops: Any, i: Inputs) -> Outputs:
 
 
 def steps_inputs(s: Shapes, draw: Draw) -> Inputs:
-    return operations.AdamW().inputs(s._replace(P=4 * s.C * s.C + 3), draw)  # no block divides it
+    """No block divides the weights, or a piece of the gradients."""
+    P = 4 * s.C * s.C + 3
+    pieces = {"pieces": 3, "aligned": draw.normal(P // 192 * 192, dtype=draw.wide)}
+    return {**operations.AdamW().inputs(s._replace(P=P), draw), **pieces}
 
 
 def steps(ops: Any, i: Inputs) -> Outputs:
     """Compares the changes, not the new weights: beside the weights a wrong change looks small."""
-    outputs = outputs_of(operations.GradientNorm(), ops, i)
+    outputs = outputs_of(operations.GradientNorms(), ops, {**i, "gradients": i["aligned"]})
     for operation in (operations.Sgd(), operations.AdamW()):
         for finite in (False, True):
             state = {name: x.clone() if isinstance(x, Tensor) else x for name, x in i.items()}

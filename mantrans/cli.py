@@ -1,5 +1,5 @@
-"""The command line: mantrans train | evaluate | summary | generate | tokenizer | report | export |
-convert.
+"""The command line: mantrans train | evaluate | summary | generate | tokenizer | report | explain |
+export | convert.
 
 Each command parses its arguments, then imports and calls the module that does the work, so that
 `--help` does not import torch. Only `main` turns an error into a line and an exit status. train.py,
@@ -9,17 +9,24 @@ evaluate.py and config_summary.py run the first three commands.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import json
 import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from mantrans import terminal
-from mantrans.errors import MantransError, show
+from mantrans.errors import MantransError, RanksError, show
 from mantrans.options import integer
+
+if TYPE_CHECKING:
+    from mantrans.distributed.watcher import Show
+    from mantrans.distributed.world import World
 
 QUICKSTART = "configs/quickstart.yaml"
 MISTAKE, INTERRUPTED, PIPE_CLOSED = 2, 128 + signal.SIGINT, 128 + signal.SIGPIPE
@@ -48,23 +55,34 @@ def _status(arguments: list[str]) -> int:
         if sys.stdout is not None:
             sys.stdout.flush()
         return status
-    except KeyboardInterrupt as stop:
-        return 128 + (stop.args[0] if stop.args else signal.SIGINT)
-    except BrokenPipeError:
-        return PIPE_CLOSED
-    except MantransError as error:
-        reason = str(error)
-    except OSError as error:
-        reason = f"{error.filename}: " if error.filename else ""
-        reason += error.strerror or str(error)
-    except (MemoryError, RuntimeError) as error:
+    except (Exception, KeyboardInterrupt) as error:
+        status, reason = explained(error)
+    # Several processes have the same arguments: on each machine the first says what is wrong.
+    if reason and os.environ.get("LOCAL_RANK", "0").strip() in ("", "0"):
+        terminal.say(f"error: {reason}")
+    return status
+
+
+def explained(error: BaseException) -> tuple[int, str]:
+    """The exit status of a command that ended with `error`, and the line to show, "" for none.
+
+    Raises `error` itself if it is a bug.
+    """
+    if isinstance(error, KeyboardInterrupt):
+        return 128 + (error.args[0] if error.args else signal.SIGINT), ""
+    if isinstance(error, BrokenPipeError):
+        return PIPE_CLOSED, ""
+    if isinstance(error, MantransError):
+        return MISTAKE, str(error)
+    if isinstance(error, OSError):
+        name = f"{error.filename}: " if error.filename else ""
+        return MISTAKE, name + (error.strerror or str(error))
+    if isinstance(error, MemoryError | RuntimeError):
         from mantrans import runtime
 
-        if not runtime.is_out_of_memory(error):
-            raise
-        reason = runtime.OUT_OF_MEMORY
-    terminal.say(f"error: {reason}")
-    return MISTAKE
+        if runtime.is_out_of_memory(error):
+            return MISTAKE, runtime.OUT_OF_MEMORY
+    raise error
 
 
 def run(arguments: list[str]) -> int:
@@ -137,27 +155,64 @@ def train(arguments: list[str]) -> int:
     )
     add("--no-selfcheck", action="store_true", help="on a GPU: do not check the kernels first")
     options = parser.parse_args(arguments)
+    if "WORLD_SIZE" in os.environ:  # failures of other ranks are told here, without a C++ stack
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    from mantrans.distributed.world import World
+
+    threading.excepthook = background_failure
+    with terminal.lossy("stdout"):
+        world = World.from_environment()
+        with ended_together(world):
+            status = _train(options, world)
+            world.close()
+    return status
+
+
+def _train(options: argparse.Namespace, world: World) -> int:
+    """Train on this rank; the exit status."""
     from mantrans.config import Config
     from mantrans.training import resume
     from mantrans.training.trainer import Trainer
 
-    threading.excepthook = background_failure
-    with terminal.lossy("stdout"):
-        if options.config is None and options.resume is not None:
-            config = resume.own_config(options.resume, QUICKSTART, options.overrides)
-        else:
-            config = Config.load(options.config or QUICKSTART, options.overrides)
-        trainer = Trainer(
-            config,
-            resume=options.resume,
-            allow_other_data=options.allow_other_data,
-            evaluate_coherence=not options.no_coherence_eval,
-            debug_nan=options.debug_nan,
-            check_kernels=not options.no_selfcheck,
-            profile=options.profile,
-        )
-        trainer.run()
+    if options.config is None and options.resume is not None:
+
+        def chosen() -> str:
+            own = resume.own_config(options.resume, QUICKSTART, options.overrides)
+            return json.dumps(own.to_dict())
+
+        config = Config.from_dict(json.loads(world.from_first("own config", chosen)))
+    else:
+        config = Config.load(options.config or QUICKSTART, options.overrides)
+    trainer = Trainer(
+        config,
+        resume=options.resume,
+        allow_other_data=options.allow_other_data,
+        evaluate_coherence=not options.no_coherence_eval,
+        debug_nan=options.debug_nan,
+        check_kernels=not options.no_selfcheck,
+        profile=options.profile,
+        world=world,
+    )
+    trainer.run()
     return INTERRUPTED if trainer.signals.first == signal.SIGINT else 0
+
+
+@contextlib.contextmanager
+def ended_together(world: World) -> Iterator[None]:
+    """With several processes an error of one ends all, with one message; it does not return."""
+    try:
+        yield
+    except BaseException as error:
+        if world.size == 1:
+            raise
+        try:
+            status, reason = explained(error)
+        except BaseException:
+            traceback.print_exc()
+            world.fail("a bug", 1, show="nothing")
+        show: Show = "reason" if isinstance(error, RanksError) else "rank and reason"
+        world.fail(reason or "interrupted", status, show)
+        raise
 
 
 def background_failure(failure: threading.ExceptHookArgs) -> None:
@@ -277,6 +332,30 @@ def report(arguments: list[str]) -> int:
     return 0
 
 
+def explain(arguments: list[str]) -> int:
+    """show one training step as a page, gradient by gradient"""
+    parser = Parser(
+        "mantrans explain",
+        description="Run one training step on a sentence, and write a page on which every gradient "
+        "can be followed and checked.",
+    )
+    add = parser.add_argument
+    add("--checkpoint", type=Path, help="a model that train.py saved (default: the quickstart's)")
+    add("--text", help="the sentence (default: one of a story)")
+    add("--output", type=Path, metavar="FOLDER", help="where to write explain.html (default: RUN/)")
+    add(
+        "--max-tokens", type=integer(2, 2**20), metavar="N", help="cut the text there (default: 24)"
+    )
+    options = parser.parse_args(arguments)
+    from mantrans.explain.page import TOKENS, write_page
+
+    page = write_page(
+        options.checkpoint, options.text, options.output, options.max_tokens or TOKENS
+    )
+    terminal.show(str(page))
+    return 0
+
+
 def export(arguments: list[str]) -> int:
     """write a model for transformers or llama.cpp"""
     parser = Parser(
@@ -314,7 +393,7 @@ def convert(arguments: list[str]) -> int:
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     command.__name__: command
-    for command in (train, evaluate, summary, generate, tokenizer, report, export, convert)
+    for command in (train, evaluate, summary, generate, tokenizer, report, explain, export, convert)
 }
 
 

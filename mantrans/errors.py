@@ -21,6 +21,10 @@ class CheckpointError(MantransError):
     """A checkpoint is missing, damaged, or of another model."""
 
 
+class RanksError(MantransError):
+    """The ranks of a run do not agree; names those that it is about."""
+
+
 class ModelError(MantransError):
     """What a model computes is NaN or infinite, so that nothing can be drawn from it."""
 

@@ -1,23 +1,30 @@
 """Where weights and gradients live: one flat buffer each, and named views into them.
 
-With flat buffers the gradient norm takes one kernel launch, the optimizer a few, and a matrix
-product writes its gradient where the optimizer reads it.
+With flat buffers norm and update take a few kernel launches, and a matrix product writes its
+gradient where the optimizer reads it.
 
     order     three groups: `tables` (embeddings), `matrices`, `vectors` (biases and gains).
-              Matrices of one shape are adjacent, as one stack (n, M, K); vectors are in the order
-              of the forward, so those of one block are one range
+              Matrices are block by block, so that the gradients of one block are one range, which
+              ranks exchange as soon as its backward is done; those of one name in all blocks are
+              one stack (n_blocks, M, K). Vectors are in the order of the forward, so those of one
+              block are one range. Tables' and vectors' gradients are complete last
+    buckets   what is exchanged at once: `tables`; the matrices of one block, `blocks.3`; `vectors`.
+              Each has PIECES equal pieces, whatever the number of ranks
     offsets   multiples of 64 elements, so that every view starts on a 128-byte line
-    padding   zeros between views, and zero rows at the end of a table;
+    padding   zeros between views, at the end of buckets, and zero rows at the end of a table;
               they receive no gradient and stay zero under every optimizer
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from mantrans.distributed.shard import PIECES, Part, Shard
+from mantrans.distributed.world import World
 from mantrans.kernels.reference import wide_dtype
 
 ALIGNMENT = 64
@@ -57,7 +64,12 @@ class Parameter:
     @property
     def stored_elements(self) -> int:
         """Elements that it takes in a flat buffer, padding included."""
-        return -(-numel(self.stored_shape) // ALIGNMENT) * ALIGNMENT
+        return _rounded_up(numel(self.stored_shape), ALIGNMENT)
+
+    @property
+    def bucket(self) -> str:
+        """The name of the bucket that it lies in."""
+        return self.group if self.group != "matrices" else _block(self) or "matrices"
 
     def initial_values(self, generator: torch.Generator) -> Tensor:
         """float32, drawn on the CPU, so that a seed gives the same values on any device."""
@@ -70,17 +82,52 @@ def numel(shape: tuple[int, ...]) -> int:
     return torch.Size(shape).numel()
 
 
-def in_memory_order(parameters: Iterable[Parameter]) -> list[Parameter]:
-    """Group by group; in the group `matrices` shape by shape."""
-    parameters = list(parameters)
-    by_group: dict[str, list[Parameter]] = {group: [] for group in GROUPS}
-    for parameter in parameters:
-        by_group[parameter.group].append(parameter)
-    by_shape: dict[tuple[int, ...], list[Parameter]] = {}
-    for parameter in by_group["matrices"]:
-        by_shape.setdefault(parameter.stored_shape, []).append(parameter)
-    by_group["matrices"] = [p for same in by_shape.values() for p in same]
-    return [p for group in GROUPS for p in by_group[group]]
+def _rounded_up(count: int, multiple: int) -> int:
+    return -(-count // multiple) * multiple
+
+
+class Layout(NamedTuple):
+    """Where parameters lie in a flat buffer of so many elements."""
+
+    offsets: dict[str, int]  # of each parameter
+    buckets: dict[str, slice]
+    groups: dict[str, slice]
+    elements: int
+
+
+def layout(parameters: Iterable[Parameter]) -> Layout:
+    """Group by group, within it bucket by bucket in the order of declaration."""
+    in_order = sorted(parameters, key=lambda p: GROUPS.index(p.group))
+    buckets: dict[str, list[Parameter]] = {}
+    for parameter in in_order:
+        buckets.setdefault(parameter.bucket, []).append(parameter)
+    found = Layout({}, {}, {}, 0)
+    end = 0
+    for bucket, members in buckets.items():
+        start = end
+        for parameter in members:
+            found.offsets[parameter.name] = end
+            end += parameter.stored_elements
+        end = start + _rounded_up(end - start, PIECES * ALIGNMENT)
+        found.buckets[bucket] = slice(start, end)
+        group = members[0].group
+        found.groups[group] = slice(found.groups.get(group, found.buckets[bucket]).start, end)
+    return found._replace(elements=end)
+
+
+def _two_blocks(buckets: dict[str, slice]) -> dict[str, slice]:
+    """Places for the buckets in a buffer with two blocks, which the blocks use in turn."""
+    places: dict[str, slice] = {}
+    end = blocks = 0
+    for name, bucket in buckets.items():
+        if name not in GROUPS:
+            blocks += 1
+        start = end
+        if name not in GROUPS and blocks > 2:
+            start = places[f"blocks.{blocks - 3}"].start
+        places[name] = slice(start, start + bucket.stop - bucket.start)
+        end = max(end, places[name].stop)
+    return places
 
 
 class Parameters:
@@ -91,7 +138,15 @@ class Parameters:
                float64 and thus their own master, or where `keep_master` is False
     gradients  (P,) float32, or float64 for a float64 model: what the backward adds to
     updates    0-d int64: the number of updates so far
-    groups     the range of each of GROUPS in the buffers
+    buckets    the range of each bucket in the buffers
+    groups     the range of each of GROUPS
+
+    With several ranks, `shard` is what they divide (Rajbhandari et al. 2020, "ZeRO"):
+
+    none       nothing: each rank has all of it
+    optimizer  masters and moments: buffers of the elements that the rank owns, see `Shard`
+    gradients  these too: `owned_gradients` has the sums of the rank's elements, and `gradients`
+               only tables, vectors and two blocks, which the blocks use in turn
 
     training: False leaves out master and gradients.
     partial_rows: rows of partial sums in which the backend's kernels leave gradients of vectors
@@ -107,17 +162,19 @@ class Parameters:
         training: bool = True,
         keep_master: bool = True,
         partial_rows: int = 0,
+        world: World | None = None,
+        shard: str = "none",
     ) -> None:
         parameters = list(parameters)
         self.by_name = {p.name: p for p in parameters}
-        self._offsets: dict[str, int] = {}
-        self.groups: dict[str, slice] = {}
-        end = 0
-        for p in in_memory_order(parameters):
-            self._offsets[p.name] = end
-            start = self.groups.get(p.group, slice(end, end)).start
-            end += p.stored_elements
-            self.groups[p.group] = slice(start, end)
+        self._offsets, self.buckets, self.groups, end = layout(parameters)
+        world = world or World.single()
+        self.divided = shard if world.size > 1 else "none"
+        self.shard = Shard(self.buckets, World.single() if self.divided == "none" else world)
+        # where in `gradients` each bucket's are while they are computed
+        self.places = self.buckets
+        if self.divided == "gradients":
+            self.places = _two_blocks(self.buckets)
 
         self.wide = wide_dtype(dtype)
         self.training = training
@@ -125,14 +182,19 @@ class Parameters:
         self.updates = torch.zeros((), dtype=torch.int64, device=device)
         self.master: Tensor | None = None
         if training:
-            self.gradients = torch.zeros(end, dtype=self.wide, device=device)
+            in_work = max(place.stop for place in self.places.values())
+            self.gradients = torch.zeros(in_work, dtype=self.wide, device=device)
+            self.owned_gradients = self.gradients
+            if self.divided == "gradients":
+                self.owned_gradients = self.gradients.new_zeros(self.shard.elements)
             if keep_master and dtype != self.wide:
-                self.master = torch.zeros(end, dtype=self.wide, device=device)
+                self.master = self.gradients.new_zeros(self.shard.elements)
         for p in parameters:
             p.value = self.stored(self.weights, p.name)
-            if training:
-                p.gradient = self.stored(self.gradients, p.name)
-        self.partials = Partials(self, partial_rows) if training and partial_rows else None
+        self.partials: Partials | None = None
+        if training:
+            self.write_gradients_to(self.gradients)
+            self.partials = Partials(self, partial_rows) if partial_rows else None
 
     def offset(self, name: str) -> int:
         """Where the parameter begins in a flat buffer."""
@@ -147,19 +209,53 @@ class Parameters:
         """The view of `name` in a flat buffer, in its public shape."""
         return self.stored(flat, name)[: self.by_name[name].shape[0]]
 
+    def write_gradients_to(self, flat: Tensor) -> None:
+        """Let the backward write to `flat`, laid out as `gradients`."""
+        self._written = flat
+        for p in self.by_name.values():
+            if p.group != "vectors" or self.partials is None:  # else it is written to rows
+                p.gradient = self._written_gradient(p)
+
+    def bucket_gradients(self, bucket: str) -> Tensor:
+        """The gradients of a bucket, as the backward writes them."""
+        return self._written[self.places[bucket]]
+
+    def gradients_in(self, bucket: str) -> Iterator[tuple[str, Tensor]]:
+        """(name, gradient) of each parameter of a bucket, as the backward has written it."""
+        for p in self.by_name.values():
+            if p.bucket == bucket:
+                yield p.name, self._written_gradient(p)[: p.shape[0]]
+
+    def _written_gradient(self, p: Parameter) -> Tensor:
+        start = self._offsets[p.name] - self.buckets[p.bucket].start
+        bucket = self.bucket_gradients(p.bucket)
+        return bucket[start : start + numel(p.stored_shape)].view(p.stored_shape)
+
+    def gradients_of(self, part: Part) -> Tensor:
+        """The sums that update this part of the rank's elements."""
+        where = part.kept if self.divided == "gradients" else part.where
+        return self.owned_gradients[where]
+
     def named(self, flat: Tensor) -> Iterator[tuple[str, Tensor]]:
         """(name, view) of every parameter, in the order of declaration."""
         for name in self.by_name:
             yield name, self.view(flat, name)
 
     def stacks(self, flat: Tensor) -> Iterator[tuple[list[str], Tensor]]:
-        """(names, view (n, M, K)) of all matrices of one shape, for each shape."""
-        matrices = [p for p in in_memory_order(self.by_name.values()) if p.group == "matrices"]
-        for shape in dict.fromkeys(p.stored_shape for p in matrices):
-            names = [p.name for p in matrices if p.stored_shape == shape]
-            step = self.by_name[names[0]].stored_elements
-            strides = (step, shape[1], 1)
-            yield names, flat.as_strided((len(names), *shape), strides, self._offsets[names[0]])
+        """(names, view (n_blocks, M, K)) of each matrix in all blocks."""
+        by_name: dict[str, list[Parameter]] = {}
+        for p in self.by_name.values():
+            if p.group == "matrices":
+                by_name.setdefault(p.name.removeprefix(_block(p)), []).append(p)
+        for matrices in by_name.values():
+            first = matrices[0]
+            block = self.buckets[first.bucket]
+            shape = (len(matrices), *first.stored_shape)
+            strides = (block.stop - block.start, first.stored_shape[1], 1)
+            yield (
+                [p.name for p in matrices],
+                flat.as_strided(shape, strides, flat.storage_offset() + self._offsets[first.name]),
+            )
 
     def count(self) -> int:
         """Number of parameters, padding not counted."""
@@ -181,12 +277,24 @@ class Parameters:
         if tuple(value.shape) != self.by_name[name].shape:
             expected, got = self.by_name[name].shape, tuple(value.shape)
             raise ValueError(f"{name}: expected shape {expected}, got {got}")
-        for flat in (self.weights, self.master):
-            if flat is not None:
-                self.view(flat, name).copy_(value)
+        self.view(self.weights, name).copy_(value)
+        if self.master is not None:
+            self.store(self.master, name, value)
+
+    def store(self, owned: Tensor, name: str, value: Tensor) -> None:
+        """Set a parameter's elements in a flat buffer of the rank's own: a master or a moment."""
+        self.shard.store(owned, self._offsets[name], value.reshape(-1))
+
+    def whole(self, owned: Tensor | None) -> Tensor | None:
+        """All elements of a flat buffer of the rank's own. Called by all ranks if they divide
+        state; then rank 0 has them, on the CPU, the others None."""
+        if owned is None or self.divided == "none":
+            return owned
+        return self.shard.whole(owned)
 
     def best_weights(self) -> Tensor:
-        """The most precise flat buffer of the weights: the master if there is one."""
+        """The most precise flat buffer of the weights: the master, if there is one, of which a rank
+        may have a part."""
         return self.weights if self.master is None else self.master
 
     def low_precision(self) -> bool:
@@ -204,18 +312,19 @@ class Partials:
     """
 
     def __init__(self, parameters: Parameters, rows: int) -> None:
-        self.flat = parameters.gradients
-        self.ranges: dict[str, slice] = {}
+        self.parameters = parameters
+        self.ranges: dict[str, slice] = {}  # of the bucket `vectors`
         vectors = [p for p in parameters.by_name.values() if p.group == "vectors"]
         for p in vectors:
-            start = parameters.offset(p.name)
+            start = parameters.offset(p.name) - parameters.buckets["vectors"].start
             first = self.ranges.get(_block(p), slice(start, start)).start
             self.ranges[_block(p)] = slice(first, start + p.stored_elements)
         widest = max(r.stop - r.start for r in self.ranges.values())
-        self.buffers = self.flat.new_zeros(2, rows, widest)
+        self.buffers = parameters.gradients.new_zeros(2, rows, widest)
         self.rows = {block: self.buffers[i % 2] for i, block in enumerate(self.ranges)}
         for p in vectors:
-            column = parameters.offset(p.name) - self.ranges[_block(p)].start
+            start = parameters.offset(p.name) - parameters.buckets["vectors"].start
+            column = start - self.ranges[_block(p)].start
             p.gradient = self.rows[_block(p)][:, column : column + p.shape[0]]
 
     def clear(self) -> None:
@@ -225,7 +334,8 @@ class Partials:
     def of(self, block: str) -> tuple[Tensor, Tensor]:
         """(partial sums (rows, W), gradients (W,)) of a block's vectors, for `sum_partials`."""
         where = self.ranges[block]
-        return self.rows[block][:, : where.stop - where.start], self.flat[where]
+        rows = self.rows[block][:, : where.stop - where.start]
+        return rows, self.parameters.bucket_gradients("vectors")[where]
 
 
 def _block(parameter: Parameter) -> str:

@@ -22,7 +22,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mantrans.layers import Linear
+from mantrans.layers import Linear, Rotary
 from mantrans.models.network import Network
 from mantrans.wrapper import CustomTransformerWrapper
 
@@ -125,7 +125,7 @@ def named_layers(network: Network) -> Iterator[tuple[str, Any]]:
             for own, inner in vars(part).items():
                 if isinstance(inner, Linear):
                     yield inner.weight.name.removesuffix(".weight"), inner
-                elif hasattr(inner, "ops"):
+                elif isinstance(inner, Rotary):
                     yield f"blocks.{i}.{name}.{own}", inner
     yield "final_norm", network.final_norm
     yield "output", network.output

@@ -29,6 +29,7 @@ from mantrans.config.arguments import (
     checked,
     field,
 )
+from mantrans.distributed.world import World
 from mantrans.errors import CheckpointError, ConfigError, show
 from mantrans.interop import gguf_file, huggingface
 from mantrans.kernels import backend as backends
@@ -124,7 +125,7 @@ class CustomTransformerWrapper:
         """The model that `config` describes; vocab_size must be set.
 
         keywords: device, backend, optimizer, optimizer_options, seed, recompute,
-        stochastic_rounding, inference: as for the class.
+        stochastic_rounding, inference: as for the class. world, shard: see `Parameters`.
         """
         wrapper = cls.__new__(cls)
         wrapper._build(config, **keywords)
@@ -143,6 +144,8 @@ class CustomTransformerWrapper:
         recompute: str = "none",
         stochastic_rounding: bool = False,
         inference: bool = False,
+        world: World | None = None,
+        shard: str = "none",
     ) -> None:
         if not isinstance(config, ModelConfig) or config.vocab_size is None:
             raise ConfigError(
@@ -165,6 +168,8 @@ class CustomTransformerWrapper:
             training=not inference,
             keep_master=not stochastic_rounding,
             seed=seed,
+            world=world,
+            shard=shard,
         )
         self.optimizer_name = optimizer
         self.optimizer: Optimizer | None = None
@@ -346,14 +351,20 @@ class CustomTransformerWrapper:
     def state_dict(self) -> dict[str, Any]:
         """The complete state of model and optimizer: plain data and tensors, by name.
 
-        As in PyTorch, the tensors share the model's memory: copy them to keep them.
+        As in PyTorch, the tensors share the model's memory: copy them to keep them. Ranks that
+        divide the state all call this; that of rank 0 is complete.
         """
         p = self.model.parameters
+
+        def named(owned: Tensor) -> dict[str, Tensor]:
+            flat = p.whole(owned)
+            return {} if flat is None else dict(p.named(flat))
+
         moments = self.optimizer.state() if self.optimizer else {}
-        optimizer = {name: dict(p.named(flat)) for name, flat in moments.items()}
+        optimizer = {name: named(flat) for name, flat in moments.items()}
         return {
             "model_config": self.config.model_dump(),
-            "parameters": dict(p.named(p.best_weights())),
+            "parameters": dict(p.named(p.weights)) if p.master is None else named(p.master),
             "optimizer": self.optimizer_name,
             "optimizer_state": optimizer,
             "optimizer_updates": int(p.updates.item()),
@@ -381,7 +392,7 @@ class CustomTransformerWrapper:
             p.write(name, value)
         for key, named in moments.items():
             for name, value in named.items():
-                p.view(own[key], name).copy_(value)
+                p.store(own[key], name, value)
 
     @checked(path=FilePath)
     def save_checkpoint(self, path: str | Path, **extra: Any) -> None:
@@ -517,6 +528,7 @@ class CustomTransformerWrapper:
         buffers = [p.weights, p.master]
         if self.optimizer is not None:
             buffers += [p.gradients, *self.optimizer.state().values()]
+            buffers += [] if p.owned_gradients is p.gradients else [p.owned_gradients]
         return {
             **self.config.resolved(),
             "parameters": self.count_parameters(),
@@ -603,7 +615,17 @@ def mean_scale(targets: Tensor, dtype: torch.dtype) -> Tensor:
 
     0 if there are none.
     """
-    count = (targets != IGNORE_INDEX).sum().to(dtype)
+    return scale_of(count_targets(targets), dtype)
+
+
+def count_targets(targets: Tensor) -> Tensor:
+    """0-d int64."""
+    return (targets != IGNORE_INDEX).sum()
+
+
+def scale_of(count: Tensor, dtype: torch.dtype) -> Tensor:
+    """1 / count, 0-d; 0 if it is 0."""
+    count = count.to(dtype)
     return count.clamp(max=1) / count.clamp(min=1)
 
 

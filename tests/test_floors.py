@@ -15,7 +15,7 @@ FLOORS = [
     "kernels.operations kernels.selfcheck errors",
     "layers parameters config runtime cuda_graph distributed assets terminal options",
     "models optim checkpoint interop wrapper records recording",
-    "training evaluation data inference report explain mantrans",
+    "training evaluation data inference report explain proof mantrans",
     "cli __main__",
 ]
 FLOOR = {unit: number for number, units in enumerate(FLOORS) for unit in units.split()}
@@ -26,6 +26,7 @@ BESIDE = {
     "kernels.operations": "kernels.reference",
     "kernels.selfcheck": "kernels.reference kernels.operations",
     "layers": "parameters",
+    "distributed": "terminal",
     "parameters": "distributed",
     "config": "assets",
     "interop": "models checkpoint",
@@ -33,7 +34,7 @@ BESIDE = {
     "records": "checkpoint",
     "recording": "models wrapper",
     "training": "evaluation data inference report",
-    "explain": "training inference data report",
+    "explain": "training inference data report proof",
     "evaluation": "data inference",
     "inference": "data",
     "__main__": "cli",

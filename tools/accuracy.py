@@ -298,7 +298,7 @@ CASES = [
         },
     ),
     Case(
-        described.GradientNorm(),
+        described.GradientNorms(),
         {
             "ordinary": Kind(Shapes(P=100_003)),
             "long sum": Kind(Shapes(P=2**22 + 5)),

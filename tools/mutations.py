@@ -414,16 +414,16 @@ MUTATIONS = (
     ),
     Mutation(
         "the gradient norm squares in float32",
-        "gradient_norm",
-        "other=0.0).to(tl.float64)",
-        "other=0.0)",
+        "gradient_norms",
+        "g = g.to(tl.float64)",
+        "g = g.to(tl.float32)",
         "cross_entropy_edges",
     ),
     Mutation(
         "the gradient norm leaves out the last element",
-        "gradient_norm",
-        "mask=index < n, other",
-        "mask=index < n - 1, other",
+        "gradient_norms",
+        "mask=index < size, other",
+        "mask=index < size - 1, other",
         "optimizers",
     ),
 )

@@ -28,7 +28,7 @@ from mantrans.kernels.triton.cross_entropy import (
 from mantrans.kernels.triton.decode_attention import decode_attention
 from mantrans.kernels.triton.embedding import embedding_backward, embedding_forward
 from mantrans.kernels.triton.gelu import bias_gelu_backward, bias_gelu_forward
-from mantrans.kernels.triton.gradient_norm import gradient_norm
+from mantrans.kernels.triton.gradient_norms import gradient_norms
 from mantrans.kernels.triton.layer_norm import (
     add_layer_norm_forward,
     layer_norm_backward,
@@ -61,7 +61,7 @@ __all__ = [
     "document_starts",
     "embedding_backward",
     "embedding_forward",
-    "gradient_norm",
+    "gradient_norms",
     "layer_norm_backward",
     "layer_norm_forward",
     "linear_backward",

@@ -1,4 +1,4 @@
-"""Cuts a token stream into batches; a batch is a pure function of (seed, step, rank).
+"""Cuts a token stream into batches; a batch is a pure function of (seed, step).
 
 A window has `length + 1` tokens: the first `length` are inputs, the last `length` are targets, so
 neighboring windows share one token. An epoch has `n_windows` of them, in a new order, and no target
@@ -26,6 +26,8 @@ There is no state: a resumed run simply asks for the next step.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
@@ -39,34 +41,34 @@ _ROUNDS = 6  # of the Feistel network; 4 are enough in theory, for a perfect rou
 
 
 class BatchLoader:
-    """Batches of one rank.
+    """Batches of `windows_per_step` windows, or these rows of them, which one rank reads.
 
-    `batch_size`: windows per rank and step. `n_windows`: windows per epoch. `batches_per_epoch`:
-    steps in which all ranks together see every window once (rounded up). `rule`: see RULE.
+    `batch_size`: rows. `n_windows`: windows per epoch. `batches_per_epoch`: steps in which every
+    window is seen once (rounded up). `rule`: see RULE.
     Raises DataError if the stream is shorter than `length + 1` tokens.
     """
 
     def __init__(
         self,
         stream: TokenStream,
-        batch_size: int,
+        windows_per_step: int,
         length: int,
         seed: int,
-        rank: int = 0,
-        world_size: int = 1,
+        rows: Sequence[int] | None = None,
     ) -> None:
-        if batch_size < 1 or length < 1 or not 0 <= rank < world_size:
-            raise ValueError(
-                f"batch_size {batch_size}, length {length}, rank {rank} of {world_size}"
-            )
+        rows = range(windows_per_step) if rows is None else rows
+        self.rows = np.asarray(rows, dtype=np.int64)
+        inside = (self.rows >= 0) & (self.rows < windows_per_step)
+        if windows_per_step < 1 or length < 1 or not inside.all():
+            raise ValueError(f"{windows_per_step} windows of {length} a step, rows {rows}")
         if len(stream) <= length:
             raise DataError(
                 f"{stream.path}: expected at least {length + 1:,} tokens, which a window takes, "
                 f"got {len(stream):,}; give more text or lower data.max_length"
             )
         self.stream = stream
-        self.batch_size, self.length, self.seed = batch_size, length, seed
-        self.rank, self.world_size = rank, world_size
+        self.windows_per_step, self.length, self.seed = windows_per_step, length, seed
+        self.batch_size = len(self.rows)
         self.follow(RULE)
 
     def follow(self, rule: int) -> None:
@@ -84,18 +86,17 @@ class BatchLoader:
             self.n_windows = (n_tokens - 1) // length
         self.slack = n_tokens - 1 - self.n_windows * length
         self.rule = rule
-        self.batches_per_epoch = -(-self.n_windows // (self.batch_size * self.world_size))
+        self.batches_per_epoch = -(-self.n_windows // self.windows_per_step)
 
     def epoch(self, step: int) -> int:
-        """The epoch that the first window of the step belongs to, over all ranks."""
-        return step * self.batch_size * self.world_size // self.n_windows
+        """The epoch that the first window of the step belongs to, whoever reads it."""
+        return step * self.windows_per_step // self.n_windows
 
     def window_starts(self, step: int) -> np.ndarray:
-        """(batch_size,) int64: the first token of each window."""
+        """(batch_size,) int64: the first token of each row's window."""
         if step < 0:
             raise ValueError(f"step {step}")
-        first = (step * self.world_size + self.rank) * self.batch_size
-        places = first + np.arange(self.batch_size, dtype=np.int64)
+        places = step * self.windows_per_step + self.rows
         starts = np.empty_like(places)
         epochs, windows = np.divmod(places, self.n_windows)
         for epoch in np.unique(epochs):

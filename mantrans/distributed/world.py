@@ -15,18 +15,20 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from datetime import timedelta
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mantrans.errors import ConfigError, MantransError
+from mantrans.distributed.watcher import Show, Watcher, fail
+from mantrans.errors import ConfigError, MantransError, single_line
 
 JOIN_SECONDS = 300.0  # for all ranks to come
 # The process group's own limit. Ours are shorter, and know who is waiting for whom: `watcher`.
 NO_LIMIT = timedelta(days=30)
 _POLL_SECONDS = 0.01
+Made = TypeVar("Made")
 
 
 class World:
@@ -71,6 +73,25 @@ class World:
     def close(self) -> None:
         """The last call: this rank is done."""
 
+    def fail(self, reason: str, status: int, show: Show = "rank and reason") -> None:
+        """End this rank because of its error, and all others: see `watcher.fail`."""
+
+    def watch(self, *, timeout: float | None = None, last_saved: str | None = None) -> None:
+        """Set how long a silent rank is waited for; what is said about the last checkpoint."""
+
+    def before_leaving(self, act: Callable[[], None]) -> None:
+        """What this rank does if another one's failure ends it, in short: a lock is given back."""
+
+    @property
+    def last_saved(self) -> str:
+        """How messages about the end of a run end: "the last checkpoint is …"."""
+        return ""
+
+    @contextlib.contextmanager
+    def step(self, name: str) -> Iterator[None]:
+        """Limit the time that the main thread may take without an exchange."""
+        yield
+
     def sum(self, x: Tensor) -> Tensor:
         """The sum of the ranks' small tensors, with the same bits on every rank.
 
@@ -88,6 +109,14 @@ class World:
     def broadcast(self, x: Tensor, source: int) -> None:
         """Replace `x` by that of the rank `source`."""
 
+    def send(self, x: Tensor, to: int) -> None:
+        """Send `x` to the rank `to`, which calls `receive`."""
+        raise AssertionError("one process has no partner")
+
+    def receive(self, x: Tensor, source: int) -> None:
+        """Fill `x` with what the rank `source` sends."""
+        raise AssertionError("one process has no partner")
+
     def any(self, flag: bool) -> bool:
         """Whether a rank said True. On the host: no GPU is asked."""
         return flag
@@ -98,6 +127,10 @@ class World:
 
     def from_first(self, key: str, make: Callable[[], str]) -> str:
         """What rank 0 makes, on every rank; the others wait, however long it takes."""
+        return make()
+
+    def local_first(self, key: str, make: Callable[[], Made]) -> Made:
+        """`make()` on every rank, but on each machine first on its local rank 0 alone."""
         return make()
 
 
@@ -111,26 +144,54 @@ class Ranks(World):
         )
         if rank >= size:
             raise MantransError(f"RANK: expected less than WORLD_SIZE ({size}), got {rank}")
-        self._tensors_on = torch.device("cpu")
         self._calls: dict[str, int] = {}
         self._server = open_store(is_master=rank == 0 and not _agent_has_store())
         self.generation = self._meet()
         self.store = dist.PrefixStore(self.generation, self._server)
+        own = dist.PrefixStore(self.generation, open_store())
+        self.watcher = Watcher(self.rank, self.size, self.local_rank, own)
+        self.watcher.start()
 
     def connect(self, device: torch.device) -> None:
-        self._tensors_on = device
         on_gpu = device.type == "cuda"
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
-            store=dist.PrefixStore("group", self.store),
-            rank=self.rank,
-            world_size=self.size,
-            timeout=NO_LIMIT,
-            device_id=device if on_gpu else None,
-        )
+        try:
+            dist.init_process_group(
+                "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+                store=dist.PrefixStore("group", self.store),
+                rank=self.rank,
+                world_size=self.size,
+                timeout=NO_LIMIT,
+                device_id=device if on_gpu else None,
+            )
+        except RuntimeError as error:
+            raise MantransError(
+                "GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME: expected a network between all ranks, got "
+                f"{single_line(str(error))}"
+            ) from None
+
+    def fail(self, reason: str, status: int, show: Show = "rank and reason") -> NoReturn:
+        fail(self.rank, self.store, reason, status, show)
+
+    def watch(self, *, timeout: float | None = None, last_saved: str | None = None) -> None:
+        self.watcher.timeout = timeout or self.watcher.timeout
+        self.watcher.last_saved = last_saved or self.watcher.last_saved
+
+    def before_leaving(self, act: Callable[[], None]) -> None:
+        self.watcher.last_act = act
+
+    @property
+    def last_saved(self) -> str:
+        return self.watcher.last_saved
+
+    @contextlib.contextmanager
+    def step(self, name: str) -> Iterator[None]:
+        self.watcher.step.begin(name)
+        yield
+        self.watcher.step.end()
 
     def close(self) -> None:
         self.texts("done", "")
+        self.watcher.stop()
         if dist.is_initialized():
             dist.destroy_process_group()
         # whose process has the store leaves last
@@ -169,6 +230,14 @@ class Ranks(World):
         with self._exchange():
             dist.broadcast(x, source)
 
+    def send(self, x: Tensor, to: int) -> None:
+        with self._exchange():
+            dist.send(x, to)
+
+    def receive(self, x: Tensor, source: int) -> None:
+        with self._exchange():
+            dist.recv(x, source)
+
     def any(self, flag: bool) -> bool:
         flags = torch.tensor([flag], dtype=torch.uint8)
         with self._exchange():
@@ -191,6 +260,15 @@ class Ranks(World):
         self._wait_for([call])
         return self.store.get(call).decode()
 
+    def local_first(self, key: str, make: Callable[[], Made]) -> Made:
+        call = f"{self._call(key)}/{self.rank - self.local_rank}"
+        if self.local_rank:
+            self._wait_for([call])
+            return make()
+        made = make()
+        self.store.set(call, "")
+        return made
+
     def _call(self, key: str) -> str:
         """A name for this call: the same on every rank, and used once."""
         self._calls[key] = self._calls.get(key, 0) + 1
@@ -205,7 +283,13 @@ class Ranks(World):
 
     @contextlib.contextmanager
     def _exchange(self) -> Iterator[None]:
-        yield
+        """Nothing is known here about an exchange that fails: the watcher ends the process."""
+        self.watcher.step.move(waits=True)
+        try:
+            yield
+        except RuntimeError as broken:
+            self.watcher.exchange_failed(single_line(str(broken)))
+        self.watcher.step.move()
 
     def _meet(self) -> str:
         """Wait for all ranks; returns a word that only these processes know.

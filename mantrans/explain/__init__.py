@@ -20,12 +20,14 @@ The data of the page is one JSON object in `<script type="application/json" id="
                  data: base64 of float32, little endian, in the order plane, row, column. The
                  statistics are of the whole tensor. B, which is 1, is left out
     boxes       [{layer, operation, title, group, inputs, outputs, inside: [pair],
-                 parameters: [name]}] in the order of the forward. A pair is {name, gradient_name,
+                 parameters: [name], keeps: numbers that its backward reads again}] in the order of
+                 the forward. A pair is {name, gradient_name,
                  value, gradient: array or null, error}; error as below or null
     moments     [{phase: "forward" | "backward" | "update", box: index or null, functions: [name],
-                 caller: {file, path, line}, activations, gradients: numbers alive then}]
-    functions   {name: {file, path, line, source}} of the operations
-    words       {operation: {title, derivation, forward: {formulas: [str], why}, backward: same}}
+                 caller: {file, link, line}, activations, gradients: numbers alive then}]
+    functions   {name: {file, link, line, source}} of the operations; link: from the page, or null
+    words       {operation: {title, derivation: {file, link}, forward: {formulas: [str], why},
+                 backward: same}}
     parameters  {name: {shape, value, gradient: array, norms: {value, gradient, change}, error,
                  elements: [[int]], and for each of these elements: gradients, before, after,
                  update: {local variable of the optimizer's function, such as v_hat: [float]},
@@ -33,10 +35,13 @@ The data of the page is one JSON object in `<script type="application/json" id="
                  error: {absolute, relative}: the largest against autograd's, and that relative to
                  autograd's largest. above, below: the loss with the element raised and lowered by
                  step; slopes: (above - below) / (2 step)
+    results     {layer.name: {error, elements, gradients, differences}}: the same of inputs of boxes
+                 that have no matrix, such as "blocks.0.attention.qkv"
     residual    [{layer, norm, gradient}]: the residual's norm at each norm layer, and that of
                  its gradient
-    norms       {layer: {g: [float a position] or null, x_hat: same}}: the means of g and g x̂ that
-                 the gradient loses (RMS norm has only the second)
+    norms       {layer: {g: [float a position] or null, x_hat, square: same}}: the means of g
+                 and of g x̂, which the gradient loses (RMS norm: only the second), and of g²
+    deltas      {layer: [[float a query] a head]}: what attention's softmax takes from dp
     predictions [{ids: [int], probabilities, gradients: [float]}] a position: its target, if it has
                  one, then the likeliest tokens
     tied        {ids: [int], output, embedding, together: array, norms: {each of them: [float]}} or

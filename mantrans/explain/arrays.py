@@ -34,7 +34,7 @@ class Arrays:
         self.important = important
         self.items: list[dict[str, Any]] = []
         self._known: dict[tuple, int] = {}
-        self._alive: list[Tensor] = []  # so that no address is used twice
+        self.tensors: list[Tensor] = []  # of items; kept, so that no address is used twice
 
     def add(self, x: Tensor, axes: Sequence[str]) -> int:
         """The index of the array of x, whose leading dimension of one row is left out.
@@ -48,7 +48,7 @@ class Arrays:
         key = (x.data_ptr(), x.shape, x.stride())
         if key not in self._known:
             self._known[key] = len(self.items)
-            self._alive.append(x)
+            self.tensors.append(x)
             self.items.append(self._array(x, list(axes)))
         return self._known[key]
 

@@ -55,6 +55,13 @@ def named(call: Call | None) -> dict[str, Tensor]:
     return values
 
 
+def largest_error(gradient: Tensor, expected: Tensor) -> dict[str, float]:
+    """The largest absolute error, and that relative to the largest expected gradient."""
+    absolute = (gradient.reshape(expected.shape) - expected).abs().max().item()
+    largest = expected.abs().max().item()
+    return {"absolute": absolute, "relative": absolute / largest if largest else absolute}
+
+
 def axes(call: Call, name: str, dimensions: int) -> list[str]:
     """The letters of the dimensions of a value of the forward, without B."""
     if dimensions == 4:
@@ -73,14 +80,20 @@ def parameter_axes(name: str, dimensions: int) -> list[str]:
 
 
 class Boxes:
-    """The boxes and moments of one step's calls."""
+    """The boxes and moments of one step's calls.
 
-    def __init__(self, calls: list[Call], arrays: Arrays) -> None:
-        self.arrays = arrays
+    expected: name of a result (`mantrans.proof.exact.Exact.loss`) -> its gradient by autograd.
+    """
+
+    def __init__(self, calls: list[Call], arrays: Arrays, expected: dict[str, Tensor]) -> None:
+        self.arrays, self.expected = arrays, expected
+        self.results: dict[int, str] = {}  # array of a result -> its name in `expected`
         self.forwards = [c for c in calls if c.operation.endswith("_forward")]
         self.backwards = [c for c in calls if c.operation.endswith("_backward")]
         self.updates = [c for c in calls if c.layer == "update"]
         self.backward_of = {c.layer: c for c in self.backwards}
+        self.made = {memory(x) for c in self.forwards for x in c.results if isinstance(x, Tensor)}
+        self.V = self.backward_of["loss"].inputs["logits"].shape[-1]
 
     def boxes(self) -> list[dict[str, Any]]:
         return [self._box(call) for call in self.forwards]
@@ -94,11 +107,18 @@ class Boxes:
             "title": words.title,
             "group": group(call.layer),
             "parameters": list(call.parameters.values()),
+            "keeps": self._keeps(backward),
             **{
                 part: list(self._pairs(call, backward, getattr(words, part)))
                 for part in ("inputs", "outputs", "inside")
             },
         }
+
+    def _keeps(self, backward: Call | None) -> int:
+        """Numbers of the forward that the backward reads again."""
+        inputs = () if backward is None else backward.inputs.values()
+        kept = {memory(x): size(x) for x in inputs if memory(x) in self.made}
+        return sum(kept.values())
 
     def _pairs(
         self, call: Call, backward: Call | None, names: tuple[tuple[str, str], ...]
@@ -106,14 +126,33 @@ class Boxes:
         there, back = named(call), named(backward)
         for name, gradient_name in names:
             value, gradient = there.get(name, back.get(name)), back.get(gradient_name)
+            if call.layer == "output" and name == "y":  # without the padding of the table's rows
+                value, gradient = (
+                    None if x is None else x[..., : self.V] for x in (value, gradient)
+                )
             found = [x for x in (value, gradient) if x is not None]
             letters = axes(call, name, found[0].dim())
+            array = None if value is None else self.arrays.add(value, letters)
             yield {
                 "name": name,
                 "gradient_name": gradient_name,
-                "value": None if value is None else self.arrays.add(value, letters),
+                "value": array,
                 "gradient": None if gradient is None else self.arrays.add(gradient, letters),
+                "error": self._error(call.layer, name, array, gradient),
             }
+
+    def _error(
+        self, layer: str, name: str, array: int | None, gradient: Tensor | None
+    ) -> dict[str, float] | None:
+        """Of a value's gradient; an input has the name that it had as a result."""
+        result = {"output.y": "logits", "loss.logits": "logits"}.get(f"{layer}.{name}")
+        result = result or f"{layer}.{name}"
+        if array is not None and result in self.expected:
+            self.results.setdefault(array, result)
+        expected = self.expected.get(self.results.get(-1 if array is None else array, result))
+        if gradient is None or expected is None:
+            return None
+        return largest_error(gradient, expected)
 
     def moments(self) -> list[dict[str, Any]]:
         """Forward, backward and one update; with the numbers that are alive at each."""
@@ -143,20 +182,28 @@ class Boxes:
         ]  # fmt: skip
 
 
+def memory(x: Tensor) -> int:
+    """The same for all views of one memory."""
+    return x.untyped_storage().data_ptr()
+
+
+def size(x: Tensor) -> int:
+    """Elements of the whole memory that x is a view of."""
+    return x.untyped_storage().nbytes() // x.element_size()
+
+
 def numbers_alive(calls: list[Call], forwards: int) -> list[tuple[int, int]]:
     """(of the forward, of the backward): results alive at each call, until their last use."""
-    lives: dict[int, list[int]] = {}  # address -> born, last used, elements
+    lives: dict[int, list[int]] = {}  # memory -> born, last used, elements
     for i, call in enumerate(calls):
         for x in call.inputs.values():
-            if x.untyped_storage().data_ptr() in lives:
-                lives[x.untyped_storage().data_ptr()][1] = i
+            if memory(x) in lives:
+                lives[memory(x)][1] = i
         for x in call.results:
             if isinstance(x, Tensor):
-                storage = x.untyped_storage()
-                size = storage.nbytes() // x.element_size()
-                lives.setdefault(storage.data_ptr(), [i, i, size])[1] = i
+                lives.setdefault(memory(x), [i, i, size(x)])[1] = i
     alive = [[0, 0] for _ in calls]
-    for born, last, size in lives.values():
+    for born, last, elements in lives.values():
         for i in range(born, last + 1):
-            alive[i][born >= forwards] += size
+            alive[i][born >= forwards] += elements
     return [(a, g) for a, g in alive]

@@ -18,8 +18,9 @@ def source(function: Callable) -> dict[str, Any]:
     return {**where, "source": "".join(lines).rstrip()}
 
 
-def place(file: str, line: int) -> dict[str, Any]:
-    """file: from the top of the repository, kernels/reference.py; path: the whole."""
+def place(file: str | Path, line: int | None = None) -> dict[str, Any]:
+    """file: from the top of the repository, kernels/reference.py; path: the whole, None if there is
+    no such file, as there are no docs in an installed package."""
     path = Path(os.path.realpath(file))
     shown = path.relative_to(TOP).as_posix() if path.is_relative_to(TOP) else path.name
-    return {"file": shown, "path": str(path), "line": line}
+    return {"file": shown, "path": str(path) if path.is_file() else None, "line": line}

@@ -9,21 +9,29 @@ import torch
 from torch import Tensor
 
 from mantrans.explain.arrays import MOST, Arrays
-from mantrans.explain.boxes import Boxes, named, parameter_axes
-from mantrans.explain.code import source
+from mantrans.explain.boxes import Boxes, largest_error, named, parameter_axes
+from mantrans.explain.code import TOP, place, source
 from mantrans.explain.operations import OPERATIONS
 from mantrans.explain.step import Step
+from mantrans.proof.autograd import differentiate
+from mantrans.proof.differences import differences
+from mantrans.proof.exact import exact_copy
 from mantrans.recording import Call
+from mantrans.terminal import watched
 
-ELEMENTS = 64  # of each parameter, that can be followed through proof and update
+ELEMENTS = 64
+DISTANCE = 1e-4  # of finite differences: an error of some 1e-8, and of rounding of 1e-12
 LIKELIEST = 8  # predicted tokens of a position
 
 
 class Data:
-    """decode: a token's text. seed: of the choice of elements."""
+    """decode: a token's text. samples: elements of a parameter that can be followed through proof
+    and update. seed: of their choice. It takes two forwards of the model an element."""
 
-    def __init__(self, step: Step, decode: Callable[[int], str], seed: int = 0) -> None:
-        self.step, self.decode = step, decode
+    def __init__(
+        self, step: Step, decode: Callable[[int], str], samples: int = ELEMENTS, seed: int = 0
+    ) -> None:
+        self.step, self.decode, self.samples = step, decode, samples
         self.calls = {(c.layer, c.operation): c for c in step.calls}
         self.parameters = step.wrapper.model.parameters
         self.ids = step.tokens[0].tolist()
@@ -37,7 +45,11 @@ class Data:
         words |= dict.fromkeys(row[0] for row in self.shown)
         self.words = list(words)[:MOST]
         self.arrays = Arrays({"V": self.words, "position": range(len(self.ids))})
-        self.boxes = Boxes(step.calls, self.arrays)
+        self.exact = exact_copy(step.wrapper.model)
+        self.exact.parameters.weights.copy_(step.before)
+        self.targets = step.targets.view(step.tokens.shape)
+        self.judged = differentiate(self.exact, step.tokens, self.targets)
+        self.boxes = Boxes(step.calls, self.arrays, self.judged.results)
         self.generator = torch.Generator().manual_seed(seed)
 
     @property
@@ -47,7 +59,9 @@ class Data:
     def all(self) -> dict[str, Any]:
         step, moments = self.step, self.boxes.moments()
         boxes = self.boxes.boxes()
-        parameters = {name: self._parameter(name) for name in self.parameters.by_name}
+        names = self.parameters.by_name
+        progress = watched(names, len(names), "finite differences", "parameter")
+        parameters = {name: self._parameter(name) for name in progress}
         functions = {c.operation: c.function for c in step.calls}
         tied = self._tied()
         predictions = self._predictions()
@@ -68,8 +82,10 @@ class Data:
             "functions": {name: source(function) for name, function in functions.items()},
             "words": {name: words(name) for name in OPERATIONS if name in used},
             "parameters": parameters,
+            "results": self._results(boxes),
             "residual": self._residual(),
             "norms": self._norms(),
+            "deltas": self._deltas(),
             "predictions": predictions,
             "tied": tied,
             "variants": [v._asdict() for v in step.variants],
@@ -113,7 +129,7 @@ class Data:
         before, after, gradient = (p.view(x, name) for x in (step.before, step.after, p.gradients))
         letters = parameter_axes(name, gradient.dim())
         value, gradient_array = self.arrays.add(before, letters), self.arrays.add(gradient, letters)
-        elements = self._elements(gradient, self.arrays.items[gradient_array])
+        elements = self._elements(gradient, gradient_array, self.samples)
         at = tuple(torch.tensor(elements).T)
         return {
             "shape": list(gradient.shape),
@@ -124,6 +140,8 @@ class Data:
                 "gradient": gradient.norm().item(),
                 "change": (after - before).norm().item(),
             },
+            "error": largest_error(gradient, self.judged.weights[name]),
+            "differences": self._differences(name, elements),
             "elements": elements,
             "gradients": gradient[at].tolist(),
             "before": before[at].tolist(),
@@ -131,17 +149,46 @@ class Data:
             "update": self._update(name, elements),
         }
 
-    def _elements(self, gradient: Tensor, array: dict[str, Any]) -> list[list[int]]:
-        """Elements that the heat map shows: half of them the steepest, half drawn by lot."""
+    def _elements(self, gradient: Tensor, index: int, count: int) -> list[list[int]]:
+        """Elements that the heat map shows: half of them the steepest, half drawn by lot, of those
+        whose gradient is not 0 if there are as many."""
+        array = self.arrays.items[index]
         columns = array["columns"] or range(gradient.shape[-1])
         rows = (array["rows"] or range(len(gradient))) if gradient.dim() == 2 else [0]
         seen = gradient.view(-1, gradient.shape[-1])[list(rows)][:, list(columns)].abs().flatten()
-        count = min(ELEMENTS, seen.numel())
+        count = min(count, seen.numel())
         steepest = seen.topk(count // 2).indices.tolist()
-        drawn = torch.randperm(seen.numel(), generator=self.generator).tolist()
+        lots = torch.rand(seen.numel(), generator=self.generator) + (seen != 0)
+        drawn = lots.argsort(descending=True).tolist()
         cells = list(dict.fromkeys([*steepest, *drawn]))[:count]
         found = [[rows[c // len(columns)], columns[c % len(columns)]] for c in sorted(cells)]
         return found if gradient.dim() == 2 else [[column] for _, column in found]
+
+    def _results(self, boxes: list[dict[str, Any]]) -> dict[str, Any]:
+        """Differences of the inputs of boxes that have no matrix of weights."""
+        found = {}
+        for box in boxes:
+            if all(self.parameters.by_name[n].group == "vectors" for n in box["parameters"]):
+                for pair in box["inputs"]:
+                    name = self.boxes.results[pair["value"]]
+                    gradient = self.arrays.tensors[pair["gradient"]]
+                    count = max(1, self.samples // 4)
+                    elements = self._elements(gradient, pair["gradient"], count)
+                    at = tuple(torch.tensor(elements).T)
+                    found[f"{box['layer']}.{pair['name']}"] = {
+                        "error": pair["error"],
+                        "elements": elements,
+                        "gradients": gradient[at].tolist(),
+                        "differences": self._differences(name, [[0, *e] for e in elements]),
+                    }
+        return found
+
+    def _differences(self, name: str, elements: list[list[int]]) -> dict[str, Any]:
+        """The loss on both sides of each element, of a parameter or of a result."""
+        tokens = self.step.tokens
+        found = differences(self.exact, tokens, self.targets, name, elements, DISTANCE, order=2)
+        losses = {"above": found.above[:, 0].tolist(), "below": found.below[:, 0].tolist()}
+        return {"step": DISTANCE, **losses, "slopes": found.values.tolist()}
 
     def _update(self, name: str, elements: list[list[int]]) -> dict[str, list[float]]:
         """The local variables of the optimizer's function that have one number a weight."""
@@ -182,8 +229,17 @@ class Data:
             call = self._call(layer, "_backward")
             g, x_hat = call.values["g"], call.values["x_hat"]
             shift = g.mean(-1).tolist() if call.operation == "layer_norm_backward" else None
-            found[layer] = {"g": shift, "x_hat": (g * x_hat).mean(-1).tolist()}
+            found[layer] = {
+                "g": shift,
+                "x_hat": (g * x_hat).mean(-1).tolist(),
+                "square": g.square().mean(-1).tolist(),
+            }
         return found
+
+    def _deltas(self) -> dict[str, list[list[float]]]:
+        """δ of each head and query, which the softmax takes from dp."""
+        calls = [c for c in self.step.calls if c.operation == "attention_backward"]
+        return {c.layer: c.values["delta"][0, :, :, 0].tolist() for c in calls}
 
     def _probabilities(self) -> Tensor:
         values = self.calls["loss", "cross_entropy_backward"].values
@@ -216,4 +272,5 @@ def words(operation: str) -> dict[str, Any]:
     """What `operations` says of one."""
     found = OPERATIONS[operation]
     ways = {way: getattr(found, way)._asdict() for way in ("forward", "backward")}
-    return {"title": found.title, "derivation": found.derivation, **ways}
+    derivation = place(TOP / "docs" / "gradients" / f"{found.derivation}.md")
+    return {"title": found.title, "derivation": derivation, **ways}

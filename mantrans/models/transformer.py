@@ -8,7 +8,7 @@ each is freed as soon as it is no longer needed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
 from typing import NamedTuple
@@ -18,10 +18,11 @@ from torch import Tensor
 
 from mantrans.config import ModelConfig
 from mantrans.config.arguments import BUILD, Rate, checked
+from mantrans.distributed.world import World
 from mantrans.errors import show
 from mantrans.layers import Block, KeyValueCache, Norm
 from mantrans.models import build
-from mantrans.parameters import Parameters
+from mantrans.parameters import PIECES, Parameters
 
 
 class CustomTransformer:
@@ -34,6 +35,7 @@ class CustomTransformer:
         function, GELU or SwiGLU, in the backward; "block" keeps only each block's input.
     training: False leaves out gradients and masters; backward is then not possible.
     keep_master: whether bfloat16 weights have float32 masters.
+    world, shard: the processes that train, and what they divide: see `Parameters`.
     """
 
     class Saved(NamedTuple):
@@ -57,6 +59,8 @@ class CustomTransformer:
         training: bool = True,
         keep_master: bool = True,
         seed: int = 0,
+        world: World | None = None,
+        shard: str = "none",
     ) -> None:
         self.config, self.ops, self.recompute, self.training = config, ops, recompute, training
         network = build(config, ops, recompute_activation=recompute == "gelu")
@@ -68,6 +72,8 @@ class CustomTransformer:
             training=training,
             keep_master=keep_master,
             partial_rows=ops.partial_rows(device),
+            world=world,
+            shard=shard,
         )
         self.parameters.initialize(seed)
         self.embedding, self.blocks, self.final_norm, self.output, angles = network
@@ -95,12 +101,15 @@ class CustomTransformer:
         self._saved = self.Saved(tokens, first_key, blocks, final_norm, y)
         return y
 
-    def _trunk_backward(self, dy: Tensor, accumulate: bool) -> None:
-        """dy (B, T, C): of the output projection's input."""
+    def _trunk_backward(
+        self, dy: Tensor, accumulate: bool, finished: Callable[[str], object] = lambda bucket: None
+    ) -> None:
+        """dy (B, T, C): of the output projection's input. `finished` is called with the name of
+        each bucket as soon as its gradients are complete."""
         assert self._saved is not None
         (tokens, first_key, saved_blocks, saved_norm, _), self._saved = self._saved, None
         if not accumulate:
-            self.parameters.gradients[self.parameters.groups["vectors"]].zero_()
+            self.parameters.bucket_gradients("vectors").zero_()
         dx = self.final_norm.backward(dy, saved_norm)
         self._finish_vectors("")
         del dy, saved_norm
@@ -111,7 +120,10 @@ class CustomTransformer:
             dx = block.backward(dx, saved, first_key, accumulate)
             del saved
             self._finish_vectors(f"blocks.{i}")
+            finished(f"blocks.{i}")
+        finished("vectors")
         self.embedding.backward(dx, tokens, accumulate, tied=self.output.tied)
+        finished("tables")
 
     @contextmanager
     def _whole(self) -> Iterator[None]:
@@ -189,19 +201,22 @@ class CustomTransformer:
         scale: Tensor,
         document_start: Tensor | None = None,
         accumulate: bool = True,
+        finished: Callable[[str], object] = lambda bucket: None,
     ) -> Tensor:
         """The loss of a micro-batch; adds its gradient to every parameter's.
 
         tokens, targets (B, T) int64, targets already shifted, -100 where there is none; scale 0-d:
         the factor of each token's loss, 1 / number of targets in the whole batch for a mean.
         accumulate: False for the first micro-batch: gradients are overwritten.
+        finished: called with each bucket's name (`Parameters.buckets`) as soon as its gradients are
+        complete: the last block's matrices first, then vectors, then tables.
         Returns scale · Σ losses, 0-d.
         """
         y = self._trunk_forward(tokens, document_start)
         with self._whole():
             loss, dy = self.output.forward_backward(y, targets, scale, accumulate)
             del y
-            self._trunk_backward(dy, accumulate)
+            self._trunk_backward(dy, accumulate, finished)
         return loss
 
     def losses(
@@ -249,9 +264,11 @@ class CustomTransformer:
         self._gradients().zero_()
 
     def _gradients(self) -> Tensor:
-        """The flat buffer. RuntimeError for a model that was built without."""
+        """The flat buffer. RuntimeError for a model that was built without one."""
         if not self.training:
             raise RuntimeError("gradients: expected a model with gradients, got inference=True")
+        if self.parameters.divided == "gradients":
+            raise RuntimeError("gradients: expected all of them, got shard gradients")
         return self.parameters.gradients
 
     @checked(learning_rate=Rate)
@@ -259,8 +276,10 @@ class CustomTransformer:
         """Plain gradient descent: w ← w - η g. Nothing changes if a gradient is not finite."""
         p = self.parameters
         gradients = self._gradients()
+        if p.divided != "none":
+            raise RuntimeError(f"update_parameters: expected shard none, got {p.divided}")
         one, rate = gradients.new_ones(()), gradients.new_tensor(learning_rate)
-        finite = (rate * self.ops.gradient_norm(gradients)).isfinite()
+        finite = (rate * self.ops.gradient_norms(gradients, PIECES)).isfinite().all()
         seed = p.updates if p.low_precision() else None
         self.ops.sgd_update(p.weights, p.master, gradients, rate, one, finite, 0.0, seed)
         p.updates += finite

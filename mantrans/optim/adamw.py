@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from types import ModuleType
 
-import torch
 from torch import Tensor
 
 from mantrans.config.arguments import ADAMW, checked
+from mantrans.distributed.shard import Part
 from mantrans.optim.optimizer import Optimizer
 from mantrans.parameters import Parameters
 
@@ -29,12 +29,13 @@ class AdamW(Optimizer):
     ) -> None:
         super().__init__(ops, parameters, weight_decay=weight_decay, max_grad_norm=max_grad_norm)
         self.beta1, self.beta2, self.epsilon = beta1, beta2, epsilon
-        self.exp_avg = torch.zeros_like(parameters.gradients)
-        self.exp_avg_sq = torch.zeros_like(parameters.gradients)
+        owned = parameters.shard.elements
+        self.exp_avg = parameters.gradients.new_zeros(owned)
+        self.exp_avg_sq = parameters.gradients.new_zeros(owned)
 
     def _update(
         self,
-        where: slice,
+        part: Part,
         weight_decay: float,
         count: Tensor,
         learning_rate: Tensor,
@@ -43,11 +44,11 @@ class AdamW(Optimizer):
     ) -> None:
         p = self.parameters
         self.ops.adamw_update(
-            p.weights[where],
-            None if p.master is None else p.master[where],
-            p.gradients[where],
-            self.exp_avg[where],
-            self.exp_avg_sq[where],
+            p.weights[part.where],
+            None if p.master is None else p.master[part.kept],
+            p.gradients_of(part),
+            self.exp_avg[part.kept],
+            self.exp_avg_sq[part.kept],
             count,
             learning_rate,
             clip,
@@ -56,7 +57,7 @@ class AdamW(Optimizer):
             self.beta2,
             self.epsilon,
             weight_decay,
-            **self._rounding(where),
+            **self._rounding(part),
         )
 
     def state(self) -> dict[str, Tensor]:

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from mantrans.config.arguments import OPTIMIZER, GradNorm, checked
+from mantrans.distributed.shard import PIECES, Part
 from mantrans.errors import show
+from mantrans.kernels import reference
 from mantrans.optim.guards import Guard
 from mantrans.parameters import Parameters
 
@@ -67,7 +69,7 @@ class Optimizer:
             if not isinstance(number, Tensor) or number.dim():
                 raise TypeError(f"{name}: expected a 0-d tensor, got {show(number)}")
         p = self.parameters
-        norm = self.ops.gradient_norm(p.gradients)
+        norm = self._gradient_norm()
         clip = torch.ones_like(norm)
         limit = self.max_grad_norm if max_grad_norm == "configured" else max_grad_norm
         if limit is not None:
@@ -82,36 +84,40 @@ class Optimizer:
         if has_targets is not None:
             applied = applied & has_targets
         count = (p.updates + 1).to(p.wide)
-        for where, weight_decay in self._parts():
-            self._update(where, weight_decay, count, learning_rate, clip, applied)
+        for part in p.shard.parts:
+            decay = 0.0 if part.kind == "vectors" else self.weight_decay
+            self._update(part, decay, count, learning_rate, clip, applied)
         p.updates += applied
         return StepOutcome(norm, applied)
 
-    def _parts(self) -> list[tuple[slice, float]]:
-        """Ranges of the flat buffers, each with its weight decay, as few as possible."""
-        vectors = self.parameters.groups.get("vectors")
-        end = self.parameters.weights.numel() if vectors is None else vectors.start
-        parts = [(slice(0, end), self.weight_decay)]
-        return parts if vectors is None else [*parts, (vectors, 0.0)]
+    def _gradient_norm(self) -> Tensor:
+        """0-d float64: the norm of the norms of all pieces of all buckets, whoever owns them."""
+        p, shard = self.parameters, self.parameters.shard
+        shape = len(p.buckets), PIECES
+        norms = torch.zeros(shape, dtype=torch.float64, device=p.weights.device)
+        for part in p.shard.parts:
+            own = norms[part.buckets, shard.pieces]
+            own.copy_(self.ops.gradient_norms(p.gradients_of(part), part.pieces).view(own.shape))
+        return reference.gradient_norms(shard.world.sum(norms).flatten(), 1)[0]
 
     def _update(
         self,
-        where: slice,
+        part: Part,
         weight_decay: float,
         count: Tensor,
         learning_rate: Tensor,
         clip: Tensor,
         applied: Tensor,
     ) -> None:
-        """Update elements `where` of the flat buffers. count: of this update, 1 at the first."""
+        """Update the elements of `part`. count: of this update, 1 at the first."""
         raise AssertionError("an Optimizer is an SGD or an AdamW")
 
-    def _rounding(self, where: slice) -> dict[str, Tensor | int]:
+    def _rounding(self, part: Part) -> dict[str, Tensor | int]:
         """Weights of low precision without a master are rounded stochastically."""
         if not self.parameters.low_precision():
             return {}
-        return {"rounding_seed": self.parameters.updates, "offset": where.start}
+        return {"rounding_seed": self.parameters.updates, "offset": part.where.start}
 
     def state(self) -> dict[str, Tensor]:
-        """The optimizer's flat buffers, by name."""
+        """The optimizer's flat buffers, of the elements that the rank owns, by name."""
         return {}

@@ -47,3 +47,16 @@ def scheduled_learning_rate(
     progress = min(1.0, (step - start) / max(1, total_steps - 1 - start))
     share = 0.5 * (1 + math.cos(math.pi * progress)) if decay == "cosine" else 1 - progress
     return minimum + (peak - minimum) * share
+
+
+def rate(training: TrainingConfig, step: int, total_steps: int) -> float:
+    """The learning rate of a step, counted from 0, in a run of `total_steps`."""
+    return scheduled_learning_rate(
+        step,
+        total_steps,
+        training.learning_rate,
+        minimum=training.min_learning_rate,
+        warmup_steps=training.warmup(total_steps),
+        decay=training.lr_decay,
+        decay_fraction=training.decay_fraction,
+    )

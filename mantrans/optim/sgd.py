@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from mantrans.distributed.shard import Part
 from mantrans.optim.optimizer import Optimizer
 
 
@@ -12,7 +13,7 @@ class SGD(Optimizer):
 
     def _update(
         self,
-        where: slice,
+        part: Part,
         weight_decay: float,
         count: Tensor,
         learning_rate: Tensor,
@@ -21,12 +22,12 @@ class SGD(Optimizer):
     ) -> None:
         p = self.parameters
         self.ops.sgd_update(
-            p.weights[where],
-            None if p.master is None else p.master[where],
-            p.gradients[where],
+            p.weights[part.where],
+            None if p.master is None else p.master[part.kept],
+            p.gradients_of(part),
             learning_rate,
             clip,
             applied,
             weight_decay,
-            **self._rounding(where),
+            **self._rounding(part),
         )

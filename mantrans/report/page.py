@@ -26,12 +26,19 @@ from mantrans.report.svg import Curve, Figure, short
 
 PAGE = "report.html"
 MOST_COMPARED = 4  # the number of distinct colors
-TEMPLATES = jinja2.Environment(
-    loader=jinja2.FileSystemLoader(Path(__file__).parent),
-    autoescape=True,
-    undefined=jinja2.ChainableUndefined,  # fields of a missing record are missing too
-    finalize=lambda value: value if isinstance(value, Markup) else printable(str(value)),
-)
+
+
+def environment(folder: Path) -> jinja2.Environment:
+    """Templates of a folder, in which everything that is not markup is escaped."""
+    return jinja2.Environment(
+        loader=jinja2.FileSystemLoader(folder),
+        autoescape=True,
+        undefined=jinja2.ChainableUndefined,  # fields of a missing record are missing too
+        finalize=lambda value: value if isinstance(value, Markup) else printable(str(value)),
+    )
+
+
+TEMPLATES = environment(Path(__file__).parent)
 TEMPLATES.filters |= {"short": short, "number": number, "place": "{:.3f}".format}
 
 

@@ -6,7 +6,7 @@ fills it before the replay; `rows()` is part of the step.
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -15,6 +15,15 @@ from mantrans.data.loader import BatchLoader
 
 # The share of the memory that a step leaves free on a GPU which a data set's tokens may take.
 DEVICE_SHARE = 0.25
+
+
+class MicroBatch(NamedTuple):
+    """The input of one forward and backward: see `CustomTransformer.forward_backward`."""
+
+    tokens: Tensor  # (B,T)
+    targets: Tensor  # (B,T)
+    scale: Tensor  # 0-d: 1 / targets of the whole batch
+    document_start: Tensor | None  # (B,T)
 
 
 class TokenSource(Protocol):

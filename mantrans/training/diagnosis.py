@@ -9,7 +9,9 @@ from typing import Any
 from torch import Tensor
 
 from mantrans.models.transformer import CustomTransformer
-from mantrans.training.step import MicroBatch
+from mantrans.training.batches import MicroBatch
+
+FINITE = "when the batch is run again, all values are finite"
 
 
 def first_non_finite(model: CustomTransformer, batch: Iterable[MicroBatch]) -> str:
@@ -22,17 +24,25 @@ def first_non_finite(model: CustomTransformer, batch: Iterable[MicroBatch]) -> s
     for name, weight in model.named_parameters():
         if not weight.isfinite().all():
             return f"the weights {name} are not finite"
+    p = model.parameters
+    broken_gradients: set[str] = set()
+
+    def look(bucket: str) -> None:
+        bad = (name for name, g in p.gradients_in(bucket) if not g.isfinite().all())
+        broken_gradients.update(bad)
+
     for i, part in enumerate(batch):
         broken = first_value(model, part)
         if broken:
             return f"the first value that is not finite is {broken}"
-        loss = model.forward_backward(*part, accumulate=i > 0)
+        adds = i > 0 and p.divided != "gradients"  # else blocks write over other blocks'
+        loss = model.forward_backward(*part, accumulate=adds, finished=look)
         if not loss.isfinite():
             return "all values up to the loss are finite, but the loss is not"
-    for name, gradient in reversed(list(model.named_gradients())):
-        if not gradient.isfinite().all():
+    for name in reversed(p.by_name):
+        if name in broken_gradients:
             return f"the first gradient that is not finite is that of {name}"
-    return "when the batch is run again, all values are finite"
+    return FINITE
 
 
 def first_value(model: CustomTransformer, part: MicroBatch) -> str | None:

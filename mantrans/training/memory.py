@@ -33,7 +33,7 @@ from mantrans.kernels.native import QUERY_BLOCK
 from mantrans.kernels.reference import wide_dtype
 from mantrans.models import build
 from mantrans.models.network import Network
-from mantrans.parameters import Parameter, numel
+from mantrans.parameters import Parameter, layout, numel
 from mantrans.runtime import available_memory, resolve_device, resolve_dtype
 
 CUBLAS_WORKSPACE = 32 << 20
@@ -95,7 +95,7 @@ def predict(
     network = _network(config.model, training.recompute)
     narrow, wide = dtype.itemsize, wide_dtype(dtype).itemsize
     on_gpu = torch.device(device).type == "cuda"
-    stored = sum(p.stored_elements for p in network.parameters())
+    stored = layout(network.parameters()).elements
     constants = 0 if network.angles is None else network.angles.elements() * wide
     partials = _partial_sums(network, device) if _by_triton(config, on_gpu) else 0
     tokens = training.batch_size * config.sequence_length
@@ -241,13 +241,17 @@ class StepMemory(NamedTuple):
 
 
 def require_memory(
-    config: Config, vocab_size: int, chunk_rows: int | Literal["auto"] | None = "auto"
+    config: Config,
+    vocab_size: int,
+    chunk_rows: int | Literal["auto"] | None = "auto",
+    processes: int = 1,
 ) -> StepMemory:
     """The memory of a step; ConfigError if the device does not have it free now.
 
     Without this check the system grants the memory and kills the process when it is used. On a GPU
     HEADROOM of it is left for what the allocator cannot fill.
     chunk_rows: rows of logits at a time, None for the backend's choice, "auto" to choose by memory.
+    processes: that share a CPU's memory, and share the step's tokens; 0: another one has asked.
     """
     config, dtype, device = _resolved(config, vocab_size)
     present = _present(device)
@@ -256,12 +260,15 @@ def require_memory(
     tokens *= 5 * 8 if device.type == "cpu" else 0
     if chunk_rows == "auto":
         chunk_rows = logits_chunk_rows(config, dtype, device, present)
-    needed = predict(config, dtype, device, chunk_rows).total + tokens
-    if needed > present:
+    step = predict(config, dtype, device, chunk_rows).total
+    together = step + tokens if device.type == "cuda" else step * processes + tokens
+    if together > present and (processes or device.type == "cuda"):
+        of = f" on {processes} processes" if together > step + tokens else ""
         raise ConfigError(
-            "model, training.batch_size: expected a step that fits into the "
-            f"{_gib(present)} free of {device}, got one of {_gib(needed)}"
+            f"model, training.batch_size: expected a step{of} that fits into the "
+            f"{_gib(present)} free of {device}, got one of {_gib(together)}"
         )
+    needed = step + tokens
     return StepMemory(needed, chunk_rows)
 
 

@@ -68,6 +68,13 @@ class Checkpoint(NamedTuple):
         return cls(path, state)
 
     @property
+    def digest(self) -> str:
+        """Of all that is in the file: its last bytes are one of its header and its tensors'."""
+        with open(self.path, "rb") as file:
+            file.seek(-32, os.SEEK_END)
+            return file.read().hex()
+
+    @property
     def origin(self) -> tuple[Path, str]:
         """Where it lies, and the name of the run that saved it."""
         with state_file.understood(self.path):

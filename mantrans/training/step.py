@@ -13,15 +13,16 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from mantrans.cuda_graph import WARM_UP_RUNS, cuda_graph
+from mantrans.distributed.world import World
 from mantrans.kernels.reference import document_starts
 from mantrans.models.transformer import CustomTransformer
 from mantrans.optim import Optimizer
 from mantrans.optim.guards import Guard, Switch
-from mantrans.training.batches import TokenSource
-from mantrans.wrapper import mean_scale
+from mantrans.training.batches import MicroBatch, TokenSource
+from mantrans.training.gradient_sum import GradientSum
+from mantrans.wrapper import count_targets, scale_of
 
 
 class StepRecord(NamedTuple):
@@ -41,18 +42,11 @@ class StepRecord(NamedTuple):
         return None
 
 
-class MicroBatch(NamedTuple):
-    """The input of one forward and backward: see `CustomTransformer.forward_backward`."""
-
-    tokens: Tensor  # (B,T)
-    targets: Tensor  # (B,T)
-    scale: Tensor  # 0-d: 1 / targets of the whole batch
-    document_start: Tensor | None  # (B,T)
-
-
 class TrainStep:
     """One optimization step over `micro_batches` equal parts of the source's sequences.
 
+    micro_batches: of this rank; the gradient is the sum over those of all ranks (`GradientSum`,
+        whose method `gradient_sum` is).
     end_of_text: its token, to keep attention inside documents; None to let it cross them.
     capture: replay the step as a CUDA graph; False runs the same function directly.
     history: the number of steps whose results stay on the device until `read` fetches them.
@@ -65,6 +59,8 @@ class TrainStep:
         source: TokenSource,
         *,
         micro_batches: int = 1,
+        world: World | None = None,
+        gradient_sum: str = "tree",
         end_of_text: int | None = None,
         guards: Sequence[Guard] = (),
         capture: bool = False,
@@ -72,6 +68,8 @@ class TrainStep:
     ) -> None:
         self.model, self.optimizer, self.source = model, optimizer, source
         self.micro_batches, self.end_of_text = micro_batches, end_of_text
+        self.world = world or World.single()
+        self.gradient_sum = GradientSum(model, micro_batches, self.world, gradient_sum)
         gradients = model.parameters.gradients
         self.switch = Switch(gradients.device)
         self.guards = [self.switch, *guards]
@@ -102,22 +100,22 @@ class TrainStep:
         return [StepRecord(loss, norm, bool(applied)) for loss, norm, applied in rows]
 
     def batch(self) -> Iterator[MicroBatch]:
-        """The micro-batches of the source's current sequences."""
+        """This rank's micro-batches of the source's current sequences. Every rank calls it."""
         rows = self.source.rows()
         inputs, targets = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
-        scale = mean_scale(targets, self.learning_rate.dtype)
+        scale = scale_of(self.world.sum(count_targets(targets)), self.learning_rate.dtype)
         parts = (inputs.chunk(self.micro_batches), targets.chunk(self.micro_batches))
         for x, y in zip(*parts, strict=True):
             start = None if self.end_of_text is None else document_starts(x, self.end_of_text)
             yield MicroBatch(x, y, scale, start)
 
     def _step(self) -> None:
-        loss = self.history.new_zeros(())
-        for i, part in enumerate(self.batch()):
-            loss = loss + self.model.forward_backward(*part, accumulate=i > 0)
+        parts = list(self.batch())
+        loss = self.gradient_sum.run(iter(parts))
         outcome = self.optimizer.step(
-            loss, self.learning_rate, self.guards, has_targets=part.scale > 0
+            loss, self.learning_rate, self.guards, has_targets=parts[0].scale > 0
         )
+        self.gradient_sum.gather_weights()
         record = torch.stack([loss, outcome.grad_norm, outcome.applied.to(loss.dtype)])
         self.history.index_copy_(0, self.place, record[None])
         self.place += 1

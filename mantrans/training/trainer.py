@@ -2,45 +2,44 @@
 
     set up → for each step: run it; now and then read results, log, validate, save → report
 
-`Trainer.state` has what a resumed run needs to continue bit for bit: weights, moments, the step
+`training.saving` has what a resumed run needs to continue bit for bit: weights, moments, the step
 number (batches and learning rates are functions of it), and the counters.
+
+Every rank runs this. What only rank 0 has (folders, records, profile) is `Silent` elsewhere; what
+only it computes (validation, the report) the others wait for.
 """
 
 from __future__ import annotations
 
-import math
+import json
 import time
 from pathlib import Path
 from typing import Any, Literal
 
+from mantrans import optim
 from mantrans.checkpoint import state_file
-from mantrans.checkpoint.atomic import replacing, write_all
 from mantrans.checkpoint.folder import CheckpointFolder
 from mantrans.config import Config, TrainingConfig
 from mantrans.config.arguments import Steps, checked
 from mantrans.data.dataset import prepare
-from mantrans.data.loader import RULE, BatchLoader
-from mantrans.errors import CheckpointError, ConfigError, MantransError, ModelError
-from mantrans.evaluation.evaluator import as_json, as_text, evaluate, measure_stream
-from mantrans.inference.trained import saved_tokenizer
+from mantrans.data.loader import BatchLoader
+from mantrans.distributed.world import World, device_of
+from mantrans.errors import ConfigError
+from mantrans.evaluation.evaluator import measure_stream
 from mantrans.optim.guards import OutlierGuard
-from mantrans.optim.schedule import scheduled_learning_rate
+from mantrans.optim.schedule import rate
 from mantrans.runtime import disable_malloc_trim
-from mantrans.training import flops, kernel_check, memory
+from mantrans.training import agreement, flops, kernel_check, memory, saving
+from mantrans.training.alone import on_first
 from mantrans.training.batches import token_source
-from mantrans.training.diagnosis import first_non_finite
+from mantrans.training.ending import finish, give_up
 from mantrans.training.logger import RunLogger
 from mantrans.training.profile import StepProfiler
 from mantrans.training.progress import Progress
-from mantrans.training.resume import (
-    LATEST,
-    Checkpoint,
-    changed_settings,
-    differences,
-    find_checkpoint,
-    was_restarted,
-)
+from mantrans.training.restoring import continue_data, load_state, open_checkpoint
+from mantrans.training.resume import Checkpoint
 from mantrans.training.run_folder import RunFolders
+from mantrans.training.share import share_of
 from mantrans.training.signals import StopSignals
 from mantrans.training.start import start
 from mantrans.training.step import TrainStep
@@ -55,6 +54,7 @@ class Trainer:
     evaluate_coherence: False overrides the config. debug_nan: stop at the first step that is not
     finite and name the layer. check_kernels: compare each Triton kernel with the reference first.
     profile: the number of steps to record (see `mantrans.training.profile`).
+    world: the processes that train together (`World.from_environment()`); None for this one alone.
     Raises MantransError (one line) for anything that a user can correct.
     """
 
@@ -77,14 +77,22 @@ class Trainer:
         check_kernels: bool = True,
         profile: int = 0,
         quiet: bool = False,
+        world: World | None = None,
     ) -> None:
         self.config, self.debug_nan = config, debug_nan
+        self.world = world or World.single()
+        self.world.watch(timeout=config.training.distributed_timeout)
+        self.share = share_of(config.training, self.world)
         self.evaluate_coherence = evaluate_coherence
         self.allow_other_data = allow_other_data
         self.signals = StopSignals()
         self.progress = Progress()
         self.directory = Path(config.training.output_dir) / config.training.experiment_name
-        self.folders = RunFolders(config.training)
+        self.latest = Path(
+            config.training.checkpoint_dir, config.training.experiment_name, "latest.pt"
+        )
+        self.folders = on_first(self.world, RunFolders, config.training)
+        self.world.before_leaving(self.folders.close)
         try:
             notes = self._set_up(resume, check_kernels, quiet)
         except BaseException:
@@ -92,14 +100,16 @@ class Trainer:
             raise
         self.profiler = None
         if profile:
-            self.profiler = StepProfiler(
+            self.profiler = on_first(
+                self.world,
+                StepProfiler,
                 profile,
                 self.directory,
                 self.wrapper.device,
                 self.wrapper.dtype,
                 self.logger.message,
             )
-        for note in [*notes, self.describe()]:
+        for note in [*notes, *self.share.notes, self.describe()]:
             self.logger.message(note)
 
     def _set_up(self, resume: str | None, check_kernels: bool, quiet: bool) -> list[str]:
@@ -107,49 +117,97 @@ class Trainer:
 
         Returns what the user should know about it.
         """
-        if resume is None and was_restarted() and self.folders.has_checkpoints():
-            resume = LATEST
-        checkpoint, notes = self._open_checkpoint(resume)
+        quiet = quiet or not self.world.is_first
+        checkpoint, notes = open_checkpoint(self, resume)
         goes_on = checkpoint is not None and self.folders.is_of_this_run(*checkpoint.origin)
         self.folders.check(replaced=not goes_on and self.folders.has_run())
         begun = start(self.config, checkpoint)
         self.config, self.tokenizer, self.origin = begun.config, begun.tokenizer, begun.origin
+        agreement.agree(
+            self.world,
+            "configuration",
+            {
+                **agreement.of_config(self.config),
+                **agreement.of_software(),
+                "hash of the tokenizer": self.tokenizer.hash,
+                "digest of the checkpoint": checkpoint.digest if checkpoint else None,
+            },
+        )
         self._build(checkpoint)
         notes += begun.load_weights(self.wrapper)
         if checkpoint:
-            notes += self._load_state(checkpoint)
+            notes += load_state(self, checkpoint)
         self._load_data(quiet)
-        windows = -(-len(self.dataset.validation) // self.config.sequence_length)
-        memory.require_evaluation_memory(self.config, self.tokenizer.vocab_size, windows)
+        if self.world.is_first:
+            windows = -(-len(self.dataset.validation) // self.config.sequence_length)
+            memory.require_evaluation_memory(self.placed, self.tokenizer.vocab_size, windows)
         if checkpoint:
-            notes += self._continue_data(checkpoint)
-        self._make_step()
+            notes += continue_data(self, checkpoint)
         if check_kernels and self.wrapper.device.type == "cuda":
-            notes += kernel_check.check(self.config, self.wrapper.model, quiet=quiet)
+            notes += kernel_check.check(
+                self.config, self.wrapper.model, quiet=quiet or not self.world.is_first
+            )
+        self._meet()
+        self._make_step()
         notes += self._open_folders(checkpoint if goes_on else None)
-        self.logger = RunLogger(
+        self.logger = on_first(
+            self.world,
+            RunLogger,
             self.directory,
             self.progress.step if checkpoint else None,
             config=self.config,
             total_steps=self.total_steps,
             quiet=quiet,
         )
+        if checkpoint:
+            self.tell_last_saved(f"{checkpoint.path} (step {self.progress.step})")
+            notes.append(f"resumed from {checkpoint.path} at step {self.progress.step}")
         if checkpoint and self.progress.step >= self.total_steps:
             at = f"{checkpoint.path} is already at step {self.progress.step}"
-            notes.append(f"{at}: nothing left to train")
-        if checkpoint:
-            notes.append(f"resumed from {checkpoint.path} at step {self.progress.step}")
+            notes.insert(-1, f"{at}: nothing left to train")
         return notes
+
+    def _meet(self) -> None:
+        """Wait until no rank refuses the run, compare what they are to train with, and connect."""
+        agreement.agree(
+            self.world,
+            "model and data",
+            {
+                "device": self.wrapper.device.type,
+                "dtype": str(self.wrapper.dtype),
+                "backend": self.wrapper.model.ops.__name__.rpartition(".")[2],
+                **{
+                    f"{what} of {split} tokens": value
+                    for split, identity in self.dataset.identity.items()
+                    for what, value in (
+                        ("number", identity["tokens"]),
+                        ("checksum", identity["checksum"]),
+                    )
+                },
+            },
+        )
+        self.world.connect(self.wrapper.device)
+        agreement.require_same_weights(
+            self.world, self.wrapper.model.parameters, self.progress.step
+        )
+
+    def tell_last_saved(self, checkpoint: str) -> None:
+        """What messages about the end of several processes name."""
+        self.world.watch(last_saved=f"the last checkpoint is {checkpoint}")
 
     def _open_folders(self, checkpoint: Checkpoint | None) -> list[str]:
         """Create the run's folders. A run that does not go on from `checkpoint` moves an earlier
         one of its name away; one that does sets aside what was saved after it."""
         training = self.config.training
-        notes = self.folders.begin(replace=checkpoint is None)
-        self.folder = CheckpointFolder(
-            training.checkpoint_dir, training.experiment_name, training.keep_checkpoints
+        notes = self.folders.begin(replace=checkpoint is None) or []
+        self.folder = on_first(
+            self.world,
+            CheckpointFolder,
+            training.checkpoint_dir,
+            training.experiment_name,
+            training.keep_checkpoints,
         )
-        if checkpoint:
+        if checkpoint and self.world.is_first:
             aside = self.folder.set_aside_later_than(checkpoint.path)
             if aside:
                 notes.append(f"note: checkpoints saved after {checkpoint.path} moved to {aside}")
@@ -161,21 +219,25 @@ class Trainer:
     def _load_data(self, quiet: bool) -> None:
         """Load the tokens; set their order and the length of the run."""
         training, data = self.config.training, self.config.data
-        self.dataset = prepare(data, self.tokenizer, cache_dir=data.cache_dir, quiet=quiet)
+        self.dataset = self.world.local_first(
+            "data",
+            lambda: prepare(data, self.tokenizer, cache_dir=data.cache_dir, quiet=quiet),
+        )
         self.loader = BatchLoader(
             self.dataset.train,
             training.sequences_per_step,
             self.config.sequence_length,
             training.seed,
+            self.share.rows,
         )
-        self._set_length()
+        self.set_length()
 
-    def _set_length(self) -> None:
+    def set_length(self) -> None:
         """The steps of the run; ConfigError if warm-up and decay take more."""
-        self.total_steps = self._length_of(self.config.training)
+        self.total_steps = self.length_of(self.config.training)
         self.config.training.require_room(self.total_steps)
 
-    def _length_of(self, training: TrainingConfig) -> int:
+    def length_of(self, training: TrainingConfig) -> int:
         """The steps of a run with these settings on this run's data."""
         per_epoch = -(-self.loader.n_windows // training.sequences_per_step)
         return training.max_steps or (training.num_epochs or 1) * per_epoch
@@ -183,13 +245,14 @@ class Trainer:
     def _build(self, checkpoint: Checkpoint | None) -> None:
         """Build the model and its optimizer, if the step has the memory."""
         training = self.config.training
-        rows: int | Literal["auto"] | None = "auto"
-        if checkpoint:
-            with state_file.understood(checkpoint.path):
-                rows = checkpoint.logits_chunk_rows()
-        self.memory = memory.require_memory(self.config, self.tokenizer.vocab_size, rows)
+        device = device_of(self.world, training.device)
+        self.placed = self.config
+        if device != training.device:
+            placed = training.model_copy(update={"device": device})
+            self.placed = self.config.model_copy(update={"training": placed})
+        self._require_memory(checkpoint)
         disable_malloc_trim()
-        self.wrapper = build_wrapper(self.config, self.tokenizer.vocab_size)
+        self.wrapper = build_wrapper(self.placed, self.tokenizer.vocab_size, self.world)
         self.wrapper.model.output.chunk_rows = self.memory.chunk_rows
         self.flops_per_token = flops.flops_per_token(
             self.wrapper.config, self.config.sequence_length
@@ -201,13 +264,34 @@ class Trainer:
                 training.outlier_z_score, training.outlier_window, self.wrapper.device
             )
 
+    def _require_memory(self, checkpoint: Checkpoint | None) -> None:
+        """Refuse a step without the memory; rank 0 chooses for all how many logits to have at a
+        time, unless the checkpoint does. Of ranks that share a memory the first asks for all."""
+        rows: int | Literal["auto"] | None = "auto"
+        if checkpoint:
+            with state_file.understood(checkpoint.path):
+                rows = checkpoint.logits_chunk_rows()
+        asks_for = self.world.local_size if self.world.local_rank == 0 else 0
+
+        def require(rows: int | Literal["auto"] | None) -> memory.StepMemory:
+            return memory.require_memory(
+                self.placed, self.tokenizer.vocab_size, rows, processes=asks_for
+            )
+
+        chosen = self.world.from_first(
+            "rows of logits", lambda: json.dumps(require(rows).chunk_rows)
+        )
+        self.memory = self.world.local_first("memory", lambda: require(json.loads(chosen)))
+
     def _make_step(self) -> None:
         training, data = self.config.training, self.config.data
         self.train_step = TrainStep(
             self.wrapper.model,
             self.wrapper.trainable(),
             token_source(self.loader, self.wrapper.device, self.memory.bytes),
-            micro_batches=training.gradient_accumulation_steps,
+            micro_batches=self.share.micro_batches,
+            world=self.world,
+            gradient_sum=training.gradient_sum,
             end_of_text=None if data.attend_across_documents else self.tokenizer.eot_id,
             guards=[self.guard] if self.guard else [],
             capture=training.compile_step and self.wrapper.device.type == "cuda",
@@ -217,15 +301,15 @@ class Trainer:
     # ----------------------------------------------------------------------------------- the loop
 
     def run(self) -> dict[str, Any] | None:
-        """Train to the end. Returns the final report, or None if a signal ended the run early."""
+        """Train to the end. Returns the final report: on rank 0, unless a signal ended the run."""
         progress = self.progress
         self._timer = time.perf_counter(), progress.step
         try:
             with self.signals.caught():
-                while progress.step < self.total_steps and self.signals.first is None:
+                while progress.step < self.total_steps and not self._is_stopped():
                     self._advance()
                 if progress.step >= self.total_steps:
-                    return self._finish()
+                    return finish(self) if self.world.is_first else None
                 self._interrupted()
                 return None
         finally:
@@ -234,22 +318,30 @@ class Trainer:
             self.logger.close()
             self.folders.close()
 
+    def _is_stopped(self) -> bool:
+        """Whether a signal has come, to any rank: all leave at the same step."""
+        return self.world.any(self.signals.first is not None)
+
     def _advance(self) -> None:
         """Run one step, then whatever is due after it."""
         training, progress = self.config.training, self.progress
-        self.train_step.run(progress.step, self.learning_rate(progress.step))
+        step = progress.step + 1
+        last = step == self.total_steps
+        log = last or step % training.log_every == 0
+        evaluate_now = last or step % training.eval_every == 0
+        save = last or step % training.save_every == 0
+        with self.world.step(f"step {step}"):
+            self.train_step.run(progress.step, self.learning_rate(progress.step))
+            progress.step = step
+            if log or evaluate_now or save:
+                self._read()
         if self.profiler:
             self.profiler.after_step()
-        progress.step += 1
-        self.logger.progress(progress.step)
-        last = progress.step == self.total_steps
-        log = last or progress.step % training.log_every == 0
-        evaluate_now = last or progress.step % training.eval_every == 0
-        save = last or progress.step % training.save_every == 0
-        if log or evaluate_now or save:
-            self._read()
+        self.logger.progress(step)
         if log:
             self._log()
+        if step % training.compare_ranks_every == 0:
+            agreement.require_same_weights(self.world, self.wrapper.model.parameters, step)
         improved = evaluate_now and self._validate()
         if save or improved:
             self._save(best=improved, must_succeed=last)
@@ -278,7 +370,7 @@ class Trainer:
                 self.debug_nan
                 or progress.not_finite_in_a_row >= self.config.training.max_consecutive_skips
             ):
-                self._give_up(step)
+                give_up(self, step)
 
     def _log(self) -> None:
         """Log a line of metrics since the last line: means over the steps that were not skipped."""
@@ -302,7 +394,9 @@ class Trainer:
         speed = {
             "tokens_per_second": tokens_per_second,
             "tflops": tokens_per_second * self.flops_per_token / 1e12,
-            "mfu": flops.mfu(tokens_per_second, self.flops_per_token, self.peak_flops),
+            "mfu": flops.mfu(
+                tokens_per_second / self.world.size, self.flops_per_token, self.peak_flops
+            ),
         }
         self.logger.log_timing(progress.step, **speed)
         self.logger.show(progress.step, **values, **speed)
@@ -310,200 +404,36 @@ class Trainer:
         self._timer = time.perf_counter(), progress.step
 
     def _validate(self) -> bool:
-        """Measure the validation loss; returns whether it is the lowest so far."""
-        measured = measure_stream(
-            self.wrapper,
-            self.tokenizer,
-            self.dataset.validation,
-            self.config,
-            max_batches=self.config.training.eval_batches,
-        )
-        self.logger.log(
-            self.progress.step,
-            validation_loss=measured.loss,
-            perplexity=measured.perplexity,
-            bits_per_byte=measured.bits_per_byte,
-        )
-        self.logger.message(
-            f"step {self.progress.step}  validation loss {measured.loss:.4f}, "
-            f"perplexity {measured.perplexity:.2f}, bits per byte {measured.bits_per_byte:.4f}"
-        )
-        if not measured.loss < self.progress.best_loss:  # NaN is not an improvement either
-            return False
-        self.progress.best_loss, self.progress.best_step = measured.loss, self.progress.step
-        return True
+        """Measure the validation loss, on rank 0; returns whether it is the lowest so far."""
 
-    # -------------------------------------------------------------------------- saving, resuming
-
-    def state(self) -> dict[str, Any]:
-        """Everything that the rest of the run depends on."""
-        return {
-            **self.wrapper.state_dict(),
-            "config": self.config.to_dict(),
-            "tokenizer": saved_tokenizer(self.tokenizer, with_file=self.origin is not None),
-            **({"init_from": self.origin} if self.origin else {}),
-            "data": {"batches": self.loader.rule, **self.dataset.identity},
-            "progress": self.progress.saved(),
-            "guard": self.guard.state() if self.guard else {},
-            "logits_chunk_rows": self.wrapper.model.output.chunk_rows,
-            "extra": {},
-        }
-
-    def _save(self, *, best: bool, must_succeed: bool) -> None:
-        """Write a checkpoint. If a periodic one fails, it is reported and the run continues."""
-        try:
-            self._refuse_weights_that_are_not_finite()
-            self._sync_records()
-            self.folder.save(self.progress.step, self.state(), best=best)
-        except CheckpointError as failure:
-            if must_succeed:
-                raise
-            self.logger.message(f"warning: {failure}; training goes on")
-
-    def _refuse_weights_that_are_not_finite(self) -> None:
-        """A skipped step leaves finite weights, but a step that is not skipped may overflow."""
-        if not self.wrapper.model.parameters.best_weights().isfinite().all():
-            raise CheckpointError(
-                f"step {self.progress.step}: weights are not finite and are not saved; "
-                "what was saved before is intact"
-            )
-
-    def _sync_records(self) -> None:
-        """Flush the records: they must include every step that a checkpoint includes."""
-        try:
-            self.logger.sync()
-        except OSError as error:
-            raise CheckpointError(
-                f"{self.directory}: the records cannot be written ({error.strerror}), and without "
-                "them no checkpoint is saved"
-            ) from None
-
-    def _open_checkpoint(self, resume: str | None) -> tuple[Checkpoint | None, list[str]]:
-        """The checkpoint that `resume` names, and why newer ones were skipped."""
-        if resume is None:
-            return None, []
-        path, notes = find_checkpoint(resume, self.config.training)
-        return Checkpoint.load(path), notes
-
-    def _load_state(self, checkpoint: Checkpoint) -> list[str]:
-        """Take over weights, moments and counters; returns which settings have changed."""
-        state = checkpoint.state
-        with state_file.understood(checkpoint.path):
-            notes = differences(state["config"], self.config.to_dict())
-            self.wrapper.load_state_dict(state)
-            if self.guard and state["guard"]:
-                window = state["guard"]["values"]
-                if window.shape == self.guard.values.shape:
-                    self.guard.load_state(state["guard"])
-                else:
-                    notes.append(
-                        f"note: training.outlier_window was {len(window)}: the window starts empty"
-                    )
-            self.progress = Progress.from_saved(state["progress"])
-        return notes
-
-    def _continue_data(self, checkpoint: Checkpoint) -> list[str]:
-        """Lay out batches as the checkpoint's run did; CheckpointError if its tokens were others.
-
-        Returns what has changed since it was saved.
-        """
-        state = checkpoint.state
-        with state_file.understood(checkpoint.path):
-            # Checkpoints had no such record while batches followed the first rule.
-            saved = state.get("data", {"batches": 1})
-            self.loader.follow(saved["batches"])
-            self._set_length()
-            notes = []
-            if self.loader.rule < RULE:
-                notes.append(
-                    "note: batches are those of an earlier version, with which the run began: the "
-                    "last tokens of the text may never be targets"
-                )
-            for split, ours in self.dataset.identity.items():
-                theirs = saved.get(split, ours)
-                if theirs == ours:
-                    continue
-                other = f"{theirs['tokens']:,} {split} tokens ({theirs['checksum']:.8})"
-                found = f"{ours['tokens']:,} ({ours['checksum']:.8})"
-                if not self.allow_other_data:
-                    changed = changed_settings(state["config"], self.config.to_dict(), "data")
-                    raise CheckpointError(
-                        f"data: expected the checkpoint's {other}, got {found}: "
-                        f"{', '.join(changed) or 'the text has changed'}; "
-                        "to go on with these, add --allow-other-data"
-                    )
-                notes.append(f"note: {found} {split} tokens instead of the checkpoint's {other}")
-                if split == "validation":  # the lowest loss was another text's
-                    self.progress.best_loss, self.progress.best_step = math.inf, 0
-            return [*notes, *self._rate_change(state["config"])]
-
-    def _rate_change(self, saved: dict[str, Any]) -> list[str]:
-        """Say if the next step's learning rate is not that of the checkpoint's run, which, if it
-        was at its end, had that of its last step."""
-        try:
-            before = Config.from_dict(saved).training
-        except ConfigError:  # of another version
-            return []
-        step, length = self.progress.step, self._length_of(before)
-        if not step < self.total_steps or length < 1:
-            return []
-        was, now = rate(before, min(step, length - 1), length), self.learning_rate(step)
-        if math.isclose(was, now, rel_tol=0.01):
-            return []
-        return [
-            f"note: the learning rate goes on at {now:.2e}; the checkpoint's run was at {was:.2e}"
-        ]
-
-    # ------------------------------------------------------------------------------------- ending
-
-    def _finish(self) -> dict[str, Any]:
-        """Validate and sample once more; print the report and where the files are."""
-        report = self._evaluate()
-        about = {"step": self.progress.step, **self.wrapper.get_model_info()}
-        about |= {"init_from": self.origin} if self.origin else {}
-        self._write_report({"run": about} | report)
-        from mantrans.report.page import write_page  # its templates are needed only here
-
-        try:
-            write_page(self.directory)
-        except MantransError as failure:
-            self.logger.message(f"warning: {failure}")
-        self.logger.console.close()
-        self.logger.message(
-            f"\n{as_text(report)}\n\n"
-            f"metrics, report   {self.directory}/ (open report.html)\n"
-            f"checkpoints       {self.folder.latest}, {self.folder.best}"
-        )
-        return report
-
-    def _evaluate(self) -> dict[str, Any]:
-        """The final report; without samples, and a line that says why, if none can be drawn."""
-
-        def report(generate: bool) -> dict[str, Any]:
-            return evaluate(
+        def measure() -> str:
+            measured = measure_stream(
                 self.wrapper,
                 self.tokenizer,
                 self.dataset.validation,
                 self.config,
                 max_batches=self.config.training.eval_batches,
-                generate=generate,
-                coherence=self.evaluate_coherence,
-                say=self.logger.say_once,
             )
+            self.logger.log(
+                self.progress.step,
+                validation_loss=measured.loss,
+                perplexity=measured.perplexity,
+                bits_per_byte=measured.bits_per_byte,
+            )
+            self.logger.message(
+                f"step {self.progress.step}  validation loss {measured.loss:.4f}, perplexity "
+                f"{measured.perplexity:.2f}, bits per byte {measured.bits_per_byte:.4f}"
+            )
+            return json.dumps(measured.loss)
 
-        try:
-            return report(generate=True)
-        except ModelError as broken:
-            self.logger.message(f"warning: no samples: {broken}")
-            return report(generate=False)
+        loss = json.loads(self.world.from_first("validation", measure))
+        if not loss < self.progress.best_loss:  # NaN is not an improvement either
+            return False
+        self.progress.best_loss, self.progress.best_step = loss, self.progress.step
+        return True
 
-    def _write_report(self, report: dict[str, Any]) -> None:
-        path = self.directory / "report.json"
-        try:
-            with replacing(path) as file:
-                write_all(file, as_json(report).encode())
-        except OSError as error:
-            raise MantransError(f"{path}: cannot be written ({error.strerror})") from None
+    def _save(self, *, best: bool, must_succeed: bool) -> None:
+        saving.save(self, best=best, must_succeed=must_succeed)
 
     def _interrupted(self) -> None:
         """After a signal: save the last step and say how to resume."""
@@ -515,28 +445,16 @@ class Trainer:
             f"--resume {self.folder.folder}"
         )
 
-    def _give_up(self, step: int) -> None:
-        """Stop after too many steps that were not finite; name the first value that is not."""
-        self.train_step.source.load(step)
-        where = first_non_finite(self.wrapper.model, self.train_step.batch())
-        n = self.progress.not_finite_in_a_row
-        last_good = self.folder.latest
-        saved = (
-            f"the last good checkpoint is {last_good}" if last_good.exists() else "none is saved"
-        )
-        raise MantransError(
-            f"step {step + 1}: {n} step{'s' * (n > 1)} in a row not finite; {where}; {saved}"
-        )
-
     # -------------------------------------------------------------------------------------- start
 
     def describe(self) -> str:
         """The model, the data and the length of the run, in three lines."""
         info = self.wrapper.get_model_info()
-        dtype = info["dtype"]
+        dtype, ranks = info["dtype"], self.world.size
+        processes = f", {ranks} processes" if ranks > 1 else ""
         return (
             f"model    {info['parameters']:,} parameters, {dtype}, {info['backend']} kernels on "
-            f"{info['device']}\n"
+            f"{info['device']}{processes}\n"
             f"data     {self.config.data.dataset}: {self.dataset.usage()}; "
             f"{len(self.dataset.train):,} tokens to train on, "
             f"{len(self.dataset.validation):,} to validate\n"
@@ -545,21 +463,12 @@ class Trainer:
         )
 
 
-def rate(training: TrainingConfig, step: int, total_steps: int) -> float:
-    """The learning rate of a step, counted from 0, in a run of `total_steps`."""
-    return scheduled_learning_rate(
-        step,
-        total_steps,
-        training.learning_rate,
-        minimum=training.min_learning_rate,
-        warmup_steps=training.warmup(total_steps),
-        decay=training.lr_decay,
-        decay_fraction=training.decay_fraction,
-    )
-
-
-def build_wrapper(config: Config, vocab_size: int) -> CustomTransformerWrapper:
+def build_wrapper(
+    config: Config, vocab_size: int, world: World | None = None
+) -> CustomTransformerWrapper:
     """The model and optimizer that a config describes, for a tokenizer of `vocab_size` entries.
+
+    world: the processes that divide its state by training.shard; None for this one alone.
 
     Raises ConfigError if the config names another vocabulary size.
     """
@@ -569,18 +478,15 @@ def build_wrapper(config: Config, vocab_size: int) -> CustomTransformerWrapper:
             f"model.vocab_size: expected null or {vocab_size}, the entries of data.tokenizer "
             f"({config.data.tokenizer}), got {model.vocab_size}"
         )
-    options: dict[str, Any] = {"weight_decay": training.weight_decay}
-    if training.optimizer == "adamw":
-        options |= {
-            "beta1": training.beta1, "beta2": training.beta2, "epsilon": training.epsilon
-        }  # fmt: skip
     return CustomTransformerWrapper.from_config(
         model.model_copy(update={"vocab_size": vocab_size}),
         device=training.device,
         backend=training.backend,
         optimizer=training.optimizer,
-        optimizer_options={**options, "max_grad_norm": training.max_grad_norm},
+        optimizer_options=optim.options(training),
         seed=training.seed,
         recompute=training.recompute,
         stochastic_rounding=training.stochastic_rounding,
+        world=world,
+        shard=training.shard,
     )

@@ -9,6 +9,7 @@ import dataclasses
 import json
 import math
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,7 @@ from benchmarks.harness import (
     peak_on_cpu,
 )
 from benchmarks.operations import Implementation, implementations
+from mantrans.data.stories import stories
 
 NO_COMPILER = ("native", "PyTorch eager", "transformers")
 CASE = steps.Case("tiny", 2, 16, 2, "float32", NO_COMPILER)
@@ -36,6 +38,16 @@ SLOW_PEAKS = peaks.Peaks(1e9, {"float32": 1e9})
 pytestmark = pytest.mark.skipif(
     machine.device().type != "cpu", reason="written for a CPU; a GPU has `python -m benchmarks gpu`"
 )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_stories() -> Iterator[None]:
+    """Enough for the batches of these tests; to encode all takes a second."""
+    with pytest.MonkeyPatch.context() as patch:
+        some = stories()[:200]
+        patch.setattr(baselines, "stories", lambda: some)
+        yield
+    baselines._all_stories.cache_clear()
 
 
 @pytest.fixture(scope="module")

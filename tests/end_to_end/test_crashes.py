@@ -21,6 +21,7 @@ from mantrans.records import read_records
 from tests.support.compare import assert_same_bits
 from tests.support.processes import Child, Processes
 from tests.support.runs import (
+    MODELS,
     checkpoints,
     finish,
     metrics_file,
@@ -47,23 +48,35 @@ def start(processes: Processes, folder: Path, **keywords: Any) -> Child:
 
 
 @pytest.mark.promise("killed at random")
-@pytest.mark.parametrize("rounds", [4, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("model", "rounds"),
+    [
+        ("gpt2", 4),
+        pytest.param("gpt2", 100, marks=pytest.mark.slow),
+        *(pytest.param(name, 12, marks=pytest.mark.slow) for name in ("llama", "qwen2", "qwen3")),
+    ],
+)
 def test_resume_after_random_kills(
-    tmp_path: Path, tokens: Path, processes: Processes, rounds: int, record_property: Callable
+    tmp_path: Path,
+    tokens: Path,
+    processes: Processes,
+    model: str,
+    rounds: int,
+    record_property: Callable,
 ) -> None:
     """SIGKILL `rounds` times, each followed by a resume; a run that gets to its end is compared
     with the unbroken one, and another is begun."""
     for name in ("unbroken", "timed"):  # the first run ever takes longer
-        config_for(tmp_path / name, tokens)
+        config_for(tmp_path / name, tokens, model=MODELS[model])
         begun = time.monotonic()
         assert start(processes, tmp_path / name, environment=SLOW).wait().status == 0
         duration = time.monotonic() - begun
     expected = outcome(tmp_path / "unbroken")
-    rng = random.Random(rounds)
+    rng = random.Random(f"{model} {rounds}")
     kills = inside_a_save = before_any = finished = 0
     while kills < rounds or finished == 0:
         folder = tmp_path / f"run_{finished}"
-        config_for(folder, tokens)
+        config_for(folder, tokens, model=MODELS[model])
         child = start(processes, folder, environment=SLOW)
         if kills < rounds:
             if kills % 4 == 3:  # three at any moment, and one that waits for a save
@@ -142,8 +155,13 @@ def test_resume_after_kill_between_links(
 @pytest.mark.promise("signals")
 @pytest.mark.parametrize(
     ("number", "status"),
-    [(signal.SIGTERM, 0), (signal.SIGINT, 130), (signal.SIGHUP, 0), (signal.SIGUSR1, 0)],
-    ids=["SIGTERM", "Ctrl-C", "SIGHUP", "SIGUSR1"],
+    [
+        pytest.param(signal.SIGTERM, 0, id="SIGTERM"),
+        pytest.param(signal.SIGINT, 130, id="Ctrl-C"),
+        # Caught in the same way: tests/mantrans/training/test_signals.py.
+        pytest.param(signal.SIGHUP, 0, id="SIGHUP", marks=pytest.mark.slow),
+        pytest.param(signal.SIGUSR1, 0, id="SIGUSR1", marks=pytest.mark.slow),
+    ],
 )
 def test_signal_during_step(
     tmp_path: Path, tokens: Path, processes: Processes, number: int, status: int
@@ -172,8 +190,8 @@ def test_signal_during_step(
     [
         (signal.SIGINT, signal.SIGINT),
         (signal.SIGTERM, signal.SIGTERM),
-        (signal.SIGHUP, signal.SIGHUP),
-        (signal.SIGUSR1, signal.SIGUSR1),
+        pytest.param(signal.SIGHUP, signal.SIGHUP, marks=pytest.mark.slow),
+        pytest.param(signal.SIGUSR1, signal.SIGUSR1, marks=pytest.mark.slow),
         (signal.SIGTERM, signal.SIGINT),
     ],
     ids=lambda number: signal.Signals(number).name,
@@ -185,8 +203,8 @@ def test_signal_second_during_save(
     config_for(tmp_path, tokens, save_every=4, eval_every=24)
     child = start(processes, tmp_path, environment={SLOW_WRITE_VARIABLE: "0.02"})
     folder = checkpoints(tmp_path)
-    wait_until(lambda: (folder / "latest.pt").exists())
-    wait_until(lambda: any(folder.glob(".step_00000008*")))
+    child.wait_until(lambda: (folder / "latest.pt").exists())
+    child.wait_until(lambda: any(folder.glob(".step_00000008*")))
     child.kill(first)
     time.sleep(0.05)
     child.kill(second)
@@ -197,13 +215,6 @@ def test_signal_second_during_save(
     assert start(processes, tmp_path).wait().status == 0
 
 
-def wait_until(condition: Callable[[], bool], timeout: float = 60.0) -> None:
-    deadline = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-
-
 @pytest.mark.promise("latest.pt")
 def test_latest_always_present(
     tmp_path: Path, tokens: Path, processes: Processes, record_property: Callable
@@ -212,7 +223,7 @@ def test_latest_always_present(
     config_for(tmp_path, tokens, save_every=1, log_every=1, keep_checkpoints=1)
     names = [checkpoints(tmp_path) / "latest.pt", tmp_path / "checkpoints" / "latest.pt"]
     child = start(processes, tmp_path)
-    wait_until(lambda: all(name.exists() for name in names))
+    child.wait_until(lambda: all(name.exists() for name in names))
     looks = loads = 0
     seen = 0
     report = tmp_path / "runs" / "small" / "report.json"

@@ -53,7 +53,7 @@ def test_train_long_memory_and_files(
     child = processes.start(
         "c.yaml", "samples.json", str(every), cwd=tmp_path, main="tests.end_to_end.sampled:main"
     )
-    ended = child.wait(timeout=3000)
+    ended = child.wait(cpu_seconds=3000)
     assert ended.status == 0, ended.text
     samples = json.loads((tmp_path / "samples.json").read_text())
     warm = samples[len(samples) // 2 :]

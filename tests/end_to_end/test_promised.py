@@ -23,6 +23,7 @@ from mantrans import CustomTransformer, CustomTransformerWrapper
 from mantrans.config import DATASETS, SECTIONS
 from mantrans.data.tokenizer import known_names
 from tests import test_loss_decreases
+from tests.support.processes import Ended, Processes
 
 ROOT = Path(__file__).parents[2]
 PARTS = ("assets", "configs", "kernels", "mantrans", "tests", "pyproject.toml", "train.py")
@@ -90,24 +91,43 @@ COMMANDS = [  # in an order in which each finds what it needs
 ]  # fmt: skip
 
 
-def test_commands_as_written(tmp_path: Path) -> None:
+def run(arguments: list[str], folder: Path) -> Ended:
+    """`python ...` in the folder, as a process of its own."""
+    environment = {name: v for name, v in os.environ.items() if not name.startswith("ANTHROPIC")}
+    environment |= {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
+    environment["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # none of them is promised
+    done = subprocess.run(
+        [sys.executable, *arguments], cwd=folder, env=environment, text=True, check=False,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    return Ended(done.returncode, done.stdout)
+
+
+@pytest.mark.parametrize("forked", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_commands_as_written(tmp_path: Path, processes: Processes, forked: bool) -> None:
+    """forked: only the first lines of train.py, evaluate.py and pytest start an interpreter; the
+    others run the script in a process that has imported PyTorch already."""
     for part in PARTS:
         copy = shutil.copytree if (ROOT / part).is_dir() else shutil.copy
         copy(ROOT / part, tmp_path / part)
-    environment = {name: v for name, v in os.environ.items() if not name.startswith("ANTHROPIC")}
-    environment |= {"PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    seen = {"config_summary.py", "tests/forward_test.py"}
     for promise in COMMANDS:
         python, *arguments = shlex.split(promise.line)
         assert python == "python"
         for setting in promise.settings:
             arguments += ["--set", setting]
-        done = subprocess.run(
-            [sys.executable, *arguments], cwd=tmp_path, env=environment, text=True, check=False,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )  # fmt: skip
-        assert done.returncode == 0, f"{promise.line}\n{done.stdout}"
-        assert promise.says in done.stdout, f"{promise.line}\n{done.stdout}"
-        assert promise.never not in done.stdout, f"{promise.line}\n{done.stdout}"
+        script = arguments[0]
+        if forked and script in seen:
+            environment = {name: "" for name in os.environ if name.startswith("ANTHROPIC")}
+            ended = processes.run(
+                *arguments[1:], main=script, cwd=tmp_path, environment=environment
+            )
+        else:
+            ended = run(arguments, tmp_path)
+        seen.add(script)
+        assert ended.status == 0, f"{promise.line}\n{ended.text}"
+        assert promise.says in ended.text, f"{promise.line}\n{ended.text}"
+        assert promise.never not in ended.text, f"{promise.line}\n{ended.text}"
 
 
 def test_functional_tests_ten() -> None:

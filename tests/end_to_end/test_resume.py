@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,6 +14,7 @@ from mantrans.records import read_records
 from mantrans.training.trainer import Trainer
 from tests.support.compare import assert_same_bits
 from tests.support.runs import (
+    MODELS,
     checkpoints,
     finish,
     metrics_file,
@@ -24,7 +26,7 @@ from tests.support.runs import (
 
 # Two epochs of about six steps. The fourth step's gradient and the fifth's loss are not finite, and
 # an outlier comes when the guard's window has just filled up.
-SETTINGS = {
+SETTINGS: dict[str, Any] = {
     "gradient_accumulation_steps": 2, "batch_size": 4, "num_epochs": 2, "max_steps": None,
     "data": {"subset_size": 2, "val_subset_size": 1}, "outlier_z_score": 4.0, "outlier_window": 8,
 }  # fmt: skip
@@ -38,22 +40,34 @@ def with_bad_steps(trainer: Trainer) -> None:
 
 @pytest.mark.promise("interrupted anywhere")
 @pytest.mark.parametrize(
-    ("dtype", "every"),
+    ("name", "dtype", "recompute", "every"),
     [
-        ("float32", 3),
-        ("bfloat16", 4),
-        pytest.param("float32", 1, marks=pytest.mark.slow),
-        pytest.param("bfloat16", 1, marks=pytest.mark.slow),
+        ("gpt2", "float32", "none", 3),
+        ("gpt2", "bfloat16", "none", 4),
+        ("qwen3", "bfloat16", "none", 5),
+        pytest.param("gpt2", "float32", "none", 1, marks=pytest.mark.slow),
+        pytest.param("gpt2", "bfloat16", "none", 1, marks=pytest.mark.slow),
+        pytest.param("llama", "float32", "gelu", 1, marks=pytest.mark.slow),
+        pytest.param("qwen2", "bfloat16", "block", 1, marks=pytest.mark.slow),
+        pytest.param("qwen3", "float64", "none", 1, marks=pytest.mark.slow),
     ],
 )
 def test_resume_any_step(
-    tmp_path: Path, tokens: Path, dtype: str, every: int, record_property: Callable
+    tmp_path: Path,
+    tokens: Path,
+    name: str,
+    dtype: str,
+    recompute: str,
+    every: int,
+    record_property: Callable,
 ) -> None:
     """Accumulation, an epoch's end, two steps skipped in a row, an outlier: all in one run,
-    stopped after every step in turn and resumed."""
+    stopped after every step in turn and resumed. Qwen's and Llama's keep documents apart."""
 
     def config(folder: Path) -> Config:
-        return small(folder, tokens, **SETTINGS, model={"dtype": dtype})
+        data = SETTINGS["data"] | {"attend_across_documents": name == "gpt2"}
+        settings = SETTINGS | {"data": data, "recompute": recompute}
+        return small(folder, tokens, **settings, model={**MODELS[name], "dtype": dtype})
 
     unbroken = finish(config(tmp_path / "unbroken"), with_bad_steps)
     total = unbroken.total_steps

@@ -32,6 +32,8 @@ BACKENDS = [
     if not (ops is triton and dtype == torch.float64)
 ]
 each_backend = pytest.mark.parametrize(("ops", "dtype"), BACKENDS)
+MODULES = {"reference": reference, "native": native, "triton": triton}
+each_ops = pytest.mark.parametrize("ops", MODULES.values(), ids=MODULES.keys())
 # float16 goes bfloat16's way.
 SOME_SLOW = [torch.float32, pytest.param(torch.float16, marks=pytest.mark.slow), torch.bfloat16]
 each_dtype = pytest.mark.parametrize("dtype", SOME_SLOW, ids=["fp32", "fp16", "bf16"])
@@ -45,6 +47,12 @@ def generator(*seed: int) -> torch.Generator:
 def normal(source: torch.Generator, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Standard normal numbers, rounded to dtype."""
     return torch.randn(*shape, generator=source).to(dtype)
+
+
+def relative(actual: Tensor, exact: Tensor | float) -> float:
+    """The largest relative error of an element, in float64."""
+    exact = torch.as_tensor(exact, dtype=torch.float64)
+    return float(((actual.double() - exact).abs() / exact.abs()).max())
 
 
 def random_gradients(source: torch.Generator, *shapes: tuple[int, ...]) -> list[Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
 
 import pytest
@@ -15,3 +16,12 @@ def fresh_memory_is_poisoned() -> Iterator[None]:
     shows in whatever is compared."""
     with poisoned_memory():
         yield
+
+
+@pytest.fixture
+def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradient norms in four programs of large blocks: the interpreter runs them one by one."""
+    # The package shows the function of this name.
+    triton_norm = importlib.import_module("mantrans.kernels.triton.gradient_norms")
+    monkeypatch.setattr(triton_norm, "PROGRAMS", 4)
+    monkeypatch.setattr(triton_norm, "BLOCK", 2**14)

@@ -138,7 +138,13 @@ def test_attention_equals_reference(
     ),
     ids=ids,
 )
-@pytest.mark.parametrize("beginnings", [None, (1, 30, 63, 65)], ids=["plain", "documents"])
+@pytest.mark.parametrize(
+    "beginnings",
+    [
+        pytest.param((1, 30, 63, 65), id="documents"),
+        pytest.param(None, id="plain", marks=pytest.mark.slow),
+    ],
+)
 def test_attention_groups(
     B: int,
     T: int,

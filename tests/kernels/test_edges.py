@@ -10,13 +10,12 @@ import torch
 from torch import Tensor
 
 from mantrans import CustomTransformerWrapper
-from mantrans.kernels import native, reference, triton
+from mantrans.kernels import reference, triton
 from mantrans.wrapper import shift
+from tests.kernels.common import MODULES, each_ops
 from tests.support.compare import assert_close
 
-BACKENDS = {"reference": reference, "native": native, "triton": triton}
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}
-each_backend = pytest.mark.parametrize("ops", BACKENDS.values(), ids=BACKENDS.keys())
 
 
 def each_case(*fast_in_triton: torch.dtype) -> pytest.MarkDecorator:
@@ -25,7 +24,7 @@ def each_case(*fast_in_triton: torch.dtype) -> pytest.MarkDecorator:
         ("backend", "dtype"),
         [
             pytest.param(backend, dtype, id=f"{backend}-{str(dtype)[6:]}", marks=marks)
-            for backend in BACKENDS
+            for backend in MODULES
             for dtype in TOLERANCE
             if (backend, dtype) != ("triton", torch.float64)
             for slow in [backend == "triton" and dtype not in fast_in_triton]
@@ -118,7 +117,7 @@ def test_model_sliced_and_transposed_inputs(backend: str, dtype: torch.dtype) ->
             assert torch.equal(one, other), layout
 
 
-@each_backend
+@each_ops
 def test_adamw_extreme_gradients(ops: Any) -> None:
     """0, 1e-25 and 1e19 of either sign, alone and in turn, beside the formulas in float64: a square
     of 1e-50 is 0 in float32, and one of 1e38 just fits."""
@@ -145,7 +144,7 @@ def test_adamw_extreme_gradients(ops: Any) -> None:
     assert ((w - wide[0]).abs() <= 1e-6).all()
 
 
-@each_backend
+@each_ops
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
 def test_stochastic_rounding_drift(ops: Any, name: str) -> None:
     """Many steps far below a bfloat16's spacing move the mean by what they add up to.
@@ -182,7 +181,7 @@ def test_stochastic_rounding_drift(ops: Any, name: str) -> None:
 def test_cross_entropy_one_finite_logit(backend: str, dtype: torch.dtype) -> None:
     """All logits -inf but one, the target in the last column: loss 0, gradient 0. With the target
     elsewhere the loss is infinite, and says so."""
-    ops = BACKENDS[backend]
+    ops = MODULES[backend]
     for V, Vp in ((1, 1), (5, 8), (300, 384), (4096, 4096)):
         logits = torch.full((3, Vp), 7.0, dtype=dtype)  # also in the padding
         logits[:, : V - 1] = -math.inf

@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime.errors import InterpreterError
 
 SIZE = 64
 
@@ -98,6 +99,18 @@ def runtime_range(out_ptr, n):
     for i in range(0, n):
         total += i
     tl.store(out_ptr, total)
+
+
+@triton.jit
+def integers(x_ptr, y_ptr, out_ptr, OPERATION: tl.constexpr):
+    i = tl.arange(0, 2)
+    x, y = tl.load(x_ptr + i), tl.load(y_ptr + i)
+    if OPERATION == "add":
+        tl.store(out_ptr + i, x + y)
+    elif OPERATION == "sub":
+        tl.store(out_ptr + i, x - y)
+    else:
+        tl.store(out_ptr + i, x * y)
 
 
 def values(*shape: int, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> Tensor:
@@ -228,6 +241,23 @@ def test_interpreter_range_bound() -> None:
     out = torch.zeros(1, dtype=torch.int32)
     runtime_range[(1,)](out, 10)
     assert out.item() == 45
+
+
+MOST = 2**31 - 1
+
+
+@pytest.mark.parametrize(
+    ("operation", "x", "y", "beyond"),
+    [("add", MOST - 1, 1, 2), ("sub", -MOST, 1, 2), ("mul", -(2**16), 2**15, 2**15 + 1)],
+)
+def test_interpreter_overflow(operation: str, x: int, y: int, beyond: int) -> None:
+    """The last result that an int32 holds is right; the next is an error, in any lane."""
+    left, right, out = torch.tensor([1, x]).int(), torch.tensor([1, y]).int(), torch.zeros(2).int()
+    integers[(1,)](left, right, out, operation)
+    assert out[1] == {"add": x + y, "sub": x - y, "mul": x * y}[operation]
+    right[1] = beyond
+    with pytest.raises(InterpreterError, match=f"int32 overflow .* {operation}"):
+        integers[(1,)](left, right, out, operation)
 
 
 @pytest.mark.parametrize(

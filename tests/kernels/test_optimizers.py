@@ -14,7 +14,7 @@ from tests.kernels.common import SUM_TOLERANCE, generator, normal
 from tests.support.compare import assert_close
 
 # The package shows the function of this name.
-gradient_norm = importlib.import_module("mantrans.kernels.triton.gradient_norm")
+gradient_norms = importlib.import_module("mantrans.kernels.triton.gradient_norms")
 
 BLOCK = weights.BLOCK
 SEED = torch.tensor(123_456_789_012_345)  # beyond 32 bits: its lower half is what counts
@@ -194,21 +194,25 @@ def test_stochastic_rounding_not_finite():
 
 
 # One element; a block and a bit; more blocks than the programs that are left to share them.
-@pytest.mark.parametrize("P, programs", [(1, 1024), (gradient_norm.BLOCK + 3, 1024), (30000, 4)])
-def test_gradient_norm(P, programs, monkeypatch):
-    monkeypatch.setattr(gradient_norm, "PROGRAMS", programs)
-    gradients = normal(generator(P), P)
-    norm = gradient_norm.gradient_norm(gradients)
-    assert norm.shape == ()
-    assert_close(norm, reference.gradient_norm(gradients.double()), SUM_TOLERANCE)
+@pytest.mark.parametrize(
+    "size, pieces, programs",
+    [(1, 1, 1024), (gradient_norms.BLOCK + 3, 3, 1024), (30000, 2, 2)],
+)
+def test_gradient_norms(size, pieces, programs, monkeypatch):
+    monkeypatch.setattr(gradient_norms, "PROGRAMS", programs)
+    gradients = normal(generator(size), size * pieces)
+    norms = gradient_norms.gradient_norms(gradients, pieces)
+    assert norms.shape == (pieces,)
+    assert_close(norms, reference.gradient_norms(gradients.double(), pieces), SUM_TOLERANCE)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
-def test_gradient_norm_not_finite(bad, monkeypatch):
-    monkeypatch.setattr(gradient_norm, "PROGRAMS", 4)
-    gradients = torch.ones(5000)
+def test_gradient_norms_not_finite(bad, monkeypatch):
+    monkeypatch.setattr(gradient_norms, "BLOCKS", 1)
+    gradients = torch.ones(15000)
     gradients[4321] = bad
-    assert not gradient_norm.gradient_norm(gradients).isfinite().item()
+    finite = gradient_norms.gradient_norms(gradients, 3).isfinite()
+    assert finite.tolist() == [False, True, True]
 
 
 # ------------------------------------------------------------------------------------ refusals
@@ -235,4 +239,6 @@ def test_update_refuses():
     refuses("beta2: expected at least 0 and below 1, got 1.0", {"beta2": 1.0})
     refuses("rounding_seed: expected None .*torch.float16", {"rounding_seed": SEED})
     with pytest.raises(ValueError, match=r"gradients: expected dtype float32.*, got bfloat16"):
-        gradient_norm.gradient_norm(torch.ones(8).bfloat16())
+        gradient_norms.gradient_norms(torch.ones(8).bfloat16(), 1)
+    with pytest.raises(ValueError, match="gradients: expected a multiple of 3 pieces, got 8"):
+        gradient_norms.gradient_norms(torch.ones(8), 3)

@@ -47,7 +47,7 @@ def test_selfcheck_right_backend() -> None:
         if isinstance(value, types.FunctionType)
         and hasattr(reference, name)
         and name.endswith(
-            ("forward", "backward", "update", "norm", "gradient", "attention", "partials")
+            ("forward", "backward", "update", "norms", "gradient", "attention", "partials")
         )
     }
     assert checked == operations, "every operation of a backend must be checked"

@@ -1,7 +1,7 @@
 """The Triton kernels together: a model that trains on them goes where the reference goes.
 
 The other files here prove one kernel each. This one proves that they fit together: layouts, saved
-values and gradient buffers handed from one to the next, through five updates.
+values and gradient buffers handed from one to the next, through three updates.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ def batch(step: int, B: int = 2, T: int = 13) -> Tensor:
 def train(
     backend: str, dtype: torch.dtype, optimizer: str, rate: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Losses of five steps, the weights before them, and after."""
+    """Losses of three steps, the weights before them, and after."""
     wrapper = model(backend, dtype, optimizer=optimizer, n_blocks=1)
     weights = wrapper.model.parameters.best_weights()
     before = weights.clone()
     losses = []
-    for step in range(5):
+    for step in range(3):
         tokens = batch(step)
         labels = tokens.masked_fill(tokens % 11 == 0, reference.IGNORE_INDEX)
         result = wrapper.train_step(tokens, labels, learning_rate=rate, max_grad_norm=0.5)
@@ -56,7 +56,7 @@ def train(
     return torch.tensor(losses), before, wrapper.model.parameters.best_weights().clone()
 
 
-# How far two runs may be apart, as a part of the way that the weights went in five steps, and as a
+# How far two runs may be apart, as a part of the way that the weights went in the steps, and as a
 # part of the loss. float32: both compute with 24 bits, and differ in the order of sums. AdamW
 # divides by the root of tiny squares, where a difference of sums becomes one of steps. bfloat16:
 # activations are rounded to 8 bits after every operation, in the reference at the same places, so
@@ -69,10 +69,10 @@ BOUNDS = [
 
 
 @pytest.mark.parametrize(("optimizer", "dtype", "rate", "weight_bound", "loss_bound"), BOUNDS)
-def test_triton_five_steps(
+def test_triton_steps(
     optimizer: str, dtype: torch.dtype, rate: float, weight_bound: float, loss_bound: float
 ) -> None:
-    """Five steps go where the reference goes."""
+    """Three steps go where the reference goes."""
     losses, _, weights = train("triton", dtype, optimizer, rate)
     expected_losses, start, expected = train("reference", dtype, optimizer, rate)
     assert torch.isfinite(losses).all()

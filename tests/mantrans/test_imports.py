@@ -15,7 +15,7 @@ from tests.support.runs import small
 ROOT = Path(__file__).parents[2]
 OPTIONAL = {
     "transformers", "datasets", "pyarrow", "pandas", "matplotlib", "anthropic", "safetensors",
-    "tensorflow", "torch._dynamo", "torch._inductor", "triton.compiler",
+    "tensorflow", "mantrans.proof", "torch._dynamo", "torch._inductor", "triton.compiler",
 }  # fmt: skip
 LATER = {"jinja2", "tensorboard", "torch.utils.tensorboard"}
 HEAVY = {"torch", "numpy", "pydantic", "yaml", "tqdm", "jinja2", "tokenizers", "filelock"}
@@ -54,8 +54,11 @@ def test_train_imports(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory)
     """Before its set-up neither the report's templates nor TensorBoard; never what is optional."""
     config: Config = small(tmp_path, tmp_path / "tokens", max_steps=2)
     config.save(tmp_path / "config.yaml")
-    begin = "import mantrans.training.trainer, mantrans.training.resume"
-    assert imported(begin, OPTIONAL | LATER) == set()
-    run = "import sys\nfrom mantrans.cli import main\nassert main(sys.argv[1:]) == 0"
-    command = ["train", "--config", str(tmp_path / "config.yaml")]
-    assert imported(run, OPTIONAL, *command) == set()
+    program = f"""
+import sys
+import mantrans.training.trainer, mantrans.training.resume
+assert not {OPTIONAL | LATER} & sys.modules.keys()
+from mantrans.cli import main
+assert main(sys.argv[1:]) == 0
+"""
+    assert imported(program, OPTIONAL, "train", "--config", str(tmp_path / "config.yaml")) == set()

@@ -63,7 +63,8 @@ class TestRecording:
             for way in ("_forward", "_backward")
         )  # fmt: skip
         assert backward == forward[::-1]
-        assert [c.operation for c in calls[-3:]] == ["gradient_norm", *["adamw_update"] * 2]
+        update = [c.operation for c in calls if c.layer == "update"]
+        assert list(dict.fromkeys(update)) == ["gradient_norms", "adamw_update"]
 
     def test_local_variables_have_the_names_of_the_source(self, case: str) -> None:
         wrapper = model(case)

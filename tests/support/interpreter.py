@@ -11,9 +11,11 @@ the methods of the interpreter's builder that every kernel operation passes thro
   * `tl.dot` multiplies bfloat16 exactly and adds in float32. float32 operands are rounded to TF32
     unless the kernel asks for `input_precision="ieee"`: the tensor cores see no more bits;
   * a masked load without `other` returns NaN where the mask is False (the largest number for
-    integers), where the interpreter returned 0 and a GPU returns anything.
+    integers), where the interpreter returned 0 and a GPU returns anything;
+  * a sum or product of signed integers that overflows is an error: an index wrapped. As shipped
+    the interpreter computes this check, by seven operations more, and leaves its result unused.
 
-It is made faster, too: most of its time it searched modules (`patch_search`).
+It is made faster, too: `interpreter_speed`.
 
 What stays unlike a GPU: programs never race, products below 16x16 are accepted, and the order of
 the additions inside a product is numpy's.
@@ -23,14 +25,14 @@ TRITON_INTERPRET counts when Triton is imported, so `start()` comes before any s
 
 from __future__ import annotations
 
-import functools
-import inspect
 import os
 import sys
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from tests.support import interpreter_speed
 
 COMPILED_ALREADY = (
     "Triton was imported without TRITON_INTERPRET=1 before this process was to interpret, and one "
@@ -111,7 +113,8 @@ def patch() -> None:
     patch_reductions(interpreter)
     patch_memory(interpreter)
     patch_scalar_index(interpreter)
-    patch_search(interpreter)
+    patch_overflow()
+    interpreter_speed.patch(interpreter)
 
 
 def is_bfloat16(handle: Any) -> bool:
@@ -122,7 +125,7 @@ def is_bfloat16(handle: Any) -> bool:
     """
     import triton.language as tl
 
-    return handle.dtype.scalar == tl.bfloat16 and handle.data.dtype == np.uint16
+    return handle.data.dtype == np.uint16 and handle.dtype.scalar == tl.bfloat16
 
 
 def operand(handle: Any) -> NDArray[Any]:
@@ -289,38 +292,18 @@ def patch_scalar_index(interpreter: Any) -> None:
     interpreter._patch_lang_tensor = patch_lang_tensor
 
 
-def patch_search(interpreter: Any) -> None:
-    """Look for what to replace in Triton's language once a launch, among known names. As shipped
-    the interpreter does so before each call of a function in a kernel, among all names."""
-    import triton.language as tl
+def patch_overflow() -> None:
+    """Signed integers that overflow are an error; unsigned ones wrap, as random numbers do."""
+    from triton.language.semantic import TritonSemantic
 
-    built_in = {
-        package: [name for name, x in inspect.getmembers(package) if tl.core.is_builtin(x)]
-        for package in (tl, tl.core, tl.math, tl.tensor, tl.core.tensor_descriptor_base)
-    }
-    patch_lang, launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
-    replaced: set[tuple[bool, ...]] = set()  # in this launch: of which of the two modules
+    compute = {"add": np.add, "sub": np.subtract, "mul": np.multiply}
 
-    def patch_builtin(package: Any, builder: Any, scope: Any) -> None:
-        for name in built_in[package]:
-            member = getattr(package, name)
-            if tl.core.is_builtin(member):  # not replaced by an earlier call
-                interpreter._patch_attr(package, name, member, builder, scope)
+    def check(_: Any, x: Any, y: Any, operation: Any) -> None:
+        kind, name = x.type.scalar, operation.__name__
+        if kind.is_int_signed() and kind.int_bitwidth < 64:
+            result = compute[name](*(side.handle.data.astype(np.int64) for side in (x, y)))
+            least, most = kind.get_int_min_value(), kind.get_int_max_value()
+            fits = least <= result.min() and result.max() <= most
+            assert fits, f"int{kind.int_bitwidth} overflow detected for operation {name}"
 
-    @functools.cache
-    def modules_of(function: Any) -> tuple[bool, ...]:
-        values = [x for x in function.__globals__.values() if inspect.ismodule(x)]
-        return tl in values, tl.core in values
-
-    def patch_lang_once(function: Any) -> Any:
-        if modules_of(function) in replaced:
-            return interpreter._LangPatchScope()
-        replaced.add(modules_of(function))
-        return patch_lang(function)
-
-    def fresh_launch(self: Any, *arguments: Any, **named: Any) -> Any:
-        replaced.clear()
-        return launch(self, *arguments, **named)
-
-    interpreter._patch_builtin, interpreter._patch_lang = patch_builtin, patch_lang_once
-    interpreter.GridExecutor.__call__ = fresh_launch
+    TritonSemantic.binary_op_sanitize_overflow_impl = check

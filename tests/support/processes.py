@@ -12,10 +12,12 @@ import importlib
 import multiprocessing
 import os
 import resource
+import runpy
 import signal
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
@@ -23,18 +25,19 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import psutil
+
 ROOT = Path(__file__).parents[2]
 NOBODY = 65534
 PRELOADED = [
     "__main__",  # else every child runs the script `pytest`, if it was that
     "mantrans.training.trainer",
     "tests.end_to_end.sampled",
+    "tests.support.broken_rank",
     "encodings.utf_8_sig",  # a child that is nobody may not be able to read it
     "mantrans.cli",
-    "mantrans.evaluation.checkpoint",
-    "tensorboard.summary.writer.event_file_writer",
-    "tensorboard.compat.proto.event_pb2",
-    "tensorboard.compat.proto.summary_pb2",
+    "tests.support.warm",
+    "torch.utils.tensorboard",
 ]
 TRAIN, EVALUATE = "mantrans.cli:main train", "mantrans.cli:main evaluate"
 
@@ -51,6 +54,27 @@ class Ended:
         """Refused as a user's mistake is: status 2, and one line at the end that says why."""
         last = self.text.splitlines()[-1:]
         return self.status == 2 and "Traceback" not in self.text and last[0].startswith("error: ")
+
+
+class Patience:
+    """Ends when a process has used so many seconds of CPU, or for a minute none: a machine that is
+    busy with other work makes nothing fail."""
+
+    IDLE = 60.0
+
+    def __init__(self, pid: int, cpu_seconds: float) -> None:
+        self.pid, self.cpu_seconds = pid, cpu_seconds
+        self.used, self.since = -1.0, time.monotonic()
+
+    def is_over(self) -> bool:
+        try:
+            times = psutil.Process(self.pid).cpu_times()
+        except psutil.NoSuchProcess:
+            times = None  # it has ended, or is about to be waited for
+        used = times.user + times.system if times else self.used
+        if used > self.used:
+            self.used, self.since = used, time.monotonic()
+        return used > self.cpu_seconds or time.monotonic() - self.since > self.IDLE
 
 
 class Child:
@@ -71,20 +95,24 @@ class Child:
         """What it has printed so far."""
         return self.output.read_text(encoding="utf-8", errors="replace")
 
-    def wait(self, timeout: float = 120.0) -> Ended:
-        """Wait until it has ended; after `timeout` seconds it is killed."""
-        self.process.join(timeout)
-        if self.process.exitcode is None:
-            self.process.kill()
-            self.process.join()
-        assert self.process.exitcode is not None
+    def wait(self, cpu_seconds: float = 60.0) -> Ended:
+        """Wait until it has ended; it is killed if it hangs or uses more seconds of CPU."""
+        patience = Patience(self.pid, cpu_seconds)
+        while self.process.exitcode is None:
+            self.process.join(0.5)
+            if patience.is_over():
+                self.process.kill()
         return Ended(self.process.exitcode, self.said())
 
-    def wait_for(self, text: str, timeout: float = 60.0) -> None:
-        """Return as soon as it has printed `text`."""
-        deadline = time.monotonic() + timeout
-        while text not in self.said():
-            assert time.monotonic() < deadline, f"{text!r} was not printed"
+    def wait_for(self, *texts: str) -> None:
+        """Return as soon as it has printed one of the texts."""
+        self.wait_until(lambda: any(text in self.said() for text in texts))
+
+    def wait_until(self, condition: Callable[[], bool]) -> None:
+        """Return as soon as the condition holds."""
+        patience = Patience(self.pid, 60.0)
+        while not condition():
+            assert not patience.is_over(), self.said()
             time.sleep(0.005)
 
 
@@ -103,6 +131,7 @@ class Processes:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.started = folder, 0
+        self.children: list[Child] = []
         self.context = multiprocessing.get_context("forkserver")
         start_fork_server()
 
@@ -116,7 +145,8 @@ class Processes:
         as_nobody: bool = False,
         streams: dict[int, str] | None = None,
     ) -> Child:
-        """Start `main`, module:function and its first arguments; limits: of `resource`, by name.
+        """Start `main`, module:function or a script, and its first arguments; limits: of
+        `resource`, by name.
 
         streams: where standard output (1) or error (2) goes instead of the child's output: a path,
         "gone" (a pipe that nobody reads) or "closed".
@@ -131,7 +161,13 @@ class Processes:
                 str(output), streams or {},
             ),
         )  # fmt: skip
-        return Child(process, output)
+        self.children.append(Child(process, output))
+        return self.children[-1]
+
+    def close(self) -> None:
+        """Kill those that a failed test left: pytest would wait for them."""
+        for child in self.children:
+            child.process.kill()
 
     def run(self, *arguments: str, **keywords: Any) -> Ended:
         """Start and wait."""
@@ -181,10 +217,14 @@ def _redirect(number: int, what: str) -> None:
 
 
 def _status(main: str) -> int:
-    """Run the function as the interpreter would run a program; its exit status."""
+    """Run the function or script as the interpreter would run a program; its exit status."""
     module, _, function = main.partition(":")
     try:
-        status = getattr(importlib.import_module(module), function)()
+        if function:
+            status = getattr(importlib.import_module(module), function)()
+        else:
+            runpy.run_path(main, run_name="__main__")
+            status = 0
     except SystemExit as wanted:
         status = wanted.code
     except BaseException:

@@ -10,15 +10,17 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from tests.support.processes import start_fork_server
+from tests.support.processes import Child, Ended, Processes, start_fork_server
 
 LIMIT_SECONDS = 60.0
 
@@ -37,6 +39,56 @@ class Store:
             "MASTER_PORT": str(self.store.port), "TORCHELASTIC_USE_AGENT_STORE": "True",
             "GLOO_SOCKET_IFNAME": "lo",
         }  # fmt: skip
+
+
+class Ranks:
+    """The processes of one run of the command line, in the order of ranks."""
+
+    def __init__(self, children: list[Child], store: Store) -> None:
+        self.children, self.store = children, store
+
+    def __getitem__(self, rank: int) -> Child:
+        return self.children[rank]
+
+    def seconds_until_gone(self, but: Sequence[int] = (), limit: float = 60.0) -> float:
+        """Wait until all have ended, `but` these, and say how long it took."""
+        begun = time.monotonic()
+        waiting = [c for r, c in enumerate(self.children) if r not in but]
+        while any(child.process.exitcode is None for child in waiting):
+            assert time.monotonic() < begun + limit, self.said()
+            time.sleep(0.01)
+        return time.monotonic() - begun
+
+    def wait(self, cpu_seconds: float = 60.0) -> list[Ended]:
+        """Wait until all have ended; what is left after `timeout` seconds is killed."""
+        return [child.wait(cpu_seconds) for child in self.children]
+
+    def said(self) -> str:
+        """What all of them have printed, rank after rank."""
+        return "".join(child.said() for child in self.children)
+
+
+def start_ranks(
+    processes: Processes,
+    size: int,
+    *arguments: str,
+    cwd: Path,
+    environment: dict[str, str] | None = None,
+    others: dict[int, Sequence[str]] | None = None,
+    store: Store | None = None,
+    **keywords: Any,
+) -> Ranks:
+    """`train` with these arguments on `size` ranks; keywords: of `Processes.start`.
+
+    others: more arguments of single ranks.
+    """
+    store = store or Store(size)
+    children = []
+    for rank in range(size):
+        given = {**store.environment(rank), **(environment or {})}
+        own = (others or {}).get(rank, ())
+        children.append(processes.start(*arguments, *own, cwd=cwd, environment=given, **keywords))
+    return Ranks(children, store)
 
 
 def in_ranks(size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:

@@ -17,6 +17,14 @@ from mantrans.training.trainer import Trainer
 NAME = "small"
 # Frozen text and a tokenizer of single bytes: small, and the same whatever the project ships.
 GOLDEN = Path(__file__).parents[1] / "golden"
+LLAMA: dict[str, Any] = {"norm": "rms_norm", "position": "rope", "mlp": "swiglu", "bias": False}
+# Fields of `model` for `small`.
+MODELS: dict[str, dict[str, Any]] = {
+    "gpt2": {},
+    "llama": {**LLAMA, "n_kv_heads": 1, "rope_scaling_factor": 8.0, "rope_original_length": 16},
+    "qwen2": {**LLAMA, "qkv_bias": True, "attention_window": 5, "tie_embeddings": False},
+    "qwen3": {**LLAMA, "qk_norm": True, "head_dim": 12, "n_kv_heads": 1},
+}
 
 
 def small(folder: Path, tokens: Path, **training: Any) -> Config:

@@ -466,9 +466,9 @@ GOOD_HEADER = header_of({"w": GOOD})
 )
 def test_load_malformed_header(tmp_path: Path, header: str | bytes) -> None:
     """A malformed header is refused in little time and memory."""
-    begun = time.perf_counter()
+    begun = time.process_time()
     assert "is damaged or not a checkpoint" in refusal(sealed(tmp_path / "x.pt", header))
-    assert time.perf_counter() - begun < 5
+    assert time.process_time() - begun < 5
 
 
 @pytest.mark.promise("claims of a file")

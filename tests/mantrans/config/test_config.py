@@ -16,14 +16,14 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from mantrans.config import DATASETS, SECTIONS, Config, ModelConfig, TrainingConfig, strict_yaml
+from mantrans.config import DATASETS, Config, ModelConfig, TrainingConfig, strict_yaml
 from mantrans.config.__main__ import reference, schema
 from mantrans.data import registry
 from mantrans.errors import ConfigError
+from tests.support.fuzz import FIELDS, VALUES, Change, changed, changes
 
 ROOT = Path(__file__).parents[3]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
-FIELDS = [(name, field) for name, kind in SECTIONS.items() for field in kind.model_fields]
 VALID: dict[str, dict[str, Any]] = {
     "model": {"d_model": 64, "n_heads": 4, "max_seq_len": 128},
     "data": {"dataset": "builtin-stories", "max_length": 64},
@@ -240,10 +240,11 @@ def test_datasets_have_sources() -> None:
 
 def test_generated_files_current() -> None:
     """By `python -m mantrans.config --schema > configs/schema.json`, and so the page."""
-    assert (ROOT / "configs/schema.json").read_text() == schema()
-    assert (ROOT / "docs/configuration.md").read_text() == reference()
+    found, page = schema(), reference()
+    assert (ROOT / "configs/schema.json").read_text() == found
+    assert (ROOT / "docs/configuration.md").read_text() == page
     for _, field in FIELDS:
-        assert f'\n        "{field}": {{' in schema() and f"\n| `{field}` | " in reference()
+        assert f'\n        "{field}": {{' in found and f"\n| `{field}` | " in page
 
 
 def test_fields_without_torch() -> None:
@@ -376,65 +377,17 @@ def test_load_alias_bomb(tmp_path: Path) -> None:
     assert time.process_time() - start < 1 and peak < 4 << 20
 
 
-SCALARS = st.one_of(
-    st.none(),
-    st.booleans(),
-    st.integers(),
-    st.integers(min_value=2**60).map(lambda n: n**20),
-    st.integers(-4, 4),
-    st.floats(),
-    st.text(max_size=20),
-    st.sampled_from(
-        ["", "1", "3e-4", "nan", "..", "auto", "cpu", "local", "cosine", "\0", "\ud800"]
-    ),
-)
-VALUES = st.recursive(
-    SCALARS,
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner),
-    max_leaves=5,
-)
-
-
-KINDS = ["plausible"] * 7 + ["value"] * 3 + ["drop", "unknown", "section", "nest", "top"]
-
-
-@st.composite
-def mutated(draw: st.DrawFn) -> Any:
-    """A valid configuration with one to three changes of the kinds people and programs make."""
-    values: Any = copy.deepcopy(VALID)
-    for _ in range(draw(st.integers(1, 3))):
-        kind = draw(st.sampled_from(KINDS))
-        section, field = draw(st.sampled_from(FIELDS))
-        fields = values.get(section) if isinstance(values, dict) else None
-        if kind == "top":
-            values = draw(VALUES)
-        elif kind == "section" and isinstance(values, dict):
-            values[draw(st.one_of(st.just(section), SCALARS))] = draw(VALUES)
-        elif isinstance(fields, dict):
-            if kind == "drop":
-                fields.pop(draw(st.sampled_from([*fields, field])), None)
-            elif kind == "unknown":
-                fields[draw(SCALARS)] = draw(VALUES)
-            elif kind == "nest":
-                fields[field] = {section: copy.copy(fields)}
-            elif kind == "plausible":
-                default = getattr(SECTIONS[section](), field)
-                fields[field] = draw(st.sampled_from([default, default, 1, 2, 0.5, True, "7e-5"]))
-            else:
-                fields[field] = draw(VALUES)
-    return values
-
-
 @pytest.mark.promise("any configuration")
 @settings(
     max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow], database=None
 )
-@given(mutated())
-@example({"training": {"max_steps": 10, "seed": True}})
-@example(None)
-@example({None: None})
-def test_config_mutated(values: Any) -> None:
+@given(changes())
+@example([("value", "training", "seed", True)])
+@example([("top", "", "", None)])
+@example([("top", "", "", {None: None})])
+def test_config_mutated(wanted: list[Change]) -> None:
     """Valid means: it round-trips through a dictionary and through YAML to an equal one."""
+    values = changed(copy.deepcopy(VALID), wanted)
     try:
         config = Config.from_dict(values, "c.yaml")
     except ConfigError as error:

@@ -556,7 +556,7 @@ def test_cache_writer_killed(tmp_path: Path, tokenizer: Tokenizer) -> None:
     """A killed writer leaves nothing that is used."""
     file, cache = numbered(tmp_path / "a.txt", 2000), tmp_path / "cache"
     killed = worker(file, cache, "die")
-    killed.communicate(timeout=120)
+    killed.communicate()
     assert killed.returncode == -signal.SIGKILL
     assert any(path.name.endswith(".unfinished") for path in cache.iterdir())
     data = prepare(local(file), tokenizer, cache_dir=cache, quiet=True)
@@ -568,7 +568,7 @@ def test_cache_two_processes(tmp_path: Path) -> None:
     """Two processes at once agree."""
     file, cache = numbered(tmp_path / "a.txt", 5000), tmp_path / "cache"
     both = [worker(file, cache, "live") for _ in range(2)]
-    checksums = [process.communicate(timeout=120)[0] for process in both]
+    checksums = [process.communicate()[0] for process in both]
     assert [process.returncode for process in both] == [0, 0]
     assert checksums[0] == checksums[1] != ""
     assert sum(path.is_dir() for path in cache.iterdir()) == 1
@@ -658,6 +658,5 @@ def test_prepare_local_imports(tmp_path: Path) -> None:
         capture_output=True,
         text=True,
         cwd=ROOT,
-        timeout=120,
     )
     assert result.stdout.split() == ["51", "25"], result.stderr

@@ -73,13 +73,18 @@ def test_epoch_every_window_once(
     folder: Path, count: int, length: int, batch_size: int, world_size: int, seed: int
 ) -> None:
     stream = counting(folder, max(count, length + 1))
+    total = batch_size * world_size
     loaders = [
-        BatchLoader(stream, batch_size, length, seed, rank, world_size)
+        BatchLoader(stream, total, length, seed, range(rank, total, world_size))
         for rank in range(world_size)
     ]
     n_windows = loaders[0].n_windows
     steps = -(-3 * n_windows // (batch_size * world_size))
-    rows = [loader.window_starts(step) for step in range(steps) for loader in loaders]
+    # ranks take turns, row by row
+    rows = [
+        np.stack([loader.window_starts(step) for loader in loaders], 1).ravel()
+        for step in range(steps)
+    ]
     starts = np.concatenate(rows)[: 3 * n_windows].reshape(3, n_windows)
     targets = starts[:, :, None] + 1 + np.arange(length)
     assert targets.min() >= 1 and targets.max() < len(stream)
@@ -137,18 +142,26 @@ def test_epochs_differ(folder: Path) -> None:
 
 def test_epoch_all_ranks(folder: Path) -> None:
     """Epoch counts windows of all ranks."""
-    loader = BatchLoader(counting(folder, 1001), 4, 10, seed=0, rank=1, world_size=2)
+    loader = BatchLoader(counting(folder, 1001), 8, 10, seed=0, rows=range(4, 8))
     assert loader.n_windows == 99
     assert loader.batches_per_epoch == 13
     assert [loader.epoch(step) for step in (0, 12, 13, 24, 25)] == [0, 0, 1, 1, 2]
 
 
-def test_ranks_disjoint(folder: Path) -> None:
-    """Ranks share no window of a step."""
-    loaders = [BatchLoader(counting(folder, 5000), 4, 10, 0, rank, 4) for rank in range(4)]
-    for step in range(20):
-        starts = np.concatenate([loader.window_starts(step) for loader in loaders])
-        assert len(set(starts.tolist())) == 16
+def test_rows_of_a_batch(folder: Path) -> None:
+    """A rank reads the rows that it is given, in that order, of the batch that all read."""
+    stream = counting(folder, 5000)
+    whole = BatchLoader(stream, 16, 10, 0)
+    for rows in ([5, 0, 15], range(4, 8), range(1, 16, 4)):
+        loader = BatchLoader(stream, 16, 10, 0, rows)
+        assert loader.batch_size == len(rows)
+        assert loader.batches_per_epoch == whole.batches_per_epoch
+        for step in (0, 1, 40):
+            assert torch.equal(loader.batch(step), whole.batch(step)[list(rows)])
+            assert loader.epoch(step) == whole.epoch(step)
+    for rows in ([16], [-1]):
+        with pytest.raises(ValueError, match="16 windows of 10 a step, rows"):
+            BatchLoader(stream, 16, 10, 0, rows)
 
 
 def test_stream_too_short(folder: Path) -> None:

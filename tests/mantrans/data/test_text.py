@@ -329,9 +329,7 @@ def peak_megabytes(file: Path, separator: str) -> tuple[float, float, int]:
     """Resident memory before and at most while preparing, in MB, and the bytes prepared."""
     script = textwrap.dedent(MEASURE)
     command = [sys.executable, "-c", script, str(file), str(file.parent / "cache"), separator]
-    result = subprocess.run(
-        command, capture_output=True, text=True, cwd=ROOT, timeout=1800, check=True
-    )
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
     before, peak, n_bytes = result.stdout.split()
     return float(before), float(peak), int(n_bytes)
 

@@ -539,7 +539,6 @@ def test_module_as_documented() -> None:
         input="Once upon a time",
         capture_output=True,
         text=True,
-        timeout=120,
         cwd=Path(__file__).parents[3],
     )
     assert result.returncode == 0, result.stderr

@@ -18,7 +18,7 @@ from mantrans.explain.step import Step, float64_copy, run
 from mantrans.wrapper import CustomTransformerWrapper
 from tests.support import families
 
-T, V = 9, 97
+T, V, SAMPLES = 9, 97, 16
 CASES = ["gpt2", "llama", "qwen3", "sgd"]
 
 
@@ -33,7 +33,7 @@ def explained(case: str) -> tuple[Step, dict[str, Any]]:
         model = families.ours(case, torch.float32, "native", optimizer="adamw")
     tokens = torch.randint(V, (1, T), generator=torch.Generator().manual_seed(3))
     step = run(float64_copy(model.state_dict()), tokens, 1e-2)
-    return step, Data(step, str).all()
+    return step, Data(step, str, samples=SAMPLES).all()
 
 
 def values(array: dict[str, Any]) -> np.ndarray:
@@ -85,7 +85,7 @@ class TestData:
         for name, found in data["parameters"].items():
             gradient = gradients[name]
             places = [tuple(e) for e in found["elements"]]
-            assert len(set(places)) == len(places) == min(64, gradient.numel())
+            assert len(set(places)) == len(places) == min(SAMPLES, gradient.numel())
             assert found["gradients"] == [gradient[e].item() for e in places]
             assert found["before"] == [p.view(step.before, name)[e].item() for e in places]
             assert found["after"] == [p.view(step.after, name)[e].item() for e in places]
@@ -95,6 +95,20 @@ class TestData:
             matrix = gradient.view(-1, gradient.shape[-1])[array["rows"] or slice(None)]
             shown = matrix[:, array["columns"] or slice(None)]
             np.testing.assert_array_equal(values(array)[0], shown.float().numpy())
+
+    def test_every_gradient_is_proven(self, case: str) -> None:
+        data = explained(case)[1]
+        pairs = [
+            p for b in data["boxes"] for part in ("inputs", "outputs", "inside") for p in b[part]
+        ]
+        errors = [p["error"] for p in pairs if p["name"] != "losses"]
+        errors += [p["error"] for p in data["parameters"].values()]
+        assert all(error["relative"] < 1e-12 for error in errors)
+        for name, found in data["parameters"].items():
+            d = found["differences"]
+            slopes = (np.array(d["above"]) - np.array(d["below"])) / (2 * d["step"])
+            np.testing.assert_allclose(d["slopes"], slopes, 1e-12, err_msg=name)
+            np.testing.assert_allclose(d["slopes"], found["gradients"], 1e-3, 1e-7, err_msg=name)
 
     def test_update_follows_from_its_own_numbers(self, case: str) -> None:
         step, data = explained(case)

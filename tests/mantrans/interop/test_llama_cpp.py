@@ -68,7 +68,6 @@ def test_llama_cpp_computes_the_same(
     asked = [str(tmp_path / "model.gguf"), ids, TEXT, TOKENIZER.vocab_size]
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, json.dumps(asked)], capture_output=True, text=True,
-        timeout=300,
     )  # fmt: skip
     line = next((x for x in done.stdout.splitlines() if x.startswith("RESULT ")), "")
     assert line, done.stdout[-2000:] + done.stderr[-2000:]

@@ -118,7 +118,7 @@ def test_streams_closed(tmp_path: Path) -> None:
 @pytest.mark.promise("lost output")
 @pytest.mark.parametrize(
     "arguments",
-    ["summary configs/quickstart.yaml", "--help", "train --help", "report --help"],
+    ["summary configs/quickstart.yaml", "--help", "train --help"],
 )
 def test_command_reader_gone(arguments: str) -> None:
     """As a real process: Python itself writes what is left when it ends, and complains."""

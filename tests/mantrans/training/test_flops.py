@@ -264,7 +264,9 @@ class ResultsOnly:
         return losses.sum(), dx
 
 
-@pytest.mark.parametrize("recompute", ["none", "gelu", "block"])
+@pytest.mark.parametrize(
+    "recompute", ["none", pytest.param("gelu", marks=pytest.mark.slow), "block"]
+)
 @pytest.mark.parametrize(
     ("width", "inner", "vocabulary", "B", "T"),
     [(768, 3072, 50257, 2, 512), (256, 512, 4096, 16, 128), (256, 512, 65536, 16, 128)],

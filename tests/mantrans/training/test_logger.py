@@ -206,18 +206,6 @@ def test_tensorboard_absent(tmp_path: Path, monkeypatch: Any) -> None:
     assert steps_of(tmp_path / "metrics.jsonl") == [1, 2]
 
 
-def test_logger_imports() -> None:
-    """Importing the logger imports no heavy package."""
-    code = (
-        "import sys, mantrans.training.logger, mantrans.training.console\n"
-        "print([m for m in ('tensorboard', 'tensorflow', 'datasets') if m in sys.modules])"
-    )
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", code]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    assert result.stdout == "[]\n"
-
-
 # ----------------------------------------------------------------------------------------- console
 
 

@@ -11,40 +11,22 @@ import torch
 
 from mantrans import CustomTransformerWrapper
 from mantrans.checkpoint import state_file
-from mantrans.config import Config
 from mantrans.errors import CheckpointError, ConfigError, MantransError
 from mantrans.optim.schedule import scheduled_learning_rate
 from mantrans.records import read_records
 from mantrans.training import memory
 from mantrans.training.trainer import Trainer
 from tests.support.compare import assert_same_bits
-from tests.support.runs import outcome, stop_after
+from tests.support.runs import finish, outcome, small, stop_after
 
 ROOT = Path(__file__).parents[3]
 REAL_TEXT = ROOT.parent / "shared" / "data" / "tinystories_sample.txt"
 
 
-def small(tmp_path: Path, **training) -> Config:
-    """Two seconds of training on the built-in stories; the token cache is shared by all tests."""
-    sections = {
-        "model": {
-            "d_model": 32, "n_blocks": 2, "n_heads": 2, "d_ffn": 64, "max_seq_len": 32,
-            "dtype": training.pop("dtype", "float32"),
-        },
-        "data": {
-            "subset_size": 40, "val_subset_size": 8, "cache_dir": str(tmp_path.parent / "tokens"),
-            **training.pop("data", {}),
-        },
-        "training": {
-            "experiment_name": "small", "device": "cpu", "batch_size": 4, "max_steps": 12,
-            "learning_rate": 5e-3, "log_every": 5, "eval_every": 6, "eval_batches": 2,
-            "save_every": 4, "warmup_steps": 2,
-            "output_dir": str(tmp_path / "runs"), "checkpoint_dir": str(tmp_path / "checkpoints"),
-            **training,
-        },
-        "evaluation": {"max_generation_length": 24},
-    }  # fmt: skip
-    return Config.from_dict(sections)
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of token files that all runs share."""
+    return tmp_path_factory.mktemp("tokens")
 
 
 @pytest.mark.promise("interrupted anywhere")
@@ -54,23 +36,23 @@ def small(tmp_path: Path, **training) -> Config:
 @pytest.mark.parametrize(
     "settings",
     [
-        {},
-        {"dtype": "bfloat16", "gradient_accumulation_steps": 2, "outlier_z_score": 3.0,
-         "outlier_window": 8},
-        {"optimizer": "sgd", "num_epochs": 2, "max_steps": None, "data": {"subset_size": 6}},
-        {"dtype": "bfloat16", "stochastic_rounding": True,
+        pytest.param({}, marks=pytest.mark.slow),
+        {"model": {"dtype": "bfloat16"}, "gradient_accumulation_steps": 2,
+         "outlier_z_score": 3.0, "outlier_window": 8},
+        {"optimizer": "sgd", "num_epochs": 2, "max_steps": None, "data": {"subset_size": 3}},
+        {"model": {"dtype": "bfloat16"}, "stochastic_rounding": True,
          "data": {"attend_across_documents": False}},
     ],
     ids=["plain", "bf16, accumulation, guard", "sgd over two epochs", "stochastic, documents"],
 )  # fmt: skip
-def test_resume_equals_unbroken(tmp_path, settings, stop) -> None:
-    """A resumed run has the bits of an unbroken one."""
+def test_resume_equals_unbroken(tmp_path, tokens, settings, stop) -> None:
+    """The settings that tests/end_to_end/test_resume.py, at every step, leaves out."""
     unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
-    Trainer(small(unbroken, **settings), quiet=True).run()
-    first = Trainer(small(broken, **settings), quiet=True)
+    Trainer(small(unbroken, tokens, **settings), quiet=True).run()
+    first = Trainer(small(broken, tokens, **settings), quiet=True)
     stop_after(first, stop)
     assert first.run() is None
-    resumed = Trainer(small(broken, **settings), resume="latest", quiet=True)
+    resumed = Trainer(small(broken, tokens, **settings), resume="latest", quiet=True)
     assert resumed.progress.step == stop
     resumed.run()
     assert_same_bits(outcome(broken), outcome(unbroken))
@@ -81,7 +63,7 @@ def test_resume_equals_unbroken(tmp_path, settings, stop) -> None:
     "recorded", [7, *(pytest.param(x, marks=pytest.mark.slow) for x in (None, "absent"))]
 )
 def test_resume_chunk_rows(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recorded: int | str | None
+    tmp_path: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch, recorded: int | str | None
 ) -> None:
     """Whatever memory would choose now, the checkpoint's count of rows stays: the bits depend on
     it. A checkpoint from before there was a count goes on with the backend's own."""
@@ -90,9 +72,9 @@ def test_resume_chunk_rows(
         monkeypatch.setattr(memory, "logits_chunk_rows", lambda *_: rows)
 
     memory_chooses(7 if recorded == 7 else None)
-    Trainer(small(tmp_path / "unbroken"), quiet=True).run()
+    Trainer(small(tmp_path / "unbroken", tokens), quiet=True).run()
     memory_chooses(11)
-    Trainer(small(tmp_path / "other"), quiet=True).run()
+    Trainer(small(tmp_path / "other", tokens), quiet=True).run()
     expected, other = outcome(tmp_path / "unbroken"), outcome(tmp_path / "other")
     expected_rows = None if recorded == "absent" else recorded
     assert expected["latest.pt"]["logits_chunk_rows"] == expected_rows
@@ -103,7 +85,7 @@ def test_resume_chunk_rows(
     ), "the test cannot fail: 11 rows at a time give the same bits"
 
     memory_chooses(expected_rows)
-    trainer = Trainer(small(tmp_path / "broken"), quiet=True)
+    trainer = Trainer(small(tmp_path / "broken", tokens), quiet=True)
     stop_after(trainer, 5)
     trainer.run()
     path = tmp_path / "broken" / "checkpoints" / "small" / "latest.pt"
@@ -112,28 +94,35 @@ def test_resume_chunk_rows(
         del state["logits_chunk_rows"]
         state_file.save(path, state)
     memory_chooses(11)
-    trainer = Trainer(small(tmp_path / "broken"), resume=str(path), quiet=True)
+    trainer = Trainer(small(tmp_path / "broken", tokens), resume=str(path), quiet=True)
     assert trainer.wrapper.model.output.chunk_rows == expected_rows
     trainer.run()
     assert_same_bits(outcome(tmp_path / "broken"), expected)
 
 
+@pytest.fixture(scope="module")
+def four_steps(tmp_path_factory: pytest.TempPathFactory, tokens: Path) -> Path:
+    """The last checkpoint of a run."""
+    folder = tmp_path_factory.mktemp("four")
+    finish(small(folder, tokens, max_steps=4))
+    return folder / "checkpoints" / "small" / "latest.pt"
+
+
 @pytest.mark.parametrize("odd", [0, -1, True, 7.0, "7", [7], 2**70])
-def test_chunk_rows_odd(tmp_path: Path, odd: object) -> None:
-    Trainer(small(tmp_path, max_steps=4), quiet=True).run()
-    path = tmp_path / "checkpoints" / "small" / "latest.pt"
-    state = {**state_file.load(path), "logits_chunk_rows": odd}
-    state_file.save(path, state)
+def test_chunk_rows_odd(tmp_path: Path, tokens: Path, four_steps: Path, odd: object) -> None:
+    path = tmp_path / "odd.pt"
+    state_file.save(path, {**state_file.load(four_steps), "logits_chunk_rows": odd})
+    config = small(tmp_path, tokens, max_steps=6)
     if odd == 2**70:  # as good as all rows
-        Trainer(small(tmp_path, max_steps=6), resume=str(path), quiet=True).run()
+        finish(config, resume=str(path))
         return
     with pytest.raises(CheckpointError, match="logits_chunk_rows: expected a count") as refusal:
-        Trainer(small(tmp_path, max_steps=6), resume=str(path), quiet=True)
+        Trainer(config, resume=str(path), quiet=True)
     assert "\n" not in str(refusal.value)
 
 
-def test_log_lines_once(tmp_path: Path) -> None:
-    config = small(tmp_path)
+def test_log_lines_once(tmp_path: Path, tokens: Path) -> None:
+    config = small(tmp_path, tokens)
     Trainer(config, quiet=True).run()
     records = read_records(tmp_path / "runs" / "small" / "metrics.jsonl")
     assert [r["step"] for r in records if "loss" in r] == [5, 10, 12]
@@ -145,13 +134,14 @@ def test_log_lines_once(tmp_path: Path) -> None:
     assert all(r["tokens_per_second"] > 0 and r["mfu"] is None for r in timings)
 
 
-def test_train_stories(tmp_path: Path) -> None:
+def test_train_stories(tmp_path: Path, tokens: Path) -> None:
     """Thirty steps on TinyStories: the loss falls from that of guessing to well below it."""
     if not REAL_TEXT.exists():
         pytest.skip("the TinyStories sample is not beside this checkout")
     config = small(
-        tmp_path, max_steps=30, log_every=1, eval_every=30, save_every=30, batch_size=8,
-        data={"dataset": "local", "path": str(REAL_TEXT), "subset_size": 200},
+        tmp_path, tokens, max_steps=30, log_every=1, eval_every=30, save_every=30, batch_size=8,
+        model={"d_model": 32, "n_blocks": 2, "d_ffn": 64, "max_seq_len": 32},
+        data={"path": str(REAL_TEXT), "subset_size": 200, "tokenizer": "tinystories_bpe_4096"},
     )  # fmt: skip
     report = Trainer(config, quiet=True).run()
     records = read_records(tmp_path / "runs" / "small" / "metrics.jsonl")
@@ -162,15 +152,15 @@ def test_train_stories(tmp_path: Path) -> None:
 
 
 @pytest.mark.promise("too many skips")
-def test_train_not_finite(tmp_path: Path) -> None:
+def test_train_not_finite(tmp_path: Path, tokens: Path) -> None:
     """Steps that are not finite end the run with a report."""
-    trainer = Trainer(small(tmp_path, max_consecutive_skips=3, log_every=1), quiet=True)
+    trainer = Trainer(small(tmp_path, tokens, max_consecutive_skips=3, log_every=1), quiet=True)
     advance = trainer._advance
 
     def poison() -> None:
         if trainer.progress.step == 6:
             weights = dict(trainer.wrapper.model.named_parameters())
-            weights["blocks.1.mlp.up.bias"][3] = math.inf
+            weights["blocks.0.mlp.up.bias"][3] = math.inf
         advance()
 
     trainer._advance = poison
@@ -178,31 +168,31 @@ def test_train_not_finite(tmp_path: Path) -> None:
         trainer.run()
     message = str(stopped.value)
     assert message.startswith("step 9: 3 steps in a row not finite")
-    assert "blocks.1.mlp.up.bias" in message and "latest.pt" in message
+    assert "blocks.0.mlp.up.bias" in message and "latest.pt" in message
     state = state_file.load(tmp_path / "checkpoints" / "small" / "latest.pt")
     assert all(x.isfinite().all() for x in state["parameters"].values())
 
 
-def test_resume_refuses(tmp_path: Path) -> None:
+def test_resume_refuses(tmp_path: Path, tokens: Path) -> None:
     """Resume refuses what it cannot continue."""
-    config = small(tmp_path, max_steps=4)
+    config = small(tmp_path, tokens, max_steps=4)
     Trainer(config, quiet=True).run()
     with pytest.raises(CheckpointError, match=r"expected a checkpoint .*, got no such file"):
         Trainer(config, resume=str(tmp_path / "absent.pt"), quiet=True)
-    wrapper = CustomTransformerWrapper(vocab_size=4096, d_model=32, n_blocks=1, n_heads=2)
+    wrapper = CustomTransformerWrapper(vocab_size=257, d_model=16, n_blocks=1, n_heads=2)
     wrapper.save_checkpoint(tmp_path / "model.pt")
     with pytest.raises(CheckpointError, match="expected a run's checkpoint, got a model"):
         Trainer(config, resume=str(tmp_path / "model.pt"), quiet=True)
     config.model.d_model = 64
-    with pytest.raises(CheckpointError, match="d_model: expected 32, as in the checkpoint, got 64"):
+    with pytest.raises(CheckpointError, match="d_model: expected 16, as in the checkpoint, got 64"):
         Trainer(config, resume="latest", quiet=True)
 
 
-def test_vocab_size_mismatch(tmp_path: Path) -> None:
+def test_vocab_size_mismatch(tmp_path: Path, tokens: Path) -> None:
     """A vocabulary that does not match is refused."""
-    config = small(tmp_path)
+    config = small(tmp_path, tokens)
     config.model.vocab_size = 5000
-    with pytest.raises(ConfigError, match=r"model\.vocab_size: expected null or 4096.*, got 5000"):
+    with pytest.raises(ConfigError, match=r"model\.vocab_size: expected null or 257.*, got 5000"):
         Trainer(config, quiet=True)
 
 
