@@ -3,7 +3,8 @@
 Limits are those of the CUDA C++ Programming Guide ("Technical Specifications per Compute
 Capability") and of AMD's "HIP: hardware features" and instruction set guides (CDNA 3, RDNA 3);
 counts of multiprocessors those of the makers' data sheets. AMD calls a multiprocessor a compute
-unit, a warp a wavefront, and shared memory local data share.
+unit (on RDNA a pair of them, a work-group processor), a warp a wavefront, and shared memory local
+data share.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ class Card(NamedTuple):
         """The maker's name of it: sm_90, gfx942."""
         return f"{'gfx' if self.vendor == 'amd' else 'sm_'}{self.capability}"
 
+
 CARDS = {
     card.capability: card
     for card in (
@@ -46,7 +48,7 @@ CARDS = {
         Card("B200", 100, 148, 227 * KIB, 228 * KIB, 64, 32),
         Card("RTX 5090", 120, 170, 99 * KIB, 100 * KIB, 48, 24),
         Card("MI300X", 942, 304, 64 * KIB, 64 * KIB, 32, 32, "amd", 64, 131_072, 512, 0),
-        Card("RX 7900 XTX", 1100, 96, 64 * KIB, 64 * KIB, 32, 32, "amd", 32, 98_304, 768, 0),
+        Card("RX 7900 XTX", 1100, 48, 64 * KIB, 128 * KIB, 64, 32, "amd", 32, 196_608, 768, 0),
     )
 }
 

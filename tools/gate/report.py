@@ -141,7 +141,10 @@ def first_step_cells(
     runs: Sequence[dict[str, Any]],
 ) -> tuple[Sequence[str], list[tuple[str, ...]]]:
     """Headings and rows: a config each, a run a column."""
-    headings = ["config", *(f"{CARDS[run['capability']].architecture}, {run['triton']}" for run in runs)]
+    headings = [
+        "config",
+        *(f"{CARDS[run['capability']].architecture}, {run['triton']}" for run in runs),
+    ]
     names = sorted({name for run in runs for name in run["configs"]})
 
     def cell(run: dict[str, Any], name: str) -> str:

@@ -84,8 +84,11 @@ def resources(kernel: Kernel, card: Card) -> Iterator[str]:
 def spills(kernel: Kernel, card: Card) -> Iterator[str]:
     """Registers kept in memory are slow in an inner loop: none in 16-bit kernels on Hopper, where
     they were measured. Few pass in float32, which is for exactness, where kernels have not run
-    yet, and where lengths that 16 does not divide take more registers for addresses."""
+    yet, and where lengths that 16 does not divide take more registers for addresses. On RDNA 3 a
+    backward for wide heads spills whatever its tiles."""
     code = kernel.code
+    if card.capability == 1100 and kernel.constants.get("D", 0) >= WIDE_HEAD:
+        return
     fast = card.capability == 90 and sixteen_bit(kernel) and lengths_divide(kernel)
     most = 0 if fast else FEW_SPILLED
     if code.stack > most or (code.local and fast):
