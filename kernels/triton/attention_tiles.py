@@ -144,9 +144,9 @@ FLOAT32_TILES = {
 TILES |= {(kernel, arch, 4): row for kernel, row in FLOAT32_TILES.items() for arch in (80, 90, 100)}
 
 # AMD's GPUs, by the lanes of a warp; 64 KiB of shared memory a program. The rows of 80 where
-# nothing spills: compiled by the gate, never run. RDNA's threads have 256 registers, and its products
-# take each row of a tile twice: dk/dv for widths of 128 and 256 and dq for 256 spill whatever the
-# tiles, and these spill least.
+# nothing spills: compiled by the gate, never run. RDNA's threads have 256 registers, and its
+# products take each row of a tile twice: dk/dv for widths of 128 and 256 and dq for 256 spill
+# whatever the tiles, and these spill least.
 CDNA, RDNA = 64, 32
 TILES |= {
     (kernel, arch, size): dict(TILES[kernel, 80, size])

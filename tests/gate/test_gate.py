@@ -99,7 +99,8 @@ def test_violations_kernel(change: dict[str, Any], complaint: str) -> None:
 
 @pytest.mark.parametrize("capability", CARDS)
 def test_violations_shared_memory_of_card(capability: int) -> None:
-    limit = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
+    limit = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376,
+             942: 65_536, 1100: 65_536}  # fmt: skip
     fits = LAUNCH._replace(kernel=KERNEL._replace(shared=limit[capability]))
     assert complaints(fits, capability) == []
     larger = LAUNCH._replace(kernel=KERNEL._replace(shared=limit[capability] + 1))
