@@ -15,8 +15,8 @@ from mantrans.models.transformer import CustomTransformer
 from mantrans.terminal import Progress
 
 NOT_RUN = (
-    "note: the kernels are compiled for AMD's gfx942 and gfx1100, but had not yet run on an AMD GPU "
-    "when this version was written; the self-check has just compared them on this one"
+    "note: the kernels are compiled for AMD's gfx942 and gfx1100, but had not yet run on an AMD "
+    "GPU when this version was written; the self-check has just compared them on this one"
 )
 
 
