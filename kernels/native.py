@@ -26,6 +26,7 @@ from mantrans.kernels.reference import (
     merge_heads,
     partial_rows,
     split_heads,
+    sum_in_parts,
     sum_partials,
     wide_dtype,
     window_starts,
@@ -164,30 +165,22 @@ def layer_norm_backward(
         return reference.layer_norm_backward(
             dy, x, weight, mean, rstd, dweight, dbias, dresidual, dbranch_bias
         )
-    weight, bias = _norm_weights(x, weight, weight if dbias is not None else None)
-    dtype = x.dtype
-    if weight.dtype != dtype:
-        # PyTorch's CPU kernel sums dweight and dbias of 16-bit rows in 16 bits, an error of 3% over
-        # 4,096 rows
-        dy, x = dy.float(), x.float()
-    statistics_shape = (*x.shape[:-1], 1)
-    dx, dw, db = aten.native_layer_norm_backward(
-        dy.contiguous(),
-        x,
-        [x.shape[-1]],
-        mean.to(rstd.dtype).view(statistics_shape),
-        rstd.view(statistics_shape),
-        weight,
-        bias,
-        [True, True, dbias is not None],
-    )
-    dweight += dw
-    if dbias is not None:
-        dbias += db
-    dx = (dx if dresidual is None else dx.add_(dresidual)).to(dtype)
+    # PyTorch's kernel also sums dweight and dbias, but in an order that depends on the threads.
+    dy_rows, x_rows, wide = flat_rows(dy), flat_rows(x), rstd.dtype
+    dx, gain = torch.empty_like(x_rows), weight.to(wide)
+    for rows in _cached_rows(dx):
+        upstream, part = dy_rows[rows].to(wide), x_rows[rows].to(wide)
+        m, r = mean[rows, None].to(wide), rstd[rows, None]
+        out, _, _ = aten.native_layer_norm_backward(
+            upstream, part, part.shape[1:], m, r, gain, None, [True, False, False]
+        )
+        dweight += (part - m).mul_(r).mul_(upstream).sum(0)
+        if dbias is not None:
+            dbias += upstream.sum(0)
+        dx[rows] = out if dresidual is None else out.add_(flat_rows(dresidual)[rows])
     if dbranch_bias is not None:
         bias_gradient(dx, dbranch_bias)
-    return dx
+    return dx.view(x.shape)
 
 
 # |μ| / σ up to which PyTorch's kernel is right to 1e-6 (it loses as many bits as there are in this
@@ -686,12 +679,13 @@ def _query_blocks(T: int, document_start: Tensor | None) -> Iterator[tuple[slice
     the document of its first row begins, of all sequences the earliest. (On a GPU from 0: it would
     have to wait for the answer.)"""
     size = QUERY_BLOCK if document_start is None else DOCUMENT_BLOCK
-    blocks = range(0, T, size)
+    # No single row at the end: PyTorch's kernel would share its keys among the threads.
+    blocks = range(0, max(1, T - 1), size)
     firsts = [0] * len(blocks)
     if document_start is not None and not document_start.is_cuda:
-        firsts = document_start[:, ::size].amin(0).clamp(min=0).tolist()
+        firsts = document_start[:, : blocks.stop : size].amin(0).clamp(min=0).tolist()
     for start, first in zip(blocks, firsts, strict=True):
-        stop = min(start + size, T)
+        stop = start + size if start + size < T - 1 else T
         yield slice(start, stop), slice(first, stop)
 
 
@@ -740,17 +734,40 @@ def _too_large_to_round(scores: Tensor) -> bool:
 
 def bias_gelu_forward(h: Tensor, bias: Tensor | None = None) -> Tensor:
     """See `reference.bias_gelu_forward`."""
-    return aten.gelu(h if bias is None else h + bias, approximate="tanh")
+    x = (h if bias is None else h + bias).contiguous()
+    y = torch.empty_like(x) if bias is None else x
+    for part, out in zip(_even_shares(x), _even_shares(y), strict=True):
+        aten.gelu.out(part, approximate="tanh", out=out)
+    return y
 
 
 def bias_gelu_backward(
     dy: Tensor, h: Tensor, bias: Tensor | None = None, dbias: Tensor | None = None
 ) -> Tensor:
     """See `reference.bias_gelu_backward`."""
-    dh = aten.gelu_backward(dy, h if bias is None else h + bias, approximate="tanh")
+    x = (h if bias is None else h + bias).contiguous()
+    dh = x if bias is not None and dy.dtype == x.dtype else torch.empty_like(x)
+    shares = (_even_shares(z) for z in (dy.contiguous(), x, dh))
+    for upstream, part, out in zip(*shares, strict=True):
+        aten.gelu_backward.grad_input(upstream, part, approximate="tanh", grad_input=out)
     if dbias is not None:
         bias_gradient(dh, dbias)
     return dh
+
+
+VECTORS = 64  # elements: of every dtype a multiple of what PyTorch's loops take at a time
+
+
+def _even_shares(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x (...), flat, in two parts: one of which each thread gets whole vectors, and the rest.
+
+    What a thread's share has beyond whole vectors is computed an element at a time, with another
+    tanh. Without this the last bits would depend on the number of threads.
+    """
+    flat = x.view(-1)
+    unit = 1 if x.is_cuda else VECTORS * torch.get_num_threads()
+    whole = len(flat) // unit * unit
+    return flat[:whole], flat[whole:]
 
 
 # -------------------------------------------------------------------------------------- SwiGLU
@@ -762,10 +779,16 @@ def swiglu_forward(h: Tensor) -> Tensor:
     y, wide = packed.new_empty(len(packed), F), wide_dtype(h.dtype)
     for rows in _cached_rows(y):
         gate, up = packed[rows].to(wide).chunk(2, dim=-1)
-        out = y[rows] if y.dtype == wide else gate
-        aten.silu.out(gate, out=out).mul_(up)
+        out = _wide_part(y, rows)
+        _sigmoid(gate, out).mul_(gate).mul_(up)
         _write_part(y, rows, out)
     return y.view(*h.shape[:-1], F)
+
+
+def _sigmoid(x: Tensor, out: Tensor) -> Tensor:
+    """σ(x), in `out`. `torch.sigmoid` computes the last few elements of a thread's share with
+    another exp than the others; `exp` has one, whatever the number of threads."""
+    return torch.neg(x, out=out).exp_().add_(1).reciprocal_()
 
 
 def swiglu_backward(dy: Tensor, h: Tensor) -> Tensor:
@@ -784,7 +807,7 @@ def swiglu_backward(dy: Tensor, h: Tensor) -> Tensor:
         x = (dh[rows] if is_wide else x_memory[here]).copy_(packed[rows])
         upstream = dy_rows[rows] if is_wide else dy_memory[here].copy_(dy_rows[rows])
         gate, up = x.chunk(2, dim=-1)
-        s = torch.sigmoid(gate, out=s_memory[here])
+        s = _sigmoid(gate, s_memory[here])
         a = gate.mul_(s)
         slope_up = torch.lerp(a, one, s, out=s).mul_(up)
         torch.mul(a, upstream, out=up)  # du
@@ -946,7 +969,7 @@ def linear_cross_entropy_forward_backward(
         accumulate = True
     if not accumulate:  # there was no row
         dweight.zero_()
-    return losses.sum() * scale, dx
+    return sum_in_parts(losses) * scale, dx
 
 
 # ------------------------------------------------------------------------------- optimization

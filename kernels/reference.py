@@ -51,6 +51,15 @@ def widen(x: Tensor) -> Tensor:
     return x.to(wide_dtype(x.dtype))
 
 
+SUMMED_AT_ONCE = 2**14
+
+
+def sum_in_parts(x: Tensor) -> Tensor:
+    """Σ x (N,), 0-d, in parts that PyTorch adds with one thread each: the order in which it adds
+    more than 2^15 numbers depends on the number of threads."""
+    return torch.stack([part.sum() for part in x.split(SUMMED_AT_ONCE)]).sum()
+
+
 # ---------------------------------------------------------------------------------- embedding
 
 
@@ -771,7 +780,7 @@ def linear_cross_entropy_forward_backward(
         losses.append(cross_entropy_forward_backward(logits, t_chunk, scale, vocab_size))
         dx.append(linear_backward(logits, x_chunk, weight, dweight, accumulate=accumulate))
         accumulate = True
-    return (torch.cat(losses).double().sum() * scale).to(scale.dtype), torch.cat(dx)
+    return (sum_in_parts(torch.cat(losses).double()) * scale).to(scale.dtype), torch.cat(dx)
 
 
 # ------------------------------------------------------------------------------- optimization

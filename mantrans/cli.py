@@ -57,10 +57,15 @@ def _status(arguments: list[str]) -> int:
         return status
     except (Exception, KeyboardInterrupt) as error:
         status, reason = explained(error)
-    # Several processes have the same arguments: on each machine the first says what is wrong.
-    if reason and os.environ.get("LOCAL_RANK", "0").strip() in ("", "0"):
-        terminal.say(f"error: {reason}")
-    return status
+        if reason and (isinstance(error, RanksError) or _is_first_of_machine()):
+            terminal.say(f"error: {reason}")
+        return status
+
+
+def _is_first_of_machine() -> bool:
+    """Whether no other process of this machine has the same arguments and says what is wrong."""
+    size, local_rank = (os.environ.get(name, "") for name in ("WORLD_SIZE", "LOCAL_RANK"))
+    return size.strip() in ("", "1") or local_rank.strip() in ("", "0")
 
 
 def explained(error: BaseException) -> tuple[int, str]:
@@ -259,11 +264,19 @@ def summary(arguments: list[str]) -> int:
     parser.add_argument(
         "--tokens", type=integer(1), help="tokens in the training set, for the steps of an epoch"
     )
+    parser.add_argument(
+        "--ranks",
+        type=integer(1, 10**6),
+        default=1,
+        metavar="N",
+        help="processes of torchrun: show the memory of one of them",
+    )
     options = parser.parse_args(arguments)
     from mantrans.config import Config
     from mantrans.training import summary as text
 
-    terminal.show(text.summary(Config.load(options.config, options.overrides), options.tokens))
+    config = Config.load(options.config, options.overrides)
+    terminal.show(text.summary(config, options.tokens, options.ranks))
     return 0
 
 
@@ -347,6 +360,8 @@ def explain(arguments: list[str]) -> int:
         "--max-tokens", type=integer(2, 2**20), metavar="N", help="cut the text there (default: 24)"
     )
     options = parser.parse_args(arguments)
+    # before torch is loaded: threads that spin while they wait take minutes on a busy machine
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from mantrans.explain.page import TOKENS, write_page
 
     page = write_page(

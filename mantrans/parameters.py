@@ -115,7 +115,7 @@ def layout(parameters: Iterable[Parameter]) -> Layout:
     return found._replace(elements=end)
 
 
-def _two_blocks(buckets: dict[str, slice]) -> dict[str, slice]:
+def two_blocks(buckets: dict[str, slice]) -> dict[str, slice]:
     """Places for the buckets in a buffer with two blocks, which the blocks use in turn."""
     places: dict[str, slice] = {}
     end = blocks = 0
@@ -174,7 +174,7 @@ class Parameters:
         # where in `gradients` each bucket's are while they are computed
         self.places = self.buckets
         if self.divided == "gradients":
-            self.places = _two_blocks(self.buckets)
+            self.places = two_blocks(self.buckets)
 
         self.wide = wide_dtype(dtype)
         self.training = training

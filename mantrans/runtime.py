@@ -62,6 +62,16 @@ def resolve_dtype(dtype: torch.dtype | str, device: torch.device) -> torch.dtype
     return torch.bfloat16 if native else torch.float32
 
 
+def set_threads(threads: int | None, local_ranks: int = 1) -> None:
+    """Set how many threads PyTorch computes with on a CPU; None: as it is with one process, else
+    this process's share of the cores. (torchrun sets OMP_NUM_THREADS to 1.)"""
+    if threads is None and local_ranks > 1:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        threads = max(1, (cores or 1) // local_ranks)
+    if threads is not None:
+        torch.set_num_threads(threads)
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether `error` is a failed allocation on a CPU or a GPU."""
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or (

@@ -33,7 +33,7 @@ from mantrans.distributed.world import World
 from mantrans.errors import CheckpointError, ConfigError, show
 from mantrans.interop import gguf_file, huggingface
 from mantrans.kernels import backend as backends
-from mantrans.kernels.reference import IGNORE_INDEX
+from mantrans.kernels.reference import IGNORE_INDEX, sum_in_parts
 from mantrans.models import build, generation
 from mantrans.models.transformer import CustomTransformer
 from mantrans.optim import OPTIMIZERS, Optimizer
@@ -193,7 +193,7 @@ class CustomTransformerWrapper:
         # without the padding of the vocabulary's last rows, as kernels read it
         flat = logits.reshape(len(targets), -1).contiguous()
         losses, _ = self.model.ops.cross_entropy_forward(flat, targets, self.config.vocab_size)
-        return {"logits": logits, "loss": losses.sum() * mean_scale(targets, losses.dtype)}
+        return {"logits": logits, "loss": sum_in_parts(losses) * mean_scale(targets, losses.dtype)}
 
     @checked(
         learning_rate=Rate,

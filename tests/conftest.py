@@ -7,6 +7,7 @@ process for them.
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 from collections import Counter
@@ -35,6 +36,7 @@ def hear_signals() -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    gc.disable()  # until all is collected: it would search six thousand cases again and again
     hear_signals()
     paths = [config.invocation_params.dir / name.partition("::")[0] for name in config.args]
     compiled = [is_compiled(path.resolve()) for path in paths]
@@ -57,6 +59,16 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         promises.attach(item)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop() -> None:
+    gc.enable()
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()
 
 
 def pytest_report_header(config: pytest.Config) -> str:

@@ -48,7 +48,7 @@ def test_source_without_autograd(folder: str) -> None:
     assert not found
 
 
-def test_judge_uses_autograd() -> None:
+def test_source_judge() -> None:
     """The exception is needed; that nothing which trains imports it, `test_imports` says."""
     assert uses_of_autograd(JUDGE.read_text(encoding="utf-8"))
 

@@ -322,6 +322,13 @@ class TrainingConfig(Section):
     compare_ranks_every: Count = setting(
         100, "several processes: steps between comparisons of their weights"
     )
+    threads: int | None = setting(
+        None,
+        "CPU: threads of each process; null: as OMP_NUM_THREADS says, or all cores; of several "
+        "processes each has an equal share of the machine's cores",
+        ge=1,
+        le=4096,
+    )
     output_dir: FilePath = setting("runs", "folder of metrics, logs and samples")
     checkpoint_dir: FilePath = setting("checkpoints", "folder of checkpoints")
 

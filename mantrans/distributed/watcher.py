@@ -50,6 +50,7 @@ class Watcher(threading.Thread):
         self.timeout, self.last_saved = 120.0, "no checkpoint is saved"
         self.last_act: Callable[[], None] = lambda: None  # before the process ends
         self.step = StepClock()
+        self.main_thread_fails = False
         self.silent = [0.0] * size
         self._beats: list[bytes] = [b""] * size
         self._places: list[str] = []
@@ -65,7 +66,7 @@ class Watcher(threading.Thread):
 
     def run(self) -> None:
         number, before = 0, time.monotonic()
-        while not self._ended.is_set():
+        while not self._ended.is_set() and not self.main_thread_fails:
             try:
                 self.store.set(f"beat/{self.rank}", str(number))
                 now = time.monotonic()
@@ -88,7 +89,7 @@ class Watcher(threading.Thread):
         if self.store.check([FAILED]):
             self._leave()
         if not self._places and not self._all_have_come():
-            return
+            return  # in the first moment
         beats = self.store.multi_get([f"beat/{rank}" for rank in range(self.size)])
         for rank, (old, new) in enumerate(zip(self._beats, beats, strict=True)):
             self.silent[rank] = (
@@ -147,6 +148,8 @@ class Watcher(threading.Thread):
         self._leave()
 
     def _leave(self) -> NoReturn:
+        if self.main_thread_fails:  # which says so, and ends the process with a status of its own
+            raise SystemExit
         with contextlib.suppress(Exception):
             self.last_act()
         leave(ENDED_BY_ANOTHER)

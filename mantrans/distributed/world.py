@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-import uuid
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import NoReturn, TypeVar
@@ -21,10 +20,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mantrans.distributed import meeting
 from mantrans.distributed.watcher import Show, Watcher, fail
 from mantrans.errors import ConfigError, MantransError, single_line
 
-JOIN_SECONDS = 300.0  # for all ranks to come
 # The process group's own limit. Ours are shorter, and know who is waiting for whom: `watcher`.
 NO_LIMIT = timedelta(days=30)
 _POLL_SECONDS = 0.01
@@ -51,8 +50,7 @@ class World:
     def from_environment() -> World:
         """The ranks that torchrun's variables describe; one process without them.
 
-        Waits until all ranks have come. Raises MantransError: a variable is missing or not a
-        number, nobody answers at its address, or a rank is missing after JOIN_SECONDS.
+        Waits until all ranks have come: see `meeting.meet`.
         """
         if os.environ.get("WORLD_SIZE", "1").strip() in ("", "1"):
             return World()
@@ -138,17 +136,12 @@ class Ranks(World):
     """Several processes, each of which calls the same methods in the same order."""
 
     def __init__(self) -> None:
-        rank, size = _number("RANK"), _number("WORLD_SIZE")
-        super().__init__(
-            rank, size, _number("LOCAL_RANK", str(rank)), _number("LOCAL_WORLD_SIZE", str(size))
-        )
-        if rank >= size:
-            raise MantransError(f"RANK: expected less than WORLD_SIZE ({size}), got {rank}")
+        super().__init__(*meeting.place())
         self._calls: dict[str, int] = {}
-        self._server = open_store(is_master=rank == 0 and not _agent_has_store())
-        self.generation = self._meet()
-        self.store = dist.PrefixStore(self.generation, self._server)
-        own = dist.PrefixStore(self.generation, open_store())
+        self._server = meeting.open_store(begins_it=self.is_first)
+        word = meeting.meet(self._server, self.rank, self.size)
+        self.store = dist.PrefixStore(word, self._server)
+        own = dist.PrefixStore(word, meeting.open_store())
         self.watcher = Watcher(self.rank, self.size, self.local_rank, own)
         self.watcher.start()
 
@@ -170,6 +163,7 @@ class Ranks(World):
             ) from None
 
     def fail(self, reason: str, status: int, show: Show = "rank and reason") -> NoReturn:
+        self.watcher.main_thread_fails = True
         fail(self.rank, self.store, reason, status, show)
 
     def watch(self, *, timeout: float | None = None, last_saved: str | None = None) -> None:
@@ -245,10 +239,12 @@ class Ranks(World):
         return bool(flags)
 
     def texts(self, key: str, text: str) -> list[str]:
+        before = f"{key}/{self._calls.get(key, 0)}"
         call = self._call(key)
         self.store.set(f"{call}/{self.rank}", text)
         keys = [f"{call}/{rank}" for rank in range(self.size)]
         self._wait_for(keys)
+        self.store.delete_key(f"{before}/{self.rank}")  # all have read it: they are here
         return [value.decode() for value in self.store.multi_get(keys)]
 
     def from_first(self, key: str, make: Callable[[], str]) -> str:
@@ -291,61 +287,6 @@ class Ranks(World):
             self.watcher.exchange_failed(single_line(str(broken)))
         self.watcher.step.move()
 
-    def _meet(self) -> str:
-        """Wait for all ranks; returns a word that only these processes know.
-
-        torchrun's store outlives a restart, with the keys of the processes before. So each process
-        calls with a word of its own, and rank 0 answers to that word.
-        """
-        store, deadline = self._server, time.monotonic() + JOIN_SECONDS
-        if self.rank:
-            word = uuid.uuid4().hex
-            store.set(f"hello/{self.rank}", word)
-            while not store.check([f"welcome/{word}"]):
-                self._pause_until(deadline, [0])
-            generation = store.get(f"welcome/{word}").decode()
-            store.set(f"{generation}/here/{self.rank}", "")
-            return generation
-        generation, missing, answered = uuid.uuid4().hex, list(range(1, self.size)), set()
-        while missing:
-            for rank in missing:
-                if store.check([f"hello/{rank}"]):
-                    word = store.get(f"hello/{rank}").decode()
-                    if word not in answered:
-                        store.set(f"welcome/{word}", generation)
-                        answered.add(word)
-            missing = [r for r in missing if not store.check([f"{generation}/here/{r}"])]
-            if missing:
-                self._pause_until(deadline, missing)
-        return generation
-
-    def _pause_until(self, deadline: float, missing: list[int]) -> None:
-        if time.monotonic() > deadline:
-            who = "ranks " if len(missing) > 1 else "rank "
-            raise MantransError(
-                f"rank {self.rank}: expected {self.size} processes within {JOIN_SECONDS:.0f} s, "
-                f"got none of {who}{', '.join(map(str, missing))}"
-            )
-        time.sleep(_POLL_SECONDS)
-
-
-def open_store(*, is_master: bool = False) -> dist.TCPStore:
-    """A connection to the store at MASTER_ADDR:MASTER_PORT; is_master: begin it in this process.
-
-    Raises MantransError if nobody answers.
-    """
-    host, port = _variable("MASTER_ADDR"), _number("MASTER_PORT")
-    try:
-        return dist.TCPStore(
-            host, port, is_master=is_master, timeout=timedelta(seconds=JOIN_SECONDS),
-            wait_for_workers=False,
-        )  # fmt: skip
-    except RuntimeError as error:  # of the socket
-        raise MantransError(
-            f"MASTER_ADDR, MASTER_PORT: expected the store of rank 0 at {host}:{port}, got "
-            f"{str(error).splitlines()[0]}"
-        ) from None
-
 
 def device_of(world: World, device: str) -> str:
     """The device of this rank, given `training.device`: of several GPUs the one of its local rank.
@@ -366,26 +307,3 @@ def device_of(world: World, device: str) -> str:
             f"{world.local_size}"
         )
     return f"cuda:{world.local_rank}"
-
-
-def _agent_has_store() -> bool:
-    """Whether torchrun itself holds the store."""
-    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE", "").strip() == "True"
-
-
-def _variable(name: str) -> str:
-    value = os.environ.get(name, "").strip()
-    if not value:
-        _refuse(name, "a value, as torchrun sets it", "nothing")
-    return value
-
-
-def _number(name: str, default: str | None = None) -> int:
-    value = os.environ.get(name, "").strip() or default or _variable(name)
-    if not value.isascii() or not value.isdigit() or len(value) > 9:
-        _refuse(name, "a number, as torchrun sets it", repr(value)[:40])
-    return int(value)
-
-
-def _refuse(name: str, expected: str, got: str) -> NoReturn:
-    raise MantransError(f"{name}: expected {expected}, got {got}")

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from mantrans import terminal
 from mantrans.errors import DataError
-from mantrans.kernels.reference import IGNORE_INDEX, document_starts
+from mantrans.kernels.reference import IGNORE_INDEX, document_starts, sum_in_parts
 
 
 class LossModel(Protocol):
@@ -105,7 +105,7 @@ def measure(
         x, y = (torch.from_numpy(array).to(device) for array in (inputs, targets))
         starts = None if attend_across_documents else document_starts(x, end_of_text)
         # the sum stays on the device: the host waits for it once, at the end
-        nats += model.losses(x, y, starts).double().sum()
+        nats += sum_in_parts(model.losses(x, y, starts).double().flatten())
         counted += len(predicted)
         n_bytes += int(token_bytes[predicted].sum())
     return Perplexity(nats.item(), counted, n_bytes)

@@ -32,6 +32,7 @@ _MATRICES = {
     "q_norm": "D", "k_norm": "D",
 }  # fmt: skip
 _OF_QUERY_AND_KEY = ("p", "scores")
+_OF_THE_MODEL = ("cos", "sin")  # tables, which are always there
 
 
 def base(operation: str) -> str:
@@ -107,17 +108,20 @@ class Boxes:
             "title": words.title,
             "group": group(call.layer),
             "parameters": list(call.parameters.values()),
-            "keeps": self._keeps(backward),
+            "keeps": self._keeps(call, backward),
             **{
                 part: list(self._pairs(call, backward, getattr(words, part)))
                 for part in ("inputs", "outputs", "inside")
             },
         }
 
-    def _keeps(self, backward: Call | None) -> int:
-        """Numbers of the forward that the backward reads again."""
-        inputs = () if backward is None else backward.inputs.values()
-        kept = {memory(x): size(x) for x in inputs if memory(x) in self.made}
+    def _keeps(self, call: Call, backward: Call | None) -> int:
+        """Numbers of the forward that the backward reads again; of the logits it reads a copy."""
+        kept = {
+            memory(x): size(x)
+            for name, x in ({} if backward is None else backward.inputs).items()
+            if memory(x) in self.made or (name in call.inputs and name == "logits")
+        }
         return sum(kept.values())
 
     def _pairs(
@@ -193,17 +197,21 @@ def size(x: Tensor) -> int:
 
 
 def numbers_alive(calls: list[Call], forwards: int) -> list[tuple[int, int]]:
-    """(of the forward, of the backward): results alive at each call, until their last use."""
+    """(of the forward, of the backward): what is alive at each call. A result lives until its last
+    use; a copy that a layer makes, such as of the logits with their padding, while it is read."""
     lives: dict[int, list[int]] = {}  # memory -> born, last used, elements
+    copies = []
     for i, call in enumerate(calls):
-        for x in call.inputs.values():
-            if memory(x) in lives:
-                lives[memory(x)][1] = i
         for x in call.results:
             if isinstance(x, Tensor):
                 lives.setdefault(memory(x), [i, i, size(x)])[1] = i
+        for name, x in call.inputs.items():
+            if memory(x) in lives:
+                lives[memory(x)][1] = i
+            elif x.is_floating_point() and x.dim() and name not in _OF_THE_MODEL:
+                copies.append([i, i, x.numel()])
     alive = [[0, 0] for _ in calls]
-    for born, last, elements in lives.values():
+    for born, last, elements in [*lives.values(), *copies]:
         for i in range(born, last + 1):
             alive[i][born >= forwards] += elements
     return [(a, g) for a, g in alive]

@@ -20,7 +20,6 @@ from mantrans.recording import Call
 from mantrans.terminal import watched
 
 ELEMENTS = 64
-DISTANCE = 1e-4  # of finite differences: an error of some 1e-8, and of rounding of 1e-12
 LIKELIEST = 8  # predicted tokens of a position
 
 
@@ -186,9 +185,9 @@ class Data:
     def _differences(self, name: str, elements: list[list[int]]) -> dict[str, Any]:
         """The loss on both sides of each element, of a parameter or of a result."""
         tokens = self.step.tokens
-        found = differences(self.exact, tokens, self.targets, name, elements, DISTANCE, order=2)
+        found = differences(self.exact, tokens, self.targets, name, elements, order=2)
         losses = {"above": found.above[:, 0].tolist(), "below": found.below[:, 0].tolist()}
-        return {"step": DISTANCE, **losses, "slopes": found.values.tolist()}
+        return {"step": found.step, **losses, "slopes": found.values.tolist()}
 
     def _update(self, name: str, elements: list[list[int]]) -> dict[str, list[float]]:
         """The local variables of the optimizer's function that have one number a weight."""

@@ -42,7 +42,7 @@ const blockName = group => group.startsWith("blocks.") ? `Block ${+group.split("
 
 const WHERE = { norm_1: "Norm before attention", qkv: "Query, key, value", attention: "Attention",
   projection: "Projection", norm_2: "Norm before MLP", up: "Up projection", gate_up: "Gate and up projection",
-  mlp: null, down: "Down projection", rotary: "Rotary position", final_norm: "Final norm", output: "Output",
+  mlp: null, down: "Down projection", rotary: null, final_norm: "Final norm", output: "Output",
   embedding: "Embedding", loss: "Softmax and loss" };
 const SHORT = { norm_1: "Norm 1", norm_2: "Norm 2", qkv: "Q, K, V", up: "Up", gate_up: "Gate, up", down: "Down",
   rotary: "Rotary", loss: "Loss" };
@@ -193,6 +193,13 @@ function heat(index, options = {}) {
       el("div", { class: "planes" }, planes)),
     read);
 }
+
+/* Of the positions that an array keeps, the one nearest to the token in hand. */
+function keptRow(index) {
+  const rows = decoded(data.arrays[index]).atRows;
+  return rows.reduce((best, row) => Math.abs(row - now.token) < Math.abs(best - now.token) ? row : best, rows[0]);
+}
+const notKept = index => t => !decoded(data.arrays[index]).atRows.includes(t);
 
 const clamp = (value, size) => Math.max(0, Math.min(size - 1, value));
 
@@ -384,17 +391,18 @@ function operation(box, moment) {
 }
 
 function flow(box, moment) {
-  const arrow = moment.phase === "forward" ? "→" : "←", later = moment.phase === "forward" ? "later" : null;
+  const back = moment.phase === "backward", later = back ? null : "later", at = moment.box;
+  const neighbor = (index, words) => boxes[index] ? [`, ${words} `, el("button", { type: "button", onclick: () => go(momentOf(index, moment.phase)) }, nameOf(boxes[index]))] : [];
   const column = (title, values, gradients) => [el("h3", {}, title), el("div", { class: "heats" }, values), el("div", { class: `heats ${later ?? ""}` }, gradients)];
   const side = pairs => [pairs.map(p => heat(p.value, { name: p.name, row: now.token, onrow: chooseToken })),
     pairs.filter(p => p.gradient !== null).map(p => heat(p.gradient, { name: p.gradient_name, row: now.token, onrow: chooseToken, ...marksOf(pairs === box.inputs ? resultOf(box, p) : "") }))];
   const weights = box.parameters.map(name => [name, parameters[name]]);
   const short = name => name.split(".").slice(-2).join(".");
   return el("section", { class: "part flow", "aria-label": "What goes in and out" },
-    box.inputs.length ? column(`In ${arrow}`, ...side(box.inputs)) : [],
+    box.inputs.length ? column(["In", neighbor(at - 1, back ? "gradient to" : "from"), box.operation.startsWith("add_") ? " and the residual" : ""], ...side(box.inputs)) : [],
     weights.length ? column("Weights", weights.map(([name, p]) => heat(p.value, { name: short(name) })),
       weights.map(([name, p]) => heat(p.gradient, { name: `d ${short(name)}`, ...marksOf(name) }))) : [],
-    column(`${arrow} Out`, ...side(box.outputs)));
+    column(["Out", neighbor(at + 1, back ? "gradient from" : "to")], ...side(box.outputs)));
 }
 
 /* The elements of a subject that can be chosen in its heat map. */
@@ -467,7 +475,7 @@ function code(moment, words) {
 
 function attention(box, moment) {
   const pair = Object.fromEntries(box.inside.map(p => [p.name, p])), back = moment.phase === "backward";
-  const T = tokens.length, i = now.token, read = (index, j) => { const a = decoded(data.arrays[index]); return a.values[(now.head * a.atRows.length + a.atRows.indexOf(i)) * a.atColumns.length + a.atColumns.indexOf(j)]; };
+  const i = keptRow(pair.p.value), read = (index, j) => { const a = decoded(data.arrays[index]); return a.values[(now.head * a.atRows.length + a.atRows.indexOf(i)) * a.atColumns.length + a.atColumns.indexOf(j)]; };
   const keys = range(i + 1).filter(j => data.arrays[pair.p.value].columns?.includes(j) ?? true);
   const p = keys.map(j => read(pair.p.value, j)), dp = keys.map(j => read(pair.p.gradient, j)), ds = keys.map(j => read(pair.scores.gradient, j));
   const delta = data.deltas[box.layer][now.head][i], unseen = i + 1 - keys.length;
@@ -479,7 +487,7 @@ function attention(box, moment) {
   return el("section", { class: "part", "aria-label": "Inside attention" },
     el("h2", {}, back ? "Where a query's gradient goes" : "What a query looks at"),
     el("div", { class: "controls" }, range(about.sizes.H).map(h => el("button", { type: "button", "aria-pressed": h === now.head, onclick: () => { now.head = h; drawBox(); } }, `head ${h + 1}`))),
-    tokenButtons(i, chooseToken),
+    tokenButtons(i, chooseToken, { disabled: notKept(pair.p.value) }),
     el("div", { class: "columns", style: "margin-top:1rem" },
       el("div", { class: "heats" }, heat(pair.p.value, { name: "p, all heads", onrow: choosePlane, row: i }), back ? heat(pair.scores.gradient, { name: "ds, all heads", onrow: choosePlane, row: i }) : null),
       el("div", {}, el("table", { style: `--color:${colorOf("forward")}` },
@@ -492,14 +500,14 @@ function attention(box, moment) {
 }
 
 function norm(box, moment) {
-  const back = moment.phase === "backward", means = data.norms[box.layer], [pair] = box.inside, t = now.token;
-  if (!back) return null;
+  if (moment.phase === "forward") return null;
+  const means = data.norms[box.layer], [pair] = box.inside, t = keptRow(pair.value);
   const row = index => { const a = decoded(data.arrays[index]), n = a.atColumns.length, at = a.atRows.indexOf(t); return [...a.values.subarray(at * n, (at + 1) * n)]; };
   const g = row(pair.gradient), xHat = row(pair.value), shift = means.g ? means.g[t] : 0, along = means.x_hat[t];
   const scale = largest(g), strip = (name, values, note) => [el("span", {}, name), stripOf(values, scale, name), el("span", { class: "soft" }, note)];
   const lost = (shift ** 2 + along ** 2) / means.square[t];
   return el("section", { class: "part", "aria-label": "What the gradient loses" },
-    el("h2", {}, means.g ? "The two means that the gradient loses" : "The mean that the gradient loses"), tokenButtons(t, chooseToken),
+    el("h2", {}, means.g ? "The two means that the gradient loses" : "The mean that the gradient loses"), tokenButtons(t, chooseToken, { disabled: notKept(pair.value) }),
     el("div", { class: "strips" },
       strip("g = γ dy", g, "what arrives"),
       means.g ? strip("mean(g)", g.map(() => shift), number(shift)) : [],

@@ -71,12 +71,12 @@ def of_checkpoint(path: Path) -> Subject:
     return Subject(title, wrapper, tokenizer, learning_rate, folder, notes)
 
 
-def fresh() -> Subject:
-    """A tiny model with its first weights, which has learned nothing yet."""
+def fresh(**shape: Any) -> Subject:
+    """A tiny model with its first weights, which has learned nothing yet. shape: fields of it."""
     tokenizer = load_tokenizer("tinystories_bpe_4096")
     wrapper = CustomTransformerWrapper(
         tokenizer.vocab_size, 32, 2, 2, max_seq_len=64, dtype=torch.float64, device="cpu",
-        backend="reference", optimizer="adamw",
+        backend="reference", optimizer="adamw", **shape,
     )  # fmt: skip
     note = (
         "This is a tiny model that has learned nothing yet. Train one with python train.py, and "
@@ -97,11 +97,16 @@ def write_page(
     default the run's folder. max_tokens: a longer text is cut there, or at the model's context.
     Returns the page's path. Raises MantransError (one line) for what cannot be explained.
     """
-    disable_malloc_trim()
     if checkpoint is None and QUICKSTART.is_file():
         checkpoint = QUICKSTART
     subject = fresh() if checkpoint is None else of_checkpoint(checkpoint)
-    ids, notes = sentence(subject, TEXT if text is None else text, max_tokens)
+    return write(subject, TEXT if text is None else text, output or subject.folder, max_tokens)
+
+
+def write(subject: Subject, text: str, folder: Path, max_tokens: int = TOKENS) -> Path:
+    """Run the step, whose update `subject` then has, and write its page into `folder`."""
+    disable_malloc_trim()
+    ids, notes = sentence(subject, text, max_tokens)
     step = run(subject.wrapper, torch.tensor([ids]), subject.learning_rate)
     if not step.applied:
         raise ModelError(f"loss and gradient: expected finite numbers, got a loss of {step.loss}")
@@ -109,7 +114,7 @@ def write_page(
     data = Data(step, lambda i: printable(subject.tokenizer.decode([i])), samples).all()
     shown = subject.tokenizer.decode(ids)
     data["about"] |= {"title": subject.title, "text": shown, "notes": subject.notes + notes + more}
-    return save(data, subject.folder if output is None else output)
+    return save(data, folder)
 
 
 def affordable(wrapper: CustomTransformerWrapper, T: int) -> tuple[int, list[str]]:

@@ -16,7 +16,7 @@ from mantrans.proof.exact import Exact
 
 
 class Gradients(NamedTuple):
-    """What autograd makes of one batch, in float64.
+    """What autograd makes of one batch.
 
     weights: parameter -> its gradient, in its public shape.
     values, results: name of an intermediate result (`Exact.loss`) -> itself, and its gradient.
@@ -28,13 +28,19 @@ class Gradients(NamedTuple):
     results: dict[str, Tensor]
 
 
-def differentiate(model: CustomTransformer, tokens: Tensor, targets: Tensor) -> Gradients:
+def differentiate(
+    model: CustomTransformer,
+    tokens: Tensor,
+    targets: Tensor,
+    dtype: torch.dtype = torch.float64,
+) -> Gradients:
     """The gradients of the mean loss, of a float64 model on the CPU (`exact_copy`).
 
-    tokens, targets (B, T) int64, targets shifted and -100 where there is none. The forward is made
-    of PyTorch's own functions, so that no operation is judged by itself.
+    tokens, targets (B, T) int64, targets shifted and -100 where there is none. dtype: what to
+    compute in. The forward is made of PyTorch's own functions, so that no operation is judged by
+    itself.
     """
-    exact = Exact(model, plain)
+    exact = Exact(model, plain, dtype)
     leaves = {name: w.clone().requires_grad_() for name, w in exact.weights.items()}
     values: dict[str, Tensor] = {}
     with torch.enable_grad():

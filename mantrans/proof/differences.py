@@ -20,7 +20,9 @@ STENCILS = {
     6: (3 / 4, -3 / 20, 1 / 60),
     8: (4 / 5, -1 / 5, 4 / 105, -1 / 280),
 }
-STEP = 2e-3
+# Distances of points at which rounding and the error of the stencil are both small, for weights of
+# 0.1 and more: the loss varies over about as much.
+STEPS = {2: 1e-4, 4: 5e-4, 6: 1e-3, 8: 2e-3}
 _ELEMENTS = 2**21  # that are computed with at once: 16 MiB, which a processor's cache can hold
 
 
@@ -30,12 +32,14 @@ class Slopes(NamedTuple):
     uncertainty (n,): what a stencil of two points fewer gives is as far away, and rounding is
         added. NaN for a stencil of two points.
     above, below (n, order / 2): the losses with the element raised, lowered by 1, 2, ... steps.
+    step: the distance of neighboring points.
     """
 
     values: Tensor
     uncertainty: Tensor
     above: Tensor
     below: Tensor
+    step: float
 
 
 def differences(
@@ -44,19 +48,21 @@ def differences(
     targets: Tensor,
     name: str,
     indices: Sequence[Sequence[int]],
-    step: float = STEP,
+    step: float | None = None,
     order: int = 8,
 ) -> Slopes:
     """d loss / d x of some elements of x, a weight or an intermediate result, from the loss near x.
 
     model: float64 on the CPU (`exact_copy`). tokens, targets (B, T) int64, as for `Exact.loss`.
     name: a parameter's, or a result's of `Exact.loss`. indices: n elements, each a tuple of ints.
-    step: h, the distance of neighboring points. order: 2, 4, 6 or 8; the loss is computed at as
-    many points an element, and is wrong by h^order; rounding adds about 1e-16 loss / h.
+    step: h, the distance of neighboring points; by default one that suits the order and the size
+    of x. order: 2, 4, 6 or 8; the loss is computed at as many points an element, and the slope is
+    wrong by something like h^order; rounding adds about 1e-16 loss / h.
     """
     exact = Exact(model, reference)
     named = exact.weights if name in exact.weights else exact.results(tokens, targets)
     start = named[name]
+    step = suitable_step(start, order) if step is None else step
 
     def loss(x: Tensor) -> Tensor:
         def see(result: str, own: Tensor) -> Tensor:
@@ -80,7 +86,13 @@ def differences(
     if order > 2:
         uncertainty = (values - slopes(above - below, step, order - 2)).abs()
         uncertainty += torch.finfo(start.dtype).eps * above[:, 0].abs() / step
-    return Slopes(values, uncertainty, above, below)
+    return Slopes(values, uncertainty, above, below, step)
+
+
+def suitable_step(x: Tensor, order: int) -> float:
+    """Shorter where the elements of x are small, for a function of them varies over less."""
+    size = x.square().mean().sqrt().item()
+    return STEPS[order] * (min(1.0, 10 * size) if size else 1.0)
 
 
 def slopes(rises: Tensor, step: float, order: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""A network in float64 on the CPU, whose weights and intermediate results have names.
+"""A network on the CPU whose weights and intermediate results have names, mostly in float64.
 
 It is the model's own code over other operations: nothing of a layer is written twice.
 """
@@ -46,20 +46,23 @@ def exact_copy(model: CustomTransformer) -> CustomTransformer:
 
 
 class Exact:
-    """The loss of a network in float64 as a function of each weight and each intermediate result.
+    """The loss of a network as a function of each weight and each intermediate result.
 
-    model: a float64 model on the CPU (`exact_copy`). ops: the operations to compute with.
+    model: a float64 model on the CPU (`exact_copy`). ops: the operations to compute with. dtype:
+        what to compute in.
     weights: name -> tensor, as stored: those of `model`.
     """
 
-    def __init__(self, model: CustomTransformer, ops: Any) -> None:
+    def __init__(
+        self, model: CustomTransformer, ops: Any, dtype: torch.dtype = torch.float64
+    ) -> None:
         self.ops, self.network = ops, build(model.config, ops)
         self.layers = dict(named_layers(self.network))
         del self.layers["output"]  # its result is the logits without padding
         if self.network.angles is not None:
-            self.network.angles.allocate(torch.float64, CPU)
+            self.network.angles.allocate(reference.wide_dtype(dtype), CPU)
         p = model.parameters
-        self.weights = {name: p.stored(p.weights, name) for name in p.by_name}
+        self.weights = {name: p.stored(p.weights, name).to(dtype) for name in p.by_name}
 
     def loss(
         self,

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mantrans.kernels.operations import rotated_and_packed, split_heads, visible
+from mantrans.kernels.reference import widen
 
 See = Callable[[str, Tensor], Tensor]
 
@@ -90,4 +91,4 @@ def swiglu_forward(h: Tensor, *, see: See) -> Tensor:
 
 
 def cross_entropy_forward(logits: Tensor, targets: Tensor, vocab_size: int) -> tuple:
-    return F.cross_entropy(logits, targets, reduction="none"), None
+    return F.cross_entropy(widen(logits), targets, reduction="none"), None

@@ -29,7 +29,9 @@ def finish(run: Trainer) -> dict[str, Any]:
     run.logger.message(
         f"\n{as_text(report)}\n\n"
         f"metrics, report   {run.directory}/ (open report.html)\n"
-        f"checkpoints       {run.folder.latest}, {run.folder.best}"
+        f"checkpoints       {run.folder.latest}, {run.folder.best}\n"
+        f"look at next      mantrans explain --checkpoint {run.folder.best}   "
+        f"(one step, every gradient: {run.directory}/explain.html)"
     )
     return report
 

@@ -5,6 +5,8 @@ Counted are the tensors that are alive at the peak:
     weights, masters, gradients, moments    the flat buffers of `parameters.py`, padding included;
                                             with the weights, RoPE's angles; with the gradients,
                                             rows of partial sums on a GPU
+    levels, exchange                        the tree over micro-batches (`gradient_sum`); what a
+                                            rank receives of a bucket
     activations                             what the layers keep (`kept`), or with recompute: block
                                             only each block's input; what the final norm and the
                                             output keep; each token's id, target, document start
@@ -16,8 +18,9 @@ Counted are the tensors that are alive at the peak:
                                             libraries (`_on_cpu`, measured)
 
 The peak is the sum of these, with only the larger of "during a block's backward" and "while the
-loss is computed". It does not include CUDA's context and the fragmentation of PyTorch's allocator:
-compare it with `torch.cuda.max_memory_allocated()`.
+loss is computed". Several ranks divide some of it (`training.shard`): then it is the peak of the
+rank that has the most. It does not include NCCL's buffers, CUDA's context and the fragmentation of
+PyTorch's allocator: compare it with `torch.cuda.max_memory_allocated()`.
 """
 
 from __future__ import annotations
@@ -27,14 +30,17 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from mantrans.config import Config, ModelConfig
+from mantrans.config import Config, ModelConfig, TrainingConfig
+from mantrans.distributed.shard import PIECES, owned_pieces
 from mantrans.errors import ConfigError
 from mantrans.kernels.native import QUERY_BLOCK
 from mantrans.kernels.reference import wide_dtype
 from mantrans.models import build
 from mantrans.models.network import Network
-from mantrans.parameters import Parameter, layout, numel
+from mantrans.parameters import Parameter, layout, numel, two_blocks
 from mantrans.runtime import available_memory, resolve_device, resolve_dtype
+from mantrans.training.gradient_sum import tree_depth
+from mantrans.training.share import micro_batches
 
 CUBLAS_WORKSPACE = 32 << 20
 CPU_LIBRARIES = 96 << 20
@@ -54,6 +60,8 @@ class MemoryPrediction:
     weights: int
     masters: int
     gradients: int
+    levels: int
+    exchange: int
     moments: int
     activations: int
     backward_workspace: int
@@ -61,13 +69,16 @@ class MemoryPrediction:
     library: int
 
     @property
+    def state(self) -> int:
+        """Bytes that stay between steps."""
+        buffers = self.gradients + self.levels + self.exchange
+        return self.weights + self.masters + buffers + self.moments
+
+    @property
     def total(self) -> int:
         """Bytes at the peak; only the larger of the two workspaces counts."""
         return (
-            self.weights
-            + self.masters
-            + self.gradients
-            + self.moments
+            +self.state
             + self.activations
             + max(self.backward_workspace, self.loss_workspace)
             + self.library
@@ -79,26 +90,31 @@ def predict(
     dtype: torch.dtype,
     device: torch.device | str,
     chunk_rows: int | None = None,
+    ranks: int = 1,
 ) -> MemoryPrediction:
-    """Return the peak of one micro-batch of `config`; config.model.vocab_size must be set.
+    """Return the peak of one rank's step of `config`; config.model.vocab_size must be set.
 
     Args:
         config: the run; batch size, sequence length, recompute mode and optimizer come from it.
         dtype: of weights and activations, "auto" resolved.
         device: the run's device.
         chunk_rows: rows of logits at a time; None for the backend's choice.
+        ranks: processes of the run.
 
     Raises:
         ValueError: the vocabulary's size is not known.
+        ConfigError: the ranks cannot have equal shares of the step.
     """
-    training = config.training
+    parts, size = micro_batches(config.training, ranks)
+    training = config.training.model_copy(update={"batch_size": size})
+    config = config.model_copy(update={"training": training})
     network = _network(config.model, training.recompute)
     narrow, wide = dtype.itemsize, wide_dtype(dtype).itemsize
     on_gpu = torch.device(device).type == "cuda"
-    stored = layout(network.parameters()).elements
+    state = _state(network, training, ranks)
     constants = 0 if network.angles is None else network.angles.elements() * wide
     partials = _partial_sums(network, device) if _by_triton(config, on_gpu) else 0
-    tokens = training.batch_size * config.sequence_length
+    tokens = size * config.sequence_length
     block = network.blocks[0].kept().bytes(narrow, wide)
     C = config.model.d_model * narrow
     kept = C if training.recompute == "block" else block
@@ -107,10 +123,12 @@ def predict(
     loss = network.output.workspace().bytes(narrow, wide)
     has_master = narrow < wide and not training.stochastic_rounding
     return MemoryPrediction(
-        weights=stored * narrow + constants,
-        masters=stored * wide if has_master else 0,
-        gradients=stored * wide + partials,
-        moments=2 * stored * wide if training.optimizer == "adamw" else 0,
+        weights=state.weights * narrow + constants,
+        masters=state.owned * wide if has_master else 0,
+        gradients=state.gradients * wide + partials,
+        levels=state.summed * wide * (tree_depth(parts) if training.gradient_sum == "tree" else 0),
+        exchange=state.received * wide,
+        moments=2 * state.owned * wide if training.optimizer == "adamw" else 0,
         activations=tokens * (len(network.blocks) * kept + final),
         backward_workspace=tokens * backward,
         loss_workspace=tokens * loss + _logits_chunk(config, network, dtype, on_gpu, chunk_rows),
@@ -119,6 +137,32 @@ def predict(
         if on_gpu
         else _on_cpu(config, dtype),
     )
+
+
+class _State(NamedTuple):
+    """Elements of a rank's flat buffers."""
+
+    weights: int
+    owned: int  # of masters, and of each moment
+    gradients: int
+    summed: int  # of a level of the tree
+    received: int
+
+
+def _state(network: Network, training: TrainingConfig, ranks: int) -> _State:
+    """See `Parameters` and `Exchange`."""
+    found = layout(network.parameters())
+    largest = max(bucket.stop - bucket.start for bucket in found.buckets.values())
+    received = largest // 2 if ranks > 1 and ranks & (ranks - 1) == 0 else 0
+    every = owned = found.elements
+    if training.shard == "none" or ranks == 1:
+        return _State(every, every, every, every, received)
+    pieces = [owned_pieces(rank, ranks) for rank in range(ranks)]
+    owned = every // PIECES * max(p.stop - p.start for p in pieces)
+    if training.shard == "optimizer":
+        return _State(every, owned, every, every, received)
+    in_work = max(place.stop for place in two_blocks(found.buckets).values())
+    return _State(every, owned, in_work + owned, owned, received)
 
 
 def _on_cpu(config: Config, dtype: torch.dtype) -> int:
@@ -164,7 +208,7 @@ def predict_evaluation(
 
 
 def logits_chunk_rows(
-    config: Config, dtype: torch.dtype, device: torch.device, free: int
+    config: Config, dtype: torch.dtype, device: torch.device, free: int, ranks: int = 1
 ) -> int | None:
     """Return how many rows of logits to have at a time, None for the backend's choice.
 
@@ -173,8 +217,8 @@ def logits_chunk_rows(
     """
     if not _by_triton(config, device.type == "cuda"):
         return None
-    rows = config.training.batch_size * config.sequence_length
-    small, large = (predict(config, dtype, device, chunk).total for chunk in (None, rows))
+    rows = micro_batches(config.training, ranks)[1] * config.sequence_length
+    small, large = (predict(config, dtype, device, chunk, ranks).total for chunk in (None, rows))
     return rows if large - small <= LOGITS_SHARE * (free - small) else None
 
 
@@ -245,6 +289,7 @@ def require_memory(
     vocab_size: int,
     chunk_rows: int | Literal["auto"] | None = "auto",
     processes: int = 1,
+    ranks: int = 1,
 ) -> StepMemory:
     """The memory of a step; ConfigError if the device does not have it free now.
 
@@ -252,6 +297,7 @@ def require_memory(
     HEADROOM of it is left for what the allocator cannot fill.
     chunk_rows: rows of logits at a time, None for the backend's choice, "auto" to choose by memory.
     processes: that share a CPU's memory, and share the step's tokens; 0: another one has asked.
+    ranks: processes of the run, which divide the step and perhaps its state.
     """
     config, dtype, device = _resolved(config, vocab_size)
     present = _present(device)
@@ -259,8 +305,8 @@ def require_memory(
     tokens = config.training.sequences_per_step * (config.sequence_length + 1)
     tokens *= 5 * 8 if device.type == "cpu" else 0
     if chunk_rows == "auto":
-        chunk_rows = logits_chunk_rows(config, dtype, device, present)
-    step = predict(config, dtype, device, chunk_rows).total
+        chunk_rows = logits_chunk_rows(config, dtype, device, present, ranks)
+    step = predict(config, dtype, device, chunk_rows, ranks).total
     together = step + tokens if device.type == "cuda" else step * processes + tokens
     if together > present and (processes or device.type == "cuda"):
         of = f" on {processes} processes" if together > step + tokens else ""
@@ -272,17 +318,18 @@ def require_memory(
     return StepMemory(needed, chunk_rows)
 
 
-def require_evaluation_memory(config: Config, vocab_size: int, windows: int) -> None:
+def require_evaluation_memory(
+    config: Config, vocab_size: int, windows: int, ranks: int = 1
+) -> None:
     """ConfigError if validating and sampling take more memory than there is.
 
     windows: in the validation data. What a step takes beside the model is free by then.
     """
     config, dtype, device = _resolved(config, vocab_size)
-    step = predict(config, dtype, device)
-    kept = step.weights + step.masters + step.gradients + step.moments
     prompts = len(config.evaluation.generation_prompts)
     if config.training.eval_batches is not None:
         windows = min(windows, config.training.eval_batches * config.evaluation_batch)
+    kept = predict(config, dtype, device, ranks=ranks).state
     needed = kept + predict_evaluation(config, dtype, device, windows, prompts)
     present = _present(device)
     if needed > present:

@@ -29,15 +29,8 @@ class Share(NamedTuple):
 
 def share_of(training: TrainingConfig, world: World) -> Share:
     """The share of one rank. ConfigError if the ranks cannot have equal shares."""
-    ranks, total, B = world.size, training.sequences_per_step, training.batch_size
-    if total % ranks:
-        raise ConfigError(
-            "training.batch_size × gradient_accumulation_steps: expected a multiple of the "
-            f"{ranks} processes, got {total}"
-        )
-    mine = total // ranks
-    parts = next(n for n in range(-(-mine // B), mine + 1) if mine % n == 0)
-    size = mine // parts  # B if A is a multiple of the ranks
+    ranks = world.size
+    parts, size = micro_batches(training, ranks)
     interleaved = training.shard == "gradients"
     numbers = [
         part * ranks + world.rank if interleaved else world.rank * parts + part
@@ -45,6 +38,19 @@ def share_of(training: TrainingConfig, world: World) -> Share:
     ]
     rows = [number * size + row for number in numbers for row in range(size)]
     return Share(rows, parts, _notes(training, world, parts, size))
+
+
+def micro_batches(training: TrainingConfig, ranks: int) -> tuple[int, int]:
+    """(how many, sequences in each) of one of so many ranks. ConfigError without equal shares."""
+    total, B = training.sequences_per_step, training.batch_size
+    if total % ranks:
+        raise ConfigError(
+            "training.batch_size × gradient_accumulation_steps: expected a multiple of the "
+            f"{ranks} processes, got {total}"
+        )
+    mine = total // ranks
+    parts = next(n for n in range(-(-mine // B), mine + 1) if mine % n == 0)
+    return parts, mine // parts  # B if A is a multiple of the ranks
 
 
 def _notes(training: TrainingConfig, world: World, parts: int, size: int) -> list[str]:

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import torch
 
-from mantrans.config import Config
+from mantrans.config import Config, TrainingConfig
 from mantrans.interop.huggingface import read_shape
 from mantrans.runtime import resolve_dtype
 from mantrans.training.flops import flops_per_token
-from mantrans.training.memory import parameter_groups, predict
+from mantrans.training.memory import MemoryPrediction, parameter_groups, predict
 
 _KNOWN_VOCABULARIES = {"gpt2": 50_257}
 
 
-def summary(config: Config, tokens_per_epoch: int | None = None) -> str:
+def summary(config: Config, tokens_per_epoch: int | None = None, ranks: int = 1) -> str:
     """Return the summary as text; sets config.model.vocab_size if it is null. With
-    training.init_from the shape is the folder's.
+    training.init_from the shape is the folder's. With several ranks the memory is that of one of
+    them, for each way to divide it.
 
     Raises:
         MantransError: the tokenizer, which determines the vocabulary size, cannot be loaded.
@@ -26,7 +29,9 @@ def summary(config: Config, tokens_per_epoch: int | None = None) -> str:
         config.model.vocab_size = _vocabulary(config.data.tokenizer)
     parts = [_parameters(config), _work(config, tokens_per_epoch)]
     device = config.training.device
-    parts += [_memory(config, d) for d in (("cuda", "cpu") if device == "auto" else (device,))]
+    parts += [
+        _memory(config, d, ranks) for d in (("cuda", "cpu") if device == "auto" else (device,))
+    ]
     return "\n\n".join(parts)
 
 
@@ -72,25 +77,50 @@ def _work(config: Config, tokens_per_epoch: int | None) -> str:
     return _table("work", rows)
 
 
-def _memory(config: Config, device: str) -> str:
+def _memory(config: Config, device: str, ranks: int) -> str:
     dtype = torch.bfloat16  # "auto" on a GPU, which this machine need not have
     if config.model.dtype != "auto" or device == "cpu":
         dtype = resolve_dtype(config.model.dtype, torch.device("cpu"))
-    predicted = predict(config, dtype, device)
-    recompute = f"activations (recompute: {config.training.recompute})"
+    title = f"predicted for {str(dtype).removeprefix('torch.')} on {device}"
+    if ranks == 1:
+        return _table(f"memory, {title}", _purposes(predict(config, dtype, device), config))
+    per_shard = [
+        _purposes(predict(_with(config, s), dtype, device, ranks=ranks), config) for s in SHARDS
+    ]
+    values = [SHARDS, *zip(*([value for _, value in rows] for rows in per_shard), strict=True)]
+    widths = [max(map(len, column)) for column in zip(*values, strict=True)]
+    names = ["training.shard", *(name for name, _ in per_shard[0])]
+    lines = [
+        "  ".join(f"{value:>{width}}" for value, width in zip(row, widths, strict=True))
+        for row in values
+    ]
+    title = f"memory of one of {ranks} ranks, {title}"
+    return _table(title, list(zip(names, lines, strict=True)))
+
+
+SHARDS = get_args(TrainingConfig.model_fields["shard"].annotation)
+
+
+def _with(config: Config, shard: str) -> Config:
+    training = config.training.model_copy(update={"shard": shard})
+    return config.model_copy(update={"training": training})
+
+
+def _purposes(predicted: MemoryPrediction, config: Config) -> list[tuple[str, str]]:
     rows = [
         ("weights", predicted.weights),
         ("float32 masters", predicted.masters),
         ("gradients", predicted.gradients),
+        ("sums of micro-batches", predicted.levels),
+        ("received of other ranks", predicted.exchange),
         ("moments", predicted.moments),
-        (recompute, predicted.activations),
+        (f"activations (recompute: {config.training.recompute})", predicted.activations),
         ("backward workspace (or loss)", predicted.backward_workspace),
         ("loss workspace (or backward)", predicted.loss_workspace),
         ("library workspace", predicted.library),
         ("peak", predicted.total),
     ]
-    title = f"memory, predicted for {str(dtype).removeprefix('torch.')} on {device}"
-    return _table(title, [(name, _mebibytes(count)) for name, count in rows])
+    return [(name, _mebibytes(count)) for name, count in rows]
 
 
 def _mebibytes(count: int) -> str:

@@ -16,7 +16,6 @@ import time
 from pathlib import Path
 from typing import Any, Literal
 
-from mantrans import optim
 from mantrans.checkpoint import state_file
 from mantrans.checkpoint.folder import CheckpointFolder
 from mantrans.config import Config, TrainingConfig
@@ -24,14 +23,14 @@ from mantrans.config.arguments import Steps, checked
 from mantrans.data.dataset import prepare
 from mantrans.data.loader import BatchLoader
 from mantrans.distributed.world import World, device_of
-from mantrans.errors import ConfigError
 from mantrans.evaluation.evaluator import measure_stream
 from mantrans.optim.guards import OutlierGuard
 from mantrans.optim.schedule import rate
-from mantrans.runtime import disable_malloc_trim
+from mantrans.runtime import disable_malloc_trim, resolve_device, set_threads
 from mantrans.training import agreement, flops, kernel_check, memory, saving
 from mantrans.training.alone import on_first
 from mantrans.training.batches import token_source
+from mantrans.training.building import build_wrapper
 from mantrans.training.ending import finish, give_up
 from mantrans.training.logger import RunLogger
 from mantrans.training.profile import StepProfiler
@@ -43,7 +42,6 @@ from mantrans.training.share import share_of
 from mantrans.training.signals import StopSignals
 from mantrans.training.start import start
 from mantrans.training.step import TrainStep
-from mantrans.wrapper import CustomTransformerWrapper
 
 
 class Trainer:
@@ -140,7 +138,9 @@ class Trainer:
         self._load_data(quiet)
         if self.world.is_first:
             windows = -(-len(self.dataset.validation) // self.config.sequence_length)
-            memory.require_evaluation_memory(self.placed, self.tokenizer.vocab_size, windows)
+            memory.require_evaluation_memory(
+                self.placed, self.tokenizer.vocab_size, windows, self.world.size
+            )
         if checkpoint:
             notes += continue_data(self, checkpoint)
         if check_kernels and self.wrapper.device.type == "cuda":
@@ -157,6 +157,7 @@ class Trainer:
             self.progress.step if checkpoint else None,
             config=self.config,
             total_steps=self.total_steps,
+            processes=self.world.size,
             quiet=quiet,
         )
         if checkpoint:
@@ -252,6 +253,8 @@ class Trainer:
             self.placed = self.config.model_copy(update={"training": placed})
         self._require_memory(checkpoint)
         disable_malloc_trim()
+        if resolve_device(device).type == "cpu":
+            set_threads(training.threads, self.world.local_size)
         self.wrapper = build_wrapper(self.placed, self.tokenizer.vocab_size, self.world)
         self.wrapper.model.output.chunk_rows = self.memory.chunk_rows
         self.flops_per_token = flops.flops_per_token(
@@ -275,7 +278,7 @@ class Trainer:
 
         def require(rows: int | Literal["auto"] | None) -> memory.StepMemory:
             return memory.require_memory(
-                self.placed, self.tokenizer.vocab_size, rows, processes=asks_for
+                self.placed, self.tokenizer.vocab_size, rows, asks_for, self.world.size
             )
 
         chosen = self.world.from_first(
@@ -461,32 +464,3 @@ class Trainer:
             f"run      {self.total_steps:,} steps of {self.config.tokens_per_step:,} tokens, "
             f"{self.total_steps / self.loader.batches_per_epoch:.2f} epochs"
         )
-
-
-def build_wrapper(
-    config: Config, vocab_size: int, world: World | None = None
-) -> CustomTransformerWrapper:
-    """The model and optimizer that a config describes, for a tokenizer of `vocab_size` entries.
-
-    world: the processes that divide its state by training.shard; None for this one alone.
-
-    Raises ConfigError if the config names another vocabulary size.
-    """
-    model, training = config.model, config.training
-    if model.vocab_size not in (None, vocab_size):
-        raise ConfigError(
-            f"model.vocab_size: expected null or {vocab_size}, the entries of data.tokenizer "
-            f"({config.data.tokenizer}), got {model.vocab_size}"
-        )
-    return CustomTransformerWrapper.from_config(
-        model.model_copy(update={"vocab_size": vocab_size}),
-        device=training.device,
-        backend=training.backend,
-        optimizer=training.optimizer,
-        optimizer_options=optim.options(training),
-        seed=training.seed,
-        recompute=training.recompute,
-        stochastic_rounding=training.stochastic_rounding,
-        world=world,
-        shard=training.shard,
-    )

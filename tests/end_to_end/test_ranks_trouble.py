@@ -132,7 +132,7 @@ def test_rank_hangs(
 
 @pytest.mark.promise("a rank hangs, all end")
 @pytest.mark.slow
-def test_ranks_wait_for_validation(tmp_path: Path, tokens: Path, processes: Processes) -> None:
+def test_rank_slow_validation(tmp_path: Path, tokens: Path, processes: Processes) -> None:
     """Rank 0 may take its time: three times the limit."""
     ranks = broken(
         processes, tmp_path, tokens, 2, "sleep 0 validation 4", distributed_timeout=5.0
@@ -195,6 +195,21 @@ def test_rank_other_weights(
     assert statuses(ranks) == [OF_A_MISTAKE] * size
     assert told(ranks).startswith(line) and told(ranks).endswith("(step 4)")
     assert state_file.load(checkpoints(tmp_path) / "latest.pt")["progress"]["step"] == 4
+
+
+@pytest.mark.promise("too many skips")
+@pytest.mark.slow
+def test_rank_not_finite(tmp_path: Path, tokens: Path, processes: Processes) -> None:
+    """All skip the same steps and give up together; the rank with the value is named."""
+    settings = {"max_consecutive_skips": 2, "log_every": 1, "shard": "gradients"}
+    ranks = broken(processes, tmp_path, tokens, 2, "nan 1 step 6", **settings)
+    ranks.seconds_until_gone()
+    assert statuses(ranks) == [OF_A_MISTAKE] * 2
+    where = "all values up to the loss are finite, but the loss is not (on rank 1)"
+    latest = checkpoints(tmp_path) / "latest.pt"
+    saved = f"the last good checkpoint is {latest}"
+    assert told(ranks) == f"error: rank 0: step 7: 2 steps in a row not finite; {where}; {saved}"
+    assert state_file.load(latest)["progress"]["step"] == 4
 
 
 def wait_until(condition: Callable[[], bool], timeout: float = 60.0) -> None:

@@ -52,14 +52,14 @@ class Torchrun:
     def said(self) -> str:
         return self.file.read_text()
 
-    def status(self, limit: float = 180.0) -> int:
+    def status(self, limit: float = 1200.0) -> int:
         try:
             return self.process.wait(limit)
         finally:
             if self.process.poll() is None:
                 os.killpg(self.process.pid, signal.SIGKILL)
 
-    def wait_for(self, text: str, limit: float = 120.0) -> None:
+    def wait_for(self, text: str, limit: float = 600.0) -> None:
         deadline = time.monotonic() + limit
         while text not in self.said():
             assert time.monotonic() < deadline and self.process.poll() is None, self.said()

@@ -24,7 +24,7 @@ def gradients(size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 @pytest.mark.parametrize("ops", BACKENDS.values(), ids=BACKENDS)
 @pytest.mark.parametrize("size", [64, 192, 256, 4096 + 64])
-def test_gradient_norms_of_fewer_pieces(ops: ModuleType, size: int) -> None:
+def test_gradient_norms_fewer_pieces(ops: ModuleType, size: int) -> None:
     g = gradients(size)
     whole = ops.gradient_norms(g, PIECES)
     assert whole.dtype == torch.float64 and whole[3] == 0
@@ -39,7 +39,7 @@ def test_gradient_norms_of_fewer_pieces(ops: ModuleType, size: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_gradient_norms_with_more_threads(dtype: torch.dtype) -> None:
+def test_gradient_norms_more_threads(dtype: torch.dtype) -> None:
     before = torch.get_num_threads()
     found = []
     try:

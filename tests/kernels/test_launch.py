@@ -66,7 +66,7 @@ def test_attention_most_heads(monkeypatch: pytest.MonkeyPatch, T: int, documents
         assert torch.Size(grid).numel() >= B * H // 64, (name, grid)
 
 
-def test_launch_fuses_multiplications_and_additions() -> None:
+def test_launch_fused_multiply_add() -> None:
     """Whatever Triton's default is: it changes with 3.10."""
     launch(kernel := Kernel(), (1,), torch.zeros(1), SIZE=16)
     assert kernel.options == {"enable_fp_fusion": True, "SIZE": 16}

@@ -34,7 +34,8 @@ def step(wrapper: CustomTransformerWrapper) -> Tensor:
 
 @pytest.mark.parametrize("case", ["gpt2", "llama", "qwen3"])
 class TestRecording:
-    def test_a_recorded_step_has_the_same_bits(self, case: str) -> None:
+    def test_record_same_bits(self, case: str) -> None:
+        """A recorded step has the same bits."""
         plain, recorded = model(case), model(case)
         expected = step(plain)
         ops = recorded.model.ops
@@ -45,7 +46,8 @@ class TestRecording:
         step(recorded)
         assert len(calls) == count, "nothing is recorded afterwards"
 
-    def test_every_parameter_and_gradient_passes_by(self, case: str) -> None:
+    def test_record_parameters_and_gradients(self, case: str) -> None:
+        """Every parameter and gradient passes by."""
         wrapper = model(case)
         with recording(wrapper) as calls:
             step(wrapper)
@@ -53,7 +55,8 @@ class TestRecording:
         assert {n for c in calls for n in c.parameters.values()} >= names
         assert {n for c in calls for n in c.gradients.values()} == names
 
-    def test_the_backward_mirrors_the_forward(self, case: str) -> None:
+    def test_record_backward_order(self, case: str) -> None:
+        """The backward mirrors the forward."""
         wrapper = model(case)
         with recording(wrapper) as calls:
             step(wrapper)
@@ -66,7 +69,8 @@ class TestRecording:
         update = [c.operation for c in calls if c.layer == "update"]
         assert list(dict.fromkeys(update)) == ["gradient_norms", "adamw_update"]
 
-    def test_local_variables_have_the_names_of_the_source(self, case: str) -> None:
+    def test_record_names(self, case: str) -> None:
+        """Local variables have the names of the source."""
         wrapper = model(case)
         with recording(wrapper) as calls:
             step(wrapper)
@@ -74,6 +78,8 @@ class TestRecording:
         p, dp, delta, ds = (call.values[n] for n in ("p", "dp", "delta", "ds"))
         assert p.shape == (1, 4, T, T)
         assert torch.equal(ds, p * (dp - delta))
+        for each in calls:  # not those of functions that it calls
+            assert each.values.keys() <= set(each.function.__code__.co_varnames)
         file, line = call.caller
         assert file.endswith("layers/attention.py")
         assert "attention_backward(" in Path(file).read_text().splitlines()[line - 1]
@@ -84,7 +90,8 @@ def one(calls: list[Call], layer: str, operation: str) -> Call:
     return call
 
 
-def test_an_error_inside_ends_the_recording() -> None:
+def test_record_error_inside() -> None:
+    """An error inside ends the recording."""
     wrapper = model("gpt2")
     ops = wrapper.model.ops
     with pytest.raises(ZeroDivisionError), recording(wrapper):

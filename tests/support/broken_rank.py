@@ -12,6 +12,7 @@ torchrun starts it again, nothing breaks.
             hang        its main thread sleeps, the others of the process go on
             memory      it asks for more memory than there can be
             bug         an exception that nobody expects
+            nan         its loss is NaN in this step and the later ones
             bit         it turns one bit of its weights
             version     its packages have another version
 """
@@ -68,7 +69,7 @@ def then(function: Callable[..., Any], how: str, run: Trainer) -> Callable[..., 
         result = function(*arguments, **keywords)
         if ways:
             do(ways.pop(), run)
-        return result
+        return result * torch.nan if how == "nan" else result
 
     return called
 

@@ -64,7 +64,10 @@ def test_site(tmp_path: Path) -> None:
     """`make docs` builds every page; a link to a source file is a name or the file itself."""
     command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going"]
     subprocess.run([*command, str(ROOT / "docs"), str(tmp_path)], check=True)
+    steps = list(tmp_path.glob("steps/*/explain.html"))
     pages = [page for page in tmp_path.rglob("*.html") if "_static" not in page.parts]
+    pages = [page for page in pages if page not in steps]
+    led_to = set()
     assert len(pages) > len(list((ROOT / "docs").rglob("*.md")))  # and search, index
     for page in pages:
         html = page.read_text(encoding="utf-8")
@@ -74,5 +77,14 @@ def test_site(tmp_path: Path) -> None:
             if not re.match(r"\w+:", target):
                 found = page.parent / path.partition("?")[0] if path else page
                 assert found.exists(), f"{page.name}: {target}"
-                if heading:
+                if found.resolve() in steps:
+                    layer = heading.split("/")[0]
+                    led_to.add(layer)
+                    names = re.findall(r'"(?:operation|layer|name)": "([^"]+)"', found.read_text())
+                    assert not layer or layer in names, target
+                elif heading:
                     assert f'id="{heading}"' in found.read_text(encoding="utf-8"), target
+    assert len(steps) == 3 and led_to > {"attention", "rms_norm", "rotary", "norm_rotary", "adamw"}
+    for page in steps:
+        links = re.findall(r'"link": "([^"]+)"', page.read_text(encoding="utf-8"))
+        assert links and all((page.parent / link).exists() for link in links), page

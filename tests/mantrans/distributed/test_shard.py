@@ -38,7 +38,7 @@ def test_shard_ownership(size: int) -> None:
     assert (owners >= 0).all()
 
 
-def test_shard_of_one_process_is_three_parts() -> None:
+def test_shard_one_process() -> None:
     """Blocks that lie side by side take one launch."""
     parts = Shard(BUCKETS, World.single()).parts
     assert [part.kind for part in parts] == ["tables", "blocks", "vectors"]
@@ -46,7 +46,7 @@ def test_shard_of_one_process_is_three_parts() -> None:
     assert [part.pieces for part in parts] == [PIECES, 2 * PIECES, PIECES]
 
 
-def test_shard_of_too_many_processes() -> None:
+def test_shard_too_many_processes() -> None:
     with pytest.raises(ConfigError, match=r"^training.shard: expected none with more than 64 proc"):
         Shard(BUCKETS, World(0, 128))
 
@@ -76,7 +76,7 @@ def build(world: World, shard: str) -> CustomTransformerWrapper:
 
 @pytest.mark.parametrize("shard", ["optimizer", "gradients"])
 @pytest.mark.parametrize("size", [2, 3])
-def test_state_is_loaded_by_the_ranks_that_own_it(shard: str, size: int) -> None:
+def test_load_state_owned(shard: str, size: int) -> None:
     """Masters at the start, and the moments and masters of a state with all of them."""
     whole = build(World.single(), shard)
     ids = torch.arange(24).view(2, 12)

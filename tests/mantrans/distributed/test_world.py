@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from mantrans.distributed.world import World, device_of
+from mantrans.distributed.world import Ranks, World, device_of
 from mantrans.errors import ConfigError, MantransError
 from tests.support.ranks import in_ranks
 
@@ -29,8 +29,27 @@ def exchanges(world: World) -> dict[str, Any]:
     }
 
 
+def keys_left(world: World) -> list[int]:
+    """In the store, after one and after many calls."""
+    assert isinstance(world, Ranks)
+    counts = []
+    for n in range(20):
+        world.texts("a", "x" * n)
+        world.texts("all have counted", "")
+        if n in (1, 19):
+            counts.append(world.store.num_keys())
+    return counts
+
+
+def test_texts_leave_nothing() -> None:
+    """The store, which torchrun holds for as long as a run takes, does not grow."""
+    for first, last in in_ranks(2, keys_left):
+        assert last <= first + 2, (first, last)
+
+
 @pytest.mark.parametrize("size", [1, 3, 4])
-def test_exchanges_agree_on_all_ranks(size: int) -> None:
+def test_exchanges_all_ranks(size: int) -> None:
+    """Exchanges agree on all ranks."""
     found = in_ranks(size, exchanges)
     assert all(result == found[0] for result in found)
     assert found[0] | {"sum": None} == {
@@ -45,7 +64,7 @@ def test_exchanges_agree_on_all_ranks(size: int) -> None:
         assert found[0]["sum"] == 0.0
 
 
-def test_world_without_torchrun_is_single(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_world_without_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
     for value in (None, "", "1"):
         monkeypatch.delenv("WORLD_SIZE", raising=False)
         if value is not None:
@@ -59,12 +78,13 @@ def test_world_without_torchrun_is_single(monkeypatch: pytest.MonkeyPatch) -> No
     [
         ("RANK", "two", "RANK: expected a number, as torchrun sets it, got 'two'"),
         ("RANK", "4", r"RANK: expected less than WORLD_SIZE \(4\), got 4"),
-        ("MASTER_ADDR", "", "MASTER_ADDR: expected a value, as torchrun sets it, got nothing"),
+        ("MASTER_ADDR", "", "MASTER_ADDR: expected a machine, as torchrun sets it, got nothing"),
     ],
 )
-def test_variables_of_torchrun_are_refused(
+def test_world_variables_wrong(
     name: str, value: str, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Variables of torchrun are refused."""
     for variable in ("RANK", "LOCAL_RANK", "MASTER_PORT"):
         monkeypatch.setenv(variable, "0")
     monkeypatch.setenv("WORLD_SIZE", "4")
@@ -73,7 +93,8 @@ def test_variables_of_torchrun_are_refused(
         World.from_environment()
 
 
-def test_device_of_a_rank_is_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_device_of_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Device of a rank is its own."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     world = World(rank=3, size=4, local_rank=1, local_size=2)

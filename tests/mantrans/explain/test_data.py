@@ -44,10 +44,11 @@ def values(array: dict[str, Any]) -> np.ndarray:
 
 @pytest.mark.parametrize("case", CASES)
 class TestData:
-    def test_every_number_is_json(self, case: str) -> None:
+    def test_data_numbers_json(self, case: str) -> None:
         json.dumps(explained(case)[1], allow_nan=False)
 
-    def test_boxes_and_moments_mirror_each_other(self, case: str) -> None:
+    def test_data_boxes_and_moments(self, case: str) -> None:
+        """Boxes and moments mirror each other."""
         data = explained(case)[1]
         boxes = list(range(len(data["boxes"])))
         by_phase = {
@@ -56,7 +57,8 @@ class TestData:
         }
         assert by_phase == {"forward": boxes, "backward": boxes[::-1], "update": [None]}
 
-    def test_activations_die_as_the_backward_passes(self, case: str) -> None:
+    def test_data_activations(self, case: str) -> None:
+        """Activations die as the backward passes."""
         data = explained(case)[1]
         moments = data["moments"]
         kept = [m["activations"] for m in moments]
@@ -66,7 +68,25 @@ class TestData:
         assert kept[-2] == kept[-1] == 0 < kept[0]
         assert all((m["gradients"] > 0) == (m["phase"] == "backward") for m in moments)
 
-    def test_each_value_has_its_gradient_of_the_same_shape(self, case: str) -> None:
+    def test_data_boxes_keep(self, case: str) -> None:
+        """Boxes keep what their backward reads."""
+        keeps = {box["layer"]: box["keeps"] for box in explained(case)[1]["boxes"]}
+        assert keeps["embedding"] == keeps["loss"] - keeps["loss"] == 0
+        assert keeps["blocks.1.attention.qkv"] == keeps["output"] == T * 48
+        assert keeps["blocks.0.mlp.down"] == T * (80 if case in families.CASES else 4 * 48)
+        if case in families.CASES:  # only heads that are normalized are read again
+            assert (keeps["blocks.0.attention.rotary"] > 0) == (case == "qwen3")
+
+    def test_data_delta(self, case: str) -> None:
+        """Delta is the mean that the softmax takes."""
+        data = explained(case)[1]
+        box = next(b for b in data["boxes"] if b["layer"] == "blocks.1.attention")
+        p, dp = (values(data["arrays"][box["inside"][0][end]]) for end in ("value", "gradient"))
+        delta = data["deltas"]["blocks.1.attention"]
+        np.testing.assert_allclose((p * dp).sum(-1), delta, 1e-4, 1e-9)
+
+    def test_data_gradient_shapes(self, case: str) -> None:
+        """Each value has its gradient of the same shape."""
         data = explained(case)[1]
         arrays = data["arrays"]
         pairs = [
@@ -77,7 +97,8 @@ class TestData:
             if pair["name"] != "losses":
                 assert arrays[pair["value"]]["shape"] == arrays[pair["gradient"]]["shape"], pair
 
-    def test_parameters_are_those_of_the_step(self, case: str) -> None:
+    def test_data_parameters(self, case: str) -> None:
+        """Parameters are those of the step."""
         step, data = explained(case)
         p = step.wrapper.model.parameters
         gradients = dict(step.wrapper.model.named_gradients())
@@ -96,7 +117,7 @@ class TestData:
             shown = matrix[:, array["columns"] or slice(None)]
             np.testing.assert_array_equal(values(array)[0], shown.float().numpy())
 
-    def test_every_gradient_is_proven(self, case: str) -> None:
+    def test_data_gradients(self, case: str) -> None:
         data = explained(case)[1]
         pairs = [
             p for b in data["boxes"] for part in ("inputs", "outputs", "inside") for p in b[part]
@@ -110,7 +131,8 @@ class TestData:
             np.testing.assert_allclose(d["slopes"], slopes, 1e-12, err_msg=name)
             np.testing.assert_allclose(d["slopes"], found["gradients"], 1e-3, 1e-7, err_msg=name)
 
-    def test_update_follows_from_its_own_numbers(self, case: str) -> None:
+    def test_data_update(self, case: str) -> None:
+        """Update follows from its own numbers."""
         step, data = explained(case)
         about, optimizer = data["about"], data["about"]["optimizer"]
         assert about["clip"] == pytest.approx(min(1, 1 / (step.grad_norm + 1e-6)))
@@ -128,7 +150,8 @@ class TestData:
                 expected = before * (1 - about["learning_rate"] * decay) - change
                 assert after == pytest.approx(expected, rel=1e-12, abs=1e-15), name
 
-    def test_variants_are_other_updates_of_the_same_step(self, case: str) -> None:
+    def test_data_update_variants(self, case: str) -> None:
+        """Variants are other updates of the same step."""
         step, data = explained(case)
         this, unclipped, twice = data["variants"]
         change = (step.after - step.before).norm().item()
@@ -138,7 +161,7 @@ class TestData:
         loss = step.wrapper.forward(step.tokens, step.tokens)["loss"].item()
         assert this["loss"] == pytest.approx(loss, rel=1e-12)
 
-    def test_tied_gradients_add_up(self, case: str) -> None:
+    def test_data_tied_gradients(self, case: str) -> None:
         data = explained(case)[1]
         if data["about"]["config"]["tie_embeddings"]:
             output, embedding, together = (
@@ -150,14 +173,14 @@ class TestData:
             assert data["tied"] is None
 
 
-def test_important_rows_are_kept() -> None:
+def test_rows_important() -> None:
     assert spread(5, 64) == [0, 1, 2, 3, 4]
     assert spread(1000, 4, [999, 7, 1000]) == [0, 7, 500, 999]
     kept = spread(4096, 64, range(60, 90))
     assert set(range(60, 90)) <= set(kept) and len(kept) == 64 and kept == sorted(kept)
 
 
-def test_an_array_is_sampled_and_kept_once() -> None:
+def test_arrays_sampled_once() -> None:
     arrays = Arrays({"V": [77]})
     x = torch.arange(2 * 100 * 90, dtype=torch.float64).view(2, 100, 90)
     assert arrays.add(x, ["H", "T", "V"]) == arrays.add(x, ["H", "T", "V"]) == 0

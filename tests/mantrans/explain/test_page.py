@@ -31,7 +31,8 @@ def explain(*arguments: str) -> tuple[str, dict[str, Any]]:
     return html, json.loads(found)
 
 
-def test_page_loads_nothing_and_runs_nothing_of_the_text(capsys: pytest.CaptureFixture) -> None:
+def test_page_hostile_text(capsys: pytest.CaptureFixture) -> None:
+    """Page loads nothing and runs nothing of the text."""
     html, data = explain("--text", TEXT, "--max-tokens", "64")
     assert capsys.readouterr().out == "out/explain.html\n"
     assert data["about"]["text"] == TEXT
@@ -45,7 +46,7 @@ def test_page_loads_nothing_and_runs_nothing_of_the_text(capsys: pytest.CaptureF
     assert all(Path("out", link.split("#")[0]).is_file() for link in links)
 
 
-def test_code_is_that_of_the_source(capsys: pytest.CaptureFixture) -> None:
+def test_page_code(capsys: pytest.CaptureFixture) -> None:
     functions = explain("--text", "one two three")[1]["functions"]
     assert {"linear_backward", "attention_backward", "adamw_update"} <= functions.keys()
     for name, function in functions.items():
@@ -56,7 +57,8 @@ def test_code_is_that_of_the_source(capsys: pytest.CaptureFixture) -> None:
         assert shown[0].startswith(f"def {name}(")
 
 
-def test_default_sentence_fits_and_a_longer_text_is_cut_and_said() -> None:
+def test_page_text_too_long() -> None:
+    """Default sentence fits and a longer text is cut and said."""
     tokens = load_tokenizer("tinystories_bpe_4096").encode(page.TEXT)
     assert 10 < len(tokens) <= page.TOKENS
     subject = page.fresh()
@@ -66,7 +68,8 @@ def test_default_sentence_fits_and_a_longer_text_is_cut_and_said() -> None:
         assert f"tokens; the first {count} are used ({why}" in note
 
 
-def test_fewer_differences_of_a_large_model_are_said() -> None:
+def test_page_large_model() -> None:
+    """Fewer differences of a large model are said."""
     data = explain("--text", "a cat sat")[1]
     assert {len(p["elements"]) for p in data["parameters"].values()} == {1}
     assert any("1 of a parameter's elements" in note for note in data["about"]["notes"])
@@ -83,9 +86,8 @@ def test_fewer_differences_of_a_large_model_are_said() -> None:
         (["--output", "folder"], "folder/explain.html: expected the name of an HTML file"),
     ],
 )
-def test_bad_input_gets_one_line(
-    arguments: list[str], words: str, capsys: pytest.CaptureFixture
-) -> None:
+def test_page_bad_input(arguments: list[str], words: str, capsys: pytest.CaptureFixture) -> None:
+    """Bad input gets one line."""
     Path("file").touch()
     Path("folder/explain.html").mkdir(parents=True)
     arguments = arguments if "--text" in arguments else ["--text", "a cat sat", *arguments]
@@ -94,14 +96,16 @@ def test_bad_input_gets_one_line(
     assert told.startswith("error: ") and words in told
 
 
-def test_a_checkpoint_that_train_py_did_not_save_is_refused(capsys: pytest.CaptureFixture) -> None:
+def test_page_checkpoint_without_tokenizer(capsys: pytest.CaptureFixture) -> None:
+    """A checkpoint that train.py did not save is refused."""
     model = CustomTransformerWrapper(40, 16, 1, 2, max_seq_len=8, device="cpu")
     model.save_checkpoint("own.pt")
     assert main(["explain", "--checkpoint", "own.pt"]) == MISTAKE
     assert "own.pt: expected a checkpoint that train.py saved" in capsys.readouterr().err
 
 
-def test_a_model_that_is_not_finite_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_page_not_finite(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that is not finite is refused."""
     subject = page.fresh()
     subject.wrapper.model.parameters.weights.fill_(torch.nan)
     monkeypatch.setattr(page, "fresh", lambda: subject)

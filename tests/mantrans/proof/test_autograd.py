@@ -36,7 +36,7 @@ OUTSIDE = {
 
 
 @pytest.mark.parametrize("case", ["gpt2", "qwen3", pytest.param("llama", marks=pytest.mark.slow)])
-def test_autograd_of_results(case: str) -> None:
+def test_autograd_results(case: str) -> None:
     """Every result of every operation, and what is inside the operations."""
     wrapper = model(case, "float64", backend="reference")
     ids, labels = batch()

@@ -15,7 +15,7 @@ from tests.mantrans.proof.test_check import batch, model
 @pytest.mark.parametrize(
     "case", ["gpt2", pytest.param("qwen3, window, biases", marks=pytest.mark.slow)]
 )
-def test_slope_of_every_name(case: str) -> None:
+def test_slope_every_name(case: str) -> None:
     copy = exact_copy(model(case, n_blocks=1).model)
     ids, labels = batch()
     found = differentiate(copy, ids, shift(labels))
@@ -40,7 +40,7 @@ def test_stencil_order(order: int) -> None:
         assert (abs(rise - (power == 1)) < 1e-12) == (power < order + 1)
 
 
-def test_slope_of_smaller_order() -> None:
+def test_slope_smaller_order() -> None:
     copy = exact_copy(model("gpt2").model)
     ids, labels = batch()
     name, where = "blocks.0.norm_2.weight", [(i,) for i in range(8)]

@@ -16,8 +16,8 @@ from mantrans.kernels.operations import Draw
 from mantrans.kernels.selfcheck import run_shapes
 from mantrans.training import kernel_check
 from mantrans.training.batches import TokenSource
+from mantrans.training.building import build_wrapper
 from mantrans.training.step import TrainStep
-from mantrans.training.trainer import build_wrapper
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 SMALL = ["model.d_model=32", "model.n_blocks=1", "model.n_heads=2", "model.d_ffn=48",
@@ -92,7 +92,7 @@ def _owners(model: Any) -> list[Any]:
                               "model.attention_window=8"]),
     ],
 )  # fmt: skip
-def test_programs_cover_the_run(name: str, changes: list[str]) -> None:
+def test_programs_of_run(name: str, changes: list[str]) -> None:
     config = Config.load(CONFIGS / f"{name}.yaml", [*SMALL, *changes])
     ops, model = Called(), config.model
     shapes = run_shapes(32, 2, 48, 61, 24, model.n_kv_heads)
