@@ -144,7 +144,7 @@ class Trainer:
         if checkpoint:
             notes += continue_data(self, checkpoint)
         if check_kernels and self.wrapper.device.type == "cuda":
-            kernel_check.check(
+            notes += kernel_check.check(
                 self.config, self.wrapper.model, quiet=quiet or not self.world.is_first
             )
         self._meet()
