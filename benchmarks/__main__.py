@@ -5,6 +5,7 @@ commands:
   ops        every operation
   step       whole training steps
   scaling    how a step's cost grows with length, width, depth and vocabulary
+  ranks      steps of several processes, beside DistributedDataParallel
   report     write docs/benchmarks.md and its figures from the newest results
   gpu        all that only a GPU can prove or measure, in nine minutes
 """
@@ -25,6 +26,7 @@ COMMANDS = {
     "ops": ("operations", 240),
     "step": ("steps", 300),
     "scaling": ("scaling", 120),
+    "ranks": ("ranks", 120),
     "report": ("report", 60),
     "gpu": ("gpu", 530),
 }

@@ -242,16 +242,16 @@ def build(
 
 
 def new_model(
-    config: ModelConfig, dtype: str, backend: str = "auto", **optimizer: Any
+    config: ModelConfig, dtype: str, backend: str = "auto", **more: Any
 ) -> CustomTransformerWrapper:
     """Our model of this shape, with AdamW unless another one is named; the same weights always."""
-    if not optimizer:
+    if "optimizer" not in more:
         options = {"beta1": BETAS[0], "beta2": BETAS[1], "epsilon": EPSILON}
         options |= {"weight_decay": WEIGHT_DECAY, "max_grad_norm": MAX_GRAD_NORM}
-        optimizer = {"optimizer": "adamw", "optimizer_options": options}
+        more |= {"optimizer": "adamw", "optimizer_options": options}
     shape = config.model_copy(update={"dtype": dtype})
     return CustomTransformerWrapper.from_config(
-        shape, device=machine.device(), backend=backend, seed=1, **optimizer
+        shape, device=machine.device(), backend=backend, seed=1, **more
     )
 
 
