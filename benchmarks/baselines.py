@@ -285,7 +285,8 @@ class OurTrainer:
 
     def resident(self) -> Iterator[Tensor]:
         p = self.wrapper.model.parameters
-        yield from (p.weights, p.gradients, *self.wrapper.optimizer.state().values())
+        yield from (p.weights, *self.train_step.gradient_sum.levels)
+        yield from self.wrapper.optimizer.state().values()
         if p.master is not None:
             yield p.master
 

@@ -360,6 +360,8 @@ def explain(arguments: list[str]) -> int:
         "--max-tokens", type=integer(2, 2**20), metavar="N", help="cut the text there (default: 24)"
     )
     options = parser.parse_args(arguments)
+    # before torch is loaded: threads that spin while they wait take minutes on a busy machine
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from mantrans.explain.page import TOKENS, write_page
 
     page = write_page(

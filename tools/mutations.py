@@ -417,7 +417,7 @@ MUTATIONS = (
         "gradient_norms",
         "g = g.to(tl.float64)",
         "g = g.to(tl.float32)",
-        "cross_entropy_edges",
+        "gradient_norms_edges",
     ),
     Mutation(
         "the gradient norm leaves out the last element",

@@ -15,7 +15,7 @@ from mantrans.explain.page import write_page
 from tests.support.browser import Browser
 
 FIGURES = Path(__file__).parents[1] / "docs" / "figures"
-SIZE = 1360, 1350
+SIZE = 1360, 1440
 MOMENT = "blocks.1.mlp/backward"
 COLORS = 224
 

@@ -143,17 +143,63 @@ FLOAT32_TILES = {
 }
 TILES |= {(kernel, arch, 4): row for kernel, row in FLOAT32_TILES.items() for arch in (80, 90, 100)}
 
+# AMD's GPUs, by the lanes of a warp; 64 KiB of shared memory a program. The rows of 80 where
+# nothing spills: compiled by the gate, never run. RDNA's threads have 256 registers, and its
+# products take each row of a tile twice: dk/dv for widths of 128 and 256 and dq for 256 spill
+# whatever the tiles, and these spill least.
+CDNA, RDNA = 64, 32
+TILES |= {
+    (kernel, arch, size): dict(TILES[kernel, 80, size])
+    for kernel in FLOAT32_TILES
+    for size in (2, 4)
+    for arch in (CDNA, RDNA)
+}
+TILES["dkdv", CDNA, 2] = {
+    16: Tiles(64, 64, 4, 2),
+    32: Tiles(32, 64, 4, 2),
+    64: Tiles(32, 64, 4, 2),
+    128: Tiles(16, 64, 4, 2),
+    256: Tiles(32, 16, 4, 2),
+}
+TILES["forward", RDNA, 2] |= {
+    64: Tiles(64, 32, 4, 2),
+    128: Tiles(32, 32, 8, 1),
+    256: Tiles(16, 16, 4, 1),
+}
+TILES["dkdv", RDNA, 2] = {
+    16: Tiles(32, 32, 4, 1),
+    32: Tiles(32, 32, 4, 1),
+    64: Tiles(16, 32, 4, 1),
+    128: Tiles(16, 16, 8, 1),
+    256: Tiles(16, 16, 8, 1),
+}
+TILES["dq", RDNA, 2] |= {
+    32: Tiles(64, 64, 8, 1),
+    64: Tiles(64, 32, 8, 1),
+    128: Tiles(32, 16, 4, 1),
+    256: Tiles(16, 16, 8, 1),
+}
+TILES["forward", RDNA, 4] |= {32: Tiles(32, 16, 4, 1), 64: Tiles(16, 16, 4, 1)}
+TILES["dkdv", RDNA, 4] |= {
+    32: Tiles(16, 16, 4, 1),
+    64: Tiles(16, 16, 8, 1),
+    128: Tiles(16, 16, 16, 1),
+}
+TILES["dq", RDNA, 4] |= {64: Tiles(16, 16, 8, 1)}
+
 L2_BYTES = 16 * 2**20  # of tiles that programs under way may share: a part of the L2 cache
 
 
 def architecture(device: torch.device) -> int:
-    """Which rows of TILES serve `device`: 90, 100, or 80 for everything else.
+    """Which rows of TILES serve `device`: 90, 100, CDNA, RDNA, or 80 for all others.
 
     The rows of 80 keep within the 99 KiB of shared memory that consumer cards have, and leave the
     registers that addresses take where tiles come by plain loads: newer GPUs use them too for head
     widths that the copy engine does not serve.
     """
     gpu = gpu_of(device)
+    if gpu is not None and gpu.capability == 0:
+        return CDNA if gpu.lanes == 64 else RDNA
     return {9: 90, 10: 100}.get(gpu.capability // 10 if gpu else 0, 80)
 
 
@@ -173,7 +219,7 @@ class Problem(NamedTuple):
     def tiles(self, kernel: str, documents: bool) -> Tiles:
         """The kernel's row of TILES, or of the two tables of exceptions."""
         key = kernel, self.architecture, self.element_bytes
-        if self.element_bytes == 2 and not self.TMA:
+        if self.element_bytes == 2 and not self.TMA and self.architecture >= 80:
             rows = TILES[kernel, 80, 2] | TILES_BY_LOADS.get(key[:2], {})
         else:
             rows = TILES[key] | (TILES_WITH_DOCUMENTS.get(key, {}) if documents else {})

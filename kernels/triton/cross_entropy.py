@@ -39,8 +39,10 @@ from torch import Tensor
 from mantrans.kernels.native import row_chunks, weight_gradient
 from mantrans.kernels.reference import IGNORE_INDEX
 from mantrans.kernels.triton.launch import (
+    MOST_THREADS,
     cdiv,
     check_tensor,
+    lanes_of_warp,
     launch,
     next_power_of_two,
     refuse,
@@ -313,18 +315,19 @@ def cross_entropy_forward_backward_kernel(
 # ---------------------------------------------------------------------------------- launchers
 
 
-def blocks(n_columns: int, dtype: torch.dtype) -> dict[str, int]:
-    """LANES, COLUMNS and warps for a row of n_columns logits of `dtype`.
+def blocks(logits: Tensor) -> dict[str, int]:
+    """LANES, COLUMNS and warps for a row of logits (N, Vp).
 
     A long row gets one large program, so that few rows are processed at a time and the second pass
     finds its row in cache: two programs on each of 132 multiprocessors read 26 MB of 50,304 bf16.
     """
-    columns = BYTES_A_LANE // dtype.itemsize
-    lanes = next_power_of_two(cdiv(n_columns, columns))
-    most = MAX_WARPS * 2 // dtype.itemsize
-    warps = min(most, max(1, lanes // (32 * LANES_A_THREAD)))
+    columns = BYTES_A_LANE // logits.element_size()
+    lanes = next_power_of_two(cdiv(logits.shape[1], columns))
+    of_warp = lanes_of_warp(logits.device)
+    most = min(MAX_WARPS * 2 // logits.element_size(), MOST_THREADS // of_warp)
+    warps = min(most, max(1, lanes // (of_warp * LANES_A_THREAD)))
     return {
-        "LANES": min(lanes, 32 * LANES_A_THREAD * warps),
+        "LANES": min(lanes, of_warp * LANES_A_THREAD * warps),
         "COLUMNS": columns,
         "num_warps": warps,
     }
@@ -372,7 +375,7 @@ def cross_entropy_forward(
         Vp,
         vocab_size,
         ignore_index,
-        **blocks(Vp, logits.dtype),
+        **blocks(logits),
     )
     return losses, normalizer
 
@@ -402,7 +405,7 @@ def cross_entropy_backward(
         Vp,
         vocab_size,
         ignore_index,
-        **blocks(Vp, logits.dtype),
+        **blocks(logits),
     )
     return logits
 
@@ -428,7 +431,7 @@ def cross_entropy_forward_backward(
         Vp,
         vocab_size,
         ignore_index,
-        **blocks(Vp, logits.dtype),
+        **blocks(logits),
     )
     return losses
 
@@ -487,7 +490,7 @@ def linear_cross_entropy_forward(
             logits.shape[1],
             vocab_size,
             IGNORE_INDEX,
-            **blocks(logits.shape[1], logits.dtype),
+            **blocks(logits),
         )
     return losses
 
@@ -527,7 +530,7 @@ def linear_cross_entropy_forward_backward(
             logits.shape[1],
             vocab_size,
             IGNORE_INDEX,
-            **blocks(logits.shape[1], logits.dtype),
+            **blocks(logits),
         )
         dlogits = logits
         weight_gradient(dlogits, dx[rows], dweight, accumulate)

@@ -18,6 +18,8 @@ from torch import Tensor
 # The dtypes that kernels support; float64 needs the reference or native backend.
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
+MOST_THREADS = 1024  # of a program
+
 # Most programs on each axis of a grid (CUDA C++ Programming Guide, compute capabilities).
 GRID_LIMITS = (2**31 - 1, 65_535, 65_535)
 
@@ -25,8 +27,9 @@ GRID_LIMITS = (2**31 - 1, 65_535, 65_535)
 class GPU(NamedTuple):
     """What launchers ask of the GPU that kernels run on."""
 
-    capability: int  # 90 for compute capability 9.0
+    capability: int  # 90 for compute capability 9.0; 0 for a GPU of AMD
     multiprocessors: int  # the unit of a persistent grid
+    lanes: int = 32  # of a warp, which AMD calls a wavefront
 
 
 # The interpreter takes Hopper's way through the kernels. It runs one program after the other; with
@@ -55,10 +58,10 @@ def next_power_of_two(n: int) -> int:
 
 @functools.cache
 def present_gpu(device: torch.device) -> GPU:
-    """The GPU that a CUDA device is."""
+    """The GPU that a CUDA device is; PyTorch calls AMD's that too."""
     properties = torch.cuda.get_device_properties(device)
-    capability = 10 * properties.major + properties.minor
-    return GPU(capability, properties.multi_processor_count)
+    capability = 0 if torch.version.hip else 10 * properties.major + properties.minor
+    return GPU(capability, properties.multi_processor_count, properties.warp_size)
 
 
 def gpu_of(device: torch.device) -> GPU | None:
@@ -72,6 +75,12 @@ def multiprocessors(device: torch.device) -> int:
     """The number of multiprocessors of `device`."""
     gpu = gpu_of(device)
     return gpu.multiprocessors if gpu else refuse("device", device, "one that can run kernels")
+
+
+def lanes_of_warp(device: torch.device) -> int:
+    """The number of lanes of a warp on `device`: 32, or 64 on some of AMD's."""
+    gpu = gpu_of(device)
+    return gpu.lanes if gpu else 32
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:

@@ -42,7 +42,7 @@ const blockName = group => group.startsWith("blocks.") ? `Block ${+group.split("
 
 const WHERE = { norm_1: "Norm before attention", qkv: "Query, key, value", attention: "Attention",
   projection: "Projection", norm_2: "Norm before MLP", up: "Up projection", gate_up: "Gate and up projection",
-  mlp: null, down: "Down projection", rotary: "Rotary position", final_norm: "Final norm", output: "Output",
+  mlp: null, down: "Down projection", rotary: null, final_norm: "Final norm", output: "Output",
   embedding: "Embedding", loss: "Softmax and loss" };
 const SHORT = { norm_1: "Norm 1", norm_2: "Norm 2", qkv: "Q, K, V", up: "Up", gate_up: "Gate, up", down: "Down",
   rotary: "Rotary", loss: "Loss" };

@@ -39,6 +39,7 @@ class RunLogger:
             dropped. None starts new records.
         config: written out as config.yaml, if given.
         total_steps: where the progress bar ends.
+        processes: that train together, for versions.json.
         tensorboard: write event files too, if tensorboard is installed.
         quiet: show nothing.
         stream: where to show progress; standard error if None.
@@ -54,6 +55,7 @@ class RunLogger:
         *,
         config: Config | None = None,
         total_steps: int | None = None,
+        processes: int = 1,
         tensorboard: bool = True,
         quiet: bool = False,
         stream: TextIO | None = None,
@@ -66,7 +68,8 @@ class RunLogger:
                 with replacing(self.directory / "config.yaml") as file:
                     write_all(file, strict_yaml.dump(config.to_dict()).encode())
             with replacing(self.directory / "versions.json") as file:
-                write_all(file, json.dumps(versions(), indent=2).encode() + b"\n")
+                found = versions() | {"processes": str(processes)}
+                write_all(file, json.dumps(found, indent=2).encode() + b"\n")
         except OSError as error:
             raise MantransError(f"{self.directory}: cannot be written ({error.strerror})") from None
         self._metrics = JsonLines(self.directory / "metrics.jsonl", resume_step)

@@ -16,7 +16,6 @@ import time
 from pathlib import Path
 from typing import Any, Literal
 
-from mantrans import optim
 from mantrans.checkpoint import state_file
 from mantrans.checkpoint.folder import CheckpointFolder
 from mantrans.config import Config, TrainingConfig
@@ -24,7 +23,6 @@ from mantrans.config.arguments import Steps, checked
 from mantrans.data.dataset import prepare
 from mantrans.data.loader import BatchLoader
 from mantrans.distributed.world import World, device_of
-from mantrans.errors import ConfigError
 from mantrans.evaluation.evaluator import measure_stream
 from mantrans.optim.guards import OutlierGuard
 from mantrans.optim.schedule import rate
@@ -32,6 +30,7 @@ from mantrans.runtime import disable_malloc_trim, resolve_device, set_threads
 from mantrans.training import agreement, flops, kernel_check, memory, saving
 from mantrans.training.alone import on_first
 from mantrans.training.batches import token_source
+from mantrans.training.building import build_wrapper
 from mantrans.training.ending import finish, give_up
 from mantrans.training.logger import RunLogger
 from mantrans.training.profile import StepProfiler
@@ -43,7 +42,6 @@ from mantrans.training.share import share_of
 from mantrans.training.signals import StopSignals
 from mantrans.training.start import start
 from mantrans.training.step import TrainStep
-from mantrans.wrapper import CustomTransformerWrapper
 
 
 class Trainer:
@@ -146,7 +144,7 @@ class Trainer:
         if checkpoint:
             notes += continue_data(self, checkpoint)
         if check_kernels and self.wrapper.device.type == "cuda":
-            kernel_check.check(
+            notes += kernel_check.check(
                 self.config, self.wrapper.model, quiet=quiet or not self.world.is_first
             )
         self._meet()
@@ -159,6 +157,7 @@ class Trainer:
             self.progress.step if checkpoint else None,
             config=self.config,
             total_steps=self.total_steps,
+            processes=self.world.size,
             quiet=quiet,
         )
         if checkpoint:
@@ -465,32 +464,3 @@ class Trainer:
             f"run      {self.total_steps:,} steps of {self.config.tokens_per_step:,} tokens, "
             f"{self.total_steps / self.loader.batches_per_epoch:.2f} epochs"
         )
-
-
-def build_wrapper(
-    config: Config, vocab_size: int, world: World | None = None
-) -> CustomTransformerWrapper:
-    """The model and optimizer that a config describes, for a tokenizer of `vocab_size` entries.
-
-    world: the processes that divide its state by training.shard; None for this one alone.
-
-    Raises ConfigError if the config names another vocabulary size.
-    """
-    model, training = config.model, config.training
-    if model.vocab_size not in (None, vocab_size):
-        raise ConfigError(
-            f"model.vocab_size: expected null or {vocab_size}, the entries of data.tokenizer "
-            f"({config.data.tokenizer}), got {model.vocab_size}"
-        )
-    return CustomTransformerWrapper.from_config(
-        model.model_copy(update={"vocab_size": vocab_size}),
-        device=training.device,
-        backend=training.backend,
-        optimizer=training.optimizer,
-        optimizer_options=optim.options(training),
-        seed=training.seed,
-        recompute=training.recompute,
-        stochastic_rounding=training.stochastic_rounding,
-        world=world,
-        shard=training.shard,
-    )

@@ -39,6 +39,7 @@ INTEGERS = {
     "train --profile": (0, 1000),
     "evaluate --checkpoint none.pt --max-batches": (1, 10**12),
     "summary configs/quickstart.yaml --tokens": (1, 10**12),
+    "summary configs/quickstart.yaml --ranks": (1, 10**6),
     "explain --checkpoint none.pt --text a --max-tokens": (2, 2**20),
     "generate --checkpoint none.pt --prompt a --max-length": (1, 2**20),
     "generate --checkpoint none.pt --prompt a --top-k": (1, 2**24),

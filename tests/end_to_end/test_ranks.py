@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -55,8 +56,7 @@ BFLOAT16 = {"model": {"dtype": "bfloat16"}}
 @pytest.mark.parametrize(
     ("settings", "runs"),
     [
-        ({}, [(2, "optimizer"), (4, "none")]),
-        pytest.param(BFLOAT16, [(2, "none"), (4, "gradients")]),
+        ({}, [(2, "optimizer")]),
         *(
             pytest.param(
                 model | {"optimizer": optimizer},
@@ -133,6 +133,16 @@ def test_ranks_resume_own_config(tmp_path: Path, tokens: Path, processes: Proces
     )
     assert "at step 3\n" in said and "nothing was profiled: the run had 5 steps" in said
     assert_same_bits(left(parts), left(whole))
+
+
+@pytest.mark.promise("torchrun")
+@pytest.mark.slow
+def test_ranks_prepare_data_once(tmp_path: Path, processes: Processes) -> None:
+    """The first of a machine writes the tokens, the others wait and read them."""
+    said = finished(begin(processes, tmp_path / "run", tmp_path / "tokens", 4))
+    assert said.count("tokenizing") == 1 and "4 processes" in said
+    versions = json.loads((tmp_path / "run" / "runs" / "small" / "versions.json").read_text())
+    assert versions["processes"] == "4"
 
 
 def refused(ranks: Ranks, folder: Path) -> str:

@@ -16,7 +16,7 @@ import torch
 from tools.gate.cards import CARDS, resident_programs
 from tools.gate.digest import ROOT, digest, stale
 from tools.gate.driver import Kernel, Launch, TensorMap
-from tools.gate.machine_code import MachineCode, count_instructions, read_usage
+from tools.gate.machine_code import MachineCode, count_instructions, read_assembly, read_usage
 from tools.gate.memory import ShapesOnly
 from tools.gate.rules import violations
 
@@ -99,7 +99,8 @@ def test_violations_kernel(change: dict[str, Any], complaint: str) -> None:
 
 @pytest.mark.parametrize("capability", CARDS)
 def test_violations_shared_memory_of_card(capability: int) -> None:
-    limit = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
+    limit = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376,
+             942: 65_536, 1100: 65_536}  # fmt: skip
     fits = LAUNCH._replace(kernel=KERNEL._replace(shared=limit[capability]))
     assert complaints(fits, capability) == []
     larger = LAUNCH._replace(kernel=KERNEL._replace(shared=limit[capability] + 1))
@@ -134,7 +135,46 @@ def test_resident_programs_limits() -> None:
     assert resident_programs(card, registers=32, warps=4, shared=100_000) == 2
 
 
+def test_resident_programs_amd() -> None:
+    """Wavefronts of 64 lanes; 128 KiB registers of 4 bytes and 64 KiB of shared memory."""
+    card = CARDS[942]
+    assert card.architecture == "gfx942"
+    assert resident_programs(card, registers=256, warps=8, shared=0) == 1
+    assert resident_programs(card, registers=32, warps=1, shared=0) == 32
+    assert resident_programs(card, registers=32, warps=4, shared=32_768) == 2
+
+
+@pytest.mark.parametrize(("capability", "most"), [(90, 32), (942, 16), (1100, 32)])
+def test_violations_threads(capability: int, most: int) -> None:
+    """A program has at most 1,024, in warps of 32 or 64."""
+    code = CODE._replace(registers=32, hgmma=0, hmma=1)
+    kernel = KERNEL._replace(constants={"D": 32}, shared=0, code=code)
+    assert not complaints(LAUNCH._replace(kernel=kernel._replace(warps=most)), capability)
+    [line] = complaints(LAUNCH._replace(kernel=kernel._replace(warps=2 * most)), capability)
+    assert line == "threads: expected at most 1024, got 2048"
+
+
 # ------------------------------------------------------------------------- what it reads and makes
+
+
+def test_read_assembly() -> None:
+    """AMD's."""
+    text = """
+        buffer_load_dwordx4 v[2:5], v1, s[4:7], 0 offen
+        global_store_dword v[0:1], v2, off
+        ds_read_b128 v[6:9], v1
+        v_mfma_f32_32x32x8_bf16 a[0:15], v[2:3], v[4:5], a[0:15]
+        scratch_store_dword off, v2, s0
+    amdhsa.kernels:
+      - .agpr_count:     16
+        .private_segment_fixed_size: 24
+        .sgpr_spill_count: 0
+        .vgpr_count:     132
+        .vgpr_spill_count: 6
+    """
+    assert read_assembly(text) == MachineCode(
+        registers=132, stack=24, local=6, hmma=1, accesses=2, wide_accesses=1
+    )
 
 
 def test_read_usage() -> None:

@@ -10,9 +10,9 @@ import torch
 
 from mantrans.config import Config, ModelConfig
 from mantrans.training.batches import HostTokens
+from mantrans.training.building import build_wrapper
 from mantrans.training.memory import predict
 from mantrans.training.step import TrainStep
-from mantrans.training.trainer import build_wrapper
 from mantrans.wrapper import CustomTransformerWrapper
 from tests.gpu.small_runs import loader
 

@@ -46,8 +46,8 @@ def main() -> int:
 def say(capability: int, result: Result) -> int:
     """Print a line for the run, and one for each violation; 1 if there is one, or no launch."""
     print(
-        f"sm_{capability}: {len(result.rows)} kernels, {result.launches} launches with Triton "
-        f"{triton.__version__}, {len(result.broken)} violations",
+        f"{CARDS[capability].architecture}: {len(result.rows)} kernels, {result.launches} launches "
+        f"with Triton {triton.__version__}, {len(result.broken)} violations",
         flush=True,
     )
     for line in result.broken:

@@ -78,7 +78,7 @@ class Utils:
         self.properties = {
             "max_shared_mem": MOST_SHARED,
             "multiprocessor_count": card.multiprocessors,
-            "warpSize": 32,
+            "warpSize": card.lanes,
         }
         self.binaries: dict[int, bytes] = {}
 
@@ -99,9 +99,12 @@ class Driver(DriverBase):
 
     def __init__(self, card: Card, record: Record, cache: Path) -> None:
         self.card, self.record, self.cache = card, record, cache
-        self.target, self.utils = GPUTarget("cuda", card.capability, 32), Utils(card)
+        by_amd = card.vendor == "amd"
+        kind = ("hip", card.architecture) if by_amd else ("cuda", card.capability)
+        self.target, self.utils = GPUTarget(*kind, card.lanes), Utils(card)
         self.kernels: dict[int, Kernel] = {}
-        self.ir: dict[int, str] = {}  # function handle -> Triton's intermediate code
+        # function handle -> Triton's intermediate code, and for AMD the assembly
+        self.texts: dict[int, dict[str, str]] = {}
         self.began = cpu_seconds()  # since the last launch: a machine may be busy with other work
 
     @classmethod
@@ -142,16 +145,23 @@ class Driver(DriverBase):
             warps=metadata.num_warps,
             stages=metadata.num_stages,
             shared=metadata.shared,
-            scratch=metadata.global_scratch_size + metadata.profile_scratch_size,
-            multiplies=sixteen_bit and "tt.dot" in self.ir[function],
-            code=machine_code.read(self.utils.binaries[function], self.cache / "machine-code"),
+            scratch=getattr(metadata, "global_scratch_size", 0) + metadata.profile_scratch_size,
+            multiplies=sixteen_bit and "tt.dot" in self.texts[function]["ttir"],
+            code=self.machine_code(function),
             seconds=self.seconds(metadata.hash),
         )
 
+    def machine_code(self, function: int) -> MachineCode:
+        if self.card.vendor == "amd":
+            return machine_code.read_assembly(self.texts[function]["amdgcn"])
+        return machine_code.read(self.utils.binaries[function], self.cache / "machine-code")
+
     def loaded(self, module: int, function: int, name: str, files: Any, hash: str) -> None:
-        self.ir[function] = next(
-            Path(p) for f, p in files.items() if f.endswith(".ttir")
-        ).read_text()
+        self.texts[function] = {
+            kind: Path(path).read_text()
+            for file, path in files.items()
+            if (kind := file.rpartition(".")[2]) in ("ttir", "amdgcn")
+        }
 
     def compiled(self, *, metadata: Any, cache_hit: bool, **_: Any) -> None:
         if not cache_hit:
@@ -196,7 +206,7 @@ def numbers_of(arguments: dict[str, Any], kernel: Kernel) -> dict[str, int]:
 def maps_of(arguments: dict[str, Any], metadata: Any) -> dict[str, TensorMap]:
     """The tensor maps that a kernel is launched with."""
     given = {n: v for n, v in arguments.items() if isinstance(v, TensorDescriptor)}
-    made = metadata.tensordesc_meta or [{} for _ in given]
+    made = getattr(metadata, "tensordesc_meta", None) or [{} for _ in given]
     return {
         name: TensorMap(
             address=x.base.data_ptr(),
@@ -223,7 +233,8 @@ def launches_for(card: Card, record: Record, cache: Path) -> Iterator[None]:
         knobs.runtime.kernel_load_end_hook = driver.loaded
         knobs.compilation.listener = driver.compiled
         triton.runtime.driver.set_active(driver)
-        launching.absent_gpu = launching.GPU(card.capability, card.multiprocessors)
+        capability = 0 if card.vendor == "amd" else card.capability
+        launching.absent_gpu = launching.GPU(capability, card.multiprocessors, card.lanes)
         try:
             yield
         finally:

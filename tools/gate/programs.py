@@ -15,9 +15,9 @@ from mantrans.kernels import selfcheck
 from mantrans.kernels import triton as ops
 from mantrans.kernels.selfcheck import Draw, Shapes
 from mantrans.optim.guards import OutlierGuard
+from mantrans.training.building import build_wrapper
 from mantrans.training.kernel_check import programs_of
 from mantrans.training.step import TrainStep
-from mantrans.training.trainer import build_wrapper
 from tests.gpu import (
     small_runs,
     small_shapes,

@@ -98,7 +98,7 @@ def page(record: dict[str, Any]) -> str:
     for run in runs:
         card = CARDS[run["capability"]]
         parts.append(
-            f"\n## sm_{run['capability']}: {card.name}, Triton {run['triton']}\n\n"
+            f"\n## {card.architecture}: {card.name}, Triton {run['triton']}\n\n"
             "The most registers a thread, the most bytes of shared memory a program, the fewest "
             "and most programs a multiprocessor, and how many configurations spill registers.\n"
         )
@@ -108,7 +108,11 @@ def page(record: dict[str, Any]) -> str:
 
 def not_run(runs: Sequence[dict[str, Any]]) -> str:
     """A line on the GPUs that the gate has not compiled these sources for."""
-    missing = [f"sm_{n}" for n in CARDS if n not in {run["capability"] for run in runs}]
+    missing = [
+        card.architecture
+        for n, card in CARDS.items()
+        if n not in {run["capability"] for run in runs}
+    ]
     return f"\nNot run with these sources: {', '.join(missing)}." if missing else ""
 
 
@@ -118,8 +122,8 @@ KERNEL_HEADINGS = ("kernel", "configurations", "registers", "shared bytes", "pro
 
 def run_cells(run: dict[str, Any]) -> tuple[str, ...]:
     numbers = (run["kernels"], run["launches"], run["violations"])
-    card = CARDS[run["capability"]].name
-    return card, f"sm_{run['capability']}", run["triton"], *(f"{n:,}" for n in numbers)
+    card = CARDS[run["capability"]]
+    return card.name, card.architecture, run["triton"], *(f"{n:,}" for n in numbers)
 
 
 def kernel_cells(item: tuple[str, dict[str, int]]) -> tuple[str, ...]:
@@ -137,7 +141,10 @@ def first_step_cells(
     runs: Sequence[dict[str, Any]],
 ) -> tuple[Sequence[str], list[tuple[str, ...]]]:
     """Headings and rows: a config each, a run a column."""
-    headings = ["config", *(f"sm_{run['capability']}, {run['triton']}" for run in runs)]
+    headings = [
+        "config",
+        *(f"{CARDS[run['capability']].architecture}, {run['triton']}" for run in runs),
+    ]
     names = sorted({name for run in runs for name in run["configs"]})
 
     def cell(run: dict[str, Any], name: str) -> str:
@@ -155,7 +162,7 @@ def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def full_list(capability: int, result: Result) -> Path:
     """Write every kernel of a run to a file, and return its path."""
-    path = CACHE / f"kernels-sm_{capability}-triton-{triton.__version__}.md"
+    path = CACHE / f"kernels-{CARDS[capability].architecture}-triton-{triton.__version__}.md"
     rows = sorted(result.rows, key=lambda row: row.kernel)
     cells = (tuple(str(value) for value in row._replace(groups=len(row.groups))) for row in rows)  # type: ignore[arg-type]
     path.parent.mkdir(parents=True, exist_ok=True)

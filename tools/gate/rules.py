@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from tools.gate.cards import LARGEST_GRID, LARGEST_PROGRAM, REGISTERS, Card, registers_taken
+from tools.gate.cards import LARGEST_GRID, LARGEST_PROGRAM, Card, registers_taken
 from tools.gate.driver import Kernel, Launch, TensorMap
 
 WIDE_PRODUCT_HEAD = 64  # from this head width on, Hopper's products must be those of warp groups
@@ -72,11 +72,11 @@ def resources(kernel: Kernel, card: Card) -> Iterator[str]:
     """What a multiprocessor must have, and memory that nothing allocates."""
     if kernel.shared > card.shared:
         yield f"shared memory: expected at most {card.shared:,} bytes, got {kernel.shared:,}"
-    if kernel.warps * 32 > LARGEST_PROGRAM:
-        yield f"threads: expected at most {LARGEST_PROGRAM}, got {kernel.warps * 32}"
-    taken = registers_taken(kernel.code.registers, kernel.warps)
-    if taken > REGISTERS:
-        yield f"registers: expected at most {REGISTERS:,} a program, got {taken:,}"
+    if kernel.warps * card.lanes > LARGEST_PROGRAM:
+        yield f"threads: expected at most {LARGEST_PROGRAM}, got {kernel.warps * card.lanes}"
+    taken = registers_taken(card, kernel.code.registers, kernel.warps)
+    if taken > card.registers:
+        yield f"registers: expected at most {card.registers:,} a program, got {taken:,}"
     if kernel.scratch:
         yield f"global scratch: expected 0 bytes, got {kernel.scratch}"
 
@@ -84,8 +84,11 @@ def resources(kernel: Kernel, card: Card) -> Iterator[str]:
 def spills(kernel: Kernel, card: Card) -> Iterator[str]:
     """Registers kept in memory are slow in an inner loop: none in 16-bit kernels on Hopper, where
     they were measured. Few pass in float32, which is for exactness, where kernels have not run
-    yet, and where lengths that 16 does not divide take more registers for addresses."""
+    yet, and where lengths that 16 does not divide take more registers for addresses. On RDNA 3 a
+    backward for wide heads spills whatever its tiles."""
     code = kernel.code
+    if card.capability == 1100 and kernel.constants.get("D", 0) >= WIDE_HEAD:
+        return
     fast = card.capability == 90 and sixteen_bit(kernel) and lengths_divide(kernel)
     most = 0 if fast else FEW_SPILLED
     if code.stack > most or (code.local and fast):
@@ -110,7 +113,8 @@ def lengths_divide(kernel: Kernel) -> bool:
 
 
 def products(kernel: Kernel, card: Card) -> Iterator[str]:
-    """Products of 16-bit numbers are the tensor cores', on Hopper those of warp groups."""
+    """Products of 16-bit numbers are the tensor cores' (AMD: MFMA, WMMA), on Hopper those of warp
+    groups."""
     code = kernel.code
     if not kernel.multiplies:
         return

@@ -63,7 +63,7 @@ class Gathered:
         self.counts[key] = self.counts.get(key, 0) + 1
         self.groups.setdefault(key, {})[self.program.group] = None
         for line in violations(launch, self.card):
-            where = f"{label(launch.kernel)}, sm_{self.card.capability}"
+            where = f"{label(launch.kernel)}, {self.card.architecture}"
             first = f"first in {self.program.group}: {self.program.name}"
             self.broken.setdefault(f"{where}: {line}", first)
 
@@ -74,7 +74,7 @@ class Gathered:
             program.run()
         except Exception as error:
             first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-            where = f"{program.group}: {program.name}, sm_{self.card.capability}"
+            where = f"{program.group}: {program.name}, {self.card.architecture}"
             self.broken[f"{where}: {type(error).__name__}"] = first_line
 
     def row(self, key: int) -> Row:

@@ -34,6 +34,7 @@ from mantrans.evaluation.evaluator import (
 from mantrans.evaluation.perplexity import Perplexity, batches, measure
 from mantrans.inference.text import prompt_tokens
 from mantrans.kernels.reference import IGNORE_INDEX, document_starts
+from mantrans.training import saving
 from mantrans.training.trainer import Trainer
 from mantrans.wrapper import CustomTransformerWrapper
 
@@ -254,7 +255,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Run:
     }
     config = Config.from_dict(values)
     trainer = Trainer(config, quiet=True)
-    state_file.save(folder / "best.pt", trainer.state())
+    state_file.save(folder / "best.pt", saving.state(trainer))
     trainer.logger.close()
     trainer.folders.close()
     config.save(folder / "config.yaml")

@@ -171,7 +171,7 @@ def told(browser: Browser, i: int) -> str:
     return browser.wait(f"{line}.includes(': ') && {line}", "no cell")
 
 
-@pytest.mark.parametrize("phone", [False], ids=["mouse"])
+@pytest.mark.parametrize("phone", [False, True], ids=["mouse", "finger"])
 def test_cells_of_heat_maps(
     browser: Browser, page: Path, data: dict[str, Any], phone: bool
 ) -> None:
@@ -199,6 +199,19 @@ def test_heat_map_by_keys(browser: Browser, data: dict[str, Any]) -> None:
         browser.press(key)
     assert told(browser, 0).endswith(number(float(values[0, 1, 2]), 5))
     assert "norm_2" in browser.run("location.hash"), "keys in a heat map do not move the step"
+
+
+def test_focus_stays_by_keys(browser: Browser) -> None:
+    """A choice redraws the box; the next key goes on from there."""
+    go(browser, "blocks.0.mlp.down/backward")
+    button = "#difference [aria-label='The next element']"
+    browser.run(f'document.querySelector("{button}").focus()')
+    seen = []
+    for _ in range(3):
+        browser.press("Enter")
+        seen.append(text(browser, "#difference .controls .mono"))
+        assert browser.run(f'document.activeElement == document.querySelector("{button}")')
+    assert len(set(seen)) == 3
 
 
 def test_heads_of_attention(browser: Browser, data: dict[str, Any]) -> None:

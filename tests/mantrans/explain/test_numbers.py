@@ -20,16 +20,17 @@ from torch import Tensor
 from mantrans.explain.code import TOP
 from mantrans.explain.data import Data
 from mantrans.explain.step import float64_copy, run
+from mantrans.kernels import reference
 from mantrans.wrapper import CustomTransformerWrapper
 from tests.support import families
 from tests.support.explained import Truth, truth, updated
 
 EXACT = 1e-10  # of what float64 computes in another order
 T, V, RATE = 9, 97, 3e-3
-# `test_run` has a GPT-2.
-SLOW = (
+CASES = (
     "gpt2",
     "gpt2, sgd",
+    "qwen3",
     "llama",
     "llama, scaled, tied",
     "qwen2, window",
@@ -490,10 +491,29 @@ def small(case: str) -> tuple[CustomTransformerWrapper, Tensor, dict[str, Any]]:
     )
 
 
-@pytest.mark.parametrize(
-    "case", ["qwen3", *(pytest.param(x, marks=pytest.mark.slow) for x in SLOW)]
-)
+@pytest.mark.slow  # `test_run` has a GPT-2 that is not
+@pytest.mark.parametrize("case", CASES)
 def test_every_number_of_the_page(case: str) -> None:
     wrapper, tokens, data = small(case)
     assert data["about"]["learning_rate"] == RATE
     check_page(data, wrapper, tokens)
+
+
+def test_errors_of_broken_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The page says so: half as much again is an error of a half, here and in all that follows."""
+    join = reference.join_heads  # dq, dk and dv to dqkv
+    monkeypatch.setattr(reference, "join_heads", lambda *args: 1.5 * join(*args))
+    wrapper = CustomTransformerWrapper(
+        V, 16, 2, 2, 24, T, device="cpu", backend="reference", dtype=torch.float64
+    )
+    tokens = torch.randint(V, (1, T), generator=torch.Generator().manual_seed(5))
+    data = Data(run(wrapper, tokens, RATE), str, samples=2).all()
+    boxes = {box["layer"]: box for box in data["boxes"]}
+    near(boxes["blocks.1.attention"]["inputs"][0]["error"]["relative"], 0.5, "dqkv")
+    near(data["results"]["blocks.1.attention.qkv"]["error"]["relative"], 0.5, "dqkv")
+    near(data["parameters"]["blocks.1.attention.qkv.bias"]["error"]["relative"], 0.5, "bias")
+    assert boxes["blocks.1.attention"]["outputs"][0]["error"]["relative"] < 1e-12
+    assert boxes["embedding"]["outputs"][0]["error"]["relative"] > 1e-3
+    found = data["results"]["blocks.1.attention.qkv"]
+    slopes = np.asarray(found["differences"]["slopes"])
+    np.testing.assert_allclose(1.5 * slopes, found["gradients"], 1e-3)

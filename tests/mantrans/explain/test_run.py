@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 from pathlib import Path
@@ -40,8 +41,11 @@ def test_page_of_run(
     said = "".join(capsys.readouterr())
     found = re.search(r"look at next +mantrans (.*?)   \(.*: (.*)\)", said)
     assert found, said
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    monkeypatch.delenv("OMP_WAIT_POLICY")
     text = "Once there was a cat."
     assert main([*shlex.split(found[1]), "--text", text]) == 0
+    assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE", "a busy machine"
     page = Path(found[2])
     assert capsys.readouterr().out.strip() == str(page)
     data = page_data(page)

@@ -16,8 +16,8 @@ from mantrans.kernels.operations import Draw
 from mantrans.kernels.selfcheck import run_shapes
 from mantrans.training import kernel_check
 from mantrans.training.batches import TokenSource
+from mantrans.training.building import build_wrapper
 from mantrans.training.step import TrainStep
-from mantrans.training.trainer import build_wrapper
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 SMALL = ["model.d_model=32", "model.n_blocks=1", "model.n_heads=2", "model.d_ffn=48",

@@ -116,7 +116,7 @@ import sys, threading, time
 import torch
 from mantrans.config import Config
 from mantrans.training import memory
-from mantrans.training.trainer import build_wrapper
+from mantrans.training.building import build_wrapper
 from mantrans.training.step import TrainStep
 
 def resident():

@@ -10,10 +10,10 @@ from mantrans.distributed.world import World
 from mantrans.errors import ConfigError
 from mantrans.optim import AdamW
 from mantrans.training import memory
+from mantrans.training.building import build_wrapper
 from mantrans.training.gradient_sum import GradientSum
 from mantrans.training.share import share_of
 from mantrans.training.summary import summary
-from mantrans.training.trainer import build_wrapper
 
 SMALL = [
     "model.vocab_size=130", "model.d_model=32", "model.n_blocks=3", "model.n_heads=2",
