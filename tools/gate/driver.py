@@ -22,7 +22,7 @@ from triton.backends.driver import DriverBase
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from mantrans.kernels.triton import launch as launching
-from tools.gate import machine_code
+from tools.gate import assembly, machine_code
 from tools.gate.cards import Card
 from tools.gate.machine_code import MachineCode
 
@@ -153,7 +153,7 @@ class Driver(DriverBase):
 
     def machine_code(self, function: int) -> MachineCode:
         if self.card.vendor == "amd":
-            return machine_code.read_assembly(self.texts[function]["amdgcn"])
+            return assembly.read_assembly(self.texts[function]["amdgcn"])
         return machine_code.read(self.utils.binaries[function], self.cache / "machine-code")
 
     def loaded(self, module: int, function: int, name: str, files: Any, hash: str) -> None:

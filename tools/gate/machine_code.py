@@ -1,7 +1,6 @@
-"""What a kernel's machine code shows: registers, spills, the kinds of instructions.
+"""What a kernel's machine code (cubin) shows: registers, spills, the kinds of instructions.
 
-NVIDIA's (a cubin) is read with `cuobjdump` and `nvdisasm`, which are in Triton's package; AMD's as
-the assembly that Triton leaves beside it.
+Read with `cuobjdump` and `nvdisasm`, which are in Triton's package.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ class MachineCode(NamedTuple):
     registers: int = 0
     stack: int = 0  # bytes; Triton's kernels need a stack for spilled registers only
     local: int = 0  # LDL and STL: on thread-local memory
-    hmma: int = 0  # the tensor cores': of single warps (AMD: MFMA, WMMA),
+    hmma: int = 0  # the tensor cores': of single warps,
     hgmma: int = 0  # of warp groups (Hopper),
     utchmma: int = 0  # and of tensor memory (Blackwell, sm_100)
     accesses: int = 0  # LDG, STG, LDGSTS: on global memory
@@ -92,22 +91,3 @@ def count_instructions(assembly: str) -> dict[str, Any]:
         "wide_accesses": sum(bool({"128", "256"} & set(o.split("."))) for o in memory),
         "bulk_copies": counted(lambda kind: kind.startswith(("UTMA", "UBLKCP"))),
     }
-
-
-def read_assembly(text: str) -> MachineCode:
-    """The resources of a kernel for AMD, from its assembly and the metadata at its end (LLVM's
-    "User Guide for AMDGPU Backend", code object metadata)."""
-    facts = {
-        name: int(number)
-        for name, number in re.findall(r"^\s+\.(\w+):\s+(\d+)$", text, re.M)
-    }  # fmt: skip
-    opcodes = re.findall(r"^\s+([a-z]\w+)", text, re.M)
-    memory = [o for o in opcodes if re.match(r"(global|buffer|flat)_(load|store)", o)]
-    return MachineCode(
-        registers=facts["vgpr_count"],
-        stack=facts["private_segment_fixed_size"],
-        local=facts["vgpr_spill_count"],
-        hmma=sum(o.startswith(("v_mfma", "v_smfma", "v_wmma")) for o in opcodes),
-        accesses=len(memory),
-        wide_accesses=sum(o.endswith(("x4", "b128")) for o in memory),
-    )
