@@ -15,7 +15,8 @@ from tests.support.runs import small
 ROOT = Path(__file__).parents[2]
 OPTIONAL = {
     "transformers", "datasets", "pyarrow", "pandas", "matplotlib", "anthropic", "safetensors",
-    "tensorflow", "mantrans.proof", "torch._dynamo", "torch._inductor", "triton.compiler",
+    "tensorflow", "mantrans.proof", "mantrans_oracle", "torch._dynamo", "torch._inductor",
+    "triton.compiler",
 }  # fmt: skip
 LATER = {"jinja2", "tensorboard", "torch.utils.tensorboard"}
 HEAVY = {"torch", "numpy", "pydantic", "yaml", "tqdm", "jinja2", "tokenizers", "filelock"}

@@ -2,7 +2,7 @@
 
 GPT-2's step is transformers' model with our weights, in float64 under autograd, and torch.optim's
 update. For Llama's, Qwen2's and Qwen3's, transformers gives the gradients of the weights, and
-`mantrans.proof.autograd` (PyTorch's own functions) those of what lies between.
+`mantrans_oracle` (PyTorch's own functions) those of what lies between.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mantrans.proof import plain
-from mantrans.proof.autograd import differentiate
 from mantrans.proof.exact import Exact
 from mantrans.wrapper import CustomTransformerWrapper
+from mantrans_oracle import differentiate
 from tests.support import families
 from tests.support.huggingface import gpt2, oriented, their_name
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from mantrans.kernels import reference
-from mantrans.proof.autograd import differentiate
 from mantrans.proof.exact import Exact, exact_copy
 from mantrans.recording import recording
 from mantrans.wrapper import shift
+from mantrans_oracle import differentiate
 from tests.mantrans.proof.test_check import batch, model
 from tests.support.compare import assert_close
 

@@ -1,6 +1,7 @@
-"""Gradients by PyTorch's autograd: the only module here that lets PyTorch differentiate.
+"""Gradients by PyTorch's autograd, which judge those of mantrans.
 
-It judges the backward that is written by hand, and nothing that trains imports it.
+A package of its own, so that nothing in `mantrans` or `kernels` lets PyTorch differentiate. Only
+`mantrans.proof` and `mantrans.explain` call it, and nothing that trains.
 """
 
 from __future__ import annotations
