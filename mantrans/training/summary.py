@@ -82,6 +82,8 @@ def _memory(config: Config, device: str, ranks: int) -> str:
     if config.model.dtype != "auto" or device == "cpu":
         dtype = resolve_dtype(config.model.dtype, torch.device("cpu"))
     title = f"predicted for {str(dtype).removeprefix('torch.')} on {device}"
+    if device != "cpu" and not torch.cuda.is_available():
+        title += ", an H100 as none is here"
     if ranks == 1:
         return _table(f"memory, {title}", _purposes(predict(config, dtype, device), config))
     per_shard = [
@@ -117,9 +119,16 @@ def _purposes(predicted: MemoryPrediction, config: Config) -> list[tuple[str, st
         (f"activations (recompute: {config.training.recompute})", predicted.activations),
         ("backward workspace (or loss)", predicted.backward_workspace),
         ("loss workspace (or backward)", predicted.loss_workspace),
-        ("library workspace", predicted.library),
-        ("peak", predicted.total),
+        ("library workspaces", predicted.library),
     ]
+    if predicted.beside:
+        rows += [
+            ("peak of a step", predicted.step),
+            ("beside it: validation", predicted.validation),
+            ("or the check of a save", predicted.save_check),
+            ("or a second computation", predicted.recheck),
+        ]
+    rows.append(("peak", predicted.total))
     return [(name, _mebibytes(count)) for name, count in rows]
 
 
