@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mantrans.distributed.world import World
-from mantrans.errors import MantransError
+from mantrans.errors import MantransError, RanksError
 
 COMPARED = ("loss", "gradient norm")
 
@@ -19,7 +19,8 @@ def require_same(first: Tensor, second: Tensor, step: int, world: World) -> None
     """
     for name, a, b in zip(COMPARED, first.tolist(), second.tolist(), strict=True):
         if a.hex() != b.hex():  # two NaN are the same
-            raise MantransError(
+            kind = RanksError if world.size > 1 else MantransError  # all ranks raise the same
+            raise kind(
                 f"step {step}: {name}: expected the same bits when computed twice, got {a!r} and "
                 f"{b!r} on {_where(first.device, world)}: a processor or its memory computes "
                 f"wrongly; go on elsewhere, and test this one; {world.last_saved}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from itertools import pairwise
 from pathlib import Path
 
@@ -132,6 +133,20 @@ def test_log_lines_once(tmp_path: Path, tokens: Path) -> None:
     assert rates == {step: trainer.learning_rate(step - 1) for step in rates}
     timings = read_records(tmp_path / "runs" / "small" / "timings.jsonl")
     assert all(r["tokens_per_second"] > 0 and 0 < r["share_of_peak"] < 1 for r in timings)
+
+
+def test_describe_memory_and_peak(tmp_path: Path, tokens: Path) -> None:
+    """At the start: memory by kind, what is free, and the peak that shares are of."""
+    trainer = Trainer(small(tmp_path, tokens, model={"dtype": "bfloat16"}), quiet=True)
+    model, memory_line, *_ = trainer.describe().splitlines()
+    assert re.search(r"; products at most [0-9.]+ TFLOP/s \(measured\)$", model)
+    p = trainer.wrapper.model.parameters
+    kinds = r"memory   weights (.*), masters (.*), moments (.*), gradients (.*), activations .*, "
+    found = re.fullmatch(kinds + r"workspaces .*; .* of .*iB free", memory_line)
+    assert found, memory_line
+    flat = p.gradients.nbytes
+    expected = (p.weights.nbytes, flat, 2 * flat, flat)
+    assert found.groups() == tuple(f"{count / 2**20:.1f} MiB" for count in expected)
 
 
 def test_train_stories(tmp_path: Path, tokens: Path) -> None:
