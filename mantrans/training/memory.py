@@ -26,10 +26,11 @@ the run's peak has more on top, the largest of
     save_check                              whether weights are finite, and the same on all ranks
     recheck                                 a step outside the graph (`training.recheck_every`)
 
-Samples are drawn when the graph is gone. Where nothing is captured, validation comes instead of
-activations. Several ranks divide some of it (`training.shard`): then it is the peak of the rank
-that has the most. It does not include NCCL's buffers, CUDA's context and the fragmentation of
-PyTorch's allocator: compare `step` with `torch.cuda.max_memory_allocated()`.
+Samples are drawn at the end, when the graph is gone, and so have all that it had. Where nothing is
+captured, validation too comes instead of activations. Several ranks divide some of it
+(`training.shard`): then it is the peak of the rank that has the most. It does not include NCCL's
+buffers, CUDA's context and the fragmentation of PyTorch's allocator: compare `step` with
+`torch.cuda.max_memory_allocated()`.
 """
 
 from __future__ import annotations
@@ -76,6 +77,7 @@ class MemoryPrediction:
     validation: int = 0
     save_check: int = 0
     recheck: int = 0
+    samples: int = 0
 
     @property
     def state(self) -> int:
@@ -95,9 +97,14 @@ class MemoryPrediction:
         return max(self.validation, self.save_check, self.recheck)
 
     @property
+    def trained(self) -> int:
+        """Bytes at the peak until the last step."""
+        return self.step + self.beside
+
+    @property
     def total(self) -> int:
         """Bytes at the peak of the run."""
-        return self.step + self.beside
+        return max(self.trained, self.state + self.library + self.samples)
 
     def by_kind(self) -> dict[str, int]:
         """Their sum is the total."""
@@ -172,6 +179,7 @@ def predict(
         recheck=predicted.step - predicted.state - predicted.library
         if training.recheck_every
         else 0,
+        samples=predict_samples(whole, dtype),
     )
 
 
@@ -226,18 +234,30 @@ def _on_cpu(config: Config, dtype: torch.dtype) -> int:
 def predict_validation(
     config: Config, dtype: torch.dtype, device: torch.device | str, windows: int | None
 ) -> int:
-    """Return the bytes of a batch of validation, beside the model's. windows: see `predict`."""
-    T, network = config.sequence_length, _network(config.model)
+    """Return the bytes of a batch of validation, beside the model's. windows: see `predict`.
+
+    The logits follow when the blocks' tensors are gone; the CPU's own copies are taken as both.
+    """
+    network, narrow = _network(config.model), dtype.itemsize
     rows = config.evaluation_batch if windows is None else min(config.evaluation_batch, windows)
     batch = config.training.model_copy(update={"batch_size": rows})
     sized = config.model_copy(update={"training": batch})
     on_gpu = torch.device(device).type == "cuda"
-    logits = _logits_chunk(sized, network, dtype, on_gpu, None)
-    return rows * T * (_block_bytes(network, dtype) + 5 * 8) + logits
+    tokens, C = rows * config.sequence_length, config.model.d_model * narrow
+    logits = tokens * C + _logits_chunk(sized, network, dtype, on_gpu, None)
+    if not _by_triton(config, on_gpu):
+        return tokens * (_block_bytes(network, dtype) + 5 * 8) + logits
+    kept = network.blocks[0].kept().bytes(narrow, wide_dtype(dtype).itemsize)
+    return tokens * 5 * 8 + max(tokens * (kept + 3 * C), logits)  # input, branch and output
 
 
-def predict_samples(config: Config, dtype: torch.dtype, prompts: int) -> int:
-    """Return the bytes of a batch of samples, beside the model's. prompts: continued at once."""
+def predict_samples(config: Config, dtype: torch.dtype, prompts: int | None = None) -> int:
+    """Return the bytes of a batch of samples, beside the model's. prompts: continued at once;
+    None for those of the last report."""
+    if prompts is None:
+        prompts = len(config.evaluation.generation_prompts)
+        if config.evaluation.evaluate_coherence:
+            prompts = max(prompts, config.evaluation.coherence_samples)
     model, network = config.model, _network(config.model)
     narrow, wide = dtype.itemsize, wide_dtype(dtype).itemsize
     length = min(config.evaluation.max_generation_length, model.max_seq_len)
@@ -249,7 +269,7 @@ def predict_samples(config: Config, dtype: torch.dtype, prompts: int) -> int:
 
 
 def predict_evaluation(
-    config: Config, dtype: torch.dtype, device: torch.device, windows: int, prompts: int
+    config: Config, dtype: torch.dtype, device: torch.device, windows: int, prompts: int | None
 ) -> int:
     """Return the larger of the two."""
     validation = predict_validation(config, dtype, device, windows)

@@ -43,14 +43,14 @@ def require_memory(
     ranks: processes of the run, which divide the step and perhaps its state.
     """
     config, dtype, device = _resolved(config, vocab_size)
-    present = _present(device)
+    present = free_memory(device)
     # a step's tokens on a CPU: the loader's, the source's, inputs and targets
     tokens = config.training.sequences_per_step * (config.sequence_length + 1)
     tokens *= 5 * 8 if device.type == "cpu" else 0
     if chunk_rows == "auto":
         chunk_rows = memory.logits_chunk_rows(config, dtype, device, present, ranks)
     # what validation takes is asked when its data is known
-    step = memory.predict(config, dtype, device, chunk_rows, ranks, windows=0).total
+    step = memory.predict(config, dtype, device, chunk_rows, ranks, windows=0).trained
     together = step + tokens if device.type == "cuda" else step * processes + tokens
     if together > present and (processes or device.type == "cuda"):
         of = f" on {processes} processes" if together > step + tokens else ""
@@ -77,8 +77,8 @@ def require_evaluation_memory(
     if config.training.eval_batches is not None:
         windows = min(windows, config.training.eval_batches * config.evaluation_batch)
     run = memory.predict(config, dtype, device, chunk_rows, ranks, windows)
-    present = _present(device)
-    if run.beside and run.total > present:
+    present = free_memory(device)
+    if run.beside and run.trained > present:
         field = {
             run.validation: "evaluation.batch_size: expected validation",
             run.recheck: "training.recheck_every: expected null, or a second computation",
@@ -98,11 +98,7 @@ def require_evaluation_memory(
 
 def _largest_batch(config: Config, dtype: torch.dtype, device: torch.device, windows: int) -> int:
     """Bytes beside the model's of the last validation and the samples, when no graph is left."""
-    evaluation = config.evaluation
-    prompts = len(evaluation.generation_prompts)
-    if evaluation.evaluate_coherence:
-        prompts = max(prompts, evaluation.coherence_samples)
-    batch = memory.predict_evaluation(config, dtype, device, windows, prompts)
+    batch = memory.predict_evaluation(config, dtype, device, windows, None)
     return batch + (memory.gpu_libraries(device, True) if device.type == "cuda" else 0)
 
 
@@ -124,7 +120,7 @@ def _resolved(config: Config, vocab_size: int) -> tuple[Config, torch.dtype, tor
     return config.model_copy(update={"model": model}), dtype, device
 
 
-def _present(device: torch.device) -> int:
+def free_memory(device: torch.device) -> int:
     """Bytes free for a run; what this process already holds on a GPU counts as free."""
     if device.type != "cuda":
         return available_memory()

@@ -98,4 +98,5 @@ def test_summary_names_card() -> None:
     config = Config.from_dict({"model": {"vocab_size": 300}, "training": {"max_steps": 1}})
     gpu, cpu = summary(config).split("\n\n")[-2:]
     assert gpu.splitlines()[0].endswith(" on cuda, an H100 as none is here")
+    assert "free now" in cpu and "free now" not in gpu
     assert " H100" not in cpu and "beside it" in gpu and "beside it" not in cpu

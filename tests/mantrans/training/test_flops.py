@@ -316,9 +316,9 @@ def test_memory_peak(
     assert peak == pytest.approx(predicted.activations + work, rel=0.005)
 
 
-@pytest.mark.parametrize(("vocabulary", "rows"), [(4096, 16), (65536, 8)])
+@pytest.mark.parametrize(("vocabulary", "rows"), [(64, 16), (4096, 16), (65536, 8)])
 def test_memory_validation(vocabulary: int, rows: int) -> None:
-    """Of a batch: never more than predicted, and at least a third of it."""
+    """Of a batch, whether its blocks or its logits take more. 0.5%: its double sums."""
     shape = ModelConfig(
         d_model=256, n_blocks=3, n_heads=4, d_ffn=512, max_seq_len=128, vocab_size=vocabulary
     )
@@ -334,14 +334,14 @@ def test_memory_validation(vocabulary: int, rows: int) -> None:
     peak = peak_on_cpu([tokens, tokens.clone()], validate)
     config = configured(shape, batch_size=rows)
     predicted = memory.predict_validation(config, torch.bfloat16, "cuda", None)
-    assert peak <= predicted <= 3 * peak
+    assert peak == pytest.approx(predicted, rel=0.005)
 
 
 def on_gpu(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
     """The checks' GPU has so much memory free."""
     monkeypatch.setattr(room, "resolve_device", lambda _: torch.device("cuda"))
     monkeypatch.setattr(room, "resolve_dtype", lambda *_: torch.bfloat16)
-    monkeypatch.setattr(room, "_present", lambda _: free)
+    monkeypatch.setattr(room, "free_memory", lambda _: free)
 
 
 def test_memory_beside_captured_step(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -351,11 +351,15 @@ def test_memory_beside_captured_step(monkeypatch: pytest.MonkeyPatch) -> None:
     assert run.validation > run.save_check > 0 == run.recheck
     assert run.total == run.step + run.validation == sum(run.by_kind().values())
     few = memory.predict(config, torch.bfloat16, "cuda", windows=1)
-    assert few.validation < run.validation / 6 and few.step == run.step
-    eager = memory.predict(
-        configured(GPT2, batch_size=16, compile_step=False), torch.bfloat16, "cuda"
-    )
-    assert eager.beside == 0 and memory.predict(config, torch.bfloat16, "cpu").beside == 0
+    assert few.validation < run.validation / 4 and few.step == run.step
+    many = {"generation_prompts": ["a"] * 4096, "batch_size": 4096}
+    sampling = config.model_copy(update={"evaluation": config.evaluation.model_copy(update=many)})
+    end = memory.predict(sampling, torch.bfloat16, "cuda", windows=1)
+    assert end.total == end.state + end.library + end.samples
+    assert end.samples > 4096 * 128 * 2 * 12 * 768 * 2, "keys and values of as many samples"
+    at_once = configured(GPT2, batch_size=16, compile_step=False)
+    eager = memory.predict(at_once, torch.bfloat16, "cuda")
+    assert eager.total == eager.step and memory.predict(config, torch.bfloat16, "cpu").beside == 0
 
     def refusal(config: Config, free: int, windows: int = 10**6) -> str:
         on_gpu(monkeypatch, free)

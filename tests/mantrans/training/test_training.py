@@ -10,12 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from mantrans import CustomTransformerWrapper
+from benchmarks.harness import peak_on_cpu
+from mantrans import CustomTransformerWrapper, finite
 from mantrans.checkpoint import state_file
 from mantrans.errors import CheckpointError, ConfigError, MantransError
 from mantrans.optim.schedule import scheduled_learning_rate
 from mantrans.records import read_records
 from mantrans.training import memory
+from mantrans.training.restoring import load_state
+from mantrans.training.resume import Checkpoint
 from mantrans.training.trainer import Trainer
 from tests.support.compare import assert_same_bits
 from tests.support.runs import finish, outcome, small, stop_after
@@ -147,6 +150,20 @@ def test_describe_memory_and_peak(tmp_path: Path, tokens: Path) -> None:
     flat = p.gradients.nbytes
     expected = (p.weights.nbytes, flat, 2 * flat, flat)
     assert found.groups() == tuple(f"{count / 2**20:.1f} MiB" for count in expected)
+
+
+def test_save_and_load_memory(tmp_path: Path, tokens: Path) -> None:
+    """Neither copies a buffer of all weights, masters or moments."""
+    wide = {"d_model": 512, "n_blocks": 2, "d_ffn": 2048, "dtype": "bfloat16"}
+    trainer = Trainer(small(tmp_path, tokens, model=wide), quiet=True)
+    p = trainer.wrapper.model.parameters
+    assert p.weights.nbytes > finite.WORKSPACE
+    taken = peak_on_cpu([], lambda: trainer._save(best=False, must_succeed=True))
+    checkpoint = Checkpoint.load(trainer.folder.latest)
+    again = peak_on_cpu([], lambda: load_state(trainer, checkpoint))
+    trainer.logger.close()
+    trainer.folders.close()
+    assert max(taken, again) <= finite.WORKSPACE
 
 
 def test_train_stories(tmp_path: Path, tokens: Path) -> None:
