@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 import torch
 
+from mantrans.training.shapes_only import ShapesOnly
 from tools.gate.assembly import read_assembly
 from tools.gate.cards import CARDS, resident_programs
 from tools.gate.digest import ROOT, digest, stale
 from tools.gate.driver import Kernel, Launch, TensorMap
 from tools.gate.machine_code import MachineCode, count_instructions, read_usage
-from tools.gate.memory import ShapesOnly
 from tools.gate.rules import violations
 
 # ------------------------------------------------------------------------------------ the rules
