@@ -1,4 +1,5 @@
-"""What a run on a GPU launches until its first step is done, as programs that need no GPU.
+"""What a run on a GPU launches until its first step, as programs that need no GPU: the self-check,
+the step, and the batch of validation that is tried once the step was captured (`rehearsal`).
 
 Run on CPU tensors without values (`ShapesOnly`), they launch what the run will: `compiling` has
 the kernels compiled by that, and the gate (tools/gate) looks at the launches.
@@ -51,7 +52,7 @@ def programs(
     checks: bool = True,
     chunk_rows: int | None = None,
 ) -> Iterator[Program]:
-    """The self-check's programs, unless not `checks`, and the step, in a run's order.
+    """The self-check's programs, unless not `checks`, step and validation, in a run's order.
 
     vocab_size: the entries of the tokenizer. dtype: of the weights. chunk_rows: of the logits.
     """
@@ -67,7 +68,7 @@ def programs(
             model.head_dim,
         )
         yield from of_selfcheck(shapes, dtype, programs_of(config))
-    yield Program("step", lambda: step_of(config, vocab_size, chunk_rows))
+    yield Program("step, validation", lambda: step_of(config, vocab_size, chunk_rows))
 
 
 def on_cpu(config: Config, dtype: torch.dtype) -> Config:
@@ -102,7 +103,8 @@ def bound(
 
 
 def step_of(config: Config, vocab_size: int, chunk_rows: int | None = None) -> None:
-    """A training step. Micro-batches after the second would only repeat the second's launches."""
+    """A training step and a batch of validation. Micro-batches after the second would only repeat
+    the second's launches."""
     training = config.training
     wrapper = build_wrapper(config, vocab_size)
     wrapper.model.output.chunk_rows = chunk_rows
@@ -120,3 +122,5 @@ def step_of(config: Config, vocab_size: int, chunk_rows: int | None = None) -> N
         guards=guards,
     )
     step.run(0, training.learning_rate)
+    batch = torch.empty(config.evaluation_batch, config.sequence_length, dtype=torch.int64)
+    wrapper.model.losses(batch, batch)

@@ -61,7 +61,7 @@ def of_config(path: Path) -> Iterator[Program]:
     for program in first_step.programs(config, vocabulary, torch.bfloat16):
         yield Program(group, *program)
     config = first_step.on_cpu(config, torch.bfloat16)
-    yield Program(f"{group}, later", "evaluation", lambda: evaluation_of(config, vocabulary))
+    yield Program(f"{group}, later", "samples", lambda: samples_of(config, vocabulary))
 
 
 def vocabulary_of(config: Config) -> int:
@@ -70,11 +70,9 @@ def vocabulary_of(config: Config) -> int:
     return ELSEWHERE.get(name) or load_tokenizer(name).vocab_size
 
 
-def evaluation_of(config: Config, vocabulary: int) -> None:
-    """A batch of validation, and two tokens of each sample."""
+def samples_of(config: Config, vocabulary: int) -> None:
+    """Two tokens of each sample."""
     model = build_wrapper(config, vocabulary).model
-    tokens = torch.empty(config.training.batch_size, config.sequence_length, dtype=torch.int64)
-    model.losses(tokens, tokens)
     prompts = torch.empty(len(config.evaluation.generation_prompts), 7, dtype=torch.int64)
     lengths = torch.empty(len(prompts), dtype=torch.int64)
     cache = model.new_cache(len(prompts), config.evaluation.max_generation_length)
