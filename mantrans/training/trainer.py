@@ -27,7 +27,15 @@ from mantrans.evaluation.evaluator import measure_stream
 from mantrans.optim.guards import OutlierGuard
 from mantrans.optim.schedule import rate
 from mantrans.runtime import disable_malloc_trim, resolve_device, set_threads
-from mantrans.training import agreement, flops, kernel_check, rehearsal, room, saving
+from mantrans.training import (
+    agreement,
+    compiling,
+    flops,
+    kernel_check,
+    rehearsal,
+    room,
+    saving,
+)
 from mantrans.training.alone import on_first
 from mantrans.training.batches import token_source
 from mantrans.training.building import build_wrapper
@@ -148,10 +156,16 @@ class Trainer:
             )
         if checkpoint:
             notes += continue_data(self, checkpoint)
-        if check_kernels and self.wrapper.device.type == "cuda":
-            notes += kernel_check.check(
-                self.config, self.wrapper.model, quiet=quiet or not self.world.is_first
+        if self.wrapper.device.type == "cuda":
+            notes += compiling.compile_for(
+                self.config,
+                self.wrapper.model,
+                checks=check_kernels,
+                local_ranks=self.world.local_size,
+                quiet=quiet,
             )
+        if check_kernels and self.wrapper.device.type == "cuda":
+            notes += kernel_check.check(self.config, self.wrapper.model, quiet=quiet)
         self._meet()
         self._make_step()
         notes += self._open_folders(checkpoint if goes_on else None)
