@@ -54,7 +54,7 @@ WAYS: list[dict[str, Any]] = [
 
 
 @pytest.mark.promise("a processor computes wrongly")
-@pytest.mark.parametrize("captured", [False, True])
+@pytest.mark.parametrize("captured", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize(
     "settings", [WAYS[0], *(pytest.param(way, marks=pytest.mark.slow) for way in WAYS[1:])]
 )
