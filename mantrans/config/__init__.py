@@ -322,6 +322,11 @@ class TrainingConfig(Section):
     compare_ranks_every: Count = setting(
         100, "several processes: steps between comparisons of their weights"
     )
+    recheck_every: Count | None = setting(
+        None,
+        "steps after which one's loss and gradient norm are computed twice: other bits end the "
+        "run; null: off",
+    )
     threads: int | None = setting(
         None,
         "CPU: threads of each process; null: as OMP_NUM_THREADS says, or all cores; of several "
