@@ -118,10 +118,12 @@ def _fastest_product(device: torch.device, dtype: torch.dtype) -> float:
     """The best of all sizes that fit into _SECONDS, in turn."""
     smallest, largest = _SIZES[device.type]
     operands: dict[int, torch.Tensor] = {}
+    generator = torch.Generator(device)  # of its own: the user's is not touched
     size, fastest, begin = smallest, 0.0, time.perf_counter()
     while True:
         if size not in operands:
-            operands[size] = torch.rand(size, size, device=device).to(dtype)
+            shape = (size, size)
+            operands[size] = torch.rand(shape, generator=generator, dtype=dtype, device=device)
             _seconds_of_product(operands[size])  # libraries are loaded, kernels chosen
         seconds = _seconds_of_product(operands[size])
         fastest = max(fastest, 2 * size**3 / seconds)

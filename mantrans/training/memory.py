@@ -172,13 +172,12 @@ def predict(
     )
     if not (on_gpu and training.compile_step):
         return predicted
+    again = predicted.step - predicted.state - predicted.library
     return replace(
         predicted,
         validation=predict_validation(whole, dtype, device, windows),
         save_check=max(finite.WORKSPACE, agreement.WORKSPACE if ranks > 1 else 0),
-        recheck=predicted.step - predicted.state - predicted.library
-        if training.recheck_every
-        else 0,
+        recheck=again if training.recheck_every else 0,
         samples=predict_samples(whole, dtype),
     )
 

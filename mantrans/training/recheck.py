@@ -3,31 +3,40 @@ computes wrongly."""
 
 from __future__ import annotations
 
+import json
+
 import torch
 from torch import Tensor
 
 from mantrans.distributed.world import World
 from mantrans.errors import MantransError, RanksError
 
-COMPARED = ("loss", "gradient norm")
+# The rank's own first: it says which rank is wrong.
+NAMES = ("loss of its micro-batches", "loss", "gradient norm")
 
 
 def require_same(first: Tensor, second: Tensor, step: int, world: World) -> None:
-    """MantransError unless both have the same bits; this waits for the device.
+    """The same error on every rank, unless both have the same bits on each: RanksError, of one
+    process MantransError. Waits for the device, and for all ranks.
 
-    first, second (2,) float64: the loss and the gradient norm of all ranks' micro-batches.
+    first, second (3,) float64: NAMES; the last two of all ranks together.
     """
-    for name, a, b in zip(COMPARED, first.tolist(), second.tolist(), strict=True):
-        if a.hex() != b.hex():  # two NaN are the same
-            kind = RanksError if world.size > 1 else MantransError  # all ranks raise the same
-            raise kind(
-                f"step {step}: {name}: expected the same bits when computed twice, got {a!r} and "
-                f"{b!r} on {_where(first.device, world)}: a processor or its memory computes "
-                f"wrongly; go on elsewhere, and test this one; {world.last_saved}"
-            )
+    ours = [[x.hex() for x in results.tolist()] for results in (first, second)]  # NaN is "nan"
+    everyone = [json.loads(text) for text in world.texts("recheck", json.dumps(ours))]
+    for name, *by_rank in zip(NAMES, *(zip(*pair, strict=True) for pair in everyone), strict=True):
+        for rank, (a, b) in enumerate(by_rank):
+            if a != b:
+                kind = RanksError if world.size > 1 else MantransError
+                where = _where(rank, name, first.device, world)
+                raise kind(
+                    f"step {step}: {name}: expected the same bits when computed twice, got "
+                    f"{float.fromhex(a)!r} and {float.fromhex(b)!r} on {where}: a processor or its "
+                    f"memory computes wrongly; go on elsewhere, and test this one; "
+                    f"{world.last_saved}"
+                )
 
 
-def _where(device: torch.device, world: World) -> str:
+def _where(rank: int, name: str, device: torch.device, world: World) -> str:
     if world.size > 1:
-        return f"{world.size} processes, of which one is wrong"
+        return f"rank {rank}" if name == NAMES[0] else f"one of {world.size} ranks"
     return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else "cpu"

@@ -50,7 +50,8 @@ def require_memory(
     if chunk_rows == "auto":
         chunk_rows = memory.logits_chunk_rows(config, dtype, device, present, ranks)
     # what validation takes is asked when its data is known
-    step = memory.predict(config, dtype, device, chunk_rows, ranks, windows=0).trained
+    run = memory.predict(config, dtype, device, chunk_rows, ranks, windows=0)
+    step = run.step
     together = step + tokens if device.type == "cuda" else step * processes + tokens
     if together > present and (processes or device.type == "cuda"):
         of = f" on {processes} processes" if together > step + tokens else ""
@@ -58,7 +59,8 @@ def require_memory(
             f"model, training.batch_size: expected a step{of} that fits into the "
             f"{_gib(present)} free of {device}, got one of {_gib(together)}"
         )
-    return StepMemory(step + tokens, chunk_rows, present)
+    _require_beside(run, present, device)
+    return StepMemory(run.trained + tokens, chunk_rows, present)
 
 
 def require_evaluation_memory(
@@ -78,15 +80,7 @@ def require_evaluation_memory(
         windows = min(windows, config.training.eval_batches * config.evaluation_batch)
     run = memory.predict(config, dtype, device, chunk_rows, ranks, windows)
     present = free_memory(device)
-    if run.beside and run.trained > present:
-        field = {
-            run.validation: "evaluation.batch_size: expected validation",
-            run.recheck: "training.recheck_every: expected null, or a second computation",
-        }.get(run.beside, "training.batch_size: expected the check of a save")
-        raise ConfigError(
-            f"{field} that fits beside the captured step into the {_gib(present)} free of "
-            f"{device}, got {_gib(run.beside)} beside {_gib(run.step)}"
-        )
+    _require_beside(run, present, device)
     needed = run.state + _largest_batch(config, dtype, device, windows)
     if needed > present:
         raise ConfigError(
@@ -94,6 +88,20 @@ def require_evaluation_memory(
             f"into the {_gib(present)} free of {device}, got {_gib(needed)}"
         )
     return run
+
+
+def _require_beside(run: memory.MemoryPrediction, present: int, device: torch.device) -> None:
+    """Name the field that the largest part depends on, of what a captured step leaves no room."""
+    if not run.beside or run.trained <= present:
+        return
+    field = {
+        run.validation: "evaluation.batch_size: expected validation",
+        run.recheck: "training.recheck_every: expected null, or a second computation",
+    }.get(run.beside, "training.batch_size: expected the check of a save")
+    raise ConfigError(
+        f"{field} that fits beside the captured step into the {_gib(present)} free of {device}, "
+        f"got {_gib(run.beside)} beside {_gib(run.step)}"
+    )
 
 
 def _largest_batch(config: Config, dtype: torch.dtype, device: torch.device, windows: int) -> int:

@@ -106,13 +106,14 @@ class TrainStep:
         (self.replay or self._step)()
         self.unread += 1
         if first is not None:
-            second = self.history[self.unread - 1, :2]
+            own = self.gradient_sum.own_loss[None]
+            second = torch.cat([own, self.history[self.unread - 1, :2]])
             recheck.require_same(first, second, step + 1, self.world)
 
     def compute(self) -> Tensor:
-        """Loss and gradient norm of the loaded sequences, (2,) float64. Changes no weights."""
+        """`recheck.NAMES` of the loaded sequences, (3,) float64. Changes no weights."""
         loss = self.gradient_sum.run(self.batch())
-        return torch.stack([loss, self.optimizer.gradient_norm()])
+        return torch.stack([self.gradient_sum.own_loss, loss, self.optimizer.gradient_norm()])
 
     def release(self) -> None:
         """Give the captured step's memory back; a further step is captured again."""

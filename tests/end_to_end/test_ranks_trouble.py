@@ -210,8 +210,8 @@ def test_rank_computes_otherwise(
     )
     ranks.seconds_until_gone()
     assert statuses(ranks) == [OF_A_MISTAKE] * 2
-    assert told(ranks).startswith("error: step 6: ")
-    assert "when computed twice, got" in told(ranks) and told(ranks).endswith("(step 4)")
+    assert told(ranks).startswith("error: step 6: loss of its micro-batches: expected the same ")
+    assert " on rank 1: a processor" in told(ranks) and told(ranks).endswith("(step 4)")
     assert state_file.load(checkpoints(tmp_path) / "latest.pt")["progress"]["step"] == 4
     for folder, every in (("with", 2), ("without", None)):
         finished(begin(processes, tmp_path / folder, tokens, 2, recheck_every=every, shard=shard))

@@ -378,8 +378,16 @@ def test_memory_beside_captured_step(monkeypatch: pytest.MonkeyPatch) -> None:
     work = memory.predict(twice, torch.bfloat16, "cuda")
     assert work.recheck == work.activations + work.loss_workspace > run.validation
     on_gpu(monkeypatch, run.total)
-    with pytest.raises(ConfigError, match="expected a step that fits into"):
+    with pytest.raises(ConfigError, match=r"^training.recheck_every: expected null, or a second "):
         room.require_memory(twice, 50257, None)
+    on_gpu(monkeypatch, run.step - 1)
+    with pytest.raises(
+        ConfigError, match=r"^model, training.batch_size: expected a step that fits"
+    ):
+        room.require_memory(twice, 50257, None)
+    on_gpu(monkeypatch, run.step + 1)
+    with pytest.raises(ConfigError, match=r"^training.batch_size: expected the check of a save "):
+        room.require_memory(config, 50257, None)
 
 
 # ----------------------------------------------------------------------------------- summary

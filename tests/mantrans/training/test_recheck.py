@@ -3,6 +3,7 @@ changes nothing else."""
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 from mantrans.checkpoint import state_file
 from mantrans.cli import main
 from mantrans.distributed.world import World
-from mantrans.errors import MantransError
+from mantrans.errors import MantransError, RanksError
 from mantrans.kernels import native
 from mantrans.records import read_records
 from mantrans.training import step as step_module
@@ -53,7 +54,7 @@ WAYS: list[dict[str, Any]] = [
 
 
 @pytest.mark.promise("a processor computes wrongly")
-@pytest.mark.parametrize("captured", [False, True])
+@pytest.mark.parametrize("captured", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize(
     "settings", [WAYS[0], *(pytest.param(way, marks=pytest.mark.slow) for way in WAYS[1:])]
 )
@@ -117,12 +118,12 @@ def test_recheck_one_bit(
 @pytest.mark.parametrize(
     ("first", "second", "name"),
     [
-        ((1.0, 2.0), (1.0, 2.0), None),
-        ((math.nan, math.inf), (-math.nan, math.inf), None),
-        ((1.0, 2.0), (math.nextafter(1.0, 2), 2.0), "loss"),
-        ((1.0, 2.0), (1.0, math.nextafter(2.0, 3)), "gradient norm"),
-        ((0.0, 2.0), (-0.0, 2.0), "loss"),
-        ((1.0, math.nan), (1.0, 2.0), "gradient norm"),
+        ((0.0, 1.0, 2.0), (0.0, 1.0, 2.0), None),
+        ((0.0, math.nan, math.inf), (0.0, -math.nan, math.inf), None),
+        ((0.0, 1.0, 2.0), (0.0, math.nextafter(1.0, 2), 2.0), "loss"),
+        ((0.0, 1.0, 2.0), (0.0, 1.0, math.nextafter(2.0, 3)), "gradient norm"),
+        ((0.0, 0.0, 2.0), (0.0, -0.0, 2.0), "loss"),
+        ((0.0, 1.0, math.nan), (0.0, 1.0, 2.0), "gradient norm"),
     ],
 )
 def test_require_same_bits(first, second, name: str | None) -> None:
@@ -135,3 +136,30 @@ def test_require_same_bits(first, second, name: str | None) -> None:
         return
     with pytest.raises(MantransError, match=rf"^step 7: {name}: .*; no checkpoint is saved$"):
         compare()
+
+
+class Told(World):
+    """One of three ranks; the other two have told this."""
+
+    def __init__(self, *others: Any) -> None:
+        super().__init__(rank=0, size=3)
+        self.others = [json.dumps([[x.hex() for x in part] for part in pair]) for pair in others]
+
+    def texts(self, key: str, text: str) -> list[str]:
+        return [text, *self.others]
+
+
+@pytest.mark.parametrize(
+    ("other", "where"),
+    [
+        (((1.0, 6.0, 2.0), (1.5, 6.5, 2.5)), "loss of its micro-batches.* on rank 2: "),
+        (((1.0, 6.0, 2.0), (1.0, 6.0, 2.5)), "gradient norm.* on one of 3 ranks: "),
+    ],
+)
+def test_require_same_bits_of_ranks(other: Any, where: str) -> None:
+    """Found by a rank that sees nothing itself."""
+    fine = ((1.0, 6.0, 2.0), (1.0, 6.0, 2.0))
+    a, b = (torch.tensor(x, dtype=torch.float64) for x in fine)
+    with pytest.raises(RanksError, match=f"^step 7: {where}"):
+        require_same(a, b, 7, Told(fine, other))
+    require_same(a, b, 7, Told(fine, fine))
