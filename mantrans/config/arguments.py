@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
+    BeforeValidator,
     Field,
     PlainValidator,
     ValidationInfo,
@@ -101,10 +102,14 @@ BUILD = {
 }
 OPTIMIZER = fields(TrainingConfig, "weight_decay", "max_grad_norm")
 ADAMW = OPTIMIZER | fields(TrainingConfig, "beta1", "beta2", "epsilon")
-SAMPLING = {
-    **fields(EvaluationConfig, "temperature", "top_k", "top_p"),
+DRAWING = fields(EvaluationConfig, "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+SAMPLING = DRAWING | {
     "max_length": field(EvaluationConfig, "max_generation_length"),
     "eos_token_id": Annotated[int, Field(ge=0, lt=2**24)] | None,
     "seed": Seed,
     "use_cache": bool,
 }
+STOP: Any = Annotated[
+    field(EvaluationConfig, "stop"),
+    BeforeValidator(lambda value: list(value) if isinstance(value, tuple) else value),
+]
