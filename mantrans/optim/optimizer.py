@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mantrans.config.arguments import OPTIMIZER, GradNorm, checked
-from mantrans.distributed.shard import PIECES, Part
+from mantrans.distributed.shard import PIECES, Part, Shard
 from mantrans.errors import show
 from mantrans.kernels import reference
 from mantrans.optim.guards import Guard
@@ -26,6 +26,15 @@ class StepOutcome(NamedTuple):
 
     grad_norm: Tensor  # float64, before clipping
     applied: Tensor  # bool: whether the weights were changed
+
+
+class Now(NamedTuple):
+    """The numbers of a step that its updates read, all 0-d on the device."""
+
+    number: Tensor  # of this update, 1 at the first; float32 or float64
+    learning_rate: Tensor
+    clip: Tensor  # factor of the gradients
+    applied: Tensor  # bool: False changes nothing
 
 
 class Optimizer:
@@ -83,10 +92,7 @@ class Optimizer:
             applied = applied & guard.allows(loss, norm)
         if has_targets is not None:
             applied = applied & has_targets
-        count = (p.updates + 1).to(p.wide)
-        for part in p.shard.parts:
-            decay = 0.0 if part.kind == "vectors" else self.weight_decay
-            self._update(part, decay, count, learning_rate, clip, applied)
+        self._update_all(Now((p.updates + 1).to(p.wide), learning_rate, clip, applied))
         p.updates += applied
         return StepOutcome(norm, applied)
 
@@ -100,17 +106,14 @@ class Optimizer:
             own.copy_(self.ops.gradient_norms(p.gradients_of(part), part.pieces).view(own.shape))
         return reference.gradient_norms(shard.world.sum(norms).flatten(), 1)[0]
 
-    def _update(
-        self,
-        part: Part,
-        weight_decay: float,
-        count: Tensor,
-        learning_rate: Tensor,
-        clip: Tensor,
-        applied: Tensor,
-    ) -> None:
-        """Update the elements of `part`. count: of this update, 1 at the first."""
-        raise AssertionError("an Optimizer is an SGD or an AdamW")
+    def _update_all(self, now: Now) -> None:
+        """Update the elements that the rank owns."""
+        for part in self.parameters.shard.parts:
+            self._update(part, 0.0 if part.kind == "vectors" else self.weight_decay, now)
+
+    def _update(self, part: Part, weight_decay: float, now: Now) -> None:
+        """Update the elements of `part`."""
+        raise AssertionError("an Optimizer is one of OPTIMIZERS")
 
     def _rounding(self, part: Part) -> dict[str, Tensor | int]:
         """Weights of low precision without a master are rounded stochastically."""
@@ -121,3 +124,7 @@ class Optimizer:
     def state(self) -> dict[str, Tensor]:
         """The optimizer's flat buffers, of the elements that the rank owns, by name."""
         return {}
+
+    def shards(self) -> dict[str, Shard]:
+        """Which elements each buffer of `state` has."""
+        return dict.fromkeys(self.state(), self.parameters.shard)
