@@ -25,7 +25,7 @@ from mantrans.distributed.shard import Shard, joined
 from mantrans.kernels import reference
 from mantrans.optim.adamw import AdamW
 from mantrans.optim.optimizer import Now
-from mantrans.parameters import Parameters
+from mantrans.parameters import GROUPS, Parameter, Parameters
 from mantrans.runtime import resolve_dtype
 
 BATCH_ELEMENTS = 2**26  # of a batch of blocks at most, if they are more than one
@@ -68,9 +68,11 @@ class Muon(AdamW):
             max_grad_norm=max_grad_norm,
         )
         self.momentum, self.scale, self.rate_ratio = momentum, scale, rate_ratio
+        shapes = [p.shape for p in parameters.by_name.values() if p.group == "matrices"]
+        self.reach = rate_ratio * max(1.0, *(update_scale(scale, *shape) for shape in shapes))
         self.dtype = parameters.wide
-        if self.dtype != torch.float64 and ops is not reference:
-            self.dtype = resolve_dtype("auto", parameters.weights.device)
+        if ops is not reference:
+            self.dtype = product_dtype(parameters.wide, parameters.weights.device)
         self.one = parameters.gradients.new_ones(())
         self.exchange = Exchange(parameters.shard.world, 0, parameters.weights)
         self.batches = batches(parameters.blocks, parameters.buckets)
@@ -134,6 +136,29 @@ def batches(blocks: list[str], buckets: dict[str, slice]) -> list[list[str]]:
     count = -(-len(blocks) // max(1, BATCH_ELEMENTS // size))
     ends = [len(blocks) * i // count for i in range(count + 1)]
     return [blocks[a:b] for a, b in itertools.pairwise(ends)]
+
+
+def product_dtype(wide: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype of Newton–Schulz's products; of a GPU that is not here, a present one's."""
+    if wide == torch.float64:
+        return wide
+    absent = device.type == "cuda" and not torch.cuda.is_available()
+    return torch.bfloat16 if absent else resolve_dtype("auto", device)
+
+
+def workspace(parameters: list[Parameter], buckets: dict[str, slice]) -> int:
+    """Elements of a batch of blocks and of its largest stack of matrices: X, the next X, X Xᵀ."""
+    blocks = [name for name in buckets if name not in GROUPS]
+    n = max(map(len, batches(blocks, buckets)))
+    shapes = [sorted(p.shape) for p in parameters if p.bucket == blocks[0]]
+    largest = max(2 * m * k + m * m for m, k in shapes)
+    return n * (buckets[blocks[0]].stop - buckets[blocks[0]].start + largest)
+
+
+def update_flops(parameters: list[Parameter]) -> int:
+    """Operations of an update's products."""
+    shapes = [p.shape for p in parameters if p.bucket not in GROUPS]
+    return sum(reference.orthogonalize_flops(*shape) for shape in shapes)
 
 
 def update_scale(rule: str, M: int, K: int) -> float:

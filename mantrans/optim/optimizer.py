@@ -42,7 +42,10 @@ class Optimizer:
 
     max_grad_norm: longer gradients are scaled down to this L2 norm; None never scales.
     weight_decay: decoupled; biases and gains do not decay.
+    reach: the largest factor that the learning rate is multiplied by besides.
     """
+
+    reach = 1.0
 
     @checked(**OPTIMIZER)
     def __init__(
@@ -86,7 +89,7 @@ class Optimizer:
         # No element of the clipped gradient is longer than all of it, which moments square and
         # rates multiply. Infinity times 0 is NaN, so norm, clip and rate are checked with it.
         length = (clip * norm).to(p.wide)
-        pace = learning_rate * (length + self.weight_decay)
+        pace = learning_rate * self.reach * (length + self.weight_decay)
         applied = torch.stack([loss, length * length, pace]).isfinite().all()
         for guard in guards:
             applied = applied & guard.allows(loss, norm)
