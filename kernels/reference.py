@@ -926,14 +926,9 @@ def unit_matrices(x: Tensor) -> Tensor:
     largest = torch.linalg.vector_norm(x, torch.inf, dim=(1, 2), keepdim=True).to(wide)
     power = torch.pow(2.0, -largest.frexp().exponent.clamp(-126, 126).to(wide))
     x = (x * power.to(x.dtype)).contiguous()
-    norm = torch.linalg.vector_norm(
-        torch.cat([
-            torch.linalg.vector_norm(part, dim=2, keepdim=True, dtype=torch.float64)
-            for part in ((x,) if x.is_cuda else x.split(1))  # of which a CPU makes a float64 copy
-        ]),
-        dim=1, keepdim=True,
-    )  # fmt: skip
-    return x.div_(norm.maximum(SMALLEST_MATRIX * power.double()).to(wide))
+    rows = torch.linalg.vector_norm(x, dim=2, keepdim=True)
+    norm = torch.linalg.vector_norm(rows.double(), dim=1, keepdim=True)
+    return x.div_(norm.maximum(SMALLEST_MATRIX * power.double()).to(x.dtype))
 
 
 def write_weights(

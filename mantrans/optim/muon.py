@@ -146,12 +146,15 @@ def product_dtype(wide: torch.dtype, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if absent else resolve_dtype("auto", device)
 
 
-def workspace(parameters: list[Parameter], buckets: dict[str, slice]) -> int:
-    """Elements of a batch of blocks and of its largest stack of matrices: X, the next X, X Xᵀ."""
+def workspace(parameters: list[Parameter], buckets: dict[str, slice], copies: int) -> int:
+    """Elements of a batch of blocks and of its largest stack of matrices: X, the next X, X Xᵀ.
+
+    copies: that a product makes besides, of the size of X.
+    """
     blocks = [name for name in buckets if name not in GROUPS]
     n = max(map(len, batches(blocks, buckets)))
     shapes = [sorted(p.shape) for p in parameters if p.bucket == blocks[0]]
-    largest = max(2 * m * k + m * m for m, k in shapes)
+    largest = max((2 + copies) * m * k + m * m for m, k in shapes)
     return n * (buckets[blocks[0]].stop - buckets[blocks[0]].start + largest)
 
 
