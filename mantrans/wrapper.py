@@ -454,7 +454,7 @@ class CustomTransformerWrapper:
         `mantrans.interop.huggingface`).
 
         keywords: dtype, device, backend, optimizer, ... as for the class: it trains with SGD unless
-        optimizer="adamw" is given. The model is float32 unless dtype is given, whatever the file's
+        another optimizer is given. The model is float32 unless dtype is given, whatever the file's
         dtype. The network's shape is the folder's.
 
         Raises CheckpointError for any other folder, before the model's memory is allocated.
