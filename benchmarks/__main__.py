@@ -5,6 +5,7 @@ commands:
   ops        every operation
   step       whole training steps
   scaling    how a step's cost grows with length, width, depth and vocabulary
+  race       recipes that train on one text for the same seconds
   ranks      steps of several processes, beside DistributedDataParallel
   report     write docs/benchmarks.md and its figures from the newest results
   gpu        all that only a GPU can prove or measure, in nine minutes
@@ -26,6 +27,7 @@ COMMANDS = {
     "ops": ("operations", 240),
     "step": ("steps", 300),
     "scaling": ("scaling", 120),
+    "race": ("race", 300),
     "ranks": ("ranks", 120),
     "report": ("report", 60),
     "gpu": ("gpu", 530),
@@ -46,12 +48,18 @@ def main() -> int:
     add("--quick", action="store_true", help="tiny sizes: does it run at all?")
     add("--only", default="", metavar="TEXT", help="cases whose name contains TEXT")
     add("--against", type=_names, default=(), metavar="A,B", help="ours beside these alone")
+    add("--text", type=Path, help="of race: documents, separated by <|endoftext|>")
+    add("--seeds", type=_integers, default=(1,), metavar="1,2", help="of race")
     arguments = parser.parse_args()
     module, seconds = COMMANDS[arguments.command]
     if arguments.seconds is None:
         arguments.seconds = seconds
     disable_malloc_trim()  # as in `train.py`, for every candidate
     return importlib.import_module(f"benchmarks.{module}").main(arguments)
+
+
+def _integers(text: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in text.split(","))
 
 
 def _names(text: str) -> tuple[str, ...]:

@@ -170,6 +170,11 @@ class GPT(nn.Module):
             self.output.weight = self.token_embedding.weight
 
     def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        logits = self.logits(tokens)
+        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100)
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        """(B, T) -> (B, T, V)."""
         T = tokens.shape[1]
         x, angles = self.token_embedding(tokens), None
         if self.learned:
@@ -178,8 +183,7 @@ class GPT(nn.Module):
             angles = self.cos[:T], self.sin[:T]
         for block in self.blocks:
             x = block(x, angles)
-        logits = self.output(self.final_norm(x))
-        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100)
+        return self.output(self.final_norm(x))
 
     def load(self, named_parameters: NamedTensors) -> None:
         """Take over our model's weights."""
@@ -298,7 +302,7 @@ class AutogradTrainer:
         self, make: Callable[[ModelConfig], nn.Module], config: ModelConfig, start: NamedTensors,
         batches: Batches, micro_batches: int, dtype: str, mode: str | None = None,
     ) -> None:  # fmt: skip
-        module = make(config).to(machine.device())
+        self.module = module = make(config).to(machine.device())
         module.load(start)
         self.parameters = list(module.parameters())
         groups = [
@@ -320,8 +324,10 @@ class AutogradTrainer:
                 p.grad = torch.zeros_like(p)
         self._losses: list[Tensor] = []
 
-    def step(self, i: int) -> None:
+    def step(self, i: int, learning_rate: float = LEARNING_RATE) -> None:
         _reduced_precision_reductions(True)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
         self.batches.load(i)
         rows = self.batches.rows()
         inputs, targets = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()

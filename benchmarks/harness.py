@@ -72,15 +72,17 @@ class Quantiles:
 class Measurement:
     """One metric of one candidate at one shape.
 
-    stage         peaks, operations, steps, scaling or bench: the command that measured it
+    stage         peaks, operations, steps, scaling, race or bench: the command that measured it
     operation     an operation's name, or "training step <model>"
     provider      whose implementation: triton, native, reference, PyTorch eager, ...
     direction     forward, backward, forward+backward, update or step
     shape         dimension -> size
-    metric, unit  "time" in ms, "memory" in MiB, "rate" in TFLOP/s or GB/s, "loss difference"
+    metric, unit  "time" in ms, "memory" in MiB, "rate" in TFLOP/s or GB/s, "loss difference",
+                    "bits per byte"
     p20, p50, p80, rounds    of the samples; None where the candidate failed, and `note` says how
     tflops, gbytes_per_s     the operation's least arithmetic and least traffic over the p50 time
     fraction      the time that the measured peaks allow, over the p50 time: 1 is the roofline
+    curve         of a race: `race.Point`s
     quick         a smoke run: never shown as a result
     """
 
@@ -100,6 +102,7 @@ class Measurement:
     gbytes_per_s: float | None = None
     fraction: float | None = None
     note: str | None = None
+    curve: list[list[float]] | None = None
     quick: bool = False
     run: str = ""
     device: str = ""

@@ -104,15 +104,15 @@ def peaks(rows: Sequence[Measurement]) -> str:
 
 
 def frame(rows: Iterable[Measurement], stage: str) -> pd.DataFrame:
-    """One line a candidate of a case, in the order measured: its time's columns (p50 NaN where it
-    failed), its `memory`, and `faster`: its time over ours."""
+    """One line a candidate of a case, in the order measured: its time's columns, or its bits per
+    byte's (p50 NaN where it failed), its `memory`, and `faster`: its time over ours."""
     data = pd.DataFrame(
         dataclasses.asdict(row) | {"size": row.size} for row in rows if row.stage == stage
     )
     if data.empty:
         return data
     key = [*CASE, "provider"]
-    time = data[data.metric == "time"].copy()
+    time = data[data.metric.isin(["time", "bits per byte"])].copy()
     memory = data[data.metric == "memory"].set_index(key)["p50"]
     time = time.join(memory.rename("memory"), on=key)
     rank = {name: place for place, name in enumerate(OURS)}
@@ -268,6 +268,29 @@ def table_of_operations(data: pd.DataFrame) -> str:
     return markdown(header, lines, numbers=(2, 3))
 
 
+def table_of_race(data: pd.DataFrame) -> str:
+    """A line a recipe, text and time: means over seeds, and from which to which."""
+    lines, before = [], None
+    key = ["device", "operation", "provider", "dtype"]
+    data = data.assign(seconds=[shape["seconds"] for shape in data["shape"]])
+    for (device, text, recipe, dtype, seconds), runs in data.groupby([*key, "seconds"], sort=False):
+        cpu, tokens = (sum(c[-1][i] for c in runs.curve) / len(runs) for i in (1, 2))
+        ends = f" ({runs.p50.min():.3f}–{runs.p50.max():.3f})" if len(runs) > 1 else ""
+        lines.append(
+            (
+                device if device != before else "", f"{text.removeprefix('race ')}, {dtype}",
+                recipe, f"{seconds:,}", f"{cpu:,.0f}", f"{tokens / 1e6:.2f}", str(len(runs)),
+                f"{runs.p50.mean():.3f}{ends}",
+            )
+        )  # fmt: skip
+        before = device
+    header = (
+        "machine", "text", "recipe", "seconds", "CPU seconds", "million tokens", "seeds",
+        "bits per byte",
+    )  # fmt: skip
+    return markdown(header, lines, numbers=(3, 4, 5, 6, 7))
+
+
 def _who(other: Any) -> str:
     return other.provider + (" †" if other.note == ONE_BY_ONE else "")
 
@@ -364,7 +387,30 @@ def picture_of_operations(data: pd.DataFrame) -> Any:
     return figure
 
 
+def picture_of_race(data: pd.DataFrame) -> Any:
+    """Bits per byte over seconds of training, on the first seed; axes a machine and text."""
+    cases = list(data.groupby(["device", "operation"], sort=False))
+    names = list(dict.fromkeys(data.provider))
+    colors = dict(zip(reversed(names), (OUR_COLOR, *OTHER_COLORS), strict=False))
+    figure, grid = _axes([16] * len(cases), 1)
+    for (axes,), ((device, text), runs) in zip(grid, cases, strict=True):
+        first = runs[[shape["seed"] == runs.iloc[0]["shape"]["seed"] for shape in runs["shape"]]]
+        for run in first.itertuples():
+            wall, _, _, bits = zip(*run.curve, strict=True)
+            axes.plot(wall, bits, color=colors[run.provider], marker="o", markersize=3)
+        axes.set_title(f"{device}: {text.removeprefix('race ')}", loc="left", fontsize=9)
+        axes.tick_params(labelsize=7)
+        axes.grid(linewidth=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.supxlabel("seconds of training", fontsize=8)
+    figure.supylabel("bits per byte, held-out text", fontsize=8)
+    lines = [grid[0, 0].plot([], [], color=colors[name], marker="o")[0] for name in names]
+    figure.legend(lines, names, loc="outside lower center", ncols=2, fontsize=8, frameon=False)
+    return figure
+
+
 STAGES: list[tuple[str, str, Any, Any]] = [
     ("steps", "Training steps", table_of_steps, picture_of_steps),
     ("operations", "Operations", table_of_operations, picture_of_operations),
+    ("race", "Loss over time", table_of_race, picture_of_race),
 ]

@@ -349,7 +349,7 @@ def expected_cost(shape: dict[str, int], dtype: str, device_type: str) -> tuple[
     training = {"max_steps": 1, "batch_size": shape["B"]}
     config = Config.from_dict({"model": model.model_dump(), "training": training})
     work = flops.flops_per_token(model, shape["T"]) * shape["B"] * shape["T"]
-    peak = memory.predict(config, getattr(torch, dtype), device_type).total
+    peak = memory.predict(config, getattr(torch, dtype), device_type).step
     return work, float(peak)
 
 

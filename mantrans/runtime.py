@@ -66,10 +66,15 @@ def set_threads(threads: int | None, local_ranks: int = 1) -> None:
     """Set how many threads PyTorch computes with on a CPU; None: as it is with one process, else
     this process's share of the cores. (torchrun sets OMP_NUM_THREADS to 1.)"""
     if threads is None and local_ranks > 1:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        threads = max(1, (cores or 1) // local_ranks)
+        threads = share_of_cores(local_ranks)
     if threads is not None:
         torch.set_num_threads(threads)
+
+
+def share_of_cores(local_ranks: int = 1) -> int:
+    """The cores that this process may use, divided by the processes that use them."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, (cores or 1) // local_ranks)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -23,6 +23,7 @@ from mantrans.config.arguments import (
     BUILD,
     SAMPLING,
     SHAPE,
+    STOP,
     FilePath,
     GradNorm,
     Rate,
@@ -35,6 +36,8 @@ from mantrans.interop import gguf_file, huggingface
 from mantrans.kernels import backend as backends
 from mantrans.kernels.reference import IGNORE_INDEX, sum_in_parts
 from mantrans.models import build, generation
+from mantrans.models.sampling import Sampling
+from mantrans.models.stop_texts import Codec, before_stop
 from mantrans.models.transformer import CustomTransformer
 from mantrans.optim import OPTIMIZERS, Optimizer
 from mantrans.parameters import Parameter
@@ -258,7 +261,7 @@ class CustomTransformerWrapper:
 
     # -------------------------------------------------------------------------------- generation
 
-    @checked(**SAMPLING)
+    @checked(**SAMPLING, stop=STOP)
     def generate(
         self,
         input_ids: Tensor | Sequence,
@@ -267,49 +270,61 @@ class CustomTransformerWrapper:
         temperature: float = 1.0,
         top_k: int | None = None,
         top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float = 1.0,
+        stop: Sequence[str] = (),
+        tokenizer: Codec | None = None,
         eos_token_id: int | None = None,
         seed: int = 0,
         use_cache: bool = True,
     ) -> Tensor | list[Tensor]:
-        """Continue prompts by sampling (see `mantrans.models.generation`).
+        """Continue prompts by sampling (see `mantrans.models.sampling.sample`).
 
         input_ids: (B, T) or (T,) integers, or a list of prompts of different lengths. Text is
             encoded first: `load_tokenizer(NAME).encode(text)`, from `mantrans.data.tokenizer`.
         max_length includes the prompt.
+        repetition_penalty counts the prompt's tokens too.
+        stop: a row ends before the first of these texts in what is new; needs the model's
+            `tokenizer`. If a stop text begins inside a token, the text before it is encoded anew.
         eos_token_id: a row ends after this token (a tokenizer's `eot_id`). Without it every row
             goes on to max_length, past the end of a text into the next one.
         use_cache: False recomputes all keys and values for each token. In float32 and float64 that
             gives the same tokens. In bfloat16 it may not, even greedily (temperature 0): products
             of other shapes are summed in another order, so that a logit may be rounded to the next
             of bfloat16's few values, and two tokens close to each other change places.
-        Returns (B, L) int64 for a tensor, where rows that ended early are padded with eos_token_id;
-        for a list, a list of 1-D tensors.
+        Returns (B, L) int64 for a tensor, where rows that ended early are padded with eos_token_id,
+        or else the tokenizer's; for a list, a list of 1-D tensors.
         Raises ValueError for wrong arguments, ModelError if the model's logits are not finite.
         """
         as_tensor = isinstance(input_ids, Tensor)
-        rows = self._checked_prompts(input_ids)
-        for tokens in self.stream(
-            rows,
-            max_length,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            eos_token_id=eos_token_id,
-            seed=seed,
-            use_cache=use_cache,
-        ):
-            for row, token in zip(rows, tokens, strict=True):
+        prompts = self._checked_prompts(input_ids)
+        news: list[list[int]] = [[] for _ in prompts]
+        sampling = self._sampling(
+            temperature, top_k, top_p, min_p, repetition_penalty,
+            stop, tokenizer, eos_token_id, seed, use_cache,
+        )  # fmt: skip
+        for tokens in generation.stream(self.model, prompts, max_length, sampling):
+            for new, token in zip(news, tokens, strict=True):
                 if token is not None:
-                    row.append(token)
+                    new.append(token)
+        if tokenizer is not None and sampling.stop:
+            # a row that ended at its end of text has no stop text before it
+            cut = (
+                n if n[-1:] == [eos_token_id] else before_stop(n, tokenizer, sampling.stop)
+                for n in news
+            )
+            news = list(cut)
+        rows = [prompt + new for prompt, new in zip(prompts, news, strict=True)]
         if not as_tensor:
             return [torch.tensor(row) for row in rows]
         longest = max(len(row) for row in rows)
-        filler = 0 if eos_token_id is None else eos_token_id  # without it all rows are equally long
+        ends = (eos_token_id, None if tokenizer is None else tokenizer.eot_id, 0)
+        filler = next(token for token in ends if token is not None)
         return torch.tensor(
             [row + [filler] * (longest - len(row)) for row in rows], device=self.device
         )
 
-    @checked(**SAMPLING)
+    @checked(**SAMPLING, stop=STOP)
     def stream(
         self,
         input_ids: Tensor | Sequence,
@@ -318,33 +333,41 @@ class CustomTransformerWrapper:
         temperature: float = 1.0,
         top_k: int | None = None,
         top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float = 1.0,
+        stop: Sequence[str] = (),
+        tokenizer: Codec | None = None,
         eos_token_id: int | None = None,
         seed: int = 0,
         use_cache: bool = True,
     ) -> Iterator[list[int | None]]:
         """The new tokens of `generate`, with the same arguments, as soon as they are drawn.
 
-        Yields at each step a list with one token per prompt, None for a row that has ended. Wrong
-        arguments raise ValueError at once, not at the first token; ModelError comes when a token is
-        due and the model's logits are not finite.
+        Yields at each step a list with one token per prompt, None for a row that has ended. The
+        last token of a row may complete a stop text: `mantrans.inference.text` streams the text
+        before it. Wrong arguments raise ValueError at once, not at the first token; ModelError
+        comes when a token is due and the model's logits are not finite.
         """
         prompts = self._checked_prompts(input_ids)
+        sampling = self._sampling(
+            temperature, top_k, top_p, min_p, repetition_penalty,
+            stop, tokenizer, eos_token_id, seed, use_cache,
+        )  # fmt: skip
+        return generation.stream(self.model, prompts, max_length, sampling)
+
+    def _sampling(self, *settings: Any) -> Sampling:
+        """The settings of `generate`, whose last checks need the model."""
+        sampling = Sampling(*settings)
+        eos_token_id, tokenizer = sampling.eos_token_id, sampling.tokenizer
         if eos_token_id is not None and eos_token_id >= self.model.vocab_size:
             raise ValueError(
                 f"eos_token_id: expected below the vocabulary's {self.model.vocab_size}, "
                 f"got {eos_token_id}"
             )
-        return generation.stream(
-            self.model,
-            prompts,
-            max_length,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            eos_token_id=eos_token_id,
-            seed=seed,
-            use_cache=use_cache,
-        )
+        if sampling.stop and tokenizer is None:
+            raise ValueError("tokenizer: expected one from load_tokenizer, with stop, got null")
+        self._check_tokenizer(tokenizer)
+        return sampling
 
     # ------------------------------------------------------------------------ saving and loading
 
@@ -493,8 +516,8 @@ class CustomTransformerWrapper:
         p = self.model.parameters
         gguf_file.save(path, self.config, dict(p.named(p.best_weights())), tokenizer)
 
-    def _check_tokenizer(self, tokenizer: huggingface.SavedTokenizer | None) -> None:
-        """ValueError unless it is one that may be written beside the weights."""
+    def _check_tokenizer(self, tokenizer: huggingface.SavedTokenizer | Codec | None) -> None:
+        """ValueError unless it is None or one of as many tokens as the model has."""
         if tokenizer is not None:
             found = getattr(tokenizer, "vocab_size", None)
             if found != self.config.vocab_size or not hasattr(tokenizer, "library"):

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = [
     "kernels.reference kernels.native kernels.triton kernels.backend "
     "kernels.operations kernels.selfcheck errors",
-    "layers parameters config runtime cuda_graph distributed assets terminal options",
+    "layers parameters config runtime cuda_graph finite distributed assets terminal options",
     "models optim checkpoint interop wrapper records recording",
     "training evaluation data inference report explain proof mantrans",
     "cli __main__",
@@ -59,14 +59,14 @@ def imported(tree: ast.AST) -> Iterator[tuple[int, str]]:
             "TYPE_CHECKING", "__name__ == '__main__'",
         ):  # fmt: skip
             continue
-        names = [alias.name for alias in getattr(node, "names", [])]
+        if not isinstance(node, ast.Import | ast.ImportFrom):
+            yield from imported(node)
+            continue
+        names = [alias.name for alias in node.names]
         if isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"line {node.lineno}: a relative import"
             parts = ("mantrans", "mantrans.kernels")
             names = [f"{node.module}.{n}" for n in names] if node.module in parts else [node.module]
-        elif not isinstance(node, ast.Import):
-            yield from imported(node)
-            continue
         for name in names:
             if name.split(".")[0] == "mantrans":
                 unit = unit_of(name)

@@ -144,9 +144,9 @@ FLOAT32_TILES = {
 TILES |= {(kernel, arch, 4): row for kernel, row in FLOAT32_TILES.items() for arch in (80, 90, 100)}
 
 # AMD's GPUs, by the lanes of a warp; 64 KiB of shared memory a program. The rows of 80 where
-# nothing spills: compiled by the gate, never run. RDNA's threads have 256 registers, and its
-# products take each row of a tile twice: dk/dv for widths of 128 and 256 and dq for 256 spill
-# whatever the tiles, and these spill least.
+# nothing spills: compiled by the gate, never run. RDNA's threads have 256 registers, and each warp
+# holds its rows of k and v twice over: dk/dv for widths of 128 and 256 and dq for 256 spill
+# whatever the tiles (docs/kernels.md says how much), these least for the keys or queries they own.
 CDNA, RDNA = 64, 32
 TILES |= {
     (kernel, arch, size): dict(TILES[kernel, 80, size])
@@ -170,14 +170,14 @@ TILES["dkdv", RDNA, 2] = {
     16: Tiles(32, 32, 4, 1),
     32: Tiles(32, 32, 4, 1),
     64: Tiles(16, 32, 4, 1),
-    128: Tiles(16, 16, 8, 1),
-    256: Tiles(16, 16, 8, 1),
+    128: Tiles(16, 32, 8, 1),
+    256: Tiles(16, 32, 16, 1),
 }
 TILES["dq", RDNA, 2] |= {
     32: Tiles(64, 64, 8, 1),
     64: Tiles(64, 32, 8, 1),
-    128: Tiles(32, 16, 4, 1),
-    256: Tiles(16, 16, 8, 1),
+    128: Tiles(32, 16, 8, 1),
+    256: Tiles(32, 16, 8, 1),
 }
 TILES["forward", RDNA, 4] |= {32: Tiles(32, 16, 4, 1), 64: Tiles(16, 16, 4, 1)}
 TILES["dkdv", RDNA, 4] |= {

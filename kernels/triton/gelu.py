@@ -26,6 +26,7 @@ from mantrans.kernels.triton.bias_gradient import column_blocks, row_programs
 from mantrans.kernels.triton.launch import (
     cdiv,
     check_tensor,
+    gpu_of,
     launch,
 )
 from mantrans.kernels.triton.partials import check_vector_gradient, most_programs, rows_for
@@ -143,9 +144,12 @@ def bias_gelu_backward_kernel(
 # ---------------------------------------------------------------------------------- launchers
 
 
-def backward_rows(dtype: torch.dtype) -> int:
-    """The number of rows in a tile of the backward."""
-    return BACKWARD_LANE_BYTES // (8 * dtype.itemsize)
+def backward_rows(h: Tensor) -> int:
+    """The number of rows in a tile of the backward; on AMD's half of them where 16 does not divide
+    a row's length, because addresses then take the registers."""
+    rows = BACKWARD_LANE_BYTES // (8 * h.itemsize)
+    gpu = gpu_of(h.device)
+    return rows // 2 if gpu and gpu.capability == 0 and h.shape[-1] % 16 else rows
 
 
 def check_bias(bias: Tensor | None, h: Tensor) -> None:
@@ -213,7 +217,7 @@ def bias_gelu_backward(
             n_programs,
             rows.stride,
             ACCUMULATE=rows.accumulate,
-            BLOCK_ROWS=backward_rows(h.dtype),
+            BLOCK_ROWS=backward_rows(h),
             BLOCK_COLUMNS=block,
             num_warps=1,
         )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -39,6 +39,8 @@ INTERPRETER = GPU(90, 2)
 # The GPU for which kernels are compiled where none is: `tools.gate` sets it. CPU tensors then stand
 # for that GPU's.
 absent_gpu: GPU | None = None
+
+only_compile = False  # a launch compiles its kernel and no more: see `compiling_only`
 
 
 def interpreted() -> bool:
@@ -83,6 +85,18 @@ def lanes_of_warp(device: torch.device) -> int:
     return gpu.lanes if gpu else 32
 
 
+@contextlib.contextmanager
+def compiling_only(device: torch.device) -> Iterator[None]:
+    """Inside, CPU tensors stand for those of `device`, and launches only compile their kernels."""
+    global absent_gpu, only_compile
+    before = absent_gpu, only_compile
+    absent_gpu, only_compile = gpu_of(device), True
+    try:
+        yield
+    finally:
+        absent_gpu, only_compile = before
+
+
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
     """kernel[grid](*arguments, **constants) on the device of the first argument, a tensor.
 
@@ -97,8 +111,9 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
         refuse(f"grid of {kernel.__name__}", grid, f"at most {GRID_LIMITS} programs")
     device = arguments[0].device
     on_device = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    start = functools.partial(kernel.warmup, grid=grid) if only_compile else kernel[grid]
     with on_device:
-        kernel[grid](*arguments, enable_fp_fusion=True, **constants)
+        start(*arguments, enable_fp_fusion=True, **constants)
 
 
 def refuse(argument: str, got: object, expected: object) -> NoReturn:

@@ -335,6 +335,11 @@ class TrainingConfig(Section):
     compare_ranks_every: Count = setting(
         100, "several processes: steps between comparisons of their weights"
     )
+    recheck_every: Count | None = setting(
+        None,
+        "steps after which one's loss and gradient norm are computed twice: other bits end the "
+        "run; null: off",
+    )
     threads: int | None = setting(
         None,
         "CPU: threads of each process; null: as OMP_NUM_THREADS says, or all cores; of several "
@@ -417,6 +422,13 @@ class EvaluationConfig(Section):
     )
     top_k: Vocabulary | None = setting(50, "sample from the k most likely tokens; null: all")
     top_p: Share | None = setting(None, "sample from the most likely that sum to p; null: all")
+    min_p: Share | None = setting(
+        None, "sample from those at least p times as likely as the most likely; null: all"
+    )
+    repetition_penalty: float = setting(
+        1.0, "above 1 tokens that are there already become less likely", gt=0.0, le=100.0
+    )
+    stop: list[Prompt] = setting([], "texts that end a sample, which does not contain them")
     evaluate_coherence: bool = setting(False, "let a Claude model score the samples (needs a key)")
     coherence_model: Text = setting("claude-haiku-4-5", "the Claude model that scores")
     coherence_samples: int = setting(8, "samples to score", ge=1, le=10_000)

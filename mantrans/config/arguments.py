@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
+    BeforeValidator,
     Field,
     PlainValidator,
     ValidationInfo,
@@ -106,10 +107,14 @@ MUON = ADAMW | {
     "scale": field(TrainingConfig, "muon_scale"),
     "rate_ratio": Annotated[float, Field(gt=0.0, le=MOST_TIMES)],
 }
-SAMPLING = {
-    **fields(EvaluationConfig, "temperature", "top_k", "top_p"),
+DRAWING = fields(EvaluationConfig, "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+SAMPLING = DRAWING | {
     "max_length": field(EvaluationConfig, "max_generation_length"),
     "eos_token_id": Annotated[int, Field(ge=0, lt=2**24)] | None,
     "seed": Seed,
     "use_cache": bool,
 }
+STOP: Any = Annotated[
+    field(EvaluationConfig, "stop"),
+    BeforeValidator(lambda value: list(value) if isinstance(value, tuple) else value),
+]

@@ -41,6 +41,7 @@ class World:
     ) -> None:
         self.rank, self.size = rank, size
         self.local_rank, self.local_size = local_rank, local_size
+        self._last_saved = "no checkpoint is saved"
 
     @staticmethod
     def single() -> World:
@@ -76,6 +77,7 @@ class World:
 
     def watch(self, *, timeout: float | None = None, last_saved: str | None = None) -> None:
         """Set how long a silent rank is waited for; what is said about the last checkpoint."""
+        self._last_saved = last_saved or self._last_saved
 
     def before_leaving(self, act: Callable[[], None]) -> None:
         """What this rank does if another one's failure ends it, in short: a lock is given back."""
@@ -83,7 +85,7 @@ class World:
     @property
     def last_saved(self) -> str:
         """How messages about the end of a run end: "the last checkpoint is …"."""
-        return ""
+        return self._last_saved
 
     @contextlib.contextmanager
     def step(self, name: str) -> Iterator[None]:

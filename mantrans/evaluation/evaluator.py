@@ -17,7 +17,7 @@ from mantrans.config.arguments import checked, field
 from mantrans.errors import ConfigError, printable
 from mantrans.evaluation.coherence import CRITERIA, score_samples
 from mantrans.evaluation.diversity import diversity
-from mantrans.inference.text import prompt_tokens
+from mantrans.inference.text import prompt_tokens, sampling_options
 
 if TYPE_CHECKING:
     from mantrans.config import Config
@@ -124,22 +124,16 @@ def generate_samples(
     """`count` samples for the configured prompts in turn, with the configured sampling and seed.
 
     A sample ends at `max_generation_length` tokens, `prompt_tokens` included, or before the model's
-    end-of-text token.
+    end-of-text token or a `stop` text.
     """
-    settings, size = config.evaluation, config.evaluation_batch
-    prompts = list(islice(cycle(settings.generation_prompts), count))
+    options, size = sampling_options(config, tokenizer), config.evaluation_batch
+    prompts = list(islice(cycle(config.evaluation.generation_prompts), count))
     given = prompt_tokens(tokenizer, config, prompts)
     samples: list[Sample] = []
     for first in range(0, len(prompts), size):
-        rows = wrapper.generate(
-            given[first : first + size],
-            max_length=settings.max_generation_length,
-            temperature=settings.temperature,
-            top_k=settings.top_k,
-            top_p=settings.top_p,
-            eos_token_id=tokenizer.eot_id,
-            seed=config.training.seed + first,  # else all batches of one prompt would be the same
-        )
+        # another seed each, else all batches of one prompt would be the same
+        options["seed"] = config.training.seed + first
+        rows = wrapper.generate(given[first : first + size], **options)
         for row in rows:
             prompt, ids = prompts[len(samples)], given[len(samples)]
             made = [token for token in row[len(ids) :].tolist() if token != tokenizer.eot_id]

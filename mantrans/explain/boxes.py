@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from mantrans.explain.arrays import Arrays
 from mantrans.explain.code import place
 from mantrans.explain.operations import OPERATIONS, RENAMED, RESULTS
+from mantrans.kernels.reference import IGNORE_INDEX
 from mantrans.recording import Call
 
 # Axis letters of what is not (T, C): by the last part of the layer's name.
@@ -53,6 +55,9 @@ def named(call: Call | None) -> dict[str, Tensor]:
     values = {renamed.get(name, name): x for name, x in call.values.items()}
     if call.operation in RESULTS:
         values[RESULTS[call.operation]] = call.results[0]
+    if "losses" in values:  # the last token has no target, so it has no loss
+        without = values["targets"] == IGNORE_INDEX
+        values["losses"] = values["losses"].masked_fill(without, torch.nan)
     return values
 
 

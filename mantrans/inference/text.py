@@ -2,27 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from mantrans.config import Config
+from mantrans.config.arguments import DRAWING
 from mantrans.errors import ConfigError
+from mantrans.models.stop_texts import Reader
 
 if TYPE_CHECKING:
     from mantrans.data.tokenizer import Tokenizer
     from mantrans.wrapper import CustomTransformerWrapper
-
-
-def sampling_config(saved: Any, source: str, sampling: dict[str, Any], seed: int | None) -> Config:
-    """A checkpoint's config with other sampling: fields of `evaluation`, and the seed.
-
-    saved: the config as plain data, from the file named `source`. Raises ConfigError.
-    """
-    values = Config.from_dict(saved, source).to_dict()
-    values["evaluation"] |= sampling
-    if seed is not None:
-        values["training"]["seed"] = seed
-    return Config.from_dict(values, "generate")
 
 
 def prompt_tokens(tokenizer: Tokenizer, config: Config, prompts: Sequence[str]) -> list[list[int]]:
@@ -35,42 +25,63 @@ def prompt_tokens(tokenizer: Tokenizer, config: Config, prompts: Sequence[str]) 
     return [opening + ids or [tokenizer.eot_id] for ids in tokenizer.encode_batch(prompts)]
 
 
-def continue_text(
-    wrapper: CustomTransformerWrapper, tokenizer: Tokenizer, config: Config, prompt: str
-) -> Iterator[str]:
-    """The continuation of `prompt`, in pieces of whole characters, as soon as they are drawn.
-
-    Samples with config.evaluation and training.seed. Ends at max_generation_length tokens, prompt
-    included, or before the model's end of text. Raises ConfigError at once if the prompt is already
-    that long.
-    """
+def sampling_options(config: Config, tokenizer: Tokenizer) -> dict[str, Any]:
+    """The keywords of `generate` and `stream` that a config has, with the tokenizer for `stop`."""
     settings = config.evaluation
+    return {
+        **{name: getattr(settings, name) for name in DRAWING},
+        "max_length": settings.max_generation_length,
+        "stop": settings.stop,
+        "tokenizer": tokenizer,
+        "eos_token_id": tokenizer.eot_id,
+        "seed": config.training.seed,
+    }
+
+
+class Continuation:
+    """The continuation of a prompt: iterates over pieces of whole characters, as they are drawn.
+
+    ids: the prompt's tokens. options: keywords of `stream`; the text ends before the first of the
+    `stop` texts, before eos_token_id or the end of text, or at max_length tokens, prompt included.
+    `tokens` counts those drawn.
+    """
+
+    def __init__(
+        self, wrapper: CustomTransformerWrapper, ids: list[int], options: dict[str, Any]
+    ) -> None:
+        self.tokens = 0
+        self._ends = {options["eos_token_id"], options["tokenizer"].eot_id}
+        self._reader = Reader(options["tokenizer"], options["stop"])
+        self._steps = wrapper.stream([ids], **options | {"stop": ()})  # is read here
+
+    def __iter__(self) -> Iterator[str]:
+        for [token] in self._steps:
+            self.tokens += 1
+            if token is None or token in self._ends:
+                break
+            yield self._reader.read(token)
+            if self._reader.ended:
+                return
+        yield self._reader.rest()
+
+
+def continue_text(
+    wrapper: CustomTransformerWrapper,
+    tokenizer: Tokenizer,
+    config: Config,
+    prompt: str,
+    seed: int | None = None,
+) -> Continuation:
+    """The continuation of `prompt`, sampled with config.evaluation and `seed`, or training.seed.
+
+    Raises ConfigError at once if the prompt has max_generation_length tokens already.
+    """
+    options = sampling_options(config, tokenizer)
+    options["seed"] = options["seed"] if seed is None else seed
     [ids] = prompt_tokens(tokenizer, config, [prompt])
-    if len(ids) >= settings.max_generation_length:
+    if len(ids) >= options["max_length"]:
         raise ConfigError(
             f"evaluation.max_generation_length: expected more than the {len(ids)} tokens of the "
-            f"prompt, got {settings.max_generation_length}"
+            f"prompt, got {options['max_length']}"
         )
-    steps = wrapper.stream(
-        [ids],
-        settings.max_generation_length,
-        temperature=settings.temperature,
-        top_k=settings.top_k,
-        top_p=settings.top_p,
-        eos_token_id=tokenizer.eot_id,
-        seed=config.training.seed,
-    )
-    return _characters(tokenizer, steps)
-
-
-def _characters(tokenizer: Tokenizer, steps: Iterable[list[int | None]]) -> Iterator[str]:
-    """The text of one row; an incomplete character waits for the token that completes it."""
-    waiting: list[int] = []
-    for [token] in steps:
-        if token is not None and token != tokenizer.eot_id:
-            waiting.append(token)
-        text = tokenizer.decode(waiting)
-        if not text.endswith("\N{REPLACEMENT CHARACTER}"):
-            yield text
-            waiting = []
-    yield tokenizer.decode(waiting)
+    return Continuation(wrapper, ids, options)

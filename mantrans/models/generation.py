@@ -1,4 +1,4 @@
-"""Sampling of text, token by token, with a key/value cache.
+"""Text, token by token, with a key/value cache.
 
 A model sees at most max_seq_len tokens. When a sequence grows beyond that, its window drops the
 oldest half at once and then grows again. So the cache, whose positions start at the window's first
@@ -12,11 +12,10 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from mantrans.config.arguments import SAMPLING, checked
 from mantrans.cuda_graph import cuda_graph
-from mantrans.errors import ModelError
-from mantrans.kernels.reference import wide_dtype
 from mantrans.layers import KeyValueCache
+from mantrans.models.sampling import Sampling, draw
+from mantrans.models.stop_texts import Reader
 from mantrans.models.transformer import CustomTransformer
 
 
@@ -24,79 +23,6 @@ def window_start(length: int, max_seq_len: int) -> int:
     """Index of the first token that the model sees in a sequence of `length` tokens."""
     stride = max(1, max_seq_len // 2)
     return max(0, -(-(length - max_seq_len) // stride)) * stride
-
-
-# The share of the probability by which a sum may miss top_p: that of rounding, and no token's.
-ROUNDING = 1e-9
-
-
-@checked(**{name: SAMPLING[name] for name in ("temperature", "top_k", "top_p")})
-def sample(
-    logits: Tensor,
-    generator: torch.Generator,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-) -> Tensor:
-    """Draw one token per row from logits (B, V) -> (B,) int64.
-
-    temperature divides the logits, 0 takes the most likely token; top_k keeps the k most likely;
-    top_p the smallest set of likely tokens whose probabilities sum to p (Holtzman et al. 2020).
-    Of equally likely tokens the lowest ids are kept or taken. A logit of -inf is never drawn.
-    Raises ModelError where a logit is NaN or +inf, or all of a row are -inf.
-    """
-    return _draw(logits, generator, temperature, top_k, top_p)
-
-
-def _draw(
-    logits: Tensor,
-    generator: torch.Generator,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-) -> Tensor:
-    """`sample` with arguments that were checked before."""
-    _refuse_broken(logits)
-    if temperature == 0:
-        return logits.argmax(-1)  # of several the first
-    tokens = None
-    if top_k is not None and top_k < logits.shape[-1]:  # drawing among few takes less time
-        tokens = _most_likely(logits, top_k)
-        logits = logits.gather(1, tokens)
-    z = logits.double()
-    z = (z - z.amax(-1, keepdim=True)) / temperature  # at most 0: no temperature overflows
-    if top_p is not None and top_p < 1:
-        ordered, order = z.sort(descending=True, stable=True)
-        p = ordered.softmax(-1)
-        likelier = p.cumsum(-1).roll(1, -1)  # the sum of the tokens before each
-        likelier[:, 0] = -1  # the first is always kept
-        ordered = ordered.masked_fill(likelier >= top_p - ROUNDING, -torch.inf)
-        z = z.scatter(1, order, ordered)
-    p = z.softmax(-1).to(wide_dtype(logits.dtype))
-    drawn = torch.multinomial(p, 1, generator=generator)
-    return (drawn if tokens is None else tokens.gather(1, drawn))[:, 0]
-
-
-def _most_likely(logits: Tensor, k: int) -> Tensor:
-    """The k < V largest of each row of logits (B, V), exactly k: their ids (B, k), in order."""
-    values, ids = logits.topk(k + 1)
-    if (values[:, -2] > values[:, -1]).all():
-        return ids[:, :k].sort(-1).values
-    smallest = values[:, -2:-1]  # others are equal to it
-    above, equal = logits > smallest, logits == smallest
-    kept = above | (equal & (equal.cumsum(-1) <= k - above.sum(-1, keepdim=True)))
-    return kept.nonzero()[:, 1].view(-1, k)
-
-
-def _refuse_broken(logits: Tensor) -> None:
-    """Without this, a broken model would be sampled from as if nothing had happened."""
-    largest = logits.amax(-1)  # NaN if any is
-    if not largest.isfinite().all():
-        row = int((~largest.isfinite()).int().argmax())
-        raise ModelError(
-            f"logits: expected finite numbers, got {largest[row].item()} in row {row}: the weights "
-            "are broken, or their results exceed the model's dtype; use an earlier checkpoint"
-        )
 
 
 class TokenStep:
@@ -176,33 +102,40 @@ class Decoder:
         return torch.tensor(values, device=self.model.parameters.weights.device)
 
 
-@checked(**SAMPLING)
 def stream(
-    model: CustomTransformer,
-    prompts: list[list[int]],
-    max_length: int,
-    *,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    eos_token_id: int | None = None,
-    seed: int = 0,
-    use_cache: bool = True,
+    model: CustomTransformer, prompts: list[list[int]], max_length: int, sampling: Sampling
 ) -> Iterator[list[int | None]]:
     """Continue each prompt; yields per step each row's new token, or None if the row has ended.
 
-    A row ends at `max_length` tokens, prompt included, or after its end-of-text token.
+    A row ends at `max_length` tokens, prompt included, after its end-of-text token, or after the
+    token that completes a stop text.
     Raises ModelError, at the step where it happens, for logits that are not finite: see `sample`.
     """
     sequences = [list(prompt) for prompt in prompts]
-    decoder = Decoder(model, sequences, max_length, use_cache)
-    generator = torch.Generator(model.parameters.weights.device).manual_seed(seed)
+    decoder = Decoder(model, sequences, max_length, sampling.use_cache)
+    device = model.parameters.weights.device
+    generator = torch.Generator(device).manual_seed(sampling.seed)
+    tokenizer, stop = sampling.tokenizer, sampling.stop
+    readers = [Reader(tokenizer, stop) for _ in prompts] if stop and tokenizer is not None else []
+    seen = None if sampling.repetition_penalty == 1 else _seen(sequences, model.vocab_size, device)
     open_rows = [len(s) < max_length for s in sequences]
     while any(open_rows):
-        drawn = _draw(decoder.next_logits(), generator, temperature, top_k, top_p).tolist()
-        yield [token if is_open else None for token, is_open in zip(drawn, open_rows, strict=True)]
-        for row, token in enumerate(drawn):
-            sequences[row].append(
-                token
-            )  # rows that have ended get tokens too, so that all rows stay equally long
-            open_rows[row] &= token != eos_token_id and len(sequences[row]) < max_length
+        drawn = draw(decoder.next_logits(), sampling, generator, seen)
+        if seen is not None:
+            seen.scatter_(1, drawn[:, None], True)
+        tokens = drawn.tolist()
+        yield [token if is_open else None for token, is_open in zip(tokens, open_rows, strict=True)]
+        for row, token in enumerate(tokens):  # all rows stay equally long, also those that ended
+            sequences[row].append(token)
+            open_rows[row] &= token != sampling.eos_token_id and len(sequences[row]) < max_length
+            if readers and open_rows[row]:
+                readers[row].read(token)
+                open_rows[row] = not readers[row].ended
+
+
+def _seen(sequences: list[list[int]], vocab_size: int, device: torch.device) -> Tensor:
+    """(B, V) bool: the tokens that each row has."""
+    seen = torch.zeros(len(sequences), vocab_size, dtype=torch.bool)
+    for row, tokens in zip(seen, sequences, strict=True):
+        row[tokens] = True
+    return seen.to(device)

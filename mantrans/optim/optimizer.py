@@ -81,7 +81,7 @@ class Optimizer:
             if not isinstance(number, Tensor) or number.dim():
                 raise TypeError(f"{name}: expected a 0-d tensor, got {show(number)}")
         p = self.parameters
-        norm = self._gradient_norm()
+        norm = self.gradient_norm()
         clip = torch.ones_like(norm)
         limit = self.max_grad_norm if max_grad_norm == "configured" else max_grad_norm
         if limit is not None:
@@ -99,7 +99,7 @@ class Optimizer:
         p.updates += applied
         return StepOutcome(norm, applied)
 
-    def _gradient_norm(self) -> Tensor:
+    def gradient_norm(self) -> Tensor:
         """0-d float64: the norm of the norms of all pieces of all buckets, whoever owns them."""
         p, shard = self.parameters, self.parameters.shard
         shape = len(p.buckets), PIECES

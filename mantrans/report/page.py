@@ -81,6 +81,7 @@ def _curves(run: Run) -> list[Figure]:
         ("Learning rate", "learning_rate", "highest", max),
         ("Gradient norm", "grad_norm", "before clipping, median", statistics.median),
         ("Tokens per second", "tokens_per_second", "median", statistics.median),
+        ("Share of the peak", "share_of_peak", "of products alone, median", statistics.median),
     ):
         curve = Curve(title, run.curve(field))
         if values := curve.finite():

@@ -14,6 +14,8 @@ from mantrans.records import read_records
 from mantrans.report.svg import Mark, Point
 from mantrans.terminal import duration
 
+_TIMINGS = ("tokens_per_second", "share_of_peak")
+
 
 @dataclass(frozen=True)
 class Run:
@@ -52,7 +54,7 @@ class Run:
 
     def curve(self, field: str) -> list[Point]:
         """(step, value) of a field of the metrics or timings; None if it is not finite."""
-        records = self.timings if field == "tokens_per_second" else self.metrics
+        records = self.timings if field in _TIMINGS else self.metrics
         return [(r["step"], number(r[field])) for r in records if field in r]
 
     @property

@@ -26,6 +26,7 @@ PLACES = {
 _PACKAGES = ("torch", "triton", "numpy", "mantrans")
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 _PIECE = 1 << 20  # elements at a time
+WORKSPACE = 3 * 8 * _PIECE  # bytes of a comparison of weights
 
 
 def agree(world: World, key: str, facts: dict[str, Any]) -> None:

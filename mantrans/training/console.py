@@ -13,7 +13,7 @@ _WORDS = {
     "grad_norm": "norm {:.2f}",
     "tokens_per_second": "{} tok/s",
     "tflops": "{:.2f} TFLOP/s",
-    "mfu": "MFU {:.1%}",
+    "share_of_peak": "{:.1%} of peak",
 }
 
 

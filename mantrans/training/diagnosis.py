@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from mantrans.finite import all_finite
 from mantrans.models.transformer import CustomTransformer
 from mantrans.training.batches import MicroBatch
 
@@ -22,13 +23,13 @@ def first_non_finite(model: CustomTransformer, batch: Iterable[MicroBatch]) -> s
     before it: the cause is between them. Overwrites the model's gradients.
     """
     for name, weight in model.named_parameters():
-        if not weight.isfinite().all():
+        if not all_finite(weight):
             return f"the weights {name} are not finite"
     p = model.parameters
     broken_gradients: set[str] = set()
 
     def look(bucket: str) -> None:
-        bad = (name for name, g in p.gradients_in(bucket) if not g.isfinite().all())
+        bad = (name for name, g in p.gradients_in(bucket) if not all_finite(g))
         broken_gradients.update(bad)
 
     for i, part in enumerate(batch):
@@ -37,7 +38,7 @@ def first_non_finite(model: CustomTransformer, batch: Iterable[MicroBatch]) -> s
             return f"the first value that is not finite is {broken}"
         adds = i > 0 and p.divided != "gradients"  # else blocks write over other blocks'
         loss = model.forward_backward(*part, accumulate=adds, finished=look)
-        if not loss.isfinite():
+        if not all_finite(loss):
             return "all values up to the loss are finite, but the loss is not"
     for name in reversed(p.by_name):
         if name in broken_gradients:
@@ -55,7 +56,7 @@ def first_value(model: CustomTransformer, part: MicroBatch) -> str | None:
     def look(name: str, value: Any) -> None:
         for path, tensor in tensors(name, value):
             names.append(path)
-            finite.append(bool(tensor.isfinite().all()))
+            finite.append(bool(all_finite(tensor)))
 
     number = count()
     y, final_norm, _ = model.network.forward(

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 def finish(run: Trainer) -> dict[str, Any]:
     """Validate and sample once more; print the report and where the files are. For rank 0."""
+    run.train_step.release()  # whose memory samples may need
     report = _evaluate(run)
     about = {"step": run.progress.step, **run.wrapper.get_model_info()}
     about |= {"init_from": run.origin} if run.origin else {}
@@ -69,6 +70,7 @@ def _write_report(run: Trainer, report: dict[str, Any]) -> None:
 
 def give_up(run: Trainer, step: int) -> None:
     """Stop after too many steps that were not finite; name the first value that is not."""
+    run.train_step.release()  # the batch runs again without it, and takes as much memory
     run.train_step.source.load(step)
     found = run.world.texts(
         "diagnosis", first_non_finite(run.wrapper.model, run.train_step.batch())

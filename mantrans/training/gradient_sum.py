@@ -41,6 +41,7 @@ class GradientSum:
         micro-batch, and takes no memory for the tree's levels.
     levels: the tree's buffers, each of the elements whose sums the rank keeps: its own, after the
         gradients themselves, `tree_depth` in number. exchange.received: half the largest bucket.
+    own_loss: of the rank's last micro-batches, 0-d float64; 0 with one rank.
     """
 
     def __init__(
@@ -55,12 +56,15 @@ class GradientSum:
         self.levels += [torch.zeros_like(p.owned_gradients) for _ in range(depth)]
         largest = max(bucket.stop - bucket.start for bucket in p.buckets.values())
         self.exchange = Exchange(world, largest, p.gradients)
+        self.own_loss = p.gradients.new_zeros((), dtype=torch.float64)
         self.side: torch.cuda.Stream | None = None
         if world.size > 1 and p.gradients.is_cuda:
             self.side = torch.cuda.Stream(p.gradients.device)
 
     def run(self, parts: Iterator[MicroBatch]) -> Tensor:
         """Sum the gradients of all ranks' micro-batches; returns the sum of losses, 0-d float64."""
+        if self.world.size > 1:
+            self.own_loss.zero_()
         try:
             if self.method == "tree":
                 loss = self._tree(parts, self.micro_batches, 0, True)
@@ -110,6 +114,8 @@ class GradientSum:
         loss = self.model.forward_backward(*part, accumulate=accumulate, finished=finished)
         if self.side is not None:
             torch.cuda.current_stream().wait_stream(self.side)
+        if self.world.size > 1:
+            self.own_loss += loss
         return loss.double()
 
     def _whole(self, level: int) -> Callable[[str], None]:

@@ -2,7 +2,8 @@
 
     metrics.jsonl    losses, learning rates, norms: they depend only on configuration and seed, so
                      a resumed run has the same bytes as an uninterrupted one
-    timings.jsonl    tokens per second, TFLOP/s, MFU: values that vary from run to run
+    timings.jsonl    tokens per second, TFLOP/s, share of the device's peak: values that vary from
+                     run to run
     tensorboard/     the same as TensorBoard event files, where tensorboard is installed
     config.yaml      the configuration with every default written out
     versions.json    of Python, the libraries and this project, and the machine

@@ -14,45 +14,52 @@ Counted are the tensors that are alive at the peak:
     during a block's backward               its temporary tensors (`workspace`), and with recompute:
                                             block also its recomputed activations
     while the loss is computed              its gradient, and the logits of one chunk
-    library                                 cuBLAS's workspace on a GPU, 32 MiB a stream; on a CPU
-                                            the copies that PyTorch's kernels make, and its
-                                            libraries (`_on_cpu`, measured)
+    library                                 on a GPU the workspaces of cuBLAS (`blas`), one for each
+                                            stream that multiplies matrices: the main one, and those
+                                            of graphs; on a CPU the copies that PyTorch's kernels
+                                            make, and its libraries (`_on_cpu`, measured)
 
     during an update                        what Muon makes of a batch of blocks (`optim.muon`);
                                             activations are free by then
 
-The peak is the sum of these, with only the larger of "during a block's backward" and "while the
-loss is computed", or what an update takes, if that is more than all activations. Several ranks
-divide some of it (`training.shard`): then it is the peak of the rank that has the most. It does not
-include NCCL's buffers, CUDA's context and the fragmentation of PyTorch's allocator: compare it with
+A step's peak is the sum of these, with only the larger of "during a block's backward" and "while
+the loss is computed", or what an update takes, if that is more than all activations. A captured
+step keeps all of it between steps, in the graph's own pool; so the run's peak has more on top, the
+largest of
+
+    validation                              a batch
+    save_check                              whether weights are finite, and the same on all ranks
+    recheck                                 a step outside the graph (`training.recheck_every`)
+
+Samples are drawn at the end, when the graph is gone, and so have all that it had. Where nothing is
+captured, validation too comes instead of activations. Several ranks divide some of it
+(`training.shard`): then it is the peak of the rank that has the most. It does not include NCCL's
+buffers, CUDA's context and the fragmentation of PyTorch's allocator: compare `step` with
 `torch.cuda.max_memory_allocated()`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 
+from mantrans import cuda_graph, finite
 from mantrans.config import Config, ModelConfig, TrainingConfig
 from mantrans.distributed.shard import PIECES, owned_pieces
-from mantrans.errors import ConfigError
 from mantrans.kernels.native import QUERY_BLOCK
 from mantrans.kernels.reference import wide_dtype
 from mantrans.models import build
 from mantrans.models.network import Network
 from mantrans.optim import muon
 from mantrans.parameters import GROUPS, Parameter, layout, numel, two_blocks
-from mantrans.runtime import available_memory, resolve_device, resolve_dtype
+from mantrans.training import agreement
+from mantrans.training.blas import stream_workspace
 from mantrans.training.gradient_sum import tree_depth
 from mantrans.training.share import micro_batches
 
-CUBLAS_WORKSPACE = 32 << 20
 CPU_LIBRARIES = 96 << 20
-# The share of a GPU's memory that the allocator's blocks and libraries take beside a step: 2% were
-# missing at 252 sequences of GPT-2 124M on an H100.
-HEADROOM = 0.02
 # The share of the memory that a step leaves free which logits may take, to have them in one chunk.
 LOGITS_SHARE = 0.25
 _PARTIAL_ROWS = 4 * 132  # of an H100; used without a GPU
@@ -61,7 +68,7 @@ _TOKEN_BYTES = 8 + 8 + 4  # id, target, document start
 
 @dataclass(frozen=True)
 class MemoryPrediction:
-    """Bytes at the peak of a training step, by purpose."""
+    """Bytes at the peak of a run, by purpose: see above."""
 
     weights: int
     masters: int
@@ -74,6 +81,10 @@ class MemoryPrediction:
     loss_workspace: int
     update_workspace: int
     library: int
+    validation: int = 0
+    save_check: int = 0
+    recheck: int = 0
+    samples: int = 0
 
     @property
     def state(self) -> int:
@@ -82,10 +93,40 @@ class MemoryPrediction:
         return self.weights + self.masters + buffers + self.moments
 
     @property
+    def step(self) -> int:
+        """Bytes at the peak of a step, which is in its passes or in its update."""
+        return self.state + max(self.passes, self.update_workspace) + self.library
+
+    @property
+    def passes(self) -> int:
+        """Bytes of forward and backward; only the larger of the two workspaces counts."""
+        return self.activations + max(self.backward_workspace, self.loss_workspace)
+
+    @property
+    def beside(self) -> int:
+        """Bytes that are needed while a captured step keeps its own."""
+        return max(self.validation, self.save_check, self.recheck)
+
+    @property
+    def trained(self) -> int:
+        """Bytes at the peak until the last step."""
+        return self.step + self.beside
+
+    @property
     def total(self) -> int:
-        """Bytes at the peak; only the larger of backward and loss counts, or the update."""
-        passes = self.activations + max(self.backward_workspace, self.loss_workspace)
-        return self.state + max(passes, self.update_workspace) + self.library
+        """Bytes at the peak of the run."""
+        return max(self.trained, self.state + self.library + self.samples)
+
+    def by_kind(self) -> dict[str, int]:
+        """Their sum is the total."""
+        kinds = {
+            "weights": self.weights,
+            "masters": self.masters,
+            "moments": self.moments,
+            "gradients": self.gradients + self.levels + self.exchange,
+            "activations": self.activations,
+        }
+        return {**kinds, "workspaces": self.total - sum(kinds.values())}
 
 
 def predict(
@@ -94,8 +135,9 @@ def predict(
     device: torch.device | str,
     chunk_rows: int | None = None,
     ranks: int = 1,
+    windows: int | None = None,
 ) -> MemoryPrediction:
-    """Return the peak of one rank's step of `config`; config.model.vocab_size must be set.
+    """Return the peak of one rank's run of `config`; config.model.vocab_size must be set.
 
     Args:
         config: the run; batch size, sequence length, recompute mode and optimizer come from it.
@@ -103,12 +145,14 @@ def predict(
         device: the run's device.
         chunk_rows: rows of logits at a time; None for the backend's choice.
         ranks: processes of the run.
+        windows: of the validation data, which bound a batch; None for enough to fill one.
 
     Raises:
         ValueError: the vocabulary's size is not known.
         ConfigError: the ranks cannot have equal shares of the step.
     """
     parts, size = micro_batches(config.training, ranks)
+    whole = config
     training = config.training.model_copy(update={"batch_size": size})
     config = config.model_copy(update={"training": training})
     network = _network(config.model, training.recompute)
@@ -125,7 +169,7 @@ def predict(
     backward = network.blocks[0].workspace() * narrow + block - kept
     loss = network.output.workspace().bytes(narrow, wide)
     has_master = narrow < wide and not training.stochastic_rounding
-    return MemoryPrediction(
+    predicted = MemoryPrediction(
         weights=state.weights * narrow + constants,
         masters=state.owned * wide if has_master else 0,
         gradients=state.gradients * wide + partials,
@@ -136,11 +180,23 @@ def predict(
         backward_workspace=tokens * backward,
         loss_workspace=tokens * loss + _logits_chunk(config, network, dtype, on_gpu, chunk_rows),
         update_workspace=_update_workspace(network, training, dtype, torch.device(device)),
-        # one for the stream that warms up, one for that of the capture
-        library=CUBLAS_WORKSPACE * (1 + training.compile_step)
-        if on_gpu
-        else _on_cpu(config, dtype),
+        library=gpu_libraries(device, training.compile_step) if on_gpu else _on_cpu(config, dtype),
     )
+    if not (on_gpu and training.compile_step):
+        return predicted
+    return replace(
+        predicted,
+        validation=predict_validation(whole, dtype, device, windows),
+        save_check=max(finite.WORKSPACE, agreement.WORKSPACE if ranks > 1 else 0),
+        recheck=predicted.passes if training.recheck_every else 0,
+        samples=predict_samples(whole, dtype),
+    )
+
+
+def gpu_libraries(device: torch.device | str, captured: bool) -> int:
+    """Bytes of cuBLAS and cuBLASLt. The streams of copies and of the ranks' exchange multiply no
+    matrices. captured: whether there are graphs."""
+    return sum(stream_workspace(device)) * (1 + cuda_graph.STREAMS * captured)
 
 
 class _State(NamedTuple):
@@ -201,30 +257,56 @@ def _on_cpu(config: Config, dtype: torch.dtype) -> int:
     return CPU_LIBRARIES + copies + mask + (scores if narrow < wide else 0)
 
 
-def predict_evaluation(
-    config: Config, dtype: torch.dtype, device: torch.device, windows: int, prompts: int
+def predict_validation(
+    config: Config, dtype: torch.dtype, device: torch.device | str, windows: int | None
 ) -> int:
-    """Return the bytes of validation's and the samples' largest batch, beside the model's.
+    """Return the bytes of a batch of validation, beside the model's. windows: see `predict`.
 
-    windows: of the validation data, which bound a batch. prompts: that are continued at once.
+    The logits follow when the blocks' tensors are gone; the CPU's own copies are taken as both.
     """
-    model, T = config.model, config.sequence_length
-    narrow, wide = dtype.itemsize, wide_dtype(dtype).itemsize
-    network = _network(model)
-    rows = min(config.evaluation_batch, windows)
-    block = network.blocks[0].kept().bytes(narrow, wide) + network.blocks[0].workspace() * narrow
+    network, narrow = _network(config.model), dtype.itemsize
+    rows = config.evaluation_batch if windows is None else min(config.evaluation_batch, windows)
     batch = config.training.model_copy(update={"batch_size": rows})
-    logits = _logits_chunk(
-        config.model_copy(update={"training": batch}), network, dtype, device.type == "cuda", None
-    )
-    validation = rows * T * (block + 5 * 8) + logits
+    sized = config.model_copy(update={"training": batch})
+    on_gpu = torch.device(device).type == "cuda"
+    tokens, C = rows * config.sequence_length, config.model.d_model * narrow
+    logits = tokens * C + _logits_chunk(sized, network, dtype, on_gpu, None)
+    if not _by_triton(config, on_gpu):
+        return tokens * (_block_bytes(network, dtype) + 5 * 8) + logits
+    kept = network.blocks[0].kept().bytes(narrow, wide_dtype(dtype).itemsize)
+    return tokens * 5 * 8 + max(tokens * (kept + 3 * C), logits)  # input, branch and output
+
+
+def predict_samples(config: Config, dtype: torch.dtype, prompts: int | None = None) -> int:
+    """Return the bytes of a batch of samples, beside the model's. prompts: continued at once;
+    None for those of the last report."""
+    if prompts is None:
+        prompts = len(config.evaluation.generation_prompts)
+        if config.evaluation.evaluate_coherence:
+            prompts = max(prompts, config.evaluation.coherence_samples)
+    model, network = config.model, _network(config.model)
+    narrow, wide = dtype.itemsize, wide_dtype(dtype).itemsize
     length = min(config.evaluation.max_generation_length, model.max_seq_len)
     cached = 2 * len(network.blocks) * model.key_value_heads * model.head_width * narrow
     padded = network.output.weight.stored_shape[0]
-    samples = min(prompts, config.evaluation_batch) * (
-        length * (cached + block) + 4 * padded * wide
-    )
-    return max(validation, samples)
+    drawn = padded * (4 * wide + (9 * 8 if config.evaluation.top_p is not None else 0))
+    rows = min(prompts, config.evaluation_batch)
+    return rows * (length * (cached + _block_bytes(network, dtype)) + drawn)
+
+
+def predict_evaluation(
+    config: Config, dtype: torch.dtype, device: torch.device, windows: int, prompts: int | None
+) -> int:
+    """Return the larger of the two."""
+    validation = predict_validation(config, dtype, device, windows)
+    return max(validation, predict_samples(config, dtype, prompts))
+
+
+def _block_bytes(network: Network, dtype: torch.dtype) -> int:
+    """Of a token, while a block's forward runs and nothing is kept after it."""
+    narrow, wide = dtype.itemsize, wide_dtype(dtype).itemsize
+    block = network.blocks[0]
+    return block.kept().bytes(narrow, wide) + block.workspace() * narrow
 
 
 def logits_chunk_rows(
@@ -295,84 +377,3 @@ def _logits_chunk(
     # The native backend keeps the chunk's logits and, in the wide dtype, a few rows' softmax.
     size = min(rows, chunk_rows or CHUNK_ROWS)
     return (size * narrow + min(size, softmax_rows(padded)) * wide) * padded
-
-
-class StepMemory(NamedTuple):
-    """A step's memory, and how it computes its logits to stay within it."""
-
-    bytes: int
-    chunk_rows: int | None  # rows of logits at a time; None for the backend's choice
-
-
-def require_memory(
-    config: Config,
-    vocab_size: int,
-    chunk_rows: int | Literal["auto"] | None = "auto",
-    processes: int = 1,
-    ranks: int = 1,
-) -> StepMemory:
-    """The memory of a step; ConfigError if the device does not have it free now.
-
-    Without this check the system grants the memory and kills the process when it is used. On a GPU
-    HEADROOM of it is left for what the allocator cannot fill.
-    chunk_rows: rows of logits at a time, None for the backend's choice, "auto" to choose by memory.
-    processes: that share a CPU's memory, and share the step's tokens; 0: another one has asked.
-    ranks: processes of the run, which divide the step and perhaps its state.
-    """
-    config, dtype, device = _resolved(config, vocab_size)
-    present = _present(device)
-    # a step's tokens on a CPU: the loader's, the source's, inputs and targets
-    tokens = config.training.sequences_per_step * (config.sequence_length + 1)
-    tokens *= 5 * 8 if device.type == "cpu" else 0
-    if chunk_rows == "auto":
-        chunk_rows = logits_chunk_rows(config, dtype, device, present, ranks)
-    step = predict(config, dtype, device, chunk_rows, ranks).total
-    together = step + tokens if device.type == "cuda" else step * processes + tokens
-    if together > present and (processes or device.type == "cuda"):
-        of = f" on {processes} processes" if together > step + tokens else ""
-        raise ConfigError(
-            f"model, training.batch_size: expected a step{of} that fits into the "
-            f"{_gib(present)} free of {device}, got one of {_gib(together)}"
-        )
-    needed = step + tokens
-    return StepMemory(needed, chunk_rows)
-
-
-def require_evaluation_memory(
-    config: Config, vocab_size: int, windows: int, ranks: int = 1
-) -> None:
-    """ConfigError if validating and sampling take more memory than there is.
-
-    windows: in the validation data. What a step takes beside the model is free by then.
-    """
-    config, dtype, device = _resolved(config, vocab_size)
-    prompts = len(config.evaluation.generation_prompts)
-    if config.training.eval_batches is not None:
-        windows = min(windows, config.training.eval_batches * config.evaluation_batch)
-    kept = predict(config, dtype, device, ranks=ranks).state
-    needed = kept + predict_evaluation(config, dtype, device, windows, prompts)
-    present = _present(device)
-    if needed > present:
-        raise ConfigError(
-            "evaluation.batch_size, evaluation.max_generation_length: expected batches that fit "
-            f"into the {_gib(present)} free of {device}, got {_gib(needed)}"
-        )
-
-
-def _resolved(config: Config, vocab_size: int) -> tuple[Config, torch.dtype, torch.device]:
-    device = resolve_device(config.training.device)
-    model = config.model.model_copy(update={"vocab_size": vocab_size})
-    dtype = resolve_dtype(model.dtype, device)
-    return config.model_copy(update={"model": model}), dtype, device
-
-
-def _present(device: torch.device) -> int:
-    """Bytes free for a run; what this process already holds on a GPU counts as free."""
-    if device.type != "cuda":
-        return available_memory()
-    ours = torch.cuda.memory_reserved(device)
-    return int((torch.cuda.mem_get_info(device)[0] + ours) / (1 + HEADROOM))
-
-
-def _gib(count: int) -> str:
-    return f"{count / 2**30:,.1f} GiB"

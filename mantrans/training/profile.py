@@ -17,13 +17,14 @@ from __future__ import annotations
 
 import os
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from mantrans.training.flops import product_peak
 
 WARM_UP_STEPS = 5
 ROWS = 10
@@ -129,20 +130,6 @@ def _own_device_time(event: Any) -> float:
     """Of kernels only: the operation that launched a kernel would count its time twice."""
     is_kernel = event.device_type.name == "CUDA"
     return event.self_device_time_total if is_kernel else 0.0
-
-
-def product_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations per second of a large square matrix product, the best of a few runs."""
-    size = 8192 if device.type == "cuda" else 1024
-    a, b = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(2))
-    best = float("inf")
-    for _ in range(6):
-        begin = time.perf_counter()
-        torch.mm(a, b)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        best = min(best, time.perf_counter() - begin)
-    return 2 * size**3 / best
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from mantrans.errors import CheckpointError
+from mantrans.finite import all_finite
 from mantrans.inference.trained import saved_tokenizer
 from mantrans.training.agreement import require_same_weights
 
@@ -34,7 +35,7 @@ def state(run: Trainer) -> dict[str, Any]:
 def save(run: Trainer, *, best: bool, must_succeed: bool) -> None:
     """Write a checkpoint. If a periodic one fails, it is reported and the run continues."""
     require_same_weights(run.world, run.wrapper.model.parameters, run.progress.step)
-    is_finite = _weights_are_finite(run)
+    is_finite = weights_are_finite(run)
     whole = state(run)
 
     def write() -> str:
@@ -59,10 +60,10 @@ def save(run: Trainer, *, best: bool, must_succeed: bool) -> None:
         run.logger.message(f"warning: {failure}; training goes on")
 
 
-def _weights_are_finite(run: Trainer) -> bool:
+def weights_are_finite(run: Trainer) -> bool:
     """A skipped step leaves finite weights, but a step that is not skipped may overflow."""
     weights = run.wrapper.model.parameters.best_weights()
-    return not run.world.any(not weights.isfinite().all())
+    return not run.world.any(not all_finite(weights))
 
 
 def _sync_records(run: Trainer) -> None:

@@ -11,6 +11,7 @@ from mantrans.checkpoint import state_file
 from mantrans.config import Config
 from mantrans.data.tokenizer import Tokenizer, foreign_tokenizer, load_tokenizer
 from mantrans.errors import CheckpointError, ConfigError, DataError, single_line
+from mantrans.finite import all_finite
 from mantrans.inference.trained import tokenizer_of
 from mantrans.interop import huggingface
 from mantrans.training.resume import Checkpoint
@@ -36,7 +37,7 @@ class Start(NamedTuple):
         parameters = model.model.parameters
         for name, value in self.weights:
             parameters.write(name, value)
-            if not parameters.view(parameters.best_weights(), name).isfinite().all():
+            if not all_finite(parameters.view(parameters.best_weights(), name)):
                 raise CheckpointError(
                     f"{single_line(str(self.weights.folder))}: expected finite weights in "
                     f"{model.config.dtype}, got NaN or infinity in {name}"

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from mantrans.cuda_graph import WARM_UP_RUNS, cuda_graph
 from mantrans.distributed.world import World
@@ -20,6 +21,7 @@ from mantrans.kernels.reference import document_starts
 from mantrans.models.transformer import CustomTransformer
 from mantrans.optim import Optimizer
 from mantrans.optim.guards import Guard, Switch
+from mantrans.training import recheck
 from mantrans.training.batches import MicroBatch, TokenSource
 from mantrans.training.gradient_sum import GradientSum
 from mantrans.wrapper import count_targets, scale_of
@@ -49,6 +51,9 @@ class TrainStep:
         whose method `gradient_sum` is).
     end_of_text: its token, to keep attention inside documents; None to let it cross them.
     capture: replay the step as a CUDA graph; False runs the same function directly.
+    after_capture: called once the graph has its memory.
+    recheck_every: after this many steps one's loss and gradient norm are computed a second time,
+        not by the graph; None for never.
     history: the number of steps whose results stay on the device until `read` fetches them.
     """
 
@@ -64,6 +69,8 @@ class TrainStep:
         end_of_text: int | None = None,
         guards: Sequence[Guard] = (),
         capture: bool = False,
+        after_capture: Callable[[], None] = lambda: None,
+        recheck_every: int | None = None,
         history: int = 1024,
     ) -> None:
         self.model, self.optimizer, self.source = model, optimizer, source
@@ -78,19 +85,39 @@ class TrainStep:
         self.history = torch.zeros(shape, dtype=torch.float64, device=gradients.device)
         self.place = torch.zeros(1, dtype=torch.int64, device=gradients.device)
         self.unread = 0
-        self.capture = capture
+        self.capture, self.after_capture = capture, after_capture
+        self.recheck_every = recheck_every
         self.replay: Callable[[], None] | None = None
 
     def run(self, step: int, learning_rate: float) -> None:
-        """Run step number `step`. `read` returns its result later."""
+        """Run step number `step`. `read` returns its result later.
+
+        MantransError if the step was computed twice, with results of which one is wrong.
+        """
         if self.unread == len(self.history):
             raise RuntimeError(f"{self.unread} steps were not read; call read() more often")
         self.source.load(step)
         self.learning_rate.fill_(learning_rate)
         if self.capture and self.replay is None:
             self._capture()
+            self.after_capture()
+        is_due = self.recheck_every is not None and (step + 1) % self.recheck_every == 0
+        first = self.compute() if is_due else None
         (self.replay or self._step)()
         self.unread += 1
+        if first is not None:
+            own = self.gradient_sum.own_loss[None]
+            second = torch.cat([own, self.history[self.unread - 1, :2]])
+            recheck.require_same(first, second, step + 1, self.world)
+
+    def compute(self) -> Tensor:
+        """`recheck.NAMES` of the loaded sequences, (3,) float64. Changes no weights."""
+        loss = self.gradient_sum.run(self.batch())
+        return torch.stack([self.gradient_sum.own_loss, loss, self.optimizer.gradient_norm()])
+
+    def release(self) -> None:
+        """Give the captured step's memory back; a further step is captured again."""
+        self.replay = None
 
     def read(self) -> list[StepRecord]:
         """The results of the steps since the last call. This waits for the device."""

@@ -8,9 +8,10 @@ import torch
 
 from mantrans.config import Config, TrainingConfig
 from mantrans.interop.huggingface import read_shape
-from mantrans.runtime import resolve_dtype
+from mantrans.runtime import resolve_device, resolve_dtype
 from mantrans.training.flops import flops_per_token, update_flops
 from mantrans.training.memory import MemoryPrediction, parameter_groups, predict
+from mantrans.training.room import free_memory
 
 _KNOWN_VOCABULARIES = {"gpt2": 50_257}
 
@@ -89,8 +90,13 @@ def _memory(config: Config, device: str, ranks: int) -> str:
     if config.model.dtype != "auto" or device == "cpu":
         dtype = resolve_dtype(config.model.dtype, torch.device("cpu"))
     title = f"predicted for {str(dtype).removeprefix('torch.')} on {device}"
+    if device != "cpu" and not torch.cuda.is_available():
+        title += ", an H100 as none is here"
     if ranks == 1:
-        return _table(f"memory, {title}", _purposes(predict(config, dtype, device), config))
+        rows = _purposes(predict(config, dtype, device), config)
+        if device == "cpu" or torch.cuda.is_available():
+            rows.append(("free now", _mebibytes(free_memory(resolve_device(device)))))
+        return _table(f"memory, {title}", rows)
     per_shard = [
         _purposes(predict(_with(config, s), dtype, device, ranks=ranks), config) for s in SHARDS
     ]
@@ -125,9 +131,17 @@ def _purposes(predicted: MemoryPrediction, config: Config) -> list[tuple[str, st
         ("backward workspace (or loss)", predicted.backward_workspace),
         ("loss workspace (or backward)", predicted.loss_workspace),
         *([("update workspace", predicted.update_workspace)] if predicted.update_workspace else []),
-        ("library workspace", predicted.library),
-        ("peak", predicted.total),
+        ("library workspaces", predicted.library),
     ]
+    if predicted.beside:
+        rows += [
+            ("peak of a step", predicted.step),
+            ("beside it: validation", predicted.validation),
+            ("or the check of a save", predicted.save_check),
+            ("or a second computation", predicted.recheck),
+            ("samples, at the end", predicted.samples),
+        ]
+    rows.append(("peak", predicted.total))
     return [(name, _mebibytes(count)) for name, count in rows]
 
 

@@ -27,7 +27,15 @@ from mantrans.evaluation.evaluator import measure_stream
 from mantrans.optim.guards import OutlierGuard
 from mantrans.optim.schedule import rate
 from mantrans.runtime import disable_malloc_trim, resolve_device, set_threads
-from mantrans.training import agreement, flops, kernel_check, memory, saving
+from mantrans.training import (
+    agreement,
+    compiling,
+    flops,
+    kernel_check,
+    rehearsal,
+    room,
+    saving,
+)
 from mantrans.training.alone import on_first
 from mantrans.training.batches import token_source
 from mantrans.training.building import build_wrapper
@@ -107,7 +115,8 @@ class Trainer:
                 self.wrapper.dtype,
                 self.logger.message,
             )
-        for note in [*notes, *self.share.notes, self.describe()]:
+        about = [self.describe()] if self.world.is_first else []
+        for note in [*notes, *self.share.notes, *about]:
             self.logger.message(note)
 
     def _set_up(self, resume: str | None, check_kernels: bool, quiet: bool) -> list[str]:
@@ -138,15 +147,25 @@ class Trainer:
         self._load_data(quiet)
         if self.world.is_first:
             windows = -(-len(self.dataset.validation) // self.config.sequence_length)
-            memory.require_evaluation_memory(
-                self.placed, self.tokenizer.vocab_size, windows, self.world.size
+            self.predicted = room.require_evaluation_memory(
+                self.placed,
+                self.tokenizer.vocab_size,
+                windows,
+                self.world.size,
+                self.memory.chunk_rows,
             )
         if checkpoint:
             notes += continue_data(self, checkpoint)
-        if check_kernels and self.wrapper.device.type == "cuda":
-            notes += kernel_check.check(
-                self.config, self.wrapper.model, quiet=quiet or not self.world.is_first
+        if self.wrapper.device.type == "cuda":
+            notes += compiling.compile_for(
+                self.config,
+                self.wrapper.model,
+                checks=check_kernels,
+                local_ranks=self.world.local_size,
+                quiet=quiet,
             )
+        if check_kernels and self.wrapper.device.type == "cuda":
+            notes += kernel_check.check(self.config, self.wrapper.model, quiet=quiet)
         self._meet()
         self._make_step()
         notes += self._open_folders(checkpoint if goes_on else None)
@@ -261,7 +280,8 @@ class Trainer:
         self.flops_per_token = flops.flops_per_token(model, self.config.sequence_length)
         update = flops.update_flops(model, training.optimizer)
         self.flops_per_token += update / self.config.tokens_per_step
-        self.peak_flops = flops.peak_flops(self.wrapper.device, self.wrapper.dtype)
+        if self.world.is_first:  # which logs
+            self.peak = flops.peak(self.wrapper.device, self.wrapper.dtype)
         self.guard = None
         if training.outlier_z_score is not None:
             self.guard = OutlierGuard(
@@ -277,8 +297,8 @@ class Trainer:
                 rows = checkpoint.logits_chunk_rows()
         asks_for = self.world.local_size if self.world.local_rank == 0 else 0
 
-        def require(rows: int | Literal["auto"] | None) -> memory.StepMemory:
-            return memory.require_memory(
+        def require(rows: int | Literal["auto"] | None) -> room.StepMemory:
+            return room.require_memory(
                 self.placed, self.tokenizer.vocab_size, rows, asks_for, self.world.size
             )
 
@@ -289,16 +309,19 @@ class Trainer:
 
     def _make_step(self) -> None:
         training, data = self.config.training, self.config.data
+        taken = self.predicted.total if self.world.is_first else self.memory.bytes
         self.train_step = TrainStep(
             self.wrapper.model,
             self.wrapper.trainable(),
-            token_source(self.loader, self.wrapper.device, self.memory.bytes),
+            token_source(self.loader, self.wrapper.device, taken),
             micro_batches=self.share.micro_batches,
             world=self.world,
             gradient_sum=training.gradient_sum,
             end_of_text=None if data.attend_across_documents else self.tokenizer.eot_id,
             guards=[self.guard] if self.guard else [],
             capture=training.compile_step and self.wrapper.device.type == "cuda",
+            after_capture=lambda: rehearsal.rehearse(self),
+            recheck_every=training.recheck_every,
             history=training.log_every,
         )
 
@@ -398,10 +421,11 @@ class Trainer:
         speed = {
             "tokens_per_second": tokens_per_second,
             "tflops": tokens_per_second * self.flops_per_token / 1e12,
-            "mfu": flops.mfu(
-                tokens_per_second / self.world.size, self.flops_per_token, self.peak_flops
-            ),
         }
+        if self.world.is_first:
+            speed["share_of_peak"] = flops.share_of_peak(
+                tokens_per_second / self.world.size, self.flops_per_token, self.peak.flops
+            )
         self.logger.log_timing(progress.step, **speed)
         self.logger.show(progress.step, **values, **speed)
         progress.pending = []
@@ -452,13 +476,16 @@ class Trainer:
     # -------------------------------------------------------------------------------------- start
 
     def describe(self) -> str:
-        """The model, the data and the length of the run, in three lines."""
+        """The model, its memory, the data and the length of the run, in four lines; on rank 0."""
         info = self.wrapper.get_model_info()
         dtype, ranks = info["dtype"], self.world.size
         processes = f", {ranks} processes" if ranks > 1 else ""
+        how = "listed" if self.peak.is_listed else "measured"
         return (
             f"model    {info['parameters']:,} parameters, {dtype}, {info['backend']} kernels on "
-            f"{info['device']}{processes}\n"
+            f"{info['device']}{processes}; products at most {self.peak.flops / 1e12:.3g} TFLOP/s "
+            f"({how})\n"
+            f"memory   {room.shown(self.predicted, self.memory.free)}\n"
             f"data     {self.config.data.dataset}: {self.dataset.usage()}; "
             f"{len(self.dataset.train):,} tokens to train on, "
             f"{len(self.dataset.validation):,} to validate\n"

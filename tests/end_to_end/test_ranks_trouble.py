@@ -197,6 +197,27 @@ def test_rank_other_weights(
     assert state_file.load(checkpoints(tmp_path) / "latest.pt")["progress"]["step"] == 4
 
 
+@pytest.mark.promise("a processor computes wrongly")
+@pytest.mark.slow
+@pytest.mark.parametrize("shard", ["none", "gradients"])
+def test_rank_computes_otherwise(
+    tmp_path: Path, tokens: Path, processes: Processes, shard: str
+) -> None:
+    """One rank computes another loss the first time: all end, with one line. Without that a run
+    with `recheck_every` has the bits of one without."""
+    ranks = broken(
+        processes, tmp_path, tokens, 2, "off 1 step 6", recheck_every=3, save_every=4, shard=shard
+    )
+    ranks.seconds_until_gone()
+    assert statuses(ranks) == [OF_A_MISTAKE] * 2
+    assert told(ranks).startswith("error: step 6: loss of its micro-batches: expected the same ")
+    assert " on rank 1: a processor" in told(ranks) and told(ranks).endswith("(step 4)")
+    assert state_file.load(checkpoints(tmp_path) / "latest.pt")["progress"]["step"] == 4
+    for folder, every in (("with", 2), ("without", None)):
+        finished(begin(processes, tmp_path / folder, tokens, 2, recheck_every=every, shard=shard))
+    assert_same_bits(left(tmp_path / "with"), left(tmp_path / "without"))
+
+
 @pytest.mark.promise("too many skips")
 @pytest.mark.slow
 def test_rank_not_finite(tmp_path: Path, tokens: Path, processes: Processes) -> None:

@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 import torch
 
+from mantrans.training.shapes_only import ShapesOnly
 from tools.gate.assembly import read_assembly
 from tools.gate.cards import CARDS, resident_programs
 from tools.gate.digest import ROOT, digest, stale
 from tools.gate.driver import Kernel, Launch, TensorMap
 from tools.gate.machine_code import MachineCode, count_instructions, read_usage
-from tools.gate.memory import ShapesOnly
 from tools.gate.rules import violations
 
 # ------------------------------------------------------------------------------------ the rules
@@ -119,6 +119,23 @@ def test_violations_few_spills() -> None:
     more = KERNEL._replace(shared=0, code=code._replace(stack=129))
     [line] = complaints(LAUNCH._replace(kernel=more), 120)
     assert "at most 128 bytes, got a stack of 129" in line
+
+
+def test_violations_spills_on_rdna() -> None:
+    """What was found there, and no more; elsewhere wide heads have the bound of all."""
+    wide = KERNEL._replace(constants={"D": 128, "BLOCK_D": 128}, shared=0)
+    for stack, capability, found in ((328, 1100, 0), (329, 1100, 1), (129, 942, 1)):
+        code = CODE._replace(registers=64, hgmma=0, hmma=8, stack=stack)
+        launch = LAUNCH._replace(kernel=wide._replace(code=code))
+        assert len(complaints(launch, capability)) == found
+
+
+def test_violations_short_rows_of_logits() -> None:
+    """16-byte accesses are asked for where a row has as many lanes as a warp of the card."""
+    code = CODE._replace(hgmma=0, hmma=8, accesses=9, wide_accesses=0, bulk_copies=0)
+    kernel = KERNEL._replace(constants={"LANES": 32, "D": 64}, shared=0, code=code)
+    launch = LAUNCH._replace(kernel=kernel)
+    assert complaints(launch, 942) == [] and len(complaints(launch, 1100)) == 1
 
 
 def test_violations_narrow_heads() -> None:

@@ -11,22 +11,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 import mantrans.wrapper
 from mantrans import CustomTransformer
 from mantrans.cli import main
 from mantrans.config import Config
-from mantrans.data.tokenizer import load_tokenizer
 from mantrans.evaluation.evaluator import generate_samples, printable
-from mantrans.inference.text import _characters, continue_text
+from mantrans.inference.text import continue_text
 from mantrans.inference.trained import load_model, load_trained
 from mantrans.runtime import OUT_OF_MEMORY
-from tests.support.runs import GOLDEN, NAME, finish, small
+from tests.support.runs import NAME, finish, small
 
 ROOT = Path(__file__).parents[2]
-BYTES = load_tokenizer(GOLDEN / "tokenizer")
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +85,17 @@ MISTAKES = {
     "generate --checkpoint RUN/best.pt --prompt a --seed 99999999999999999999": "--seed",
     "generate --checkpoint RUN/best.pt --prompt abcdef --max-length 5": "the 7 tokens of the",
     "generate --checkpoint RUN/config.yaml --prompt a": "config.yaml",
+    "generate --checkpoint RUN/best.pt --prompt a --file b": "not allowed with",
+    "generate --checkpoint RUN/best.pt --file nothing.txt": "nothing.txt: No such file",
+    "generate --checkpoint RUN/best.pt --file RUN": "Is a directory",
+    "generate --checkpoint RUN/best.pt --file RUN/best.pt": "--file: expected text in UTF-8, got",
+    "generate --checkpoint RUN/best.pt --file /dev/zero": "--file: expected at most 16,777,216",
+    "generate --checkpoint RUN/best.pt --prompt a --min-p 0": "evaluation.min_p: expected",
+    "generate --checkpoint RUN/best.pt --prompt a --repetition-penalty 0": "repetition_penalty",
+    "chat": "--checkpoint",
+    "chat --checkpoint RUN/best.pt --top-p 2": "command line: evaluation.top_p: expected",
+    "chat --checkpoint RUN/best.pt --format xml": "choose from",
+    "chat --checkpoint RUN/best.pt --format chatml": "the tokenizer has no <|im_end|>, got chatml",
     "report nowhere": "nowhere",
     "report": "run",
     "report RUN --compare": "--compare: expected at least one argument",
@@ -259,24 +266,7 @@ def test_generate_streams(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             yield step
 
     monkeypatch.setattr(wrapper, "stream", counted)
-    pieces = continue_text(wrapper, tokenizer, config, "Once")
+    pieces = iter(continue_text(wrapper, tokenizer, config, "Once"))
     monkeypatch.setattr(type(tokenizer), "decode", lambda _, ids: "x" * len(ids))
     assert next(pieces) == "x" and len(drawn) == 1
     assert len(list(pieces)) >= len(drawn) - 1 > 1
-
-
-def pieces_of(ids: list[int]) -> list[str]:
-    return list(_characters(BYTES, ([token] for token in [*ids, None])))
-
-
-@given(st.lists(st.integers(0, 255), max_size=40))
-def test_pieces_any_bytes(ids: list[int]) -> None:
-    """Pieces of any bytes add up to their text."""
-    assert "".join(pieces_of(ids)) == BYTES.decode(ids)
-
-
-@given(st.text(max_size=20))
-def test_pieces_characters(text: str) -> None:
-    """The tokens are single bytes: a piece is one character, or empty at the end."""
-    whole = text.replace("\N{REPLACEMENT CHARACTER}", "")
-    assert [piece for piece in pieces_of(BYTES.encode(whole)) if piece] == list(whole)

@@ -13,6 +13,7 @@ torchrun starts it again, nothing breaks.
             memory      it asks for more memory than there can be
             bug         an exception that nobody expects
             nan         its loss is NaN in this step and the later ones
+            off         its loss is wrong once
             bit         it turns one bit of its weights
             version     its packages have another version
 """
@@ -67,8 +68,11 @@ def then(function: Callable[..., Any], how: str, run: Trainer) -> Callable[..., 
 
     def called(*arguments: Any, **keywords: Any) -> Any:
         result = function(*arguments, **keywords)
-        if ways:
+        first = bool(ways)
+        if first:
             do(ways.pop(), run)
+        if how == "off" and first:
+            return result * 1.001
         return result * torch.nan if how == "nan" else result
 
     return called

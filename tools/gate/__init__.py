@@ -10,6 +10,7 @@ self-check, the cases of the GPU tests and a training step of each shipped confi
 (`programs`), and each launch is held to the GPU's rules (`rules`).
 
 What is not executed: no kernel runs, and no operation of PyTorch but those that make views; all
-others, products included, return memory of the right shape with nothing in it (`memory`). Nothing
-here tests a result: that is for tests/kernels, and on a GPU for tests/gpu and the self-check.
+others, products included, return memory of the right shape with nothing in it (`ShapesOnly`).
+Nothing here tests a result: that is for tests/kernels, and on a GPU for tests/gpu and the
+self-check.
 """

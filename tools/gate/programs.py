@@ -7,17 +7,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from mantrans.config import Config
 from mantrans.data.tokenizer import load_tokenizer
 from mantrans.kernels import selfcheck
 from mantrans.kernels import triton as ops
-from mantrans.kernels.selfcheck import Draw, Shapes
-from mantrans.optim.guards import OutlierGuard
+from mantrans.kernels.selfcheck import Shapes
+from mantrans.training import first_step
 from mantrans.training.building import build_wrapper
-from mantrans.training.kernel_check import programs_of
-from mantrans.training.step import TrainStep
+from mantrans.training.first_step import CPU, Tokens, bound
 from tests.gpu import (
     small_runs,
     small_shapes,
@@ -26,7 +24,6 @@ from tests.gpu import (
     test_gpu_selfcheck,
 )
 
-CPU = torch.device("cpu")
 CONFIGS = Path(__file__).parents[2] / "configs"
 # The entries of tokenizers that are not in the repository: GPT-2's, and the user's own in README.
 ELSEWHERE = {
@@ -45,19 +42,6 @@ class Program(NamedTuple):
     run: Callable[[], object]
 
 
-class Tokens:
-    """A source of tokens without any; see `mantrans.training.batches.TokenSource`."""
-
-    def __init__(self, sequences: int, length: int) -> None:
-        self.tokens = torch.empty(sequences, length + 1, dtype=torch.int64)
-
-    def load(self, step: int) -> None:
-        pass
-
-    def rows(self) -> Tensor:
-        return self.tokens
-
-
 def programs(capability: int) -> Iterator[Program]:
     """All of them; what a run meets first, first."""
     for path in sorted(CONFIGS.glob("*.yaml")):
@@ -71,52 +55,24 @@ def programs(capability: int) -> Iterator[Program]:
 
 def of_config(path: Path) -> Iterator[Program]:
     """What a run of a shipped config launches: until its first step has run, and after."""
-    config = Config.load(
-        path, ["model.dtype=bfloat16", "training.device=cpu", "training.backend=triton"]
-    )
-    name = config.data.tokenizer
-    vocabulary = ELSEWHERE.get(name) or load_tokenizer(name).vocab_size
+    config = Config.load(path)
+    vocabulary = vocabulary_of(config)
     group = f"config {path.stem}"
-    model = config.model
-    shapes = selfcheck.run_shapes(
-        model.d_model,
-        model.n_heads,
-        model.feed_forward_width,
-        vocabulary,
-        config.sequence_length,
-        model.n_kv_heads,
-        model.head_dim,
-    )
-    yield from selfcheck_programs(group, shapes, torch.bfloat16, programs_of(config))
-    yield Program(group, "step", lambda: step_of(config, vocabulary))
-    yield Program(f"{group}, later", "evaluation", lambda: evaluation_of(config, vocabulary))
+    for program in first_step.programs(config, vocabulary, torch.bfloat16):
+        yield Program(group, *program)
+    config = first_step.on_cpu(config, torch.bfloat16)
+    yield Program(f"{group}, later", "samples", lambda: samples_of(config, vocabulary))
 
 
-def step_of(config: Config, vocabulary: int) -> None:
-    """A training step. Micro-batches after the second would only repeat the second's launches."""
-    training = config.training
-    wrapper = build_wrapper(config, vocabulary)
-    micro_batches = min(2, training.gradient_accumulation_steps)
-    tokens = Tokens(micro_batches * training.batch_size, config.sequence_length)
-    guards = []
-    if training.outlier_z_score is not None:
-        guards = [OutlierGuard(training.outlier_z_score, training.outlier_window, CPU)]
-    step = TrainStep(
-        wrapper.model,
-        wrapper.trainable(),
-        tokens,
-        micro_batches=micro_batches,
-        end_of_text=None if config.data.attend_across_documents else 0,
-        guards=guards,
-    )
-    step.run(0, training.learning_rate)
+def vocabulary_of(config: Config) -> int:
+    """The entries of a config's tokenizer."""
+    name = config.data.tokenizer
+    return ELSEWHERE.get(name) or load_tokenizer(name).vocab_size
 
 
-def evaluation_of(config: Config, vocabulary: int) -> None:
-    """A batch of validation, and two tokens of each sample."""
+def samples_of(config: Config, vocabulary: int) -> None:
+    """Two tokens of each sample."""
     model = build_wrapper(config, vocabulary).model
-    tokens = torch.empty(config.training.batch_size, config.sequence_length, dtype=torch.int64)
-    model.losses(tokens, tokens)
     prompts = torch.empty(len(config.evaluation.generation_prompts), 7, dtype=torch.int64)
     lengths = torch.empty(len(prompts), dtype=torch.int64)
     cache = model.new_cache(len(prompts), config.evaluation.max_generation_length)
@@ -124,20 +80,10 @@ def evaluation_of(config: Config, vocabulary: int) -> None:
     model.decode(lengths, lengths, cache)
 
 
-def selfcheck_programs(
-    group: str, shapes: Shapes, dtype: torch.dtype, programs: Sequence[Any] = selfcheck.PROGRAMS
-) -> Iterator[Program]:
-    """The self-check's programs, or some of them."""
-    for draw, program in programs:
-        function = getattr(program, "func", program)  # of a functools.partial
-        name = f"{function.__name__} {str(dtype).removeprefix('torch.')} {shapes}"
-        yield Program(group, name, bound(program, draw, shapes, dtype))
-
-
-def bound(
-    program: selfcheck.Program, draw: Callable[..., Any], shapes: Shapes, dtype: torch.dtype
-) -> Callable[[], object]:
-    return lambda: program(ops, draw(shapes, Draw(dtype, CPU)))
+def selfcheck_programs(group: str, shapes: Shapes, dtype: torch.dtype) -> Iterator[Program]:
+    """All of the self-check's programs."""
+    for program in first_step.of_selfcheck(shapes, dtype):
+        yield Program(group, *program)
 
 
 # ------------------------------------------------------------------------------------- GPU tests

@@ -49,6 +49,7 @@ def worst(rows: Sequence[Row]) -> dict[str, int]:
         "programs": min(r.programs for r in rows),
         "most_programs": max(r.programs for r in rows),
         "spills": sum(r.stack > 0 or r.local > 0 for r in rows),
+        "spilled": max(r.stack for r in rows),
     }
 
 
@@ -92,7 +93,8 @@ def page(record: dict[str, Any]) -> str:
         "Kernels that a run compiles for its self-check and its first step, and the seconds of one "
         "CPU core (a two-core Xeon's) that Triton takes to compile them, one after the other. On a "
         "GPU, Triton 3.6 also builds a launcher for each signature, with a C compiler: about a "
-        "second each, not counted here. Both are kept in Triton's cache.\n",
+        "second each, not counted here. A run compiles them on all its cores "
+        "(`mantrans/training/compiling.py`); both are kept in Triton's cache.\n",
         table(*first_step_cells(runs)),
     ]
     for run in runs:
@@ -100,7 +102,8 @@ def page(record: dict[str, Any]) -> str:
         parts.append(
             f"\n## {card.architecture}: {card.name}, Triton {run['triton']}\n\n"
             "The most registers a thread, the most bytes of shared memory a program, the fewest "
-            "and most programs a multiprocessor, and how many configurations spill registers.\n"
+            "and most programs a multiprocessor, and how many configurations spill registers, with "
+            "the most bytes a thread.\n"
         )
         parts.append(table(KERNEL_HEADINGS, map(kernel_cells, run["by_name"].items())))
     return "\n".join(parts) + "\n"
@@ -131,9 +134,10 @@ def kernel_cells(item: tuple[str, dict[str, int]]) -> tuple[str, ...]:
     programs = str(most["programs"])
     if most["most_programs"] > most["programs"]:
         programs += f" to {most['most_programs']}"
+    spills = f"{most['spills']}: {most['spilled']:,}" if most["spills"] else ""
     return (
         f"`{name}`", str(most["configurations"]), str(most["registers"]), f"{most['shared']:,}",
-        programs, str(most["spills"] or ""),
+        programs, spills,
     )  # fmt: skip
 
 

@@ -11,8 +11,17 @@ from tools.gate.cards import LARGEST_GRID, LARGEST_PROGRAM, Card, registers_take
 from tools.gate.driver import Kernel, Launch, TensorMap
 
 WIDE_PRODUCT_HEAD = 64  # from this head width on, Hopper's products must be those of warp groups
-WIDE_HEAD, WARP = 128, 32  # bytes, lanes: shorter rows may be shared by threads in other ways
+WIDE_HEAD = 128  # bytes: shorter rows may be shared by threads in other ways
 FEW_SPILLED = 128  # bytes a thread
+# The same of 16-bit kernels on gfx1100 (see `attention_tiles`), by name, BLOCK_D and whether 16
+# divides lengths: what was found with Triton 3.6.0, and no more.
+SPILLED_ON_RDNA = {
+    ("dkdv_kernel", 128, True): 328,
+    ("dkdv_kernel", 128, False): 416,
+    ("dkdv_kernel", 256, True): 1124,
+    ("dq_kernel", 128, False): 492,
+    ("dq_kernel", 256, True): 828,
+}
 FEW_ACCESSES = 8  # of a kernel that moves little
 MAP_ALIGNMENT = 16  # bytes
 LARGEST_BOX, MOST_AXES, LARGEST_STRIDE = 256, 5, 2**40
@@ -86,12 +95,12 @@ def spills(kernel: Kernel, card: Card) -> Iterator[str]:
     they were measured. Few pass in float32, which is for exactness, where kernels have not run
     yet, and where lengths that 16 does not divide take more registers for addresses. On RDNA 3 a
     backward for wide heads spills whatever its tiles."""
-    code = kernel.code
-    if card.capability == 1100 and kernel.constants.get("D", 0) >= WIDE_HEAD:
-        return
-    fast = card.capability == 90 and sixteen_bit(kernel) and lengths_divide(kernel)
-    most = 0 if fast else FEW_SPILLED
-    if code.stack > most or (code.local and fast):
+    code, divide = kernel.code, lengths_divide(kernel)
+    most = 0 if card.capability == 90 and sixteen_bit(kernel) and divide else FEW_SPILLED
+    if card.capability == 1100 and sixteen_bit(kernel):
+        wide = kernel.name, kernel.constants.get("BLOCK_D", 0), divide
+        most = SPILLED_ON_RDNA.get(wide, most)
+    if code.stack > most or (code.local and not most):
         yield (
             f"spills: expected at most {most} bytes, got a stack of {code.stack} bytes and "
             f"{code.local} instructions on local memory"
@@ -130,7 +139,7 @@ def products(kernel: Kernel, card: Card) -> Iterator[str]:
 def accesses(kernel: Kernel, card: Card) -> Iterator[str]:
     """Where addresses, row lengths and heads allow it, memory is accessed 16 bytes at a time."""
     head = kernel.constants.get("D", WIDE_HEAD) * (2 if sixteen_bit(kernel) else 4)
-    short = head % 16 or head < WIDE_HEAD or kernel.constants.get("LANES", WARP) < WARP
+    short = head % 16 or head < WIDE_HEAD or kernel.constants.get("LANES", card.lanes) < card.lanes
     if short or not lengths_divide(kernel):
         return
     code = kernel.code

@@ -6,9 +6,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mantrans.training.shapes_only import ShapesOnly
 from tools.gate.cards import CARDS, resident_programs
 from tools.gate.driver import Kernel, Launch, launches_for
-from tools.gate.memory import ShapesOnly
 from tools.gate.programs import Program, programs, small
 from tools.gate.rules import violations
 

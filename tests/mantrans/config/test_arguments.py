@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 
 from mantrans import CustomTransformerWrapper
 from mantrans.config import SECTIONS, Config, ModelConfig
-from mantrans.config.arguments import ADAMW, BUILD, MUON, OPTIMIZER, SAMPLING, SHAPE
+from mantrans.config.arguments import ADAMW, BUILD, DRAWING, MUON, OPTIMIZER, SAMPLING, SHAPE
 from mantrans.config.section import SMALLEST_NORMAL, kinds
 from mantrans.data.tokenizer import load_tokenizer
 from mantrans.errors import ConfigError, DataError
 from mantrans.evaluation.evaluator import evaluate
-from mantrans.models import generation
+from mantrans.models.sampling import sample
 from mantrans.optim import SGD, AdamW, Muon
 from mantrans.optim.guards import OutlierGuard
 from mantrans.optim.schedule import scheduled_learning_rate
@@ -86,23 +86,26 @@ POSITIVE = st.floats(SMALLEST_NORMAL, 1.0) | st.floats(-126, 0).map(lambda power
     temperature=st.just(0.0) | POSITIVE | st.floats(1.0, 100.0),
     top_p=st.none() | POSITIVE,
     top_k=st.none() | st.integers(1, 2**24),
+    min_p=st.none() | POSITIVE,
+    repetition_penalty=st.just(1.0) | POSITIVE | st.floats(1.0, 100.0),
     scale=st.sampled_from([1e-45, 1e-30, 1e-3, 1.0, 80.0, 1e4, 1e30, 3e38]),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float64]),
     seed=st.integers(0, 2**64 - 1),
 )
 @settings(max_examples=100, deadline=None)
-def test_sampling_any_settings(temperature, top_p, top_k, scale, dtype, seed) -> None:
+def test_sampling_any_settings(scale, dtype, seed, **values) -> None:
     """Any setting that a config accepts, finite logits of any size."""
-    values = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
     Config.from_dict({"training": {"max_steps": 1}, "evaluation": values}, "test")
     if dtype == torch.float64 and scale == 3e38:
         scale = 1e308
     generator = torch.Generator().manual_seed(seed)
     logits = (torch.rand(3, V, generator=generator, dtype=torch.float64) * 2 - 1) * scale
     logits = logits.to(dtype).nan_to_num()
-    drawn = generation.sample(logits, generator, temperature, top_k, top_p)
+    drawn = sample(logits, generator, **values, seen=logits > 0)
     assert drawn.shape == (3,) and ((drawn >= 0) & (drawn < V)).all()
-    if temperature < 1e-6 * scale:  # cold: the probability of any other token underflows
+    if (
+        values["repetition_penalty"] == 1 and values["temperature"] < 1e-6 * scale
+    ):  # cold: the probability of any other token underflows
         likely = logits.gather(1, drawn[:, None])[:, 0]
         assert (likely >= logits.max(1).values - 1e-3 * scale).all()
 
@@ -158,9 +161,6 @@ def doors(model: CustomTransformerWrapper, folder: Path) -> dict[str, Door]:
         "update_parameters": Door(model.model.update_parameters, {"learning_rate": float}),
         "generate": Door(lambda **k: model.generate(IDS[:, :3], **k), SAMPLING),
         "stream": Door(lambda **k: model.stream(IDS[:, :3], **k), SAMPLING),
-        "generation.stream": Door(
-            lambda **k: generation.stream(model.model, [[1]], **{"max_length": 5, **k}), SAMPLING
-        ),
         "Trainer": Door(
             lambda **k: Trainer(Config(training={"max_steps": 1}), **k),
             {"profile": int, "debug_nan": bool, "check_kernels": bool, "quiet": bool},
@@ -170,8 +170,7 @@ def doors(model: CustomTransformerWrapper, folder: Path) -> dict[str, Door]:
             {"max_batches": int | None, "generate": bool, "coherence": bool},
         ),
         "sample": Door(
-            lambda **k: generation.sample(torch.zeros(1, 4), torch.Generator(), **k),
-            {"temperature": float, "top_k": int | None, "top_p": float | None},
+            lambda **k: sample(torch.zeros(1, 4), torch.Generator(), **k), DRAWING
         ),
     }  # fmt: skip
 
@@ -179,7 +178,7 @@ def doors(model: CustomTransformerWrapper, folder: Path) -> dict[str, Door]:
 DOORS = [
     "constructor", "from_config", "from_pretrained", "from_checkpoint", "optimizer_options",
     "AdamW", "Muon", "SGD", "Optimizer.step", "OutlierGuard", "schedule", "train_step",
-    "accumulate_gradients", "update_parameters", "generate", "stream", "generation.stream",
+    "accumulate_gradients", "update_parameters", "generate", "stream",
     "Trainer", "evaluate", "sample",
 ]  # fmt: skip
 # Accepted by no argument at all, but None by some and a bool by some.

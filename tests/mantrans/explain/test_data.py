@@ -117,6 +117,14 @@ class TestData:
             shown = matrix[:, array["columns"] or slice(None)]
             np.testing.assert_array_equal(values(array)[0], shown.float().numpy())
 
+    def test_data_mean_of_losses(self, case: str) -> None:
+        """The loss's box says the step's loss: the last token has no target, and does not count."""
+        data = explained(case)[1]
+        (losses,) = (b["outputs"][0] for b in data["boxes"] if b["layer"] == "loss")
+        array = data["arrays"][losses["value"]]
+        assert array["mean"] == pytest.approx(data["loss"], rel=1e-12)
+        assert np.isnan(values(array)).sum() == 1
+
     def test_data_gradients(self, case: str) -> None:
         data = explained(case)[1]
         pairs = [

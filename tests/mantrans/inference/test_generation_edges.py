@@ -16,8 +16,8 @@ from mantrans.cli import main
 from mantrans.errors import ModelError
 from mantrans.evaluation.evaluator import generate_samples
 from mantrans.inference.text import continue_text, prompt_tokens
-from mantrans.models import generation
-from mantrans.models.generation import sample
+from mantrans.models import sampling
+from mantrans.models.sampling import sample
 from mantrans.training.trainer import Trainer
 from tests.support.runs import checkpoints, small
 
@@ -36,7 +36,7 @@ def kept(monkeypatch: pytest.MonkeyPatch):
     def ask(logits: Tensor, **options) -> list[list[int]]:
         seen: list[Tensor] = []
         ids = torch.arange(logits.shape[1]).expand(len(logits), -1)  # of the columns of p
-        most_likely = generation._most_likely
+        most_likely = sampling._most_likely
 
         def choose(logits: Tensor, k: int) -> Tensor:
             nonlocal ids
@@ -49,7 +49,7 @@ def kept(monkeypatch: pytest.MonkeyPatch):
 
         with monkeypatch.context() as patch:
             patch.setattr(torch, "multinomial", note)
-            patch.setattr(generation, "_most_likely", choose)
+            patch.setattr(sampling, "_most_likely", choose)
             drawn(logits, **options)
         return [row[p > 0].tolist() for row, p in zip(ids, seen[0], strict=True)]
 

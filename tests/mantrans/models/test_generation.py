@@ -10,7 +10,8 @@ import torch
 from mantrans import CustomTransformerWrapper
 from mantrans.cuda_graph import WARM_UP_RUNS
 from mantrans.models import generation
-from mantrans.models.generation import Decoder, TokenStep, sample, window_start
+from mantrans.models.generation import Decoder, TokenStep, window_start
+from mantrans.models.sampling import sample
 
 V = 61
 
@@ -194,6 +195,12 @@ def test_sampling_filters() -> None:
         ({"top_k": 0}, "top_k"),
         ({"top_p": 0.0}, "top_p"),
         ({"top_p": 1.5}, "top_p"),
+        ({"min_p": 0.0}, "min_p"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty"),
+        ({"stop": [""]}, "stop"),
+        ({"stop": "a"}, "stop"),
+        ({"stop": ["a"]}, "tokenizer"),
+        ({"tokenizer": "gpt2"}, "tokenizer"),
         ({"max_length": 0}, "max_length"),
     ],
 )

@@ -64,7 +64,7 @@ def make_run(folder: Path, *, losses: list[float], skipped: list[int] | None = N
         for i, loss in enumerate(losses, 1):
             counted = skipped[i - 1] if skipped else 0
             log.log(10 * i, loss=loss, learning_rate=1e-3, tokens=1000 * i, skipped=counted)
-            log.log_timing(10 * i, tokens_per_second=5e3, mfu=None)
+            log.log_timing(10 * i, tokens_per_second=5e3, share_of_peak=0.25)
         log.log(10 * len(losses), validation_loss=losses[-1] + 0.5)
     return folder
 
@@ -211,11 +211,11 @@ def test_page_contents(tmp_path: Path) -> None:
     for words in (
         "tiny", "1.71M parameters", "4 blocks of width 256", "30 of 40 steps", "3k tokens",
         "best validation loss 3.0000 at step 30", "torch", "Learning rate", "highest 0.001",
-        "Tokens per second", "median 5k", "perplexity3.49", "distinct 10.375", "grammar3.25",
-        "Once upon a time", "d_model: 256",
+        "Tokens per second", "median 5k", "products alone, median 0.25", "perplexity3.49",
+        "distinct 10.375", "grammar3.25", "Once upon a time", "d_model: 256",
     ):  # fmt: skip
         assert words in found.text, words
-    assert len(found.all("details")) == 1 and len(found.all("figure")) == 3
+    assert len(found.all("details")) == 1 and len(found.all("figure")) == 4
     (validation,) = found.all("circle")
     assert validation["cx"] == "100.000%"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from mantrans.errors import ConfigError
 from mantrans.kernels import native, reference
 from mantrans.kernels.triton.cross_entropy import chunk_rows_within
 from mantrans.models.transformer import CustomTransformer
-from mantrans.training import flops, memory
+from mantrans.training import flops, memory, room
 
 GPT2 = ModelConfig(d_model=768, n_blocks=12, n_heads=12, max_seq_len=1024, vocab_size=50257)
 SMALL = ModelConfig(
@@ -110,11 +111,23 @@ def test_peak_flops_device(name: str, dtype: torch.dtype, expected: float | None
     assert flops.peak_flops("cuda", dtype, name=name) == expected
 
 
-def test_peak_flops_cpu() -> None:
-    """A CPU has no known peak and no MFU."""
-    peak = flops.peak_flops("cpu", torch.float32)
-    assert peak is None and flops.mfu(1e5, 1e9, peak) is None
-    assert flops.mfu(600_000, 8e8, 989.4e12) == pytest.approx(0.48514, abs=1e-5)
+def test_share_of_peak() -> None:
+    assert flops.share_of_peak(600_000, 8e8, 989.4e12) == pytest.approx(0.48514, abs=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_peak_not_listed(dtype: torch.dtype) -> None:
+    """A CPU's is measured, in a short time: no product is faster."""
+    begin = time.process_time()
+    peak = flops.peak(torch.device("cpu"), dtype)
+    assert not peak.is_listed and time.process_time() - begin < 0.3 * torch.get_num_threads()
+    a = torch.rand(512, 512).to(dtype)
+    seconds = []
+    for _ in range(3):
+        begin = time.process_time()
+        torch.mm(a, a)
+        seconds.append(time.process_time() - begin)
+    assert 0.2 * peak.flops < 2 * 512**3 / min(seconds) < 2 * peak.flops
 
 
 # ----------------------------------------------------------------------------------------- memory
@@ -263,6 +276,13 @@ class ResultsOnly:
         del logits
         return losses.sum(), dx
 
+    @staticmethod
+    def linear_cross_entropy_forward(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
+        losses = torch.empty(len(x))
+        logits = x.new_empty(chunk_rows_within(len(x), len(weight) * x.itemsize), len(weight))
+        del logits
+        return losses
+
 
 @pytest.mark.parametrize(
     "recompute", ["none", pytest.param("gelu", marks=pytest.mark.slow), "block"]
@@ -296,6 +316,80 @@ def test_memory_peak(
     assert peak == pytest.approx(predicted.activations + work, rel=0.005)
 
 
+@pytest.mark.parametrize(("vocabulary", "rows"), [(64, 16), (4096, 16), (65536, 8)])
+def test_memory_validation(vocabulary: int, rows: int) -> None:
+    """Of a batch, whether its blocks or its logits take more. 0.5%: its double sums."""
+    shape = ModelConfig(
+        d_model=256, n_blocks=3, n_heads=4, d_ffn=512, max_seq_len=128, vocab_size=vocabulary
+    )
+    model = CustomTransformer(
+        shape, ResultsOnly, dtype=torch.bfloat16, device=torch.device("cpu"), training=False
+    )
+    tokens = torch.zeros(rows, 128, dtype=torch.int64)
+
+    def validate() -> None:
+        starts = reference.document_starts(tokens, 1)
+        model.losses(tokens, tokens, starts).double()
+
+    peak = peak_on_cpu([tokens, tokens.clone()], validate)
+    config = configured(shape, batch_size=rows)
+    predicted = memory.predict_validation(config, torch.bfloat16, "cuda", None)
+    assert peak == pytest.approx(predicted, rel=0.005)
+
+
+def on_gpu(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
+    """The checks' GPU has so much memory free."""
+    monkeypatch.setattr(room, "resolve_device", lambda _: torch.device("cuda"))
+    monkeypatch.setattr(room, "resolve_dtype", lambda *_: torch.bfloat16)
+    monkeypatch.setattr(room, "free_memory", lambda _: free)
+
+
+def test_memory_beside_captured_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What comes on top of a graph is in the peak, and the field that it depends on is named."""
+    config = configured(GPT2, batch_size=16)
+    run = memory.predict(config, torch.bfloat16, "cuda")
+    assert run.validation > run.save_check > 0 == run.recheck
+    assert run.total == run.step + run.validation == sum(run.by_kind().values())
+    few = memory.predict(config, torch.bfloat16, "cuda", windows=1)
+    assert few.validation < run.validation / 4 and few.step == run.step
+    many = {"generation_prompts": ["a"] * 4096, "batch_size": 4096}
+    sampling = config.model_copy(update={"evaluation": config.evaluation.model_copy(update=many)})
+    end = memory.predict(sampling, torch.bfloat16, "cuda", windows=1)
+    assert end.total == end.state + end.library + end.samples
+    assert end.samples > 4096 * 128 * 2 * 12 * 768 * 2, "keys and values of as many samples"
+    at_once = configured(GPT2, batch_size=16, compile_step=False)
+    eager = memory.predict(at_once, torch.bfloat16, "cuda")
+    assert eager.total == eager.step and memory.predict(config, torch.bfloat16, "cpu").beside == 0
+
+    def refusal(config: Config, free: int, windows: int = 10**6) -> str:
+        on_gpu(monkeypatch, free)
+        room.require_memory(config, 50257, None)
+        with pytest.raises(ConfigError) as refused:
+            room.require_evaluation_memory(config, 50257, windows)
+        return str(refused.value)
+
+    assert refusal(config, run.total - 1).startswith("evaluation.batch_size: expected validation ")
+    on_gpu(monkeypatch, run.total)
+    assert room.require_evaluation_memory(config, 50257, 10**6) == run
+    on_gpu(monkeypatch, run.total - 1)
+    assert room.require_evaluation_memory(config, 50257, 1).total < run.total - 1
+
+    twice = configured(GPT2, batch_size=16, recheck_every=100)
+    work = memory.predict(twice, torch.bfloat16, "cuda")
+    assert work.recheck == work.activations + work.loss_workspace > run.validation
+    on_gpu(monkeypatch, run.total)
+    with pytest.raises(ConfigError, match=r"^training.recheck_every: expected null, or a second "):
+        room.require_memory(twice, 50257, None)
+    on_gpu(monkeypatch, run.step - 1)
+    with pytest.raises(
+        ConfigError, match=r"^model, training.batch_size: expected a step that fits"
+    ):
+        room.require_memory(twice, 50257, None)
+    on_gpu(monkeypatch, run.step + 1)
+    with pytest.raises(ConfigError, match=r"^training.batch_size: expected the check of a save "):
+        room.require_memory(config, 50257, None)
+
+
 # ----------------------------------------------------------------------------------- summary
 
 
@@ -325,17 +419,17 @@ def test_memory_held_counts_as_free(
     """A resumed run asks again when its model is on the GPU: the answer stays the same."""
     config = configured(GPT2, batch_size=16, backend="triton")
     total = int(memory.predict(config, torch.bfloat16, "cuda").total * 1.05)
-    monkeypatch.setattr(memory, "resolve_device", lambda _: torch.device("cuda"))
-    monkeypatch.setattr(memory, "resolve_dtype", lambda *_: torch.bfloat16)
+    monkeypatch.setattr(room, "resolve_device", lambda _: torch.device("cuda"))
+    monkeypatch.setattr(room, "resolve_dtype", lambda *_: torch.bfloat16)
     answers = []
     for held in (0, total // 2):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _, h=held: (total - h, total))
         monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _, h=held: h)
-        answers.append(memory.require_memory(config, 50257, None).bytes)
+        answers.append(room.require_memory(config, 50257, None).bytes)
     assert answers[0] == answers[1]
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (total // 2, total))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 0)  # another process holds it
     with pytest.raises(
         ConfigError, match=r"expected a step that fits into the .* GiB free of cuda"
     ):
-        memory.require_memory(config, 50257, None)
+        room.require_memory(config, 50257, None)

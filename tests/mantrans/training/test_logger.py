@@ -217,11 +217,12 @@ def test_line_unknown_values() -> None:
         "grad_norm": 0.5,
         "tokens_per_second": 12_345.0,
         "tflops": 1.5,
-        "mfu": None,
+        "share_of_peak": None,
     }
     expected = "loss 1.2346, lr 3.00e-04, norm 0.50, 12.3k tok/s, 1.50 TFLOP/s"
     assert describe(values) == expected
-    assert describe({"mfu": 0.4321, "tokens_per_second": 2.5e6}) == "MFU 43.2%, 2.50M tok/s"
+    speed = {"tokens_per_second": 2.5e6, "share_of_peak": 0.4321}
+    assert describe(speed) == "2.50M tok/s, 43.2% of peak"
     assert describe({"tflops": None, "loss": 2.0}) == "loss 2.0000"
 
 

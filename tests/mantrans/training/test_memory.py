@@ -12,7 +12,7 @@ import pytest
 from mantrans.config import Config
 from mantrans.errors import ConfigError
 from mantrans.runtime import available_memory
-from mantrans.training import memory
+from mantrans.training import memory, room
 
 ROOT = Path(__file__).parents[3]
 GIB = 2**30
@@ -40,12 +40,12 @@ def test_memory_each_size(
     monkeypatch: pytest.MonkeyPatch, field: str, most: int, dtype: str
 ) -> None:
     """Doubled from a small value on, a size fits until it does not, and then never again."""
-    monkeypatch.setattr(memory, "available_memory", lambda: GIB)
+    monkeypatch.setattr(room, "available_memory", lambda: GIB)
     settings = ["model.n_heads=1", "model.d_model=32", f"model.dtype={dtype}"]
     fits, size = [], 32
     while size <= most:
         try:
-            needed = memory.require_memory(configured(*settings, f"{field}={size}"), 4096)
+            needed = room.require_memory(configured(*settings, f"{field}={size}"), 4096)
             assert 0 < needed.bytes <= GIB
             fits.append(True)
         except ConfigError as refusal:
@@ -60,14 +60,14 @@ def test_memory_each_size(
 @pytest.mark.parametrize("field", EVALUATION)
 def test_memory_evaluation_batches(monkeypatch: pytest.MonkeyPatch, field: str) -> None:
     """As far as there is data to fill them: a huge limit on little text is harmless."""
-    monkeypatch.setattr(memory, "available_memory", lambda: GIB)
+    monkeypatch.setattr(room, "available_memory", lambda: GIB)
     settings = ["model.max_seq_len=16384", f"{field}={EVALUATION[field]}"]
     long = "model.max_seq_len=1048576" if "length" in field else "training.eval_batches=null"
     config = configured(*settings, long, "data.max_length=64")
     with pytest.raises(ConfigError, match=r"evaluation\.batch_size.* 1\.0 GiB free of cpu, got "):
-        memory.require_evaluation_memory(config, 4096, windows=2**20)
+        room.require_evaluation_memory(config, 4096, windows=2**20)
     few = configured(f"{field}={EVALUATION[field]}", "data.max_length=64")
-    memory.require_evaluation_memory(few, 4096, windows=4)
+    room.require_evaluation_memory(few, 4096, windows=4)
 
 
 def system(root: Path, **files: str) -> Path:
@@ -115,7 +115,7 @@ MEASURE = """
 import sys, threading, time
 import torch
 from mantrans.config import Config
-from mantrans.training import memory
+from mantrans.training import memory, room
 from mantrans.training.building import build_wrapper
 from mantrans.training.step import TrainStep
 
@@ -134,7 +134,7 @@ class Source:
 torch.set_num_threads(1)
 settings = ["training.max_steps=1", "training.device=cpu", *sys.argv[1:]]
 config = Config.from_dict({"model": {"vocab_size": 300}}, "test", settings)
-predicted = memory.require_memory(config, 300).bytes
+predicted = room.require_memory(config, 300).bytes
 before, peak, done = resident(), 0, False
 def watch():
     global peak

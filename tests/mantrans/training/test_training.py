@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import math
+import re
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
 
-from mantrans import CustomTransformerWrapper
+from benchmarks.harness import peak_on_cpu
+from mantrans import CustomTransformerWrapper, finite
 from mantrans.checkpoint import state_file
 from mantrans.errors import CheckpointError, ConfigError, MantransError
 from mantrans.optim.schedule import scheduled_learning_rate
 from mantrans.records import read_records
 from mantrans.training import memory
+from mantrans.training.restoring import load_state
+from mantrans.training.resume import Checkpoint
 from mantrans.training.trainer import Trainer
 from tests.support.compare import assert_same_bits
 from tests.support.runs import finish, outcome, small, stop_after
@@ -131,7 +135,35 @@ def test_log_lines_once(tmp_path: Path, tokens: Path) -> None:
     trainer = Trainer(config, resume="latest", quiet=True)
     assert rates == {step: trainer.learning_rate(step - 1) for step in rates}
     timings = read_records(tmp_path / "runs" / "small" / "timings.jsonl")
-    assert all(r["tokens_per_second"] > 0 and r["mfu"] is None for r in timings)
+    assert all(r["tokens_per_second"] > 0 and 0 < r["share_of_peak"] < 1 for r in timings)
+
+
+def test_describe_memory_and_peak(tmp_path: Path, tokens: Path) -> None:
+    """At the start: memory by kind, what is free, and the peak that shares are of."""
+    trainer = Trainer(small(tmp_path, tokens, model={"dtype": "bfloat16"}), quiet=True)
+    model, memory_line, *_ = trainer.describe().splitlines()
+    assert re.search(r"; products at most [0-9.]+ TFLOP/s \(measured\)$", model)
+    p = trainer.wrapper.model.parameters
+    kinds = r"memory   weights (.*), masters (.*), moments (.*), gradients (.*), activations .*, "
+    found = re.fullmatch(kinds + r"workspaces .*; .* of .*iB free", memory_line)
+    assert found, memory_line
+    flat = p.gradients.nbytes
+    expected = (p.weights.nbytes, flat, 2 * flat, flat)
+    assert found.groups() == tuple(f"{count / 2**20:.1f} MiB" for count in expected)
+
+
+def test_save_and_load_memory(tmp_path: Path, tokens: Path) -> None:
+    """Neither copies a buffer of all weights, masters or moments."""
+    wide = {"d_model": 512, "n_blocks": 2, "d_ffn": 2048, "dtype": "bfloat16"}
+    trainer = Trainer(small(tmp_path, tokens, model=wide), quiet=True)
+    p = trainer.wrapper.model.parameters
+    assert p.weights.nbytes > finite.WORKSPACE
+    taken = peak_on_cpu([], lambda: trainer._save(best=False, must_succeed=True))
+    checkpoint = Checkpoint.load(trainer.folder.latest)
+    again = peak_on_cpu([], lambda: load_state(trainer, checkpoint))
+    trainer.logger.close()
+    trainer.folders.close()
+    assert max(taken, again) <= finite.WORKSPACE
 
 
 def test_train_stories(tmp_path: Path, tokens: Path) -> None:
