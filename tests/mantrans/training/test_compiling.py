@@ -126,3 +126,5 @@ def test_compile_for_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert compile_for() == ["compiled"]
     assert compile_for() == compile_for("training.experiment_name=other") == []
     assert compile_for("training.batch_size=3") == compile_for(checks=False) == ["compiled"]
+    monkeypatch.setenv("TRITON_PTXAS_PATH", "/elsewhere/ptxas")
+    assert compile_for() == ["compiled"]
