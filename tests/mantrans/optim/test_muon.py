@@ -151,6 +151,16 @@ def test_muon_rate_ratio() -> None:
         torch.testing.assert_close(changes[1][name], factor * change)
 
 
+def test_muon_rate_beyond_float32() -> None:
+    """A rate that is a number, but not when multiplied, is refused: nothing changes."""
+    model = build(dtype=torch.float32, rate_ratio=1e4)
+    before = model.model.parameters.weights.clone()
+    draw_gradients(model, 0)
+    assert not take(model, 1e35).applied
+    assert torch.equal(model.model.parameters.weights, before)
+    assert take(model, 1e-3).applied
+
+
 def test_muon_state() -> None:
     """One moment of the matrices in blocks, two of all else, in the buffers and by name."""
     model = build()
