@@ -188,6 +188,7 @@ def layer_norm_backward(
 # quotient), and 1 / σ down to which its sum of squares stays finite in float32.
 LARGEST_OFFSET = 16.0
 SMALLEST_RSTD = 1e-16
+FEW_NORMS = 64
 
 
 def _rows_far_from_zero(mean: Tensor, rstd: Tensor) -> bool:
@@ -195,6 +196,9 @@ def _rows_far_from_zero(mean: Tensor, rstd: Tensor) -> bool:
     a CPU: a GPU would have to wait for the answer."""
     if mean.is_cuda or not mean.numel():
         return False
+    if len(mean) <= FEW_NORMS:  # of one token each: Python is faster than four operations
+        rows = zip(mean.tolist(), rstd.tolist(), strict=True)
+        return not all(abs(m * r) <= LARGEST_OFFSET and r >= SMALLEST_RSTD for m, r in rows)
     offset = torch.linalg.vector_norm(mean * rstd, torch.inf)  # NaN if one is
     return not (offset <= LARGEST_OFFSET and rstd.amin() >= SMALLEST_RSTD)
 
@@ -580,11 +584,11 @@ def decode_attention(
     if q.device.type != "cpu" or not q.numel():
         return reference.decode_attention(q, k_cache, v_cache, lengths, n_heads, n_kv_heads, window)
     check_window(window)
-    if window is not None and window < lengths.max():
-        k_cache, v_cache = (_last_positions(x, lengths, window) for x in (k_cache, v_cache))
-        lengths = lengths.clamp(max=window)
-    dtype = q.dtype if _flash_forward(q) else wide_dtype(q.dtype)
     longest, width = int(lengths.max()), k_cache.shape[2]
+    if window is not None and window < longest:
+        k_cache, v_cache = (_last_positions(x, lengths, window) for x in (k_cache, v_cache))
+        lengths, longest = lengths.clamp(max=window), window
+    dtype = q.dtype if _flash_forward(q) else wide_dtype(q.dtype)
     H_kv, _ = head_sizes(q.shape[1] + 2 * width, n_heads, n_kv_heads)
     rows = len(q) if dtype == q.dtype else max(1, CACHED_ELEMENTS // (longest * width))
     whole = (q, k_cache, v_cache, lengths)
