@@ -29,6 +29,7 @@ from mantrans.kernels.reference import (
     sum_in_parts,
     sum_partials,
     wide_dtype,
+    widen,
     window_starts,
 )
 
@@ -187,6 +188,7 @@ def layer_norm_backward(
 # quotient), and 1 / σ down to which its sum of squares stays finite in float32.
 LARGEST_OFFSET = 16.0
 SMALLEST_RSTD = 1e-16
+FEW_NORMS = 64
 
 
 def _rows_far_from_zero(mean: Tensor, rstd: Tensor) -> bool:
@@ -194,6 +196,9 @@ def _rows_far_from_zero(mean: Tensor, rstd: Tensor) -> bool:
     a CPU: a GPU would have to wait for the answer."""
     if mean.is_cuda or not mean.numel():
         return False
+    if len(mean) <= FEW_NORMS:  # of one token each: Python is faster than four operations
+        rows = zip(mean.tolist(), rstd.tolist(), strict=True)
+        return not all(abs(m * r) <= LARGEST_OFFSET and r >= SMALLEST_RSTD for m, r in rows)
     offset = torch.linalg.vector_norm(mean * rstd, torch.inf)  # NaN if one is
     return not (offset <= LARGEST_OFFSET and rstd.amin() >= SMALLEST_RSTD)
 
@@ -579,11 +584,11 @@ def decode_attention(
     if q.device.type != "cpu" or not q.numel():
         return reference.decode_attention(q, k_cache, v_cache, lengths, n_heads, n_kv_heads, window)
     check_window(window)
-    if window is not None and window < lengths.max():
-        k_cache, v_cache = (_last_positions(x, lengths, window) for x in (k_cache, v_cache))
-        lengths = lengths.clamp(max=window)
-    dtype = q.dtype if _flash_forward(q) else wide_dtype(q.dtype)
     longest, width = int(lengths.max()), k_cache.shape[2]
+    if window is not None and window < longest:
+        k_cache, v_cache = (_last_positions(x, lengths, window) for x in (k_cache, v_cache))
+        lengths, longest = lengths.clamp(max=window), window
+    dtype = q.dtype if _flash_forward(q) else wide_dtype(q.dtype)
     H_kv, _ = head_sizes(q.shape[1] + 2 * width, n_heads, n_kv_heads)
     rows = len(q) if dtype == q.dtype else max(1, CACHED_ELEMENTS // (longest * width))
     whole = (q, k_cache, v_cache, lengths)
@@ -1110,6 +1115,39 @@ def adamw_update(
         _round_from(master, weights, finite)
 
 
+def nesterov_momentum(
+    exp_avg: Tensor,
+    gradients: Tensor,
+    clip: Tensor,
+    finite: Tensor,
+    beta: float,
+    update: Tensor,
+) -> None:
+    """See `reference.nesterov_momentum`."""
+    for part, gradient, _ in _clipped(gradients, clip, finite):
+        m = exp_avg[part]
+        if m.is_cuda:  # reading `finite` on the host would wait for the device
+            new = torch.lerp(m, gradient, 1 - beta)
+            m.copy_(torch.where(finite, new, m))
+            m = new
+        else:
+            m.lerp_(gradient, 1 - beta)
+        update[part].copy_(gradient.lerp_(m, beta))
+
+
+def orthogonalize(matrices: Tensor, scale: float) -> None:
+    """See `reference.orthogonalize`. Batched products in the matrices' own dtype, which sum in
+    float32; the last one scales, so that the result is rounded once."""
+    a, b, c = reference.NEWTON_SCHULZ
+    x = reference.unit_matrices(reference.wide_matrices(matrices))
+    for step in range(1, reference.NEWTON_SCHULZ_STEPS + 1):
+        s = scale if step == reference.NEWTON_SCHULZ_STEPS else 1.0
+        gram = torch.bmm(x, x.mT)
+        gram = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, gram, x, beta=s * a, alpha=s)
+    reference.wide_matrices(matrices).copy_(x)
+
+
 def _round_from(master: Tensor, weights: Tensor, finite: Tensor) -> None:
     """weights = master in the weights' dtype, unless the step was refused."""
     if weights.is_cuda:  # reading `finite` on the host would wait for the device
@@ -1121,14 +1159,15 @@ def _round_from(master: Tensor, weights: Tensor, finite: Tensor) -> None:
 def _clipped(
     gradients: Tensor, clip: Tensor, finite: Tensor
 ) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
-    """Parts of the flat buffer, each with a clipped copy of its gradients in one small memory:
-    PyTorch's fused optimizers would write the clipped ones over the gradients. The last is what
-    makes them skip the step on a GPU; on a CPU there is nothing to update then."""
+    """Parts of the flat buffer, each with a clipped copy of its gradients in one small memory, in
+    the wide dtype: PyTorch's fused optimizers would write the clipped ones over the gradients. The
+    last is what makes them skip the step on a GPU; on a CPU there is nothing to update then."""
     on_gpu = gradients.is_cuda
     if not on_gpu and not finite:
         return
     size = CLIPPED_ELEMENTS if on_gpu else CACHED_ELEMENTS
-    memory = gradients.new_empty(min(len(gradients), size))
+    memory = gradients.new_empty(min(len(gradients), size), dtype=wide_dtype(gradients.dtype))
     skip = (~finite).float() if on_gpu else None
     for part in row_chunks(len(gradients), size):
-        yield part, torch.mul(gradients[part], clip, out=memory[: part.stop - part.start]), skip
+        here = memory[: part.stop - part.start]
+        yield part, torch.mul(widen(gradients[part]), clip, out=here), skip

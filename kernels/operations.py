@@ -25,6 +25,7 @@ from mantrans.kernels.reference import IGNORE_INDEX
 EPS = 1e-5
 BETAS, ADAM_EPS, WEIGHT_DECAY = (0.9, 0.95), 1e-8, 0.1
 LEARNING_RATE, CLIP, STEP = 1e-2, 0.5, 3.0
+MOMENTUM, MUON_SCALE = 0.95, 0.2
 Inputs = Mapping[str, Any]
 Results = dict[str, Any]
 
@@ -849,3 +850,64 @@ class AdamW(Update):
 
     def cost(self, s: Shapes, size: int) -> dict[str, Cost]:
         return {"update": Cost(16 * s.P, (28 if size == 4 else 30) * s.P)}
+
+
+class NesterovMomentum(Operation):
+    """Muon's momentum of P gradients."""
+
+    name, dims = "nesterov_momentum", ("P",)
+    calls: ClassVar[tuple[str, ...]] = ("nesterov_momentum",)
+
+    def inputs(self, s: Shapes, draw: Draw) -> Inputs:
+        return {
+            "exp_avg": draw.normal(s.P, std=0.1, dtype=draw.wide),
+            "gradients": draw.normal(s.P, std=0.1, dtype=draw.wide),
+            "clip": draw.number(CLIP),
+            "finite": torch.tensor(True, device=draw.device),
+            "update": draw.normal(s.P),
+        }
+
+    def forward(self, ops: Any, i: Inputs) -> Results:
+        ops.nesterov_momentum(
+            i["exp_avg"], i["gradients"], i["clip"], i["finite"], MOMENTUM, i["update"]
+        )
+        return {"exp_avg": i["exp_avg"], "update": i["update"]}
+
+    def plain(self, i: Inputs) -> Results:
+        g = i["gradients"] * CLIP
+        m = i["exp_avg"].lerp_(g, 1 - MOMENTUM)
+        return {"exp_avg": m, "update": g.lerp(m, MOMENTUM).to(i["update"].dtype)}
+
+    def cost(self, s: Shapes, size: int) -> dict[str, Cost]:
+        return {"update": Cost(6 * s.P, (12 + size) * s.P)}
+
+
+class Orthogonalize(Operation):
+    """Newton–Schulz steps of B matrices (F, C)."""
+
+    name, dims = "orthogonalize", ("B", "F", "C")
+    calls: ClassVar[tuple[str, ...]] = ("orthogonalize",)
+
+    def inputs(self, s: Shapes, draw: Draw) -> Inputs:
+        return {"matrices": draw.normal(s.B, s.F, s.C, std=1e-3)}
+
+    def forward(self, ops: Any, i: Inputs) -> Results:
+        ops.orthogonalize(i["matrices"], MUON_SCALE)
+        return {"matrices": i["matrices"]}
+
+    def plain(self, i: Inputs) -> Results:
+        a, b, c = reference.NEWTON_SCHULZ
+        found = []
+        for matrix in i["matrices"]:
+            tall = matrix.shape[0] > matrix.shape[1]
+            x = matrix.T if tall else matrix
+            x = x / x.norm()
+            for _ in range(reference.NEWTON_SCHULZ_STEPS):
+                gram = x @ x.T
+                x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+            found.append(MUON_SCALE * (x.T if tall else x))
+        return {"matrices": torch.stack(found)}
+
+    def cost(self, s: Shapes, size: int) -> dict[str, Cost]:
+        flops = s.B * reference.orthogonalize_flops(s.F, s.C)
+        return {"update": Cost(flops, 2 * s.B * s.F * s.C * size)}

@@ -35,6 +35,9 @@ BOUNDS = {
     torch.float32: 1e-4,
     torch.float64: 1e-10,
 }
+# Factors of the bounds: fifteen products one after the other, of which each is rounded, and the
+# smallest singular values grow most.
+CHAINS = {"orthogonalize": 3}
 WORST_ROW = 8  # factor for the worst row: rounding errors are spread evenly, bugs are not
 
 # Each older one gives wrong results for some kernel with Hopper's products (WGMMA):
@@ -298,6 +301,32 @@ def stochastic_rounding(ops: Any, i: Inputs) -> Outputs:
     return outputs
 
 
+def muon_inputs(s: Shapes, draw: Draw) -> Inputs:
+    """Two blocks' matrices of the MLP; no block of a kernel divides the flat buffers."""
+    momentum = operations.NesterovMomentum().inputs(s._replace(P=4 * s.C * s.C + 3), draw)
+    matrices = operations.Orthogonalize().inputs(s._replace(B=2), draw)
+    return {**operations.Sgd().inputs(s._replace(P=2 * s.F * s.C), draw), **momentum, **matrices,
+            "step of w": draw.normal(2 * s.F * s.C)}  # fmt: skip
+
+
+def muon(ops: Any, i: Inputs) -> Outputs:
+    """Momentum as in `steps`; the weights' step from gradients in the products' dtype."""
+    outputs = outputs_of(operations.Orthogonalize(), ops, i)
+    for finite in (False, True):
+        state = {name: x.clone() if isinstance(x, Tensor) else x for name, x in i.items()}
+        found = operations.NesterovMomentum().forward(
+            ops, {**state, "finite": i["finite"] & finite}
+        )
+        label = f"step of exp_avg, finite={finite}"
+        outputs["nesterov_momentum", label] = found["exp_avg"] - i["exp_avg"]
+    outputs["nesterov_momentum", "update"] = found["update"]
+    w = i["weights"] if i["master"] is None else i["master"]
+    before = w.clone()
+    operations.Sgd().update(ops, {**i, "gradients": i["step of w"]})
+    outputs["sgd_update", "step by narrow gradients"] = w - before
+    return outputs
+
+
 PROGRAMS: list[tuple[Callable[[Shapes, Draw], Inputs], Program]] = [
     (embedding_inputs, embedding),
     (linear_inputs, linear),
@@ -311,6 +340,7 @@ PROGRAMS: list[tuple[Callable[[Shapes, Draw], Inputs], Program]] = [
     (loss_inputs, loss),
     (steps_inputs, steps),
     (rounding_inputs, stochastic_rounding),
+    (muon_inputs, muon),
 ]
 
 
@@ -407,7 +437,8 @@ def compare(ops: Any, program: Program, inputs: Inputs, dtype: torch.dtype) -> I
         raise KernelCheckError(f"{watched.current} does not run: {first_line}") from failure
     for (operation, output), value in outputs.items():
         error = relative_error(value, exact[operation, output])
-        yield Result(operation, output, tuple(value.shape), error, BOUNDS[dtype])
+        bound = BOUNDS[dtype] * CHAINS.get(operation, 1)
+        yield Result(operation, output, tuple(value.shape), error, bound)
 
 
 def relative_error(actual: Tensor, exact: Tensor) -> float:

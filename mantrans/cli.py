@@ -1,5 +1,5 @@
-"""The command line: mantrans train | evaluate | summary | generate | tokenizer | report | explain |
-export | convert.
+"""The command line: mantrans train | evaluate | summary | generate | chat | tokenizer | report |
+explain | export | convert.
 
 Each command parses its arguments, then imports and calls the module that does the work, so that
 `--help` does not import torch. Only `main` turns an error into a line and an exit status. train.py,
@@ -289,34 +289,48 @@ def generate(arguments: list[str]) -> int:
     )
     add = parser.add_argument
     add("--checkpoint", type=Path, required=True, help="a model that train.py saved")
-    add("--prompt", type=str, required=True, help="the text to continue; may be empty")
+    prompt = parser.add_mutually_exclusive_group(required=True)
+    prompt.add_argument("--prompt", type=str, help="the text to continue; may be empty")
+    prompt.add_argument(
+        "--file", type=at_home, help="it is in this file, or on standard input (-), without the "
+        "line break that ends it",
+    )  # fmt: skip
     add("--max-length", type=integer(1, 2**20), metavar="N", help="tokens, prompt included")
-    add("--temperature", type=float, help="below 1 safer, above 1 wilder, 0 always the most likely")
-    add("--top-k", type=integer(1, 2**24), metavar="K", help="sample from the K most likely")
-    add("--seed", type=integer(0, 2**63 - 1), help="of the sampling; another gives another text")
-    add("--device", help="auto, cpu, cuda or cuda:N; without it training.device")
+    add(
+        "-n", "--count", type=integer(1, 10**6), default=1, metavar="N",
+        help="continuations; each has the next seed",
+    )  # fmt: skip
+    add_sampling(parser)
     options = parser.parse_args(arguments)
-    from mantrans.evaluation.evaluator import printable
-    from mantrans.inference import text, trained
+    from mantrans.inference import generate as command
 
-    given = {
-        "max_generation_length": options.max_length,
-        "temperature": options.temperature,
-        "top_k": options.top_k,
-    }
-    state = trained.load_trained(options.checkpoint)
-    config = text.sampling_config(
-        state["config"],
-        str(options.checkpoint),
-        {name: value for name, value in given.items() if value is not None},
-        options.seed,
+    command.run(options)
+    return 0
+
+
+def chat(arguments: list[str]) -> int:
+    """hold a conversation with a model"""
+    parser = Parser(
+        "mantrans chat",
+        description="Hold a conversation with a model on the terminal, or from a pipe: a line is "
+        "what you say. /help there lists the commands; defaults are from the checkpoint's config.",
     )
-    model, tokenizer = trained.load_model(options.checkpoint, state, config, options.device)
-    pieces = text.continue_text(model, tokenizer, config, options.prompt)
-    terminal.show(printable(options.prompt), end="")
-    for piece in pieces:
-        terminal.show(printable(piece), end="")
-    terminal.show("")
+    add = parser.add_argument
+    add("--checkpoint", type=Path, required=True, help="a model that train.py saved")
+    add(
+        "--format", choices=("plain", "roles", "chatml"), default="plain",
+        help="plain: the model continues the text; roles: User: and Assistant: before the turns; "
+        "chatml: the marks of Qwen's chat models",
+    )  # fmt: skip
+    add(
+        "--max-tokens", type=integer(1, 2**20), dest="max_length", metavar="N",
+        help="of an answer (default: evaluation.max_generation_length)",
+    )  # fmt: skip
+    add_sampling(parser)
+    options = parser.parse_args(arguments)
+    from mantrans.inference import chat as command
+
+    command.run(options)
     return 0
 
 
@@ -408,8 +422,10 @@ def convert(arguments: list[str]) -> int:
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     command.__name__: command
-    for command in (train, evaluate, summary, generate, tokenizer, report, explain, export, convert)
-}
+    for command in (
+        train, evaluate, summary, generate, chat, tokenizer, report, explain, export, convert,
+    )
+}  # fmt: skip
 
 
 def add_overrides(parser: argparse.ArgumentParser) -> None:
@@ -418,6 +434,25 @@ def add_overrides(parser: argparse.ArgumentParser) -> None:
         "--set", action="append", default=[], dest="overrides", metavar="SECTION.FIELD=VALUE",
         help="change one field of the config, e.g. training.learning_rate=3e-4; may be repeated",
     )  # fmt: skip
+
+
+def add_sampling(parser: argparse.ArgumentParser) -> None:
+    """How tokens are drawn, and on which device."""
+    add = parser.add_argument
+    add("--temperature", type=float, help="below 1 safer, above 1 wilder, 0 always the most likely")
+    add("--top-k", type=integer(1, 2**24), metavar="K", help="sample from the K most likely")
+    add("--top-p", type=float, metavar="P", help="from the most likely that sum to P")
+    add("--min-p", type=float, metavar="P", help="from those P times as likely as the most likely")
+    add(
+        "--repetition-penalty", type=float, metavar="X",
+        help="above 1 tokens that are there already become less likely",
+    )  # fmt: skip
+    add(
+        "--stop", type=str, action="append", metavar="TEXT",
+        help="end before this text, such as $'\\n'; may be repeated",
+    )  # fmt: skip
+    add("--seed", type=integer(0, 2**63 - 1), help="of the sampling; another gives another text")
+    add("--device", help="auto, cpu, cuda or cuda:N; without it training.device")
 
 
 def at_home(text: str) -> str:

@@ -241,21 +241,24 @@ class Parameters:
         for name in self.by_name:
             yield name, self.view(flat, name)
 
-    def stacks(self, flat: Tensor) -> Iterator[tuple[list[str], Tensor]]:
-        """(names, view (n_blocks, M, K)) of each matrix in all blocks."""
-        by_name: dict[str, list[Parameter]] = {}
+    @property
+    def blocks(self) -> list[str]:
+        """The names of the blocks' buckets, which lie side by side and have the same layout."""
+        return [name for name in self.buckets if name not in GROUPS]
+
+    def stacks(self, flat: Tensor, blocks: list[str]) -> Iterator[tuple[list[str], Tensor]]:
+        """(names, view (n, M, K)) of each matrix in n blocks that follow each other.
+
+        flat: a buffer of these blocks' elements alone.
+        """
+        bucket = self.buckets[blocks[0]]
         for p in self.by_name.values():
-            if p.group == "matrices":
-                by_name.setdefault(p.name.removeprefix(_block(p)), []).append(p)
-        for matrices in by_name.values():
-            first = matrices[0]
-            block = self.buckets[first.bucket]
-            shape = (len(matrices), *first.stored_shape)
-            strides = (block.stop - block.start, first.stored_shape[1], 1)
-            yield (
-                [p.name for p in matrices],
-                flat.as_strided(shape, strides, flat.storage_offset() + self._offsets[first.name]),
-            )
+            if p.bucket == blocks[0]:
+                shape = (len(blocks), *p.shape)
+                strides = (bucket.stop - bucket.start, p.shape[1], 1)
+                place = flat.storage_offset() + self._offsets[p.name] - bucket.start
+                names = [block + p.name.removeprefix(blocks[0]) for block in blocks]
+                yield names, flat.as_strided(shape, strides, place)
 
     def count(self) -> int:
         """Number of parameters, padding not counted."""
@@ -281,16 +284,34 @@ class Parameters:
         if self.master is not None:
             self.store(self.master, name, value)
 
-    def store(self, owned: Tensor, name: str, value: Tensor) -> None:
-        """Set a parameter's elements in a flat buffer of the rank's own: a master or a moment."""
-        self.shard.store(owned, self._offsets[name], value.reshape(-1))
+    def store(self, owned: Tensor, name: str, value: Tensor, shard: Shard | None = None) -> None:
+        """Set a parameter's elements in a flat buffer of the rank's own: a master or a moment.
 
-    def whole(self, owned: Tensor | None) -> Tensor | None:
-        """All elements of a flat buffer of the rank's own. Called by all ranks if they divide
-        state; then rank 0 has them, on the CPU, the others None."""
-        if owned is None or self.divided == "none":
-            return owned
-        return self.shard.whole(owned)
+        shard: that of its buckets, if it has not all of them.
+        """
+        (shard or self.shard).store(owned, self._offsets[name], value.reshape(-1))
+
+    def whole(self, owned: Tensor, shard: Shard | None = None) -> dict[str, Tensor]:
+        """{name: all elements} of each parameter in a flat buffer of the rank's own. Called by all
+        ranks if they divide state; then rank 0 has them, on the CPU, the others {}.
+
+        shard: that of its buckets, if it has not all of them.
+        """
+        shard = shard or self.shard
+        flat = owned if self.divided == "none" else shard.whole(owned)
+        if flat is None:
+            return {}
+        found = {}
+        for name in self.within(shard):
+            bucket = self.by_name[name].bucket
+            start = shard.places[bucket].start - self.buckets[bucket].start + self._offsets[name]
+            shape = self.by_name[name].shape
+            found[name] = flat[start : start + numel(shape)].view(shape)
+        return found
+
+    def within(self, shard: Shard) -> dict[str, Parameter]:
+        """The parameters in the buckets of `shard`, in the order of declaration."""
+        return {name: p for name, p in self.by_name.items() if p.bucket in shard.buckets}
 
     def best_weights(self) -> Tensor:
         """The most precise flat buffer of the weights: the master, if there is one, of which a rank

@@ -58,7 +58,7 @@ class CustomTransformerWrapper:
         multiplies it, else float32, which is faster there (see `mantrans.runtime`).
     device: "cpu", "cuda", "cuda:1", or "auto" (a GPU if there is one).
     backend: "auto", "reference", "native" or "triton" (see `mantrans.kernels.backend`).
-    optimizer: "sgd" (the default) or "adamw", with `optimizer_options` as its keywords.
+    optimizer: "sgd" (the default), "adamw" or "muon", with `optimizer_options` as its keywords.
     seed: of the initial weights.
     recompute: "none", "gelu" or "block": which activations are recomputed instead of kept.
     stochastic_rounding: bfloat16 weights without float32 masters.
@@ -378,18 +378,15 @@ class CustomTransformerWrapper:
         divide the state all call this; that of rank 0 is complete.
         """
         p = self.model.parameters
-
-        def named(owned: Tensor) -> dict[str, Tensor]:
-            flat = p.whole(owned)
-            return {} if flat is None else dict(p.named(flat))
-
-        moments = self.optimizer.state() if self.optimizer else {}
-        optimizer = {name: named(flat) for name, flat in moments.items()}
+        moments: dict[str, dict[str, Tensor]] = {}
+        if self.optimizer is not None:
+            shards = self.optimizer.shards()
+            moments = {k: p.whole(flat, shards[k]) for k, flat in self.optimizer.state().items()}
         return {
             "model_config": self.config.model_dump(),
-            "parameters": dict(p.named(p.weights)) if p.master is None else named(p.master),
+            "parameters": dict(p.named(p.weights)) if p.master is None else p.whole(p.master),
             "optimizer": self.optimizer_name,
-            "optimizer_state": optimizer,
+            "optimizer_state": moments,
             "optimizer_updates": int(p.updates.item()),
         }
 
@@ -403,19 +400,21 @@ class CustomTransformerWrapper:
         p = self.model.parameters
         check_same_function(_item(state, "model_config", dict), self.config)
         check_same_parameters(_item(state, "parameters", dict), p.by_name)
-        own = {} if self.optimizer is None else self.optimizer.state()
+        own, shards = {}, {}
+        if self.optimizer is not None:
+            own, shards = self.optimizer.state(), self.optimizer.shards()
         moments: dict[str, dict[str, Tensor]] = {}
         if self.optimizer is not None and _item(state, "optimizer", str) == self.optimizer_name:
             saved = _item(state, "optimizer_state", dict)
             moments = {key: _item(saved, key, dict) for key in own}
-            for named in moments.values():
-                check_same_parameters(named, p.by_name)
+            for key, named in moments.items():
+                check_same_parameters(named, p.within(shards[key]))
             p.updates.fill_(_checked_count(_item(state, "optimizer_updates", int)))
         for name, value in state["parameters"].items():
             p.write(name, value)
         for key, named in moments.items():
             for name, value in named.items():
-                p.store(own[key], name, value)
+                p.store(own[key], name, value, shards[key])
 
     @checked(path=FilePath)
     def save_checkpoint(self, path: str | Path, **extra: Any) -> None:
@@ -478,7 +477,7 @@ class CustomTransformerWrapper:
         `mantrans.interop.huggingface`).
 
         keywords: dtype, device, backend, optimizer, ... as for the class: it trains with SGD unless
-        optimizer="adamw" is given. The model is float32 unless dtype is given, whatever the file's
+        another optimizer is given. The model is float32 unless dtype is given, whatever the file's
         dtype. The network's shape is the folder's.
 
         Raises CheckpointError for any other folder, before the model's memory is allocated.

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mantrans.kernels import native
-from mantrans.kernels.native import linear_forward
+from mantrans.kernels.native import linear_forward, orthogonalize
 from mantrans.kernels.reference import document_starts, head_sizes, window_starts
 from mantrans.kernels.triton import attention
 from mantrans.kernels.triton.adamw import adamw_update
@@ -34,6 +34,7 @@ from mantrans.kernels.triton.layer_norm import (
     layer_norm_backward,
     layer_norm_forward,
 )
+from mantrans.kernels.triton.nesterov_momentum import nesterov_momentum
 from mantrans.kernels.triton.norm_rotary import norm_rotary_backward, norm_rotary_forward
 from mantrans.kernels.triton.partials import partial_rows, sum_partials
 from mantrans.kernels.triton.rms_norm import (
@@ -68,8 +69,10 @@ __all__ = [
     "linear_cross_entropy_forward",
     "linear_cross_entropy_forward_backward",
     "linear_forward",
+    "nesterov_momentum",
     "norm_rotary_backward",
     "norm_rotary_forward",
+    "orthogonalize",
     "partial_rows",
     "rms_norm_backward",
     "rms_norm_forward",

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mantrans.kernels.triton.launch import launch
+from mantrans.kernels.triton.launch import check_tensor, launch
 from mantrans.kernels.triton.weights import (
     BLOCK,
     WARPS,
@@ -44,7 +44,7 @@ def sgd_kernel(
 
     weights_ptr        (n,) any float: written; read if there is no master
     master_ptr         (n,) float32: read and written, or None
-    gradients_ptr      (n,) float32
+    gradients_ptr      (n,) any float
     learning_rate_ptr  0-d float32 or float64: η
     clip_ptr           0-d float32 or float64: c
     finite_ptr         0-d bool
@@ -56,7 +56,7 @@ def sgd_kernel(
         index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         mask = index < n
         rate = tl.load(learning_rate_ptr).to(tl.float32)
-        g = tl.load(gradients_ptr + index, mask=mask, other=0.0)
+        g = tl.load(gradients_ptr + index, mask=mask, other=0.0).to(tl.float32)
         w = load_master(weights_ptr, master_ptr, index, mask)
         w *= 1.0 - rate * WEIGHT_DECAY
         w -= rate * (tl.load(clip_ptr).to(tl.float32) * g)
@@ -76,11 +76,12 @@ def sgd_update(
 ) -> None:
     """One step, in place. See `reference.sgd_update`.
 
-    weights (P,) float32, float16 or bfloat16; master (P,) float32 or None; gradients (P,) float32;
+    weights, gradients (P,) float32, float16 or bfloat16; master (P,) float32 or None;
     learning_rate, clip 0-d float32 or float64; finite 0-d bool; rounding_seed 0-d int64 or None.
     Raises ValueError for another dtype, shape, stride or device.
     """
-    check_buffers(weights, master, gradients=gradients)
+    check_buffers(weights, master)
+    check_tensor("gradients", gradients, shape=weights.shape, device=weights.device)
     check_scalars(weights.device, learning_rate=learning_rate, clip=clip)
     check_switches(weights, finite, rounding_seed)
     launch(

@@ -56,6 +56,9 @@ _OF_A_DATASET = tuple(
 )
 
 
+MOST_TIMES = 10**6  # that a group's learning rate may be of the other's
+
+
 class ModelConfig(Section):
     """The network's shape. The defaults are GPT-2's architecture; Llama's and Qwen's blocks have
     norm: rms_norm, position: rope, mlp: swiglu and bias: false."""
@@ -255,7 +258,9 @@ class TrainingConfig(Section):
     backend: Literal["auto", "reference", "native", "triton"] = setting(
         "auto", "kernels; auto: triton on a GPU, native on a CPU"
     )
-    optimizer: Literal["adamw", "sgd"] = setting("adamw", "update rule")
+    optimizer: Literal["adamw", "muon", "sgd"] = setting(
+        "adamw", "update rule; muon: Muon for the matrices in blocks, AdamW for all else"
+    )
     learning_rate: float = setting(1e-3, "the peak, reached after warm-up", gt=0.0, le=100.0)
     min_learning_rate: float = setting(0.0, "at the end of the decay", ge=0.0, le=100.0)
     lr_decay: Literal["constant", "linear", "cosine", "wsd"] = setting(
@@ -276,6 +281,14 @@ class TrainingConfig(Section):
     # Below its least, a gradient's square vanishes in float32 where the gradient, divided by
     # epsilon, is still large.
     epsilon: float = setting(1e-8, "AdamW: added to the denominator", ge=1e-18, le=1.0)
+    muon_learning_rate: float | None = setting(
+        None, "Muon: the peak for the matrices in blocks; null: learning_rate", gt=0.0, le=100.0
+    )
+    muon_momentum: Decay = setting(0.95, "Muon: decay of the gradient's mean")
+    muon_scale: Literal["match_rms_adamw", "original"] = setting(
+        "match_rms_adamw",
+        "Muon: length of an update of M x K; 0.2 √max(M, K), about AdamW's, or √max(1, M / K)",
+    )
     batch_size: Size = setting(16, "sequences in one micro-batch")
     gradient_accumulation_steps: Size = setting(1, "micro-batches in one step")
     max_steps: Count | None = setting(None, "length of the run in steps (this or num_epochs)")
@@ -351,6 +364,11 @@ class TrainingConfig(Section):
         """Sequences in one update of the weights."""
         return self.batch_size * self.gradient_accumulation_steps
 
+    @property
+    def muon_rate_ratio(self) -> float:
+        """muon_learning_rate, as a multiple of learning_rate, whose schedule it follows."""
+        return (self.muon_learning_rate or self.learning_rate) / self.learning_rate
+
     def warmup(self, total_steps: int) -> int:
         """Return the steps of warm-up in a run of `total_steps`."""
         if self.warmup_steps is not None:
@@ -383,6 +401,9 @@ class TrainingConfig(Section):
             raise clash(self, "warmup_ratio", "null, since {} is given", "warmup_steps")
         if self.min_learning_rate > self.learning_rate:
             raise clash(self, "min_learning_rate", "at most {} ({})", "learning_rate")
+        if self.muon_rate_ratio > MOST_TIMES:
+            limit = f"at most {MOST_TIMES:,} times {{}} ({{}})"
+            raise clash(self, "muon_learning_rate", limit, "learning_rate")
         if misfit := self._misfit(self.max_steps):
             raise clash(self, *misfit)
         return self

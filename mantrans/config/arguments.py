@@ -25,7 +25,7 @@ from pydantic import (
     field_validator,
 )
 
-from mantrans.config import EvaluationConfig, ModelConfig, TrainingConfig
+from mantrans.config import MOST_TIMES, EvaluationConfig, ModelConfig, TrainingConfig
 from mantrans.config.section import Section
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -102,6 +102,11 @@ BUILD = {
 }
 OPTIMIZER = fields(TrainingConfig, "weight_decay", "max_grad_norm")
 ADAMW = OPTIMIZER | fields(TrainingConfig, "beta1", "beta2", "epsilon")
+MUON = ADAMW | {
+    "momentum": field(TrainingConfig, "muon_momentum"),
+    "scale": field(TrainingConfig, "muon_scale"),
+    "rate_ratio": Annotated[float, Field(gt=0.0, le=MOST_TIMES)],
+}
 DRAWING = fields(EvaluationConfig, "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 SAMPLING = DRAWING | {
     "max_length": field(EvaluationConfig, "max_generation_length"),

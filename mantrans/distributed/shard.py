@@ -29,13 +29,21 @@ class Part(NamedTuple):
 
 
 class Shard:
-    """What the rank `world.rank` owns of buckets, each a range of PIECES equal pieces."""
+    """What the rank `world.rank` owns of buckets, each a range of PIECES equal pieces.
+
+    buckets: their ranges in a buffer of all elements, in ascending order; some may be left out.
+    places: their ranges in a buffer of these buckets alone, all ranks' elements.
+    """
 
     def __init__(self, buckets: dict[str, slice], world: World) -> None:
         self.world, self.buckets = world, buckets
         self.pieces = owned_pieces(world.rank, world.size)
         self.parts: list[Part] = []
-        self.elements = 0
+        self.places: dict[str, slice] = {}
+        self.elements = end = 0
+        for name, bucket in buckets.items():
+            self.places[name] = slice(end, end + bucket.stop - bucket.start)
+            end = self.places[name].stop
         for number, (name, bucket) in enumerate(buckets.items()):
             where = owned_range(bucket, self.pieces)
             end = self.elements + where.stop - where.start
@@ -44,7 +52,7 @@ class Shard:
             self.parts.append(Part(name.partition(".")[0], numbers, where, kept, n))
             self.elements = end
         self.by_bucket = dict(zip(buckets, self.parts, strict=True))
-        self.parts = _joined(self.parts)
+        self.parts = joined(self.parts)
 
     def store(self, owned: Tensor, offset: int, values: Tensor) -> None:
         """Copy those of `values` (n,) to `owned`, a buffer of owned elements, that are the rank's.
@@ -59,14 +67,15 @@ class Shard:
                 owned[first : first + stop - start].copy_(values[start - offset : stop - offset])
 
     def whole(self, owned: Tensor) -> Tensor | None:
-        """All elements on the CPU of rank 0, None on the others; each rank gives its own."""
+        """All elements of the buckets (see `places`) on the CPU of rank 0, None on the others; each
+        rank gives its own."""
         own = owned.to("cpu", copy=False)
-        end = max(bucket.stop for bucket in self.buckets.values())
+        end = max(place.stop for place in self.places.values())
         whole = torch.zeros(end, dtype=owned.dtype) if self.world.is_first else None
-        for name, bucket in self.buckets.items():
+        for name, place in self.places.items():
             mine = own[self.by_bucket[name].kept]
             for rank in range(self.world.size):
-                theirs = owned_range(bucket, owned_pieces(rank, self.world.size))
+                theirs = owned_range(place, owned_pieces(rank, self.world.size))
                 if whole is not None and rank == 0:
                     whole[theirs] = mine
                 elif whole is not None:
@@ -76,7 +85,7 @@ class Shard:
         return whole
 
 
-def _joined(parts: list[Part]) -> list[Part]:
+def joined(parts: list[Part]) -> list[Part]:
     """Blocks whose owned elements lie side by side in both buffers are one part."""
     joined: list[Part] = []
     for part in parts:

@@ -195,14 +195,17 @@ class Data:
         width = p.by_name[name].shape[-1] if len(elements[0]) == 2 else 0
         places = torch.tensor([e[0] * width + e[-1] if width else e[0] for e in elements])
         places += p.offset(name)
-        start = 0
+        start, mean = 0, {}
         for call in self.boxes.updates:  # which go through the flat buffers, part by part
+            if call.operation == "nesterov_momentum":  # of the weights of the next update
+                mean = {"m": call.values["m"]}
             if call.operation.endswith("_update"):
                 end = start + call.values["w"].numel()
                 if p.offset(name) < end:
-                    found = {n: x for n, x in call.values.items() if n not in call.inputs}
+                    own = {n: x for n, x in call.values.items() if n not in call.inputs}
+                    found = mean | own
                     return {n: x[places - start].tolist() for n, x in found.items() if x.dim()}
-                start = end
+                start, mean = end, {}
         raise AssertionError(f"{name}: expected an update of each weight")
 
     # --------------------------------------------------------------------------- single questions

@@ -254,6 +254,26 @@ OPERATIONS = {
             "is a step of nearly the same size for every weight.",
         ),
     ),
+    "muon": Operation(
+        "Muon and AdamW",
+        "adamw",
+        inputs=(),
+        outputs=(),
+        inside=(),
+        forward=Way((), ""),
+        backward=Way(
+            (
+                "g ← c g,  c = min(1, limit / ‖g‖)",
+                "matrices in blocks:  m ← μ m + (1 − μ) g;  U S Vᵀ = μ m + (1 − μ) g",
+                "w ← w (1 − η λ) − η s U Vᵀ,  s = 0.2 √max(M, K), or √max(1, M / K)",
+                "all else:  m ← β₁ m + (1 − β₁) g;  v ← β₂ v + (1 − β₂) g²",
+                "w ← w (1 − η λ) − η (m / (1 − β₁ᵗ)) / (√(v / (1 − β₂ᵗ)) + ε)",
+            ),
+            "A matrix in a block goes equally far in every direction that its gradients have "
+            "lately had: their singular values are made about 1, by products of matrices alone. "
+            "All other weights are updated by AdamW.",
+        ),
+    ),
     "sgd": Operation(
         "Gradient descent",
         "adamw",

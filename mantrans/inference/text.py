@@ -15,18 +15,6 @@ if TYPE_CHECKING:
     from mantrans.wrapper import CustomTransformerWrapper
 
 
-def sampling_config(saved: Any, source: str, sampling: dict[str, Any], seed: int | None) -> Config:
-    """A checkpoint's config with other sampling: fields of `evaluation`, and the seed.
-
-    saved: the config as plain data, from the file named `source`. Raises ConfigError.
-    """
-    values = Config.from_dict(saved, source).to_dict()
-    values["evaluation"] |= sampling
-    if seed is not None:
-        values["training"]["seed"] = seed
-    return Config.from_dict(values, "generate")
-
-
 def prompt_tokens(tokenizer: Tokenizer, config: Config, prompts: Sequence[str]) -> list[list[int]]:
     """Each prompt's tokens after an end-of-text token, because a document starts here.
 
@@ -54,7 +42,7 @@ class Continuation:
     """The continuation of a prompt: iterates over pieces of whole characters, as they are drawn.
 
     ids: the prompt's tokens. options: keywords of `stream`; the text ends before the first of the
-    `stop` texts, before eos_token_id, or at max_length tokens, prompt included.
+    `stop` texts, before eos_token_id or the end of text, or at max_length tokens, prompt included.
     `tokens` counts those drawn.
     """
 
@@ -62,28 +50,34 @@ class Continuation:
         self, wrapper: CustomTransformerWrapper, ids: list[int], options: dict[str, Any]
     ) -> None:
         self.tokens = 0
-        self._end = options["eos_token_id"]
+        self._ends = {options["eos_token_id"], options["tokenizer"].eot_id}
         self._reader = Reader(options["tokenizer"], options["stop"])
         self._steps = wrapper.stream([ids], **options | {"stop": ()})  # is read here
 
     def __iter__(self) -> Iterator[str]:
         for [token] in self._steps:
             self.tokens += 1
-            if token is not None and token != self._end:
-                yield self._reader.read(token)
+            if token is None or token in self._ends:
+                break
+            yield self._reader.read(token)
             if self._reader.ended:
                 return
         yield self._reader.rest()
 
 
 def continue_text(
-    wrapper: CustomTransformerWrapper, tokenizer: Tokenizer, config: Config, prompt: str
+    wrapper: CustomTransformerWrapper,
+    tokenizer: Tokenizer,
+    config: Config,
+    prompt: str,
+    seed: int | None = None,
 ) -> Continuation:
-    """The continuation of `prompt`, sampled with config.evaluation and training.seed.
+    """The continuation of `prompt`, sampled with config.evaluation and `seed`, or training.seed.
 
     Raises ConfigError at once if the prompt has max_generation_length tokens already.
     """
     options = sampling_options(config, tokenizer)
+    options["seed"] = options["seed"] if seed is None else seed
     [ids] = prompt_tokens(tokenizer, config, [prompt])
     if len(ids) >= options["max_length"]:
         raise ConfigError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 
 from mantrans.checkpoint import state_file
 from mantrans.config import Config
+from mantrans.config.arguments import DRAWING
 from mantrans.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_from_text
 from mantrans.errors import CheckpointError
 from mantrans.wrapper import CustomTransformerWrapper
@@ -26,6 +28,25 @@ def load_trained(path: Path) -> dict[str, Any]:
             f"{', '.join(sorted(missing))}"
         )
     return state
+
+
+def load_chosen(
+    options: argparse.Namespace,
+) -> tuple[CustomTransformerWrapper, Tokenizer, Config]:
+    """The model and the config of options.checkpoint, with the sampling of other options.
+
+    Raises MantransError for a file that is no run's checkpoint, and for wrong sampling.
+    """
+    state = load_trained(options.checkpoint)
+    values = Config.from_dict(state["config"], str(options.checkpoint)).to_dict()
+    chosen = {name: getattr(options, name) for name in (*DRAWING, "stop")}
+    chosen["max_generation_length"] = options.max_length
+    values["evaluation"] |= {name: value for name, value in chosen.items() if value is not None}
+    if options.seed is not None:
+        values["training"]["seed"] = options.seed
+    config = Config.from_dict(values, "command line")
+    wrapper, tokenizer = load_model(options.checkpoint, state, config, options.device)
+    return wrapper, tokenizer, config
 
 
 def load_model(

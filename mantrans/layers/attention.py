@@ -143,6 +143,7 @@ class KeyValueCache(NamedTuple):
 
     def append(self, k: Tensor, v: Tensor, lengths: Tensor) -> None:
         """Store one position per row, k and v (B, H_kv·D), at index lengths[b] - 1."""
-        rows = torch.arange(len(lengths), device=lengths.device)
-        self.k[rows, lengths - 1] = k
-        self.v[rows, lengths - 1] = v
+        B, T, _ = self.k.shape
+        last = torch.arange(-1, B * T - 1, T, device=lengths.device) + lengths  # T·b + length - 1
+        self.k.view(B * T, -1).index_copy_(0, last, k)
+        self.v.view(B * T, -1).index_copy_(0, last, v)

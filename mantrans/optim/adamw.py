@@ -7,8 +7,8 @@ from types import ModuleType
 from torch import Tensor
 
 from mantrans.config.arguments import ADAMW, checked
-from mantrans.distributed.shard import Part
-from mantrans.optim.optimizer import Optimizer
+from mantrans.distributed.shard import Part, Shard
+from mantrans.optim.optimizer import Now, Optimizer
 from mantrans.parameters import Parameters
 
 
@@ -29,30 +29,27 @@ class AdamW(Optimizer):
     ) -> None:
         super().__init__(ops, parameters, weight_decay=weight_decay, max_grad_norm=max_grad_norm)
         self.beta1, self.beta2, self.epsilon = beta1, beta2, epsilon
-        owned = parameters.shard.elements
-        self.exp_avg = parameters.gradients.new_zeros(owned)
-        self.exp_avg_sq = parameters.gradients.new_zeros(owned)
+        self.squared = self._squared()
+        self.exp_avg = parameters.gradients.new_zeros(parameters.shard.elements)
+        self.exp_avg_sq = parameters.gradients.new_zeros(self.squared.elements)
+        self._places = {part.where.start: part.kept for part in self.squared.parts}
 
-    def _update(
-        self,
-        part: Part,
-        weight_decay: float,
-        count: Tensor,
-        learning_rate: Tensor,
-        clip: Tensor,
-        applied: Tensor,
-    ) -> None:
+    def _squared(self) -> Shard:
+        """The elements that have a second moment."""
+        return self.parameters.shard
+
+    def _update(self, part: Part, weight_decay: float, now: Now) -> None:
         p = self.parameters
         self.ops.adamw_update(
             p.weights[part.where],
             None if p.master is None else p.master[part.kept],
             p.gradients_of(part),
             self.exp_avg[part.kept],
-            self.exp_avg_sq[part.kept],
-            count,
-            learning_rate,
-            clip,
-            applied,
+            self.exp_avg_sq[self._places[part.where.start]],
+            now.number,
+            now.learning_rate,
+            now.clip,
+            now.applied,
             self.beta1,
             self.beta2,
             self.epsilon,

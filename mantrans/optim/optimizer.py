@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mantrans.config.arguments import OPTIMIZER, GradNorm, checked
-from mantrans.distributed.shard import PIECES, Part
+from mantrans.distributed.shard import PIECES, Part, Shard
 from mantrans.errors import show
 from mantrans.kernels import reference
 from mantrans.optim.guards import Guard
@@ -28,12 +28,24 @@ class StepOutcome(NamedTuple):
     applied: Tensor  # bool: whether the weights were changed
 
 
+class Now(NamedTuple):
+    """The numbers of a step that its updates read, all 0-d on the device."""
+
+    number: Tensor  # of this update, 1 at the first; float32 or float64
+    learning_rate: Tensor
+    clip: Tensor  # factor of the gradients
+    applied: Tensor  # bool: False changes nothing
+
+
 class Optimizer:
     """Clip, check, update. A subclass implements the update.
 
     max_grad_norm: longer gradients are scaled down to this L2 norm; None never scales.
     weight_decay: decoupled; biases and gains do not decay.
+    reach: the largest factor that the learning rate is multiplied by besides.
     """
+
+    reach = 1.0
 
     @checked(**OPTIMIZER)
     def __init__(
@@ -77,16 +89,13 @@ class Optimizer:
         # No element of the clipped gradient is longer than all of it, which moments square and
         # rates multiply. Infinity times 0 is NaN, so norm, clip and rate are checked with it.
         length = (clip * norm).to(p.wide)
-        pace = learning_rate * (length + self.weight_decay)
+        pace = learning_rate * self.reach * (length + self.weight_decay)
         applied = torch.stack([loss, length * length, pace]).isfinite().all()
         for guard in guards:
             applied = applied & guard.allows(loss, norm)
         if has_targets is not None:
             applied = applied & has_targets
-        count = (p.updates + 1).to(p.wide)
-        for part in p.shard.parts:
-            decay = 0.0 if part.kind == "vectors" else self.weight_decay
-            self._update(part, decay, count, learning_rate, clip, applied)
+        self._update_all(Now((p.updates + 1).to(p.wide), learning_rate, clip, applied))
         p.updates += applied
         return StepOutcome(norm, applied)
 
@@ -100,17 +109,14 @@ class Optimizer:
             own.copy_(self.ops.gradient_norms(p.gradients_of(part), part.pieces).view(own.shape))
         return reference.gradient_norms(shard.world.sum(norms).flatten(), 1)[0]
 
-    def _update(
-        self,
-        part: Part,
-        weight_decay: float,
-        count: Tensor,
-        learning_rate: Tensor,
-        clip: Tensor,
-        applied: Tensor,
-    ) -> None:
-        """Update the elements of `part`. count: of this update, 1 at the first."""
-        raise AssertionError("an Optimizer is an SGD or an AdamW")
+    def _update_all(self, now: Now) -> None:
+        """Update the elements that the rank owns."""
+        for part in self.parameters.shard.parts:
+            self._update(part, 0.0 if part.kind == "vectors" else self.weight_decay, now)
+
+    def _update(self, part: Part, weight_decay: float, now: Now) -> None:
+        """Update the elements of `part`."""
+        raise AssertionError("an Optimizer is one of OPTIMIZERS")
 
     def _rounding(self, part: Part) -> dict[str, Tensor | int]:
         """Weights of low precision without a master are rounded stochastically."""
@@ -121,3 +127,7 @@ class Optimizer:
     def state(self) -> dict[str, Tensor]:
         """The optimizer's flat buffers, of the elements that the rank owns, by name."""
         return {}
+
+    def shards(self) -> dict[str, Shard]:
+        """Which elements each buffer of `state` has."""
+        return dict.fromkeys(self.state(), self.parameters.shard)

@@ -5,7 +5,8 @@ of a step's is what is logged. The peak is the table's, and where a device is no
 
 With the table's it is also the model FLOPs utilization (MFU) as defined by Chowdhery et al. 2022
 (PaLM, appendix B): the operations per second that the mathematics of forward and backward needs,
-divided by the device's peak. Recomputation to save memory is not counted.
+divided by the device's peak. Recomputation to save memory is not counted; the products of Muon's
+update are, divided by the step's tokens.
 
 `Network.flops_per_token` says what is counted. PaLM's formula, 6N + 12·L·H·Q·T, counts all T keys
 of a query; we count only the keys that it sees, so our figures are lower.
@@ -21,6 +22,7 @@ import torch
 
 from mantrans.config import ModelConfig
 from mantrans.models import build
+from mantrans.optim import muon
 
 # Dense peaks in TFLOP/s: bfloat16 with float32 sums, and plain float32. From NVIDIA's data sheets
 # and architecture whitepapers (GA100, GA102, GH100, AD102, Blackwell); figures with sparsity are
@@ -56,6 +58,16 @@ def flops_per_token(model: ModelConfig, sequence_length: int | None = None) -> f
         sequence_length: tokens T in one training sequence; model.max_seq_len if None.
     """
     return build(model).flops_per_token(sequence_length or model.max_seq_len)
+
+
+def update_flops(model: ModelConfig, optimizer: str) -> int:
+    """Return the operations of an update's matrix products, which only Muon has.
+
+    Args:
+        model: the network's shape; vocab_size must be set.
+        optimizer: as training.optimizer.
+    """
+    return muon.update_flops(list(build(model).parameters())) if optimizer == "muon" else 0
 
 
 class Peak(NamedTuple):

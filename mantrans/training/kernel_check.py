@@ -63,6 +63,8 @@ def programs_of(config: Config) -> Sequence[tuple[Callable[[Shapes, Draw], Input
     unused |= {"swiglu" if model.mlp == "gelu" else "gelu"}
     if model.position == "learned":
         unused.add("rotary")
+    if config.training.optimizer != "muon":
+        unused.add("muon")
     if not config.training.stochastic_rounding:
         unused.add("stochastic_rounding")
     window = model.attention_window is not None

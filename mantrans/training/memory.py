@@ -4,7 +4,8 @@ Counted are the tensors that are alive at the peak:
 
     weights, masters, gradients, moments    the flat buffers of `parameters.py`, padding included;
                                             with the weights, RoPE's angles; with the gradients,
-                                            rows of partial sums on a GPU
+                                            rows of partial sums on a GPU; Muon has one moment of
+                                            matrices in blocks
     levels, exchange                        the tree over micro-batches (`gradient_sum`); what a
                                             rank receives of a bucket
     activations                             what the layers keep (`kept`), or with recompute: block
@@ -18,9 +19,13 @@ Counted are the tensors that are alive at the peak:
                                             of graphs; on a CPU the copies that PyTorch's kernels
                                             make, and its libraries (`_on_cpu`, measured)
 
+    during an update                        what Muon makes of a batch of blocks (`optim.muon`);
+                                            activations are free by then
+
 A step's peak is the sum of these, with only the larger of "during a block's backward" and "while
-the loss is computed". A captured step keeps all of it between steps, in the graph's own pool; so
-the run's peak has more on top, the largest of
+the loss is computed", or what an update takes, if that is more than all activations. A captured
+step keeps all of it between steps, in the graph's own pool; so the run's peak has more on top, the
+largest of
 
     validation                              a batch
     save_check                              whether weights are finite, and the same on all ranks
@@ -47,7 +52,8 @@ from mantrans.kernels.native import QUERY_BLOCK
 from mantrans.kernels.reference import wide_dtype
 from mantrans.models import build
 from mantrans.models.network import Network
-from mantrans.parameters import Parameter, layout, numel, two_blocks
+from mantrans.optim import muon
+from mantrans.parameters import GROUPS, Parameter, layout, numel, two_blocks
 from mantrans.training import agreement
 from mantrans.training.blas import stream_workspace
 from mantrans.training.gradient_sum import tree_depth
@@ -73,6 +79,7 @@ class MemoryPrediction:
     activations: int
     backward_workspace: int
     loss_workspace: int
+    update_workspace: int
     library: int
     validation: int = 0
     save_check: int = 0
@@ -87,9 +94,13 @@ class MemoryPrediction:
 
     @property
     def step(self) -> int:
-        """Bytes at the peak of a step; only the larger of the two workspaces counts."""
-        work = max(self.backward_workspace, self.loss_workspace)
-        return self.state + self.activations + work + self.library
+        """Bytes at the peak of a step, which is in its passes or in its update."""
+        return self.state + max(self.passes, self.update_workspace) + self.library
+
+    @property
+    def passes(self) -> int:
+        """Bytes of forward and backward; only the larger of the two workspaces counts."""
+        return self.activations + max(self.backward_workspace, self.loss_workspace)
 
     @property
     def beside(self) -> int:
@@ -164,20 +175,20 @@ def predict(
         gradients=state.gradients * wide + partials,
         levels=state.summed * wide * (tree_depth(parts) if training.gradient_sum == "tree" else 0),
         exchange=state.received * wide,
-        moments=2 * state.owned * wide if training.optimizer == "adamw" else 0,
+        moments=(state.owned + state.squared) * wide if training.optimizer != "sgd" else 0,
         activations=tokens * (len(network.blocks) * kept + final),
         backward_workspace=tokens * backward,
         loss_workspace=tokens * loss + _logits_chunk(config, network, dtype, on_gpu, chunk_rows),
+        update_workspace=_update_workspace(network, training, dtype, torch.device(device)),
         library=gpu_libraries(device, training.compile_step) if on_gpu else _on_cpu(config, dtype),
     )
     if not (on_gpu and training.compile_step):
         return predicted
-    again = predicted.step - predicted.state - predicted.library
     return replace(
         predicted,
         validation=predict_validation(whole, dtype, device, windows),
         save_check=max(finite.WORKSPACE, agreement.WORKSPACE if ranks > 1 else 0),
-        recheck=again if training.recheck_every else 0,
+        recheck=predicted.passes if training.recheck_every else 0,
         samples=predict_samples(whole, dtype),
     )
 
@@ -192,7 +203,8 @@ class _State(NamedTuple):
     """Elements of a rank's flat buffers."""
 
     weights: int
-    owned: int  # of masters, and of each moment
+    owned: int  # of masters, and of the first moment
+    squared: int  # of the second moment
     gradients: int
     summed: int  # of a level of the tree
     received: int
@@ -204,14 +216,29 @@ def _state(network: Network, training: TrainingConfig, ranks: int) -> _State:
     largest = max(bucket.stop - bucket.start for bucket in found.buckets.values())
     received = largest // 2 if ranks > 1 and ranks & (ranks - 1) == 0 else 0
     every = owned = found.elements
+    squared = every
+    if training.optimizer == "muon":
+        squared -= sum(b.stop - b.start for n, b in found.buckets.items() if n not in GROUPS)
     if training.shard == "none" or ranks == 1:
-        return _State(every, every, every, every, received)
+        return _State(every, every, squared, every, every, received)
     pieces = [owned_pieces(rank, ranks) for rank in range(ranks)]
-    owned = every // PIECES * max(p.stop - p.start for p in pieces)
+    most = max(p.stop - p.start for p in pieces)
+    owned, squared = every // PIECES * most, squared // PIECES * most
     if training.shard == "optimizer":
-        return _State(every, owned, every, every, received)
+        return _State(every, owned, squared, every, every, received)
     in_work = max(place.stop for place in two_blocks(found.buckets).values())
-    return _State(every, owned, in_work + owned, owned, received)
+    return _State(every, owned, squared, in_work + owned, owned, received)
+
+
+def _update_workspace(
+    network: Network, training: TrainingConfig, dtype: torch.dtype, device: torch.device
+) -> int:
+    if training.optimizer != "muon":
+        return 0
+    parameters = list(network.parameters())
+    size = muon.product_dtype(wide_dtype(dtype), device).itemsize
+    copies = 0 if device.type == "cuda" else 2  # measured: up to 1.7
+    return muon.workspace(parameters, layout(parameters).buckets, copies) * size
 
 
 def _on_cpu(config: Config, dtype: torch.dtype) -> int:

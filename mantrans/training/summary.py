@@ -9,7 +9,7 @@ import torch
 from mantrans.config import Config, TrainingConfig
 from mantrans.interop.huggingface import read_shape
 from mantrans.runtime import resolve_device, resolve_dtype
-from mantrans.training.flops import flops_per_token
+from mantrans.training.flops import flops_per_token, update_flops
 from mantrans.training.memory import MemoryPrediction, parameter_groups, predict
 from mantrans.training.room import free_memory
 
@@ -55,6 +55,8 @@ def _work(config: Config, tokens_per_epoch: int | None) -> str:
     training = config.training
     per_step = config.tokens_per_step
     per_token = flops_per_token(config.model, config.sequence_length)
+    update = update_flops(config.model, training.optimizer)
+    all_of_step = per_token * per_step + update
     steps = training.max_steps
     if steps is None and tokens_per_epoch is not None and training.num_epochs is not None:
         steps = tokens_per_epoch * training.num_epochs // per_step
@@ -63,7 +65,12 @@ def _work(config: Config, tokens_per_epoch: int | None) -> str:
     rows = [
         ("tokens per step", f"{per_step:,}"),
         ("FLOPs per token", f"{per_token:.4g}"),
-        ("FLOPs per step", f"{per_token * per_step:.4g}"),
+        *(
+            [("FLOPs per update", f"{update:.4g}, {update / all_of_step:.1%} of a step")]
+            if update
+            else []
+        ),
+        ("FLOPs per step", f"{all_of_step:.4g}"),
         ("tokens per epoch", epoch),
         (
             "epochs",
@@ -73,7 +80,7 @@ def _work(config: Config, tokens_per_epoch: int | None) -> str:
         ),
         ("steps", unknown if steps is None else f"{steps:,}"),
         ("tokens in all", unknown if steps is None else f"{steps * per_step:,}"),
-        ("FLOPs in all", unknown if steps is None else f"{steps * per_step * per_token:.4g}"),
+        ("FLOPs in all", unknown if steps is None else f"{steps * all_of_step:.4g}"),
     ]
     return _table("work", rows)
 
@@ -123,6 +130,7 @@ def _purposes(predicted: MemoryPrediction, config: Config) -> list[tuple[str, st
         (f"activations (recompute: {config.training.recompute})", predicted.activations),
         ("backward workspace (or loss)", predicted.backward_workspace),
         ("loss workspace (or backward)", predicted.loss_workspace),
+        *([("update workspace", predicted.update_workspace)] if predicted.update_workspace else []),
         ("library workspaces", predicted.library),
     ]
     if predicted.beside:

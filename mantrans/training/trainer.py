@@ -276,9 +276,10 @@ class Trainer:
             set_threads(training.threads, self.world.local_size)
         self.wrapper = build_wrapper(self.placed, self.tokenizer.vocab_size, self.world)
         self.wrapper.model.output.chunk_rows = self.memory.chunk_rows
-        self.flops_per_token = flops.flops_per_token(
-            self.wrapper.config, self.config.sequence_length
-        )
+        model = self.wrapper.config
+        self.flops_per_token = flops.flops_per_token(model, self.config.sequence_length)
+        update = flops.update_flops(model, training.optimizer)
+        self.flops_per_token += update / self.config.tokens_per_step
         if self.world.is_first:  # which logs
             self.peak = flops.peak(self.wrapper.device, self.wrapper.dtype)
         self.guard = None

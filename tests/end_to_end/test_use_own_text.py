@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -19,14 +21,15 @@ def test_readme_own_text(
     """README's commands for a text of one's own."""
     monkeypatch.chdir(tmp_path)
     write_own_texts(tmp_path)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Once upon a time\n"))
     printed = []
     for command in own_text_commands():
         assert main(command) == 0, (command, capsys.readouterr().err)
         printed.append(capsys.readouterr())
     assert [command[0] for command in own_text_commands()] == [
-        "tokenizer", "train", "train", "evaluate", "generate",
+        "tokenizer", "train", "train", "evaluate", "generate", "chat",
     ]  # fmt: skip
-    _, first, resumed, evaluated, generated = printed
+    _, first, resumed, evaluated, generated, chatted = printed
     assert "1,000 documents" in first.err  # all of them
     records = (tmp_path / "runs/local/metrics.jsonl").read_text().splitlines()
     steps = [row["step"] for row in map(json.loads, records) if "loss" in row]
@@ -34,3 +37,4 @@ def test_readme_own_text(
     size = len((tmp_path / "other.txt").read_bytes().replace(b"\n<|endoftext|>\n", b""))
     assert f"{size:,} bytes" in evaluated.out and "bits per byte" in evaluated.out
     assert re.match(r"Once upon a time\S* ?\S", generated.out)
+    assert len(chatted.out) > 10 and "/help" in chatted.err

@@ -78,6 +78,18 @@ def test_layer_norm_rows_far_from_zero(
     check(Results(ops, x, dy, weight), d * unit, dy, weight, dtype)
 
 
+@pytest.mark.parametrize("N", [native.FEW_NORMS, native.FEW_NORMS + 1])
+@pytest.mark.parametrize("row", [0, -1])
+def test_layer_norm_native_one_row_far(N: int, row: int) -> None:
+    """Among few and among many rows that PyTorch's kernel computes well."""
+    unit = torch.finfo(torch.float32).eps * 2.0**10
+    d, dy, weight = draw(N, 40, torch.float32)
+    d[row] *= unit
+    x = d.clone()
+    x[row] += 2.0**10
+    check(Results(native, x.float(), dy, weight), d, dy, weight, torch.float32)
+
+
 @each_backend
 def test_layer_norm_one_element_differs(ops: ModuleType, dtype: torch.dtype) -> None:
     unit = torch.finfo(dtype).eps * 2.0**20

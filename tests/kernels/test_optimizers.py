@@ -1,4 +1,5 @@
-"""AdamW, SGD and the gradient norm over flat buffers: arithmetic, skipped steps, rounding."""
+"""AdamW, SGD, Muon's momentum and the gradient norm over flat buffers: arithmetic, skipped steps,
+rounding."""
 
 from __future__ import annotations
 
@@ -13,8 +14,9 @@ from mantrans.kernels.triton import adamw, sgd, weights
 from tests.kernels.common import SUM_TOLERANCE, generator, normal
 from tests.support.compare import assert_close
 
-# The package shows the function of this name.
+# The package shows the functions of these names.
 gradient_norms = importlib.import_module("mantrans.kernels.triton.gradient_norms")
+momentum = importlib.import_module("mantrans.kernels.triton.nesterov_momentum")
 
 BLOCK = weights.BLOCK
 SEED = torch.tensor(123_456_789_012_345)  # beyond 32 bits: its lower half is what counts
@@ -93,6 +95,32 @@ def test_sgd_equals_reference(P, weight_decay, dtype, has_master, seed):
     assert_same(actual, expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_sgd_narrow_gradients(dtype):
+    """As Muon's steps are: the same as of their float32 values, to the last bit."""
+    actual = buffers(BLOCK + 5, torch.bfloat16, True)[:3]
+    actual[2] = actual[2].to(dtype)
+    expected = copies(actual)
+    expected[2] = expected[2].float()
+    for w in (actual, expected):
+        sgd.sgd_update(*w, *sgd_arguments(0.1, None))
+    assert all(torch.equal(a, b) for a, b in zip(actual[:2], expected[:2], strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("P", [P for P, _ in SIZES])
+def test_nesterov_momentum_equals_reference(P, dtype):
+    """`update` is written only."""
+    found = []
+    for ops in (momentum, reference):
+        _, _, gradients, m, _ = buffers(P, torch.float32, False)
+        update = torch.full((P,), float("nan"), dtype=dtype)
+        ops.nesterov_momentum(m, gradients, *scalars()[2:], 0.95, update)
+        found.append((m, update))
+    assert_close(found[0][0], found[1][0], SUM_TOLERANCE, "m")
+    assert_close(found[0][1], found[1][1], SUM_TOLERANCE if dtype == torch.float32 else 1e-4, "u")
+
+
 @pytest.mark.parametrize("step", [1.0, 2.0, 1e3, 1e6])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_adamw_bias_correction(step, dtype):
@@ -139,6 +167,10 @@ def test_update_not_finite(dtype, has_master, seed):
     before = copies(actual)
     adamw.adamw_update(*actual, *adamw_arguments(0.1, seed, finite=False))
     sgd.sgd_update(*actual[:3], *sgd_arguments(0.1, seed, finite=False))
+    clip, finite = scalars(finite=False)[2:]
+    momentum.nesterov_momentum(
+        actual[3], actual[2], clip, finite, 0.95, torch.empty(len(actual[2]))
+    )
     for a, b in zip(actual, before, strict=True):
         if a is not None:
             bits = torch.int32 if a.dtype == torch.float32 else torch.int16
@@ -238,6 +270,12 @@ def test_update_refuses():
     refuses("finite: expected dtype bool, got float32", {"finite": torch.tensor(1.0)})
     refuses("beta2: expected at least 0 and below 1, got 1.0", {"beta2": 1.0})
     refuses("rounding_seed: expected None .*torch.float16", {"rounding_seed": SEED})
+    with pytest.raises(ValueError, match=r"gradients: expected shape \(8\), got \(7,\)"):
+        sgd.sgd_update(torch.ones(8), None, torch.ones(7).half(), *sgd_arguments(0.1, None))
+    with pytest.raises(ValueError, match=r"exp_avg: expected dtype float32.*, got float16"):
+        momentum.nesterov_momentum(
+            torch.ones(8).half(), torch.ones(8), *scalars()[2:], 0.95, torch.ones(8)
+        )
     with pytest.raises(ValueError, match=r"gradients: expected dtype float32.*, got bfloat16"):
         gradient_norms.gradient_norms(torch.ones(8).bfloat16(), 1)
     with pytest.raises(ValueError, match="gradients: expected a multiple of 3 pieces, got 8"):

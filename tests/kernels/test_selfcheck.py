@@ -9,6 +9,7 @@ from __future__ import annotations
 import types
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -47,9 +48,12 @@ def test_selfcheck_right_backend() -> None:
         if isinstance(value, types.FunctionType)
         and hasattr(reference, name)
         and name.endswith(
-            ("forward", "backward", "update", "norms", "gradient", "attention", "partials")
+            (
+                "forward", "backward", "update", "norms", "gradient", "attention", "partials",
+                "momentum", "orthogonalize",
+            )
         )
-    }
+    }  # fmt: skip
     assert checked == operations, "every operation of a backend must be checked"
     assert all(result.error <= result.bound for result in results)
 
@@ -150,6 +154,20 @@ def sgd_with_other_noise(*arguments: Any, offset: int = 0, **rounding: Any) -> N
     native.sgd_update(*arguments, **rounding)
 
 
+def momentum_that_never_skips(m, gradients, clip, finite, beta, update) -> None:
+    native.nesterov_momentum(m, gradients, clip, torch.tensor(True), beta, update)
+
+
+def momentum_without_a_look_ahead(m, gradients, clip, finite, beta, update) -> None:
+    native.nesterov_momentum(m, gradients, clip, finite, beta, update)
+    update.copy_(m)
+
+
+def orthogonalize_four_times(matrices: Tensor, scale: float) -> None:
+    with mock.patch.object(reference, "NEWTON_SCHULZ_STEPS", 4):
+        native.orthogonalize(matrices, scale)
+
+
 def decoding_that_reads_too_far(q, k_cache, v_cache, lengths, *heads, window=None):
     too_far = (lengths + 1).clamp(max=k_cache.shape[1])
     return native.decode_attention(q, k_cache, v_cache, too_far, *heads, window)
@@ -186,6 +204,9 @@ def linear_in_tf32(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
         ("sgd_update", sgd_that_decays_too_much, "finite=True"),
         ("adamw_update", adamw_that_rounds_to_nearest, "rounded as the reference"),
         ("sgd_update", sgd_with_other_noise, "rounded as the reference"),
+        ("nesterov_momentum", momentum_that_never_skips, "finite=False"),
+        ("nesterov_momentum", momentum_without_a_look_ahead, "update"),
+        ("orthogonalize", orthogonalize_four_times, "matrices (2, 80, 48)"),
         ("decode_attention", decoding_that_reads_too_far, "never written"),
         ("decode_attention", decoding_without_window, "out with a window"),
         ("linear_forward", linear_in_tf32, "y"),

@@ -27,6 +27,7 @@ FAST = [
     (described.BiasGelu(), ROWS),
     (described.SwiGLU(), ROWS),
     (described.DocumentAttention(), HEADS),
+    (described.Orthogonalize(), Shapes(B=3, F=101, C=203)),
 ]
 REST = [
     (described.Embedding(), HEADS),
@@ -42,6 +43,7 @@ REST = [
     (described.LinearCrossEntropy(), Shapes(N=1100, C=64, V=500, Vp=512)),
     (described.Sgd(), Shapes(P=300_001)),
     (described.AdamW(), Shapes(P=300_001)),
+    (described.NesterovMomentum(), Shapes(P=300_001)),
 ]
 OPERATIONS = [
     pytest.param(operation, shapes, id=operation.name, marks=marks)

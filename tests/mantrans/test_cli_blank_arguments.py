@@ -13,6 +13,8 @@ OPTIONS = (
     "evaluate --checkpoint", "evaluate --checkpoint c.pt --json", "summary c.yaml --set",
     "evaluate --checkpoint c.pt --set", "evaluate --checkpoint c.pt --device", "summary",
     "generate --checkpoint", "generate --prompt a --checkpoint c.pt --device", "report",
+    "generate --checkpoint c.pt --file", "chat --checkpoint", "chat --checkpoint c.pt --format",
+    "chat --checkpoint c.pt --device",
     "report r --output", "report r --compare", "report r --compare other", "convert",
     "convert old.pt", "export --checkpoint", "export --checkpoint c.pt --output",
     "tokenizer train --output", "tokenizer analyze --tokenizer", "tokenizer encode --tokenizer",

@@ -130,7 +130,7 @@ def small_models() -> Iterator[tuple[str, dict[str, Any]]]:
             yield f"{dtype}, {n_heads} heads", {"dtype": dtype, "model": {"n_heads": n_heads}}
     for change in (
         {"recompute": "gelu"}, {"recompute": "block"}, {"stochastic_rounding": True},
-        {"optimizer": "sgd"}, {"bias": False, "tie_embeddings": False},
+        {"optimizer": "sgd"}, {"optimizer": "muon"}, {"bias": False, "tie_embeddings": False},
     ):  # fmt: skip
         yield str(change), {"model": change}
     yield "float32, no bias", {"dtype": torch.float32, "model": {"bias": False}}

@@ -117,13 +117,14 @@ def test_save_tensor_views(tmp_path: Path) -> None:
     assert (tmp_path / "views.pt").stat().st_size < 1000
 
 
-def test_load_by_name(tmp_path: Path) -> None:
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_load_by_name(tmp_path: Path, optimizer: str) -> None:
     """So that another layout of the flat buffers reads the same files."""
 
     def wrapper(seed: int) -> CustomTransformerWrapper:
         return CustomTransformerWrapper(
             vocab_size=30, d_model=16, n_blocks=2, n_heads=2, max_seq_len=8, device="cpu",
-            dtype=torch.bfloat16, optimizer="adamw", seed=seed,
+            dtype=torch.bfloat16, optimizer=optimizer, seed=seed,
         )  # fmt: skip
 
     def backwards(value: Any) -> Any:

@@ -15,13 +15,13 @@ from hypothesis import strategies as st
 
 from mantrans import CustomTransformerWrapper
 from mantrans.config import SECTIONS, Config, ModelConfig
-from mantrans.config.arguments import ADAMW, BUILD, DRAWING, OPTIMIZER, SAMPLING, SHAPE
+from mantrans.config.arguments import ADAMW, BUILD, DRAWING, MUON, OPTIMIZER, SAMPLING, SHAPE
 from mantrans.config.section import SMALLEST_NORMAL, kinds
 from mantrans.data.tokenizer import load_tokenizer
 from mantrans.errors import ConfigError, DataError
 from mantrans.evaluation.evaluator import evaluate
 from mantrans.models.sampling import sample
-from mantrans.optim import SGD, AdamW
+from mantrans.optim import SGD, AdamW, Muon
 from mantrans.optim.guards import OutlierGuard
 from mantrans.optim.schedule import scheduled_learning_rate
 from mantrans.training.trainer import Trainer
@@ -136,6 +136,7 @@ def doors(model: CustomTransformerWrapper, folder: Path) -> dict[str, Door]:
         ),
         "optimizer_options": Door(lambda **k: build(optimizer_options=k), ADAMW),
         "AdamW": Door(lambda **k: AdamW(ops, p, **k), ADAMW),
+        "Muon": Door(lambda **k: Muon(ops, p, **k), MUON),
         "SGD": Door(lambda **k: SGD(ops, p, **k), OPTIMIZER),
         "Optimizer.step": Door(
             lambda **k: model.optimizer.step(one, one, **k), {"max_grad_norm": float | None}
@@ -176,7 +177,7 @@ def doors(model: CustomTransformerWrapper, folder: Path) -> dict[str, Door]:
 
 DOORS = [
     "constructor", "from_config", "from_pretrained", "from_checkpoint", "optimizer_options",
-    "AdamW", "SGD", "Optimizer.step", "OutlierGuard", "schedule", "train_step",
+    "AdamW", "Muon", "SGD", "Optimizer.step", "OutlierGuard", "schedule", "train_step",
     "accumulate_gradients", "update_parameters", "generate", "stream",
     "Trainer", "evaluate", "sample",
 ]  # fmt: skip

@@ -19,13 +19,13 @@ from mantrans.wrapper import CustomTransformerWrapper
 from tests.support import families
 
 T, V, SAMPLES = 9, 97, 16
-CASES = ["gpt2", "llama", "qwen3", "sgd"]
+CASES = ["gpt2", "llama", "qwen3", "sgd", "muon"]
 
 
 @cache
 def explained(case: str) -> tuple[Step, dict[str, Any]]:
-    if case in ("gpt2", "sgd"):
-        optimizer = "adamw" if case == "gpt2" else "sgd"
+    if case in ("gpt2", "sgd", "muon"):
+        optimizer = "adamw" if case == "gpt2" else case
         model = CustomTransformerWrapper(
             V, 48, 2, 4, max_seq_len=T, device="cpu", optimizer=optimizer, dtype=torch.bfloat16
         )
@@ -148,6 +148,11 @@ class TestData:
             if case == "sgd":
                 continue
             update = found["update"]
+            if case == "muon" and name.startswith("blocks.") and len(found["shape"]) == 2:
+                assert update["w"] == found["after"] != found["before"]
+                means = [0.05 * about["clip"] * g for g in found["gradients"]]
+                assert update.keys() == {"m", "w"} and update["m"] == pytest.approx(means, rel=1e-9)
+                continue
             decay = optimizer["weight_decay"] if len(found["shape"]) == 2 else 0
             for before, after, g, clipped, m, v in zip(
                 found["before"], found["after"], found["gradients"],

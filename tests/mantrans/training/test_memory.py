@@ -172,6 +172,7 @@ LLAMA = (
     [
         "model.d_model=16 model.max_seq_len=16 training.batch_size=4096",
         "model.d_model=128 model.max_seq_len=128 training.batch_size=64",
+        "model.d_model=1024 model.max_seq_len=16 training.batch_size=1 training.optimizer=muon",
         "model.d_model=128 model.max_seq_len=128 training.batch_size=64 training.recompute=block",
         "model.d_model=64 model.max_seq_len=1024 training.batch_size=8",
         "model.d_model=64 model.max_seq_len=64 training.batch_size=64 model.n_blocks=8",

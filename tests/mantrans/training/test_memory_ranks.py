@@ -8,7 +8,6 @@ import torch
 from mantrans.config import Config
 from mantrans.distributed.world import World
 from mantrans.errors import ConfigError
-from mantrans.optim import AdamW
 from mantrans.training import memory
 from mantrans.training.building import build_wrapper
 from mantrans.training.gradient_sum import GradientSum
@@ -31,7 +30,6 @@ def held(config: Config, world: World) -> dict[str, int]:
     share = share_of(config.training, world)
     sums = GradientSum(wrapper.model, share.micro_batches, world, config.training.gradient_sum)
     p, optimizer = wrapper.model.parameters, wrapper.trainable()
-    assert isinstance(optimizer, AdamW)
     buffers = {t.data_ptr(): t.nbytes for t in (p.gradients, p.owned_gradients)}
     return {
         "weights": p.weights.nbytes,
@@ -39,21 +37,27 @@ def held(config: Config, world: World) -> dict[str, int]:
         "gradients": sum(buffers.values()),
         "levels": sum(level.nbytes for level in sums.levels[1:]),
         "exchange": sums.exchange.received.nbytes,
-        "moments": optimizer.exp_avg.nbytes + optimizer.exp_avg_sq.nbytes,
+        "moments": sum(moment.nbytes for moment in optimizer.state().values()),
     }
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 8])
 @pytest.mark.parametrize("shard", ["none", "optimizer", "gradients"])
 @pytest.mark.parametrize(
-    ("dtype", "gradient_sum"),
-    [("bfloat16", "tree"), pytest.param("float32", "running", marks=pytest.mark.slow)],
+    ("dtype", "gradient_sum", "optimizer"),
+    [
+        ("bfloat16", "tree", "muon"),
+        pytest.param("bfloat16", "tree", "adamw", marks=pytest.mark.slow),
+        pytest.param("float32", "running", "adamw", marks=pytest.mark.slow),
+    ],
 )
-def test_predict_with_ranks(ranks: int, shard: str, dtype: str, gradient_sum: str) -> None:
+def test_predict_with_ranks(
+    ranks: int, shard: str, dtype: str, gradient_sum: str, optimizer: str
+) -> None:
     """Byte for byte: of the rank that has the most."""
     config = configured(
         f"training.shard={shard}", f"model.dtype={dtype}", f"training.gradient_sum={gradient_sum}",
-        "training.gradient_accumulation_steps=120",
+        f"training.optimizer={optimizer}", "training.gradient_accumulation_steps=120",
     )  # fmt: skip
     predicted = memory.predict(config, getattr(torch, dtype), "cpu", ranks=ranks)
     most = max(
