@@ -80,6 +80,12 @@ class Chat:
         if form == "chatml":
             self.opening, self.options["eos_token_id"] = [], self._mark("<|im_end|>")
 
+    def reset(self) -> None:
+        """Forget the conversation; the sampling stays."""
+        self.turns: list[Turn] = []
+        self.forgotten = 0  # of the turns: those for which there was no room
+        self.has_told = False
+
     def answer(self, said: str) -> Generator[str]:
         """The answer, in pieces; what has been drawn when the caller stops is kept.
 
@@ -120,12 +126,6 @@ class Chat:
             self.forgotten += 1
             ids = self._ids(turns)
         return ids[-room:]
-
-    def reset(self) -> None:
-        """Forget the conversation; the sampling stays."""
-        self.turns: list[Turn] = []
-        self.forgotten = 0  # of the turns: those for which there was no room
-        self.has_told = False
 
     def _ids(self, turns: list[Turn]) -> list[int]:
         """Text between marks is encoded at once; marks are read in the format, and nowhere else."""
