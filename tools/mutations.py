@@ -406,6 +406,20 @@ MUTATIONS = (
         "optimizers",
     ),
     Mutation(
+        "Muon's momentum moves although the gradient is not finite",
+        "nesterov_momentum",
+        "if tl.load(finite_ptr):",
+        "if tl.load(finite_ptr) | True:",
+        "optimizers",
+    ),
+    Mutation(
+        "Muon's update does not look ahead",
+        "nesterov_momentum",
+        "(m * BETA + g).to(",
+        "m.to(",
+        "optimizers",
+    ),
+    Mutation(
         "stochastic rounding adds a half instead of noise",
         "weights",
         "(hash32(index, seed) & 0xFFFF)",

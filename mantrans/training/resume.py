@@ -153,10 +153,12 @@ def differences(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 
 def changed_settings(saved: dict[str, Any], now: dict[str, Any], section: str) -> list[str]:
-    """A section's settings that are not those of the checkpoint, with both values."""
+    """A section's settings that are not those of the checkpoint, with both values. Those of Muon,
+    which older checkpoints lack, only where it is used."""
     before = saved.get(section, {})
+    unused = "muon_" if now[section].get("optimizer") != "muon" else "\0"
     return [
         f"{section}.{name} {before.get(name)!r} → {value!r}"
         for name, value in now[section].items()
-        if before.get(name) != value
+        if before.get(name) != value and not name.startswith(unused)
     ]

@@ -72,7 +72,7 @@ BFLOAT16 = {"model": {"dtype": "bfloat16"}}
                     "stochastic_rounding": True,
                 },
             )
-            for optimizer in ("adamw", "sgd")
+            for optimizer in ("adamw", "sgd", "muon")
         ),
     ],
 )

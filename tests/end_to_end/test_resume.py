@@ -40,16 +40,18 @@ def with_bad_steps(trainer: Trainer) -> None:
 
 @pytest.mark.promise("interrupted anywhere")
 @pytest.mark.parametrize(
-    ("name", "dtype", "recompute", "every"),
+    ("name", "dtype", "recompute", "every", "optimizer"),
     [
-        ("gpt2", "float32", "none", 3),
-        ("gpt2", "bfloat16", "none", 4),
-        ("qwen3", "bfloat16", "none", 5),
-        pytest.param("gpt2", "float32", "none", 1, marks=pytest.mark.slow),
-        pytest.param("gpt2", "bfloat16", "none", 1, marks=pytest.mark.slow),
-        pytest.param("llama", "float32", "gelu", 1, marks=pytest.mark.slow),
-        pytest.param("qwen2", "bfloat16", "block", 1, marks=pytest.mark.slow),
-        pytest.param("qwen3", "float64", "none", 1, marks=pytest.mark.slow),
+        ("gpt2", "float32", "none", 3, "adamw"),
+        ("gpt2", "bfloat16", "none", 4, "adamw"),
+        ("qwen3", "bfloat16", "none", 5, "adamw"),
+        pytest.param("gpt2", "bfloat16", "none", 3, "muon", marks=pytest.mark.slow),
+        pytest.param("llama", "float32", "block", 1, "muon", marks=pytest.mark.slow),
+        pytest.param("gpt2", "float32", "none", 1, "adamw", marks=pytest.mark.slow),
+        pytest.param("gpt2", "bfloat16", "none", 1, "adamw", marks=pytest.mark.slow),
+        pytest.param("llama", "float32", "gelu", 1, "adamw", marks=pytest.mark.slow),
+        pytest.param("qwen2", "bfloat16", "block", 1, "adamw", marks=pytest.mark.slow),
+        pytest.param("qwen3", "float64", "none", 1, "adamw", marks=pytest.mark.slow),
     ],
 )
 def test_resume_any_step(
@@ -59,6 +61,7 @@ def test_resume_any_step(
     dtype: str,
     recompute: str,
     every: int,
+    optimizer: str,
     record_property: Callable,
 ) -> None:
     """Accumulation, an epoch's end, two steps skipped in a row, an outlier: all in one run,
@@ -66,7 +69,7 @@ def test_resume_any_step(
 
     def config(folder: Path) -> Config:
         data = SETTINGS["data"] | {"attend_across_documents": name == "gpt2"}
-        settings = SETTINGS | {"data": data, "recompute": recompute}
+        settings = SETTINGS | {"data": data, "recompute": recompute, "optimizer": optimizer}
         return small(folder, tokens, **settings, model={**MODELS[name], "dtype": dtype})
 
     unbroken = finish(config(tmp_path / "unbroken"), with_bad_steps)

@@ -50,8 +50,13 @@ class EveryThird:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("micro_batches", [1, 4])
 @pytest.mark.parametrize("end_of_text", [None, END_OF_TEXT])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_captured_step_equals_eager(
-    device: torch.device, dtype: torch.dtype, micro_batches: int, end_of_text: int | None
+    device: torch.device,
+    dtype: torch.dtype,
+    micro_batches: int,
+    end_of_text: int | None,
+    optimizer: str,
 ) -> None:
     """With accumulation, with documents, under guards that refuse some steps; and both repeat."""
 
@@ -59,7 +64,7 @@ def test_captured_step_equals_eager(
         guards = [OutlierGuard(0.5, 4, device), EveryThird(device)]
         wrapper, step = build(
             device, dtype, micro_batches=micro_batches, end_of_text=end_of_text, capture=capture,
-            guards=guards,
+            guards=guards, model={"optimizer": optimizer},
         )  # fmt: skip
         records = train(step, range(12))
         return records, everything(wrapper) | guards[0].state() | guards[1].state()
