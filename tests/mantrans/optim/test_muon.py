@@ -200,17 +200,26 @@ def test_muon_batches(monkeypatch: pytest.MonkeyPatch, elements: int, lengths: l
 
 
 @pytest.mark.parametrize(
-    ("dtype", "expected"),
-    [(torch.float64, torch.float64), (torch.float32, torch.bfloat16)],
-)  # fmt: skip
+    ("backend", "dtype", "on_cpu", "expected"),
+    [
+        ("native", torch.float32, torch.bfloat16, torch.bfloat16),
+        ("native", torch.bfloat16, torch.float32, torch.float32),
+        ("native", torch.float64, torch.bfloat16, torch.float64),
+        ("reference", torch.bfloat16, torch.bfloat16, torch.float32),
+        ("triton", torch.float32, torch.float32, torch.bfloat16),
+    ],
+)
 def test_muon_dtype(
-    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, expected: torch.dtype
+    monkeypatch: pytest.MonkeyPatch,
+    backend: str,
+    dtype: torch.dtype,
+    on_cpu: torch.dtype,
+    expected: torch.dtype,
 ) -> None:
-    """That of the products: the processor's fastest, but float64 for float64."""
-    monkeypatch.setattr(muon, "resolve_dtype", lambda dtype, device: torch.bfloat16)
-    for backend, wanted in (("native", expected), ("reference", dtype)):
-        optimizer = build(dtype=dtype, backend=backend).trainable()
-        assert isinstance(optimizer, Muon) and optimizer.dtype == wanted
+    """That of the products: the processor's fastest, of Triton a GPU's; float64 for float64."""
+    monkeypatch.setattr(muon, "resolve_dtype", lambda dtype, device: on_cpu)
+    optimizer = build(dtype=dtype, backend=backend).trainable()
+    assert isinstance(optimizer, Muon) and optimizer.dtype == expected
 
 
 def test_muon_options() -> None:
