@@ -76,10 +76,15 @@ class Chat:
         self.options = sampling_options(config, tokenizer)
         self.options["stop"] = [*self.options["stop"], *self.form.stop]
         self.opening = [tokenizer.eot_id] if config.data.attend_across_documents else []
-        self.turns: list[Turn] = []
-        self.has_dropped = False
+        self.reset()
         if form == "chatml":
             self.opening, self.options["eos_token_id"] = [], self._mark("<|im_end|>")
+
+    def reset(self) -> None:
+        """Forget the conversation; the sampling stays."""
+        self.turns: list[Turn] = []
+        self.forgotten = 0  # of the turns: those for which there was no room
+        self.has_told = False
 
     def answer(self, said: str) -> Generator[str]:
         """The answer, in pieces; what has been drawn when the caller stops is kept.
@@ -88,11 +93,12 @@ class Chat:
         """
         length = self.options["max_length"]
         window = self.wrapper.config.max_seq_len
-        ids = self._fitting([*self.turns, Turn(said)], window - min(length, window // 2))
-        options = self.options | {"max_length": len(ids) + length}
+        ids = self._fitting(said, window - min(length, window // 2))
+        options = self.options | {"max_length": min(len(ids) + length, 2**20)}
+        answer = Continuation(self.wrapper, ids, options)
         pieces: list[str] = []
         try:
-            for piece in Continuation(self.wrapper, ids, options):
+            for piece in answer:
                 pieces.append(piece)
                 yield piece
         finally:
@@ -103,19 +109,21 @@ class Chat:
         """The conversation as the model reads it."""
         return "".join(self._pieces(self.turns))
 
-    def _fitting(self, turns: list[Turn], room: int) -> list[int]:
+    def _fitting(self, said: str, room: int) -> list[int]:
         """The tokens of the newest turns for which there is room, at least of the last one's end.
 
         The model forgets the others; the first time a line says so.
         """
+        turns = [*self.turns[self.forgotten :], Turn(said)]
         ids = self._ids(turns)
-        if len(ids) > room and not self.has_dropped:
-            self.has_dropped = True
+        if len(ids) > room and not self.has_told:
+            self.has_told = True
             terminal.say(
                 f"note: the model reads {room} tokens: it has forgotten what is older (said once)"
             )
         while len(ids) > room and len(turns) > 1:
-            turns = turns[1:]
+            del turns[0]
+            self.forgotten += 1
             ids = self._ids(turns)
         return ids[-room:]
 
@@ -204,6 +212,7 @@ def interruptible() -> Iterator[Callable[[], bool]]:
 def lines() -> Iterator[str]:
     """The user's lines, with a prompt and a history of lines on a terminal."""
     at_terminal = sys.stdin is not None and sys.stdin.isatty()
+    prompt = "> " if sys.stdout is not None and sys.stdout.isatty() else ""
     if at_terminal:
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  (input() uses it)
@@ -211,7 +220,7 @@ def lines() -> Iterator[str]:
         sys.stdin.reconfigure(errors="surrogateescape")  # what is not UTF-8 is refused by name
     while sys.stdin is not None:
         try:
-            line = input("> ") + "\n" if at_terminal else sys.stdin.readline()
+            line = input(prompt) + "\n" if at_terminal else sys.stdin.readline()
         except KeyboardInterrupt:
             terminal.say("")
             continue
@@ -244,7 +253,7 @@ def obey(chat: Chat, line: str) -> bool:
     elif value:
         raise ConfigError(f"{command}: expected nothing after it, got {show(value)}")
     elif command == "/reset":
-        chat.turns, chat.has_dropped = [], False
+        chat.reset()
     elif command == "/help":
         terminal.say(_HELP)
     return command != "/quit"

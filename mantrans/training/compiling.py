@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from pathlib import Path
@@ -71,6 +72,7 @@ def note_of(config: Config, weights: torch.Tensor, *others: object) -> Path:
         (triton.__version__, launch.gpu_of(weights.device), weights.dtype, *others),
         (config.model, data.tokenizer, data.max_length, data.attend_across_documents),
         training.model_dump(exclude=named),
+        sorted(item for item in os.environ.items() if item[0].startswith("TRITON_")),  # its ptxas
     )
     key = hashlib.sha256(b"".join(sources) + repr(of_run).encode()).hexdigest()
     return Path(triton.knobs.cache.dir, f"mantrans-{key}")

@@ -7,9 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 META = torch.device("meta")
+OF_FEW_NUMBERS = (  # that are not worth a rule
+    torch.ops.aten.all.default,
+    torch.ops.aten.arange.default,
+    torch.ops.aten.arange.start_step,
+    torch.ops.aten.linalg_vector_norm.default,
+    torch.ops.aten.stack.default,
+)
 
 
 class ShapesOnly(TorchDispatchMode):
@@ -21,6 +28,10 @@ class ShapesOnly(TorchDispatchMode):
     number that the host reads, which would wait for a GPU, is a RuntimeError.
     """
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # PyTorch would import it to skip it
+
     def __torch_dispatch__(
         self, operation: Any, types: Any, arguments: Any = (), options: Any = None
     ) -> Any:
@@ -30,6 +41,8 @@ class ShapesOnly(TorchDispatchMode):
             return outputs_of(schema, arguments, options)
         if any(returned.alias_info is not None for returned in schema.returns):
             return operation(*arguments, **options)  # a view
+        if (known := without_meta(operation, arguments, options)) is not None:
+            return known
         if any(a.name == "device" for a in schema.arguments):
             options = {"device": META} | options
         arguments, options = tree_map(on_meta, (arguments, options))
@@ -47,6 +60,30 @@ def outputs_of(schema: Any, arguments: Any, options: Any) -> Any:
     if len(schema.returns) == 1:
         return outputs[0]
     return tuple(outputs) if schema.returns else None
+
+
+def without_meta(operation: Any, arguments: Any, options: Any) -> Tensor | None:
+    """The result of the operations for whose shapes PyTorch imports its compiler, which takes a
+    second and a half; None for others."""
+    aten = torch.ops.aten
+    if operation in OF_FEW_NUMBERS:
+        return operation(*arguments, **options)
+    if operation is aten.randn.generator:
+        return torch.empty(arguments[0], dtype=options.get("dtype"))
+    if operation is aten.addmm.default:
+        return arguments[1].new_empty(arguments[1].shape[0], arguments[2].shape[1])
+    tensors = [x for x in tree_leaves((arguments, options)) if isinstance(x, Tensor)]
+    in_order = all(list(x.stride()) == sorted(x.stride(), reverse=True) for x in tensors)
+    if torch.Tag.pointwise not in operation.tags or not in_order:
+        return None  # the result of transposed tensors is transposed
+    of_one = operation(*tree_map(one_element, arguments), **tree_map(one_element, options))
+    shape = torch.broadcast_shapes(*(x.shape for x in tensors))
+    return torch.empty(shape, dtype=of_one.dtype)
+
+
+def one_element(value: Any) -> Any:
+    """A tensor of as many axes, which decide about dtypes, with one element."""
+    return value.new_ones((1,) * value.dim()) if isinstance(value, Tensor) else value
 
 
 def on_meta(value: Any) -> Any:

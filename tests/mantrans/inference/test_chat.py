@@ -14,6 +14,7 @@ import pytest
 import tokenizers
 
 from mantrans import CustomTransformerWrapper
+from mantrans.checkpoint import state_file
 from mantrans.cli import main
 from mantrans.data.tokenizer import Tokenizer, load_tokenizer
 from mantrans.errors import ConfigError
@@ -135,9 +136,11 @@ def test_chat_forgets_oldest(answers, capsys) -> None:
     assert BYTES.decode(found[1:]) == "\n".join(["x" * 20 + "A", "x" * 20])
     found = answers(talk, "y" * 70)
     assert BYTES.decode(found) == "y" * 59
+    answers(talk, "z")
+    assert talk.forgotten == 5
     line = "note: the model reads 59 tokens: it has forgotten what is older (said once)\n"
     assert capsys.readouterr().err == line
-    assert talk.text().count("\n") == 4  # all of it can be saved
+    assert talk.text().count("\n") == 5  # all of it can be saved
 
 
 # ------------------------------------------------------------------------------ commands
@@ -284,6 +287,23 @@ def test_chat_interrupted_prompt(monkeypatch, capsys, checkpoint) -> None:
     monkeypatch.setattr("builtins.input", read)
     assert main(["chat", "--checkpoint", str(checkpoint), "--max-tokens", "4"]) == 0
     assert not typed and len(capsys.readouterr().out) > 1
+
+
+def test_chat_longest_answer(talk) -> None:
+    """The tokens of the question and of the longest answer are more than a text may have."""
+    out, err = talk("Once\n", "--max-tokens", str(2**20), "--stop", "e")
+    assert len(out) > 1 and len(err) == 1
+
+
+@pytest.mark.promise("logits that are not finite")
+def test_chat_broken_model(checkpoint, tmp_path, monkeypatch, capsys) -> None:
+    state = state_file.load(checkpoint)
+    state["parameters"]["final_norm.bias"].fill_(float("nan"))
+    state_file.save(tmp_path / "broken.pt", state)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Once\n"))
+    assert main(["chat", "--checkpoint", str(tmp_path / "broken.pt")]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[1].startswith("error: logits: expected finite numbers, got nan") and not lines[2:]
 
 
 def test_chat_input_closed(monkeypatch, checkpoint) -> None:

@@ -22,7 +22,7 @@ SMALL = ["model.d_model=32", "model.n_blocks=1", "model.n_heads=2", "model.d_ffn
 # In a process of its own, for kernels that are interpreted cannot be compiled; one for all tests,
 # each of which has a program of the self-check to itself.
 SCRIPT = """
-import json, threading
+import json, sys, threading
 import torch, triton
 from mantrans.kernels import selfcheck
 from mantrans.training import compiling, first_step
@@ -56,7 +56,7 @@ def fail(*_):
 with empty_cache():
     gelu, swiglu, embedding = program("gelu"), program("swiglu"), program("embedding")
     found["ahead"] = kernels_of(lambda: compiling.compile_all([gelu], CPU, 2))
-    found["no notes"] = found["notes"]
+    found["no notes"], found["PyTorch's compiler"] = found["notes"], "torch._dynamo" in sys.modules
     found["launched"] = kernels_of(lambda: launch(gelu))
 
     try:
@@ -86,7 +86,8 @@ def found() -> Any:
 
 
 def test_compile_all_then_launch(found: Any) -> None:
-    """Launches find every kernel compiled."""
+    """Launches find every kernel compiled; PyTorch's compiler, a second or two, is not imported."""
+    assert not found["PyTorch's compiler"]
     assert found["ahead"] >= 3 and found["launched"] == 0 and found["no notes"] == []
 
 
@@ -126,3 +127,5 @@ def test_compile_for_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert compile_for() == ["compiled"]
     assert compile_for() == compile_for("training.experiment_name=other") == []
     assert compile_for("training.batch_size=3") == compile_for(checks=False) == ["compiled"]
+    monkeypatch.setenv("TRITON_PTXAS_PATH", "/elsewhere/ptxas")
+    assert compile_for() == ["compiled"]
