@@ -68,14 +68,19 @@ class Muon(AdamW):
             max_grad_norm=max_grad_norm,
         )
         self.momentum, self.scale, self.rate_ratio = momentum, scale, rate_ratio
-        shapes = [p.shape for p in parameters.by_name.values() if p.group == "matrices"]
-        self.reach = rate_ratio * max(1.0, *(update_scale(scale, *shape) for shape in shapes))
         self.dtype = parameters.wide
         if ops is not reference:
-            self.dtype = product_dtype(parameters.wide, parameters.weights.device)
+            by_triton = ops.__name__.endswith("triton")  # whose CPU tensors stand for a GPU's
+            device = torch.device("cuda") if by_triton else parameters.weights.device
+            self.dtype = product_dtype(parameters.wide, device)
         self.one = parameters.gradients.new_ones(())
         self.exchange = Exchange(parameters.shard.world, 0, parameters.weights)
         self.batches = batches(parameters.blocks, parameters.buckets)
+
+    @property
+    def reach(self) -> float:
+        shapes = [p.shape for p in self.parameters.by_name.values() if len(p.shape) == 2]
+        return self.rate_ratio * max(1.0, *(update_scale(self.scale, *shape) for shape in shapes))
 
     def _squared(self) -> Shard:
         p = self.parameters

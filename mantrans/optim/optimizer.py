@@ -42,10 +42,7 @@ class Optimizer:
 
     max_grad_norm: longer gradients are scaled down to this L2 norm; None never scales.
     weight_decay: decoupled; biases and gains do not decay.
-    reach: the largest factor that the learning rate is multiplied by besides.
     """
-
-    reach = 1.0
 
     @checked(**OPTIMIZER)
     def __init__(
@@ -108,6 +105,11 @@ class Optimizer:
             own = norms[part.buckets, shard.pieces]
             own.copy_(self.ops.gradient_norms(p.gradients_of(part), part.pieces).view(own.shape))
         return reference.gradient_norms(shard.world.sum(norms).flatten(), 1)[0]
+
+    @property
+    def reach(self) -> float:
+        """The largest factor that the learning rate is multiplied by."""
+        return 1.0
 
     def _update_all(self, now: Now) -> None:
         """Update the elements that the rank owns."""

@@ -65,6 +65,8 @@ BOUNDS = [
     pytest.param("sgd", torch.float32, 1e-1, 5e-6, 5e-7, marks=pytest.mark.slow),
     ("adamw", torch.float32, 1e-3, 2e-4, 5e-7),
     pytest.param("adamw", torch.bfloat16, 1e-3, 1e-1, 5e-4, marks=pytest.mark.slow),
+    # the products of Newton–Schulz are bfloat16 here, float32 in the reference
+    pytest.param("muon", torch.float32, 1e-3, 3e-2, 1e-4, marks=pytest.mark.slow),
 ]
 
 
@@ -126,7 +128,9 @@ def test_triton_selfcheck(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.promise("NaN and infinity")
-@pytest.mark.parametrize(("optimizer", "stochastic"), [("adamw", False), ("sgd", True)])
+@pytest.mark.parametrize(
+    ("optimizer", "stochastic"), [("adamw", False), ("sgd", True), ("muon", True)]
+)
 def test_triton_step_not_finite(optimizer: str, stochastic: bool) -> None:
     """The other backends, and more numbers: tests/mantrans/training/test_step_refused.py."""
     wrapper = CustomTransformerWrapper(

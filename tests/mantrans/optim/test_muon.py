@@ -200,17 +200,26 @@ def test_muon_batches(monkeypatch: pytest.MonkeyPatch, elements: int, lengths: l
 
 
 @pytest.mark.parametrize(
-    ("dtype", "expected"),
-    [(torch.float64, torch.float64), (torch.float32, torch.bfloat16)],
-)  # fmt: skip
+    ("backend", "dtype", "on_cpu", "expected"),
+    [
+        ("native", torch.float32, torch.bfloat16, torch.bfloat16),
+        ("native", torch.bfloat16, torch.float32, torch.float32),
+        ("native", torch.float64, torch.bfloat16, torch.float64),
+        ("reference", torch.bfloat16, torch.bfloat16, torch.float32),
+        ("triton", torch.float32, torch.float32, torch.bfloat16),
+    ],
+)
 def test_muon_dtype(
-    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, expected: torch.dtype
+    monkeypatch: pytest.MonkeyPatch,
+    backend: str,
+    dtype: torch.dtype,
+    on_cpu: torch.dtype,
+    expected: torch.dtype,
 ) -> None:
-    """That of the products: the processor's fastest, but float64 for float64."""
-    monkeypatch.setattr(muon, "resolve_dtype", lambda dtype, device: torch.bfloat16)
-    for backend, wanted in (("native", expected), ("reference", dtype)):
-        optimizer = build(dtype=dtype, backend=backend).trainable()
-        assert isinstance(optimizer, Muon) and optimizer.dtype == wanted
+    """That of the products: the processor's fastest, of Triton a GPU's; float64 for float64."""
+    monkeypatch.setattr(muon, "resolve_dtype", lambda dtype, device: on_cpu)
+    optimizer = build(dtype=dtype, backend=backend).trainable()
+    assert isinstance(optimizer, Muon) and optimizer.dtype == expected
 
 
 def test_muon_options() -> None:
@@ -225,3 +234,21 @@ def test_muon_options() -> None:
     message = r"muon_learning_rate: expected at most 1,000,000 times learning_rate \(1e-30\), got 1"
     with pytest.raises(ConfigError, match=message):
         TrainingConfig.checked({"learning_rate": 1e-30, "muon_learning_rate": 1.0}, "test")
+
+
+@pytest.mark.parametrize(("saved", "built"), [("adamw", "muon"), ("muon", "adamw")])
+def test_load_state_other_optimizer(saved: str, built: str) -> None:
+    """As between SGD and AdamW: the weights are taken over, the moments begin at 0."""
+    one, other = (
+        CustomTransformerWrapper(
+            61, 16, 2, 2, max_seq_len=12, dtype=torch.bfloat16, device="cpu", optimizer=name, seed=i
+        )
+        for i, name in enumerate((saved, built))
+    )
+    ids = torch.arange(24).view(2, 12)
+    assert one.train_step(ids, ids)["status"] == "ok"
+    other.load_state_dict(one.state_dict())
+    p, q = one.model.parameters, other.model.parameters
+    assert torch.equal(p.best_weights(), q.best_weights()) and int(q.updates) == 0
+    assert not any(moment.any() for moment in other.trainable().state().values())
+    assert other.train_step(ids, ids)["status"] == "ok"

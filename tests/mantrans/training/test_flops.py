@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.harness import peak_on_cpu
 from mantrans.cli import main
@@ -20,6 +21,8 @@ from mantrans.kernels import native, reference
 from mantrans.kernels.triton.cross_entropy import chunk_rows_within
 from mantrans.models.transformer import CustomTransformer
 from mantrans.training import flops, memory, room
+from mantrans.training.summary import summary
+from mantrans.wrapper import CustomTransformerWrapper
 
 GPT2 = ModelConfig(d_model=768, n_blocks=12, n_heads=12, max_seq_len=1024, vocab_size=50257)
 SMALL = ModelConfig(
@@ -433,3 +436,33 @@ def test_memory_held_counts_as_free(
         ConfigError, match=r"expected a step that fits into the .* GiB free of cuda"
     ):
         room.require_memory(config, 50257, None)
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+@pytest.mark.parametrize("shape", [{}, {"mlp": "swiglu", "n_kv_heads": 1, "tie_embeddings": False}])
+def test_update_flops_counted(optimizer: str, shape: dict[str, Any]) -> None:
+    """As PyTorch counts the products of an update."""
+    sizes = {"vocab_size": 61, "d_model": 16, "n_blocks": 3, "n_heads": 2, "max_seq_len": 12}
+    config = ModelConfig.complete({**sizes, **shape, "dtype": "float32"}, "test")
+    wrapper = CustomTransformerWrapper.from_config(config, device="cpu", optimizer=optimizer)
+    one = torch.tensor(1.0)
+    with FlopCounterMode(display=False) as counter:
+        wrapper.trainable().step(one, one)
+    assert counter.get_total_flops() == flops.update_flops(config, optimizer)
+    assert (counter.get_total_flops() > 0) == (optimizer == "muon")
+
+
+def test_summary_of_muon() -> None:
+    """Its update's operations, all steps' operations with them, and its memory."""
+    settings = ["model.vocab_size=61", "training.max_steps=10", "training.device=cpu"]
+    tables = {}
+    for optimizer in ("adamw", "muon"):
+        config = Config.from_dict({}, "test", [*settings, f"training.optimizer={optimizer}"])
+        lines = [line.strip().split("  ", 1) for line in summary(config).splitlines()]
+        tables[optimizer] = {line[0]: line[-1].strip() for line in lines}
+    found, without = tables["muon"], tables["adamw"]
+    update = flops.update_flops(config.model, "muon")
+    step = float(without["FLOPs per step"])
+    assert found["FLOPs per update"] == f"{update:.4g}, {update / (step + update):.1%} of a step"
+    assert float(found["FLOPs in all"]) == pytest.approx(10 * (step + update), rel=1e-3)
+    assert found.keys() - without.keys() == {"FLOPs per update", "update workspace"}
