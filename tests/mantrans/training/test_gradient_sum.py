@@ -180,7 +180,10 @@ def test_ranks_equal_one_process_all_cases(size: int, shard: str, shape: str, dt
 
 @pytest.mark.parametrize(
     ("optimizer", "methods", "tolerance"),
-    [("sgd", ("tree", "running"), 1e-13), ("muon", ("tree",), 1e-10)],
+    [
+        ("sgd", ("tree", "running"), 1e-13),
+        pytest.param("muon", ("tree",), 1e-10, marks=pytest.mark.slow),
+    ],
 )  # fmt: skip
 def test_ranks_other_numbers(optimizer: str, methods: tuple[str, ...], tolerance: float) -> None:
     """Three: sums in another order, the same on all ranks, and owned pieces of other sizes. Muon
