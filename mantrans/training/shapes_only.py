@@ -10,7 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 META = torch.device("meta")
-OF_FEW_NUMBERS = (  # that are not worth a rule
+FEW = 2**16
+OF_FEW_NUMBERS = (  # not worth a rule where they are
     torch.ops.aten.all.default,
     torch.ops.aten.arange.default,
     torch.ops.aten.arange.start_step,
@@ -62,23 +63,23 @@ def outputs_of(schema: Any, arguments: Any, options: Any) -> Any:
     return tuple(outputs) if schema.returns else None
 
 
-def without_meta(operation: Any, arguments: Any, options: Any) -> Tensor | None:
+def without_meta(operation: Any, arguments: Any, options: Any) -> Any:
     """The result of the operations for whose shapes PyTorch imports its compiler, which takes a
     second and a half; None for others."""
     aten = torch.ops.aten
-    if operation in OF_FEW_NUMBERS:
+    tensors = [x for x in tree_leaves((arguments, options)) if isinstance(x, Tensor)]
+    if operation in OF_FEW_NUMBERS and sum(x.numel() for x in tensors) <= FEW:
         return operation(*arguments, **options)
     if operation is aten.randn.generator:
         return torch.empty(arguments[0], dtype=options.get("dtype"))
     if operation is aten.addmm.default:
         return arguments[1].new_empty(arguments[1].shape[0], arguments[2].shape[1])
-    tensors = [x for x in tree_leaves((arguments, options)) if isinstance(x, Tensor)]
     in_order = all(list(x.stride()) == sorted(x.stride(), reverse=True) for x in tensors)
     if torch.Tag.pointwise not in operation.tags or not in_order:
         return None  # the result of transposed tensors is transposed
     of_one = operation(*tree_map(one_element, arguments), **tree_map(one_element, options))
     shape = torch.broadcast_shapes(*(x.shape for x in tensors))
-    return torch.empty(shape, dtype=of_one.dtype)
+    return tree_map(lambda x: torch.empty(shape, dtype=x.dtype), of_one)
 
 
 def one_element(value: Any) -> Any:

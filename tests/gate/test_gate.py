@@ -231,9 +231,11 @@ def test_shapes_only_no_values() -> None:
         drawn = torch.randn(3, 1, dtype=torch.float16, generator=torch.Generator())
         sums = drawn * torch.ones(4) + torch.ones((), dtype=torch.float64)
         flags = torch.where(sums.T > 1, torch.ones(3, dtype=torch.int32), 2)
+        fraction, exponent = torch.frexp(torch.empty(2, 3))
         biased = torch.addmm(drawn[0], drawn, drawn.T)
     assert (sums.shape, sums.dtype) == ((3, 4), torch.float32)
     assert (flags.shape, flags.dtype) == ((4, 3), torch.int32)
+    assert (fraction.shape, exponent.dtype) == ((2, 3), torch.int32)
     assert (biased.shape, biased.dtype, drawn.dtype) == ((3, 3), torch.float16, torch.float16)
     assert product.shape == (1 << 20, 8) and product.device.type == "cpu"
     assert view.data_ptr() == weight.data_ptr() + 24 and total is weight
