@@ -44,8 +44,9 @@ check: $(VENV)/.installed-test
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
-# Every kernel compiled for six GPUs, and held to their limits; writes docs/kernels.md and the record that
-# `make test` compares the kernels with. What is unchanged is not compiled again.
+# Every kernel compiled for six architectures of NVIDIA and two of AMD, and held to their limits; writes
+# docs/kernels.md and the record that `make test` compares the kernels with. What is unchanged is not
+# compiled again.
 gate: $(VENV)/.installed-test
 	PYTHONPATH=$(VENV)/triton-$(TRITON_PINNED) $(PY) -W ignore -m tools.gate --write
 	$(PY) -W ignore -m tools.gate --arch 90 --write

@@ -1,6 +1,6 @@
 """The gate: the project's code launches its kernels for a GPU that is not there.
 
-    make gate                          every kernel for six GPUs; the first time an hour of CPU
+    make gate                          for all architectures; the first time an hour of CPU
     python -m tools.gate --arch 90     for one of them
     python -m tools.gate --small       one small step for sm_90, as `make test` does
 

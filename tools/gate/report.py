@@ -91,7 +91,7 @@ def page(record: dict[str, Any]) -> str:
         not_run(runs),
         "\n## Until the first step\n\n"
         "Kernels that a run compiles for its self-check and its first step, and the seconds of one "
-        "CPU core (a two-core Xeon's) that Triton takes to compile them, one after the other. On a "
+        "CPU core (of a two-core machine) that Triton takes to compile them, one after the other. On a "
         "GPU, Triton 3.6 also builds a launcher for each signature, with a C compiler: about a "
         "second each, not counted here. A run compiles them on all its cores "
         "(`mantrans/training/compiling.py`); both are kept in Triton's cache.\n",
