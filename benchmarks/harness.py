@@ -112,9 +112,12 @@ class Measurement:
 
     @property
     def case(self) -> tuple:
-        """What is compared: measurements of one case differ in metric and provider only."""
-        shape = tuple(self.shape.items())
-        return self.device, self.stage, self.operation, self.direction, shape, self.dtype
+        """What is compared: measurements of one case differ in metric and provider only.
+
+        Recipes of a race run one after another, each for minutes: each is a case.
+        """
+        what = self.device, self.stage, self.operation, self.direction, self.dtype
+        return *what, tuple(self.shape.items()), self.provider if self.curve else None
 
     @property
     def size(self) -> str:
