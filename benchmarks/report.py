@@ -390,8 +390,8 @@ def picture_of_operations(data: pd.DataFrame) -> Any:
 def picture_of_race(data: pd.DataFrame) -> Any:
     """Bits per byte over seconds of training, on the first seed; axes a machine and text."""
     cases = list(data.groupby(["device", "operation"], sort=False))
-    names = list(dict.fromkeys(data.provider))
-    colors = dict(zip(reversed(names), (OUR_COLOR, *OTHER_COLORS), strict=False))
+    names = list(dict.fromkeys(data.sort_values("p50").provider))  # the best first
+    colors = dict(zip(names, (OUR_COLOR, *OTHER_COLORS), strict=False))
     figure, grid = _axes([16] * len(cases), 1)
     for (axes,), ((device, text), runs) in zip(grid, cases, strict=True):
         first = runs[[shape["seed"] == runs.iloc[0]["shape"]["seed"] for shape in runs["shape"]]]
@@ -402,8 +402,8 @@ def picture_of_race(data: pd.DataFrame) -> Any:
         axes.tick_params(labelsize=7)
         axes.grid(linewidth=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.supxlabel("seconds of training", fontsize=8)
-    figure.supylabel("bits per byte, held-out text", fontsize=8)
+        axes.set_ylabel("bits per byte, held-out text", fontsize=8)
+    grid[-1, 0].set_xlabel("seconds of training", fontsize=8)
     lines = [grid[0, 0].plot([], [], color=colors[name], marker="o")[0] for name in names]
     figure.legend(lines, names, loc="outside lower center", ncols=2, fontsize=8, frameon=False)
     return figure
