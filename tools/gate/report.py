@@ -90,9 +90,9 @@ def page(record: dict[str, Any]) -> str:
         table(RUN_HEADINGS, map(run_cells, runs)),
         not_run(runs),
         "\n## Until the first step\n\n"
-        "Kernels that a run compiles for its self-check and its first step, and the seconds of one "
-        "CPU core (of a two-core machine) that Triton takes to compile them, one after the other. On a "
-        "GPU, Triton 3.6 also builds a launcher for each signature, with a C compiler: about a "
+        "Kernels that a run compiles for its self-check and its first step, and the seconds of "
+        "one core (of a two-core machine) that Triton takes for them, one after the other. On "
+        "a GPU, Triton 3.6 also builds a launcher for each signature, with a C compiler: about a "
         "second each, not counted here. A run compiles them on all its cores "
         "(`mantrans/training/compiling.py`); both are kept in Triton's cache.\n",
         table(*first_step_cells(runs)),
