@@ -78,7 +78,7 @@ class Point(NamedTuple):
 def main(arguments: Namespace) -> int:
     """`python -m benchmarks race --text FILE`."""
     if arguments.text is None:
-        print("--text: expected a file of documents, separated by <|endoftext|>")
+        print("--text: expected a file of documents, separated by <|endoftext|>, got none")
         return 2
     recorder = Recorder(arguments.output, "race", arguments.quick)
     seconds = 2.0 if arguments.quick else arguments.seconds

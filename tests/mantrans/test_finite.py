@@ -19,7 +19,7 @@ from mantrans.training import agreement, saving
 
 SOURCES = Path(finite.__file__).parent
 # The places of few numbers: 0-d, a row's, a page's.
-FEW = {"finite.py", "optim/guards.py", "optim/optimizer.py", "models/generation.py",
+FEW = {"finite.py", "optim/guards.py", "optim/optimizer.py", "models/sampling.py",
        "models/transformer.py", "explain/arrays.py", "wrapper.py"}  # fmt: skip
 
 
