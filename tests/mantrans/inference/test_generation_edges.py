@@ -16,9 +16,9 @@ from mantrans.cli import main
 from mantrans.errors import ModelError
 from mantrans.evaluation.evaluator import generate_samples
 from mantrans.inference.text import continue_text, prompt_tokens
-from mantrans.models import sampling
 from mantrans.models.sampling import sample
 from mantrans.training.trainer import Trainer
+from tests.support.drawing import probabilities_of
 from tests.support.runs import checkpoints, small
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
@@ -29,31 +29,9 @@ def drawn(logits: Tensor, **options) -> Tensor:
     return sample(logits, torch.Generator().manual_seed(0), **options)
 
 
-@pytest.fixture
-def kept(monkeypatch: pytest.MonkeyPatch):
-    """A function with `sample`'s options: which tokens of each row it would draw."""
-
-    def ask(logits: Tensor, **options) -> list[list[int]]:
-        seen: list[Tensor] = []
-        ids = torch.arange(logits.shape[1]).expand(len(logits), -1)  # of the columns of p
-        most_likely = sampling._most_likely
-
-        def choose(logits: Tensor, k: int) -> Tensor:
-            nonlocal ids
-            ids = most_likely(logits, k)
-            return ids
-
-        def note(p: Tensor, *rest, **named) -> Tensor:
-            seen.append(p)
-            return p.argmax(-1, keepdim=True)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(torch, "multinomial", note)
-            patch.setattr(sampling, "_most_likely", choose)
-            drawn(logits, **options)
-        return [row[p > 0].tolist() for row, p in zip(ids, seen[0], strict=True)]
-
-    return ask
+def kept(logits: Tensor, **options) -> list[list[int]]:
+    """Which tokens of each row `sample` would draw."""
+    return [row.nonzero()[:, 0].tolist() for row in probabilities_of(logits, **options)]
 
 
 # -------------------------------------------------------------------------------------------- ties
@@ -62,7 +40,7 @@ def kept(monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("V", [1, 10, 50257])
 @pytest.mark.parametrize("value", [-7.25, 3e38])
-def test_top_k_equal_logits(kept, dtype, V: int, value: float) -> None:
+def test_top_k_equal_logits(dtype, V: int, value: float) -> None:
     """Of equal logits the lowest ids are kept."""
     logits = torch.full((2, V), value, dtype=dtype)
     assert drawn(logits, temperature=0).tolist() == [0, 0]
@@ -72,7 +50,7 @@ def test_top_k_equal_logits(kept, dtype, V: int, value: float) -> None:
             assert kept(logits, top_p=k / V) == [list(range(k))] * 2
 
 
-def test_top_p_equal_logits(kept) -> None:
+def test_top_p_equal_logits() -> None:
     """top_p = k / n of n equal tokens are k of them, whatever the roundings of the sum."""
     for n in range(1, 41):
         for k in range(1, n + 1):
@@ -80,7 +58,7 @@ def test_top_p_equal_logits(kept) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_top_k_and_p_ties(kept, dtype) -> None:
+def test_top_k_and_p_ties(dtype) -> None:
     """Ties at the threshold go to the lowest ids."""
     logits = torch.tensor([[1, 3, 5, 3, 3, 0, 5], [5, 5, 0, 0, 0, 0, 3]], dtype=dtype)
     assert drawn(logits, temperature=0).tolist() == [2, 0]
@@ -91,7 +69,7 @@ def test_top_k_and_p_ties(kept, dtype) -> None:
     assert kept(logits, top_k=3, top_p=0.45) == [[2], [0]]
 
 
-def test_top_k_bfloat16_model(kept) -> None:
+def test_top_k_bfloat16_model() -> None:
     """Its logits have eight bits, so that many share the value at the threshold."""
     ours = CustomTransformerWrapper(
         vocab_size=4096, d_model=64, n_blocks=2, n_heads=4, dtype=torch.bfloat16, device="cpu"
@@ -103,7 +81,7 @@ def test_top_k_bfloat16_model(kept) -> None:
     assert {len(row) for row in kept(logits, top_k=50)} == {50}
 
 
-def test_filters_equal_transformers(kept) -> None:
+def test_filters_equal_transformers() -> None:
     """The one difference from transformers: it keeps every token that ties with the k-th."""
     warpers = pytest.importorskip("transformers.generation.logits_process")
     logits = torch.randn(20, 300, generator=torch.Generator().manual_seed(0))
@@ -204,7 +182,7 @@ def test_logits_masked() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_temperature_any(kept, dtype) -> None:
+def test_temperature_any(dtype) -> None:
     """No accepted temperature breaks finite logits."""
     logits = torch.tensor([[3e38, -3e38, 1.0], [-5.0, 2.0, 1.5], [0.0, 1e-30, 0.0]], dtype=dtype)
     for temperature in (1e-37, 1e-30, 1e-9, 1.0, 100.0):

@@ -9,39 +9,11 @@ import torch
 from torch import Tensor
 
 from mantrans import CustomTransformerWrapper
-from mantrans.models import sampling
 from mantrans.models.sampling import Sampling, draw, sample
+from tests.support.drawing import probabilities_of
 
 INF = math.inf
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
-
-
-@pytest.fixture
-def probabilities(monkeypatch: pytest.MonkeyPatch):
-    """A function with `sample`'s options: the probabilities (B, V) that it draws with, float64."""
-
-    def ask(logits: Tensor, **options) -> Tensor:
-        seen: list[Tensor] = []
-        columns = torch.arange(logits.shape[1]).expand(len(logits), -1)
-        most_likely = sampling._most_likely
-
-        def choose(logits: Tensor, k: int) -> Tensor:
-            nonlocal columns
-            columns = most_likely(logits, k)
-            return columns
-
-        def note(p: Tensor, *rest, **named) -> Tensor:
-            seen.append(p)
-            return p.argmax(-1, keepdim=True)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(torch, "multinomial", note)
-            patch.setattr(sampling, "_most_likely", choose)
-            sample(logits, torch.Generator(), **options)
-        whole = torch.zeros(logits.shape, dtype=torch.float64)
-        return whole.scatter(1, columns, seen[0].double())
-
-    return ask
 
 
 def has(V: int, *rows: list[int]) -> Tensor:
@@ -55,7 +27,7 @@ def has(V: int, *rows: list[int]) -> Tensor:
 @pytest.mark.parametrize("penalty", [1.0, 0.4, 1.3, 90.0])
 @pytest.mark.parametrize("min_p", [None, 0.02, 0.3, 1.0])
 @pytest.mark.parametrize("others", [{}, {"temperature": 0.7, "top_k": 40, "top_p": 0.9}], ids=str)
-def test_sample_equals_transformers(probabilities, penalty, min_p, others) -> None:
+def test_sample_equals_transformers(penalty, min_p, others) -> None:
     """The probabilities in float64, with the filters in transformers' order."""
     theirs = pytest.importorskip("transformers.generation.logits_process")
     generator = torch.Generator().manual_seed(0)
@@ -73,44 +45,44 @@ def test_sample_equals_transformers(probabilities, penalty, min_p, others) -> No
     expected = logits.clone()
     for process in processors:
         expected = process(ids, expected)
-    found = probabilities(
+    found = probabilities_of(
         logits, min_p=min_p, repetition_penalty=penalty, seen=has(300, *ids.tolist()), **others
     )
     assert torch.equal(found > 0, expected.softmax(-1) > 0)
     torch.testing.assert_close(found, expected.softmax(-1), rtol=1e-12, atol=0)
 
 
-def test_sample_order_of_filters(probabilities) -> None:
+def test_sample_order_of_filters() -> None:
     """top_p sums what min_p would drop."""
     logits = torch.tensor([[0.5, 0.2, 0.1, 0.1, 0.1]], dtype=torch.float64).log()
-    assert (probabilities(logits, top_p=0.6, min_p=0.3) > 0).tolist() == [
+    assert (probabilities_of(logits, top_p=0.6, min_p=0.3) > 0).tolist() == [
         [True, True] + [False] * 3
     ]
-    assert (probabilities(logits, top_p=0.75, min_p=0.15) > 0).sum() == 3
+    assert (probabilities_of(logits, top_p=0.75, min_p=0.15) > 0).sum() == 3
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_min_p_ties(probabilities, dtype) -> None:
+def test_min_p_ties(dtype) -> None:
     """All that tie with the most likely stay; one token stays where all others are masked."""
     logits = torch.tensor([[1, 5, 5, -INF], [-INF, -INF, 2, -INF]], dtype=dtype)
-    assert (probabilities(logits, min_p=1.0) > 0).tolist() == [
+    assert (probabilities_of(logits, min_p=1.0) > 0).tolist() == [
         [False, True, True, False],
         [False, False, True, False],
     ]
     halves = torch.tensor([[0.5, 0.25, 0.25]], dtype=torch.float64).log()
     for shift in range(-20, 20):  # whatever the roundings of the quotient
-        assert (probabilities(halves + shift, min_p=0.5) > 0).all()
-    assert not (probabilities(halves, min_p=0.5 + 1e-6) > 0)[0, 1:].any()
+        assert (probabilities_of(halves + shift, min_p=0.5) > 0).all()
+    assert not (probabilities_of(halves, min_p=0.5 + 1e-6) > 0)[0, 1:].any()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_repetition_penalty_signs(probabilities, dtype) -> None:
+def test_repetition_penalty_signs(dtype) -> None:
     """A positive logit is divided, a negative one multiplied, 0 and -inf stay; others do not
     change. Below 1 it is the other way round."""
     logits = torch.tensor([[4.0, -2.0, 0.0, -INF, 4.0, -2.0]], dtype=dtype)
     seen = has(6, [0, 1, 2, 3])
     for penalty, expected in ((2.0, [2.0, -4.0, 0.0]), (0.5, [8.0, -1.0, 0.0])):
-        found = probabilities(logits, repetition_penalty=penalty, seen=seen)
+        found = probabilities_of(logits, repetition_penalty=penalty, seen=seen)
         wanted = torch.tensor([[*expected, -INF, 4.0, -2.0]], dtype=torch.float64).softmax(-1)
         torch.testing.assert_close(found, wanted, rtol=1e-12, atol=0)
     greedy = {"temperature": 0, "repetition_penalty": 2.0}
