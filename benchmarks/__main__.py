@@ -50,6 +50,7 @@ def main() -> int:
     add("--against", type=_names, default=(), metavar="A,B", help="ours beside these alone")
     add("--text", type=Path, help="of race: documents, separated by <|endoftext|>")
     add("--seeds", type=_integers, default=(1,), metavar="1,2", help="of race")
+    add("--points", type=int, default=10, help="of a race's curves, each an evaluation")
     arguments = parser.parse_args()
     module, seconds = COMMANDS[arguments.command]
     if arguments.seconds is None:

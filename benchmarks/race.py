@@ -38,7 +38,6 @@ from mantrans.training.step import TrainStep
 
 CONFIG = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
 VOCABULARY, HELD_OUT = 4096, 0.1
-POINTS = 10  # of a curve
 WARM_UP = 3
 SCHEDULE = 100_000  # steps that the schedule is told of; the share of the time chooses one
 
@@ -82,7 +81,7 @@ def main(arguments: Namespace) -> int:
         return 2
     recorder = Recorder(arguments.output, "race", arguments.quick)
     seconds = 2.0 if arguments.quick else arguments.seconds
-    points = 1 if arguments.quick else POINTS
+    points = 1 if arguments.quick else arguments.points
     with tempfile.TemporaryDirectory() as folder:
         for name, recipe in RECIPES.items():
             for seed in arguments.seeds if arguments.only in name else ():
@@ -127,7 +126,7 @@ class Race:
         trainer = _Ours if recipe.provider == OURS else _Theirs
         self.trainer = trainer(recipe, config, self.tokenizer, batches, self.dtype)
 
-    def run(self, seconds: float, points: int = POINTS) -> list[Point]:
+    def run(self, seconds: float, points: int) -> list[Point]:
         """Train for so many seconds; the points of the curve."""
         for step in range(WARM_UP):
             self.trainer.step(step, 0.0)
