@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,9 @@ def build(dtype: torch.dtype = torch.float32, **model: Any) -> CustomTransformer
     tokens = torch.randint(0, 53, (4, 12), generator=torch.Generator().manual_seed(0))
     wrapper.model.backward(torch.randn_like(wrapper.model.forward(tokens)))
     return wrapper
+
+
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +87,11 @@ def test_layer_norms_in_metrics(tmp_path: Path, tokens: Path) -> None:
     """Those of the logged step, whose parts make up its gradient norm."""
     config = small(tmp_path, tokens, log_every=1, max_steps=3, eval_every=3)
     Trainer(config, quiet=True).run()
-    records = [r for r in read_records(metrics_file(tmp_path)) if "loss" in r]
+    records = read_records(metrics_file(tmp_path))
+    section = (ROOT / "docs/getting-started.md").read_text().partition("## What is measured")[2]
+    rows = re.findall(r"^\| (`.*?) \|", section.partition("##")[0], re.MULTILINE)
+    assert set(re.findall(r"`(\w+)`", " ".join(rows))) == set().union(*records)
+    records = [r for r in records if "loss" in r]
     assert [r["step"] for r in records] == [1, 2, 3]
     for record in records:
         layers, kinds = record["grad_norm_by_layer"], record["grad_norm_by_kind"]
