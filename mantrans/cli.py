@@ -1,5 +1,5 @@
 """The command line: mantrans train | evaluate | summary | generate | chat | tokenizer | report |
-explain | export | convert.
+explain | export | verify | convert.
 
 Each command parses its arguments, then imports and calls the module that does the work, so that
 `--help` does not import torch. Only `main` turns an error into a line and an exit status. train.py,
@@ -404,6 +404,29 @@ def export(arguments: list[str]) -> int:
     return 0
 
 
+def verify(arguments: list[str]) -> int:
+    """recompute a stretch of a run, compare every bit"""
+    parser = Parser(
+        "mantrans verify",
+        description="Recompute a stretch of a run from one of its checkpoints, and compare every "
+        "bit of its metrics, and of the checkpoints there, with what was recorded. The run's own "
+        "folders are only read. Exit status 1 if a bit differs.",
+    )
+    add = parser.add_argument
+    add("run", type=at_home, help="a run: its name or its folder, such as runs/quickstart")
+    add(
+        "--from", type=integer(1, 10**12), required=True, dest="start", metavar="STEP",
+        help="of the checkpoint to begin with",
+    )  # fmt: skip
+    add("--steps", type=integer(1, 10**12), required=True, metavar="N", help="steps to recompute")
+    options = parser.parse_args(arguments)
+    from mantrans.training.verify import verify as recompute
+
+    verdict = recompute(options.run, options.start, options.steps, QUICKSTART)
+    terminal.show(verdict.line)
+    return 0 if verdict.equal else 1
+
+
 def convert(arguments: list[str]) -> int:
     """convert a checkpoint of the first format to the current one"""
     parser = Parser(
@@ -423,7 +446,8 @@ def convert(arguments: list[str]) -> int:
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     command.__name__: command
     for command in (
-        train, evaluate, summary, generate, chat, tokenizer, report, explain, export, convert,
+        train, evaluate, summary, generate, chat, tokenizer, report, explain, export, verify,
+        convert,
     )
 }  # fmt: skip
 

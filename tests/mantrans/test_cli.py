@@ -99,6 +99,8 @@ MISTAKES = {
     "report nowhere": "nowhere",
     "report": "run",
     "report RUN --compare": "--compare: expected at least one argument",
+    "verify RUN": "--from, --steps",
+    "verify nowhere --from 1 --steps 1": "RUN: expected latest, a checkpoint",
     "convert RUN/best.pt": "new",
     "convert RUN/config.yaml RUN/new.pt": "config.yaml",
 }
