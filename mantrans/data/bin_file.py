@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -25,7 +25,10 @@ from mantrans.errors import DataError
 LLMC, NANOGPT = "llmc", "nanogpt"
 FORMATS = (LLMC, NANOGPT)
 _HEADER = 256  # int32
-_VERSIONS = {20240520: (1, np.dtype("<u2")), 20240801: (7, np.dtype("<u4"))}
+_VERSIONS: dict[int, tuple[int, np.dtype[Any]]] = {
+    20240520: (1, np.dtype("<u2")),
+    20240801: (7, np.dtype("<u4")),
+}
 _DATES = range(20240101, 20250101)  # of llm.c's magic numbers, its models' and tasks' too
 _MOST = 2**31 - 1  # tokens that the header's number can be
 _CHUNK = 2**20  # tokens read or written at once
@@ -34,9 +37,9 @@ _CHUNK = 2**20  # tokens read or written at once
 class _Layout(NamedTuple):
     """Where the tokens of a file are; `start`: bytes before them."""
 
-    dtype: np.dtype
+    dtype: np.dtype[Any]
     start: int
-    count: int
+    tokens: int
 
 
 def read_bin(
@@ -88,7 +91,7 @@ def write_bin(stream: TokenStream, folder: Path, name: str, form: str) -> list[P
     return files
 
 
-def _header(dtype: np.dtype, n_tokens: int) -> bytes:
+def _header(dtype: np.dtype[Any], n_tokens: int) -> bytes:
     """llm.c's, of a file with that many tokens."""
     header = np.zeros(_HEADER, dtype="<i4")
     magic = next(magic for magic, (_, kind) in _VERSIONS.items() if kind == dtype)
