@@ -64,6 +64,17 @@ def newest_intact(directory: str | Path) -> tuple[Path, list[str]]:
     )
 
 
+def by_step(directory: Path) -> dict[int, Path]:
+    """A checkpoint of each step in `directory`; one that does not say its step has its name's."""
+    found = {}
+    for path in sorted(_files(directory)):  # step_*.pt comes after other names of the same file
+        name, inside = _STEP.search(path.name), order(path)
+        step = inside.step if inside else int(name[1]) if name else 0
+        if step:
+            found[step] = path
+    return found
+
+
 class CheckpointFolder:
     """The checkpoints of one run. Only one process may hold one: see `training.lock`."""
 

@@ -53,6 +53,7 @@ def page(run: Run, others: Sequence[Run] = ()) -> str:
         losses=_losses(runs) if comparison.have_one_tokenizer(runs) else None,
         table=comparison.table(runs) if others else [],
         curves=_curves(run),
+        norms=_norms(run),
         values=report | mapping(report.get("diversity")) | mapping(report.get("coherence")),
         samples=samples if isinstance(samples, list) else [],
         config=strict_yaml.dump(run.config) if run.config else "",
@@ -87,6 +88,24 @@ def _curves(run: Run) -> list[Figure]:
         if values := curve.finite():
             unit = f"{note} {short(of(values))}"
             figures.append(Figure(title, unit, [curve], from_zero=True, most_ticks=3))
+    return figures
+
+
+def _norms(run: Run) -> list[Figure]:
+    """The gradient's norm over steps, layer by layer and kind by kind, colored from the first to
+    the last in the forward's order. Runs of earlier versions have none."""
+    figures = []
+    for title, field in (
+        ("Gradient norm by layer", "grad_norm_by_layer"),
+        ("Gradient norm by kind of parameter", "grad_norm_by_kind"),
+    ):
+        found = run.curves(field)
+        curves = [
+            Curve(name, points, place=i / max(1, len(found) - 1))
+            for i, (name, points) in enumerate(found.items())
+        ]
+        if any(curve.finite() for curve in curves):
+            figures.append(Figure(title, "before clipping, of the logged step", curves, log=True))
     return figures
 
 

@@ -14,6 +14,7 @@ from mantrans.records import read_records
 from mantrans.report.svg import Mark, Point
 from mantrans.terminal import duration
 
+_MOST_CURVES = 256  # of one field
 _TIMINGS = ("tokens_per_second", "share_of_peak")
 
 
@@ -56,6 +57,15 @@ class Run:
         """(step, value) of a field of the metrics or timings; None if it is not finite."""
         records = self.timings if field in _TIMINGS else self.metrics
         return [(r["step"], number(r[field])) for r in records if field in r]
+
+    def curves(self, field: str) -> dict[str, list[Point]]:
+        """{name: its curve} of a field whose values are numbers by name."""
+        found: dict[str, list[Point]] = {}
+        for record in self.metrics:
+            for name, value in mapping(record.get(field)).items():
+                if name in found or len(found) < _MOST_CURVES:
+                    found.setdefault(name, []).append((record["step"], number(value)))
+        return found
 
     @property
     def steps(self) -> int:

@@ -5,22 +5,40 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 Point = tuple[float, float | None]  # step, value; a value of None is a gap
 Mark = tuple[float, float, str]  # a range of steps, and a text about it
 _MOST_POINTS = 2000  # in one line: about as many as a screen has columns
 _UNITS = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"), (1.0, ""))
+_MOST_NAMES = 16  # in a legend; hovering over a line tells its name anyway
+_SHADES = 16  # page.css has the classes r0 to r16
 _MANTISSAS = ((1, 1.5, 2, 3, 4, 5, 6, 8), (1, 2, 3, 5), (1, 2, 5), (1,))  # of logarithmic ticks
 
 
 @dataclass(frozen=True)
 class Curve:
-    """A line through its points, or with `dots` only the points."""
+    """A line through its points, or with `dots` only the points.
+
+    place: of many curves that have an order, from 0, the first, to 1; they are colored by it.
+    """
 
     name: str
     points: Sequence[Point]
     color: int = 0  # class c0, c1, … of the style sheet
     dots: bool = False
+    place: float | None = None
+
+    @property
+    def css(self) -> str:
+        """The class with its color."""
+        return f"c{self.color}" if self.place is None else f"r{round(_SHADES * self.place)}"
+
+    @property
+    def last(self) -> str:
+        """Its last value that can be drawn, and the step."""
+        found = [(step, y) for step, y in self.points if y is not None][-1:]
+        return "".join(f"{y:.4g} at step {step:,.0f}" for step, y in found)
 
     def finite(self) -> list[float]:
         """The values that can be drawn."""
@@ -168,10 +186,22 @@ class Figure:
         values = [y for curve in self.curves for y in curve.finite()]
         return Scale.around([0.0] * self.from_zero + values, log=self.log) if values else None
 
-    @property
-    def legend(self) -> dict[str, str]:
-        """{CSS class: name}, one entry for the line and the dots of one name."""
-        drawn = [c for c in reversed(self.curves) if c.finite()]
-        keys = {(c.name, c.color): f"c{c.color} {'dot' if c.dots else 'line'}" for c in drawn}
-        names = {key: name for (name, _), key in reversed(keys.items())}
-        return names | ({"mark": "skipped steps"} if self.marks else {})
+    @cached_property
+    def legend(self) -> list[tuple[str, str, str]]:
+        """(name, color's class, mark's class) of each name that is shown: of few names all, of
+        many some between the first and the last. One name's line and dots have one entry."""
+        drawn: dict[tuple[str, str], str] = {}
+        for c in self.curves:
+            if c.finite():
+                drawn.setdefault((c.name, c.css), "dot" if c.dots else "line")
+        entries = [(name, css, mark) for (name, css), mark in drawn.items()]
+        if len(entries) > _MOST_NAMES:
+            last = len(entries) - 1
+            shown = {round(last * i / (_MOST_NAMES - 1)) for i in range(_MOST_NAMES)}
+            entries = [entries[i] for i in sorted(shown)]
+        return entries + ([("skipped steps", "", "mark")] if self.marks else [])
+
+    def number(self, curve: Curve) -> int:
+        """The place of a curve's name in the legend; -1 without one."""
+        names = [(name, css) for name, css, _ in self.legend]
+        return names.index((curve.name, curve.css)) if (curve.name, curve.css) in names else -1

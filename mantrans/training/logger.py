@@ -17,6 +17,7 @@ import json
 import platform
 import subprocess
 import sys
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from types import TracebackType
@@ -137,9 +138,8 @@ class RunLogger:
         lines.append({"step": step, **scalars})
         if lines.trouble and not had_trouble:
             self.message(f"warning: {lines.trouble}; the records wait in memory")
-        for name, value in scalars.items():
-            if isinstance(value, int | float) and not isinstance(value, bool):
-                self._to_events("add_scalar", name, value, step)
+        for name, value in numbers(scalars):
+            self._to_events("add_scalar", name, value, step)
 
     def _to_events(self, method: str, *arguments: Any) -> None:
         """Call the writer; if the disk fails, the event file ends and the run continues."""
@@ -148,6 +148,15 @@ class RunLogger:
                 getattr(self._events, method)(*arguments)
             except OSError:
                 self._events = None
+
+
+def numbers(scalars: dict[str, Any]) -> Iterator[tuple[str, float]]:
+    """(name, number) of all that are numbers; those of a dict under "name/key"."""
+    for name, value in scalars.items():
+        if isinstance(value, dict):
+            yield from ((f"{name}/{key}", number) for key, number in numbers(value))
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            yield name, value
 
 
 def _event_writer(directory: Path, resume_step: int | None) -> Any:

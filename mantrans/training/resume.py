@@ -21,18 +21,20 @@ from mantrans.config import Config, TrainingConfig, strict_yaml
 from mantrans.errors import CheckpointError, ConfigError, single_line
 
 LATEST = "latest"
-_PLACES = ("training.experiment_name", "training.output_dir", "training.checkpoint_dir")
+PLACES = ("training.experiment_name", "training.output_dir", "training.checkpoint_dir")
 
 
-def find_checkpoint(resume: str, training: TrainingConfig) -> tuple[Path, list[str]]:
+def find_checkpoint(
+    resume: str, training: TrainingConfig, name: str = "resume"
+) -> tuple[Path, list[str]]:
     """The checkpoint that `resume` names, and why newer ones of its run were skipped.
 
-    training: where runs are, and for "latest" which one.
+    training: where runs are, and for "latest" which one. name: what an error calls `resume`.
     Raises CheckpointError: nothing of that name, or no intact checkpoint.
     """
     if not resume.strip():
         raise CheckpointError(
-            f"resume: expected {LATEST}, a checkpoint (*.pt), or a run's folder or name, got "
+            f"{name}: expected {LATEST}, a checkpoint (*.pt), or a run's folder or name, got "
             f"'{single_line(resume)}'"
         )
     checkpoints, records = Path(training.checkpoint_dir), Path(training.output_dir)
@@ -48,7 +50,7 @@ def find_checkpoint(resume: str, training: TrainingConfig) -> tuple[Path, list[s
     if len(path.parts) == 1 and (records / path).is_dir():
         return newest_intact(_checkpoints_of(records / path))
     raise CheckpointError(
-        f"resume: expected {LATEST}, a checkpoint (*.pt), or the folder or name of a run in "
+        f"{name}: expected {LATEST}, a checkpoint (*.pt), or the folder or name of a run in "
         f"{checkpoints} or {records}, got {single_line(resume)}"
     )
 
@@ -93,16 +95,19 @@ def was_restarted() -> bool:
     return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0").strip() not in ("", "0")
 
 
-def own_config(resume: str, defaults: str, overrides: Sequence[str]) -> Config:
+def own_config(
+    resume: str, defaults: str, overrides: Sequence[str], name: str = "resume"
+) -> Config:
     """The configuration of the run that `resume` names, changed by overrides.
 
     Its name and folders are those where it was found: it may have been moved. defaults:
-    the config file that says where runs are, and for "latest" which one.
+    the config file that says where runs are, and for "latest" which one. name: what an error calls
+    `resume`.
     Raises CheckpointError or ConfigError (one line).
     """
-    places = [text for text in overrides if text.partition("=")[0].strip() in _PLACES]
+    places = [text for text in overrides if text.partition("=")[0].strip() in PLACES]
     training = Config.load(defaults, places).training
-    path, _ = find_checkpoint(resume, training)
+    path, _ = find_checkpoint(resume, training, name)
     state = state_file.load(path)
     with state_file.understood(path):
         values = {name: dict(section) for name, section in state["config"].items()}

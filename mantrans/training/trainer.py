@@ -40,6 +40,7 @@ from mantrans.training.alone import on_first
 from mantrans.training.batches import token_source
 from mantrans.training.building import build_wrapper
 from mantrans.training.ending import finish, give_up
+from mantrans.training.layer_norms import LayerNorms, Norms
 from mantrans.training.logger import RunLogger
 from mantrans.training.profile import StepProfiler
 from mantrans.training.progress import Progress
@@ -324,6 +325,7 @@ class Trainer:
             recheck_every=training.recheck_every,
             history=training.log_every,
         )
+        self.layer_norms = LayerNorms(self.wrapper.model.parameters)
 
     # ----------------------------------------------------------------------------------- the loop
 
@@ -360,13 +362,14 @@ class Trainer:
         with self.world.step(f"step {step}"):
             self.train_step.run(progress.step, self.learning_rate(progress.step))
             progress.step = step
+            norms = self.layer_norms.measure() if log else None  # launched before the wait
             if log or evaluate_now or save:
                 self._read()
         if self.profiler:
             self.profiler.after_step()
         self.logger.progress(step)
-        if log:
-            self._log()
+        if norms is not None:
+            self._log(self.layer_norms.read(norms))
         if step % training.compare_ranks_every == 0:
             agreement.require_same_weights(self.world, self.wrapper.model.parameters, step)
         improved = evaluate_now and self._validate()
@@ -399,8 +402,9 @@ class Trainer:
             ):
                 give_up(self, step)
 
-    def _log(self) -> None:
-        """Log a line of metrics since the last line: means over the steps that were not skipped."""
+    def _log(self, norms: Norms) -> None:
+        """Log a line of metrics since the last line: means over the steps that were not skipped,
+        and the last one's norms by layer."""
         progress = self.progress
         applied = [r for r in progress.pending if r.applied] or progress.pending
         elapsed = time.perf_counter() - self._timer[0]
@@ -413,6 +417,8 @@ class Trainer:
         self.logger.log(
             progress.step,
             **values,
+            grad_norm_by_layer=norms.by_layer,
+            grad_norm_by_kind=norms.by_kind,
             tokens=progress.step * self.config.tokens_per_step,
             epoch=self.loader.epoch(progress.step - 1),
             skipped=progress.skipped,

@@ -76,6 +76,14 @@ def add_report(folder: Path, **values: Any) -> None:
     (folder / "report.json").write_text(text)
 
 
+def add_norms(folder: Path, layers: dict[str, list[Any]]) -> None:
+    """Gradient norms by layer at steps 10, 20, ... of a run."""
+    with RunLogger(folder, 10**6, tensorboard=False, quiet=True) as log:
+        for i in range(len(next(iter(layers.values())))):
+            norms = {name: values[i] for name, values in layers.items()}
+            log.log(10 * i + 10, grad_norm_by_layer=norms, grad_norm_by_kind={"mlp.up": 1.0})
+
+
 def figure(*arguments: Any, **keywords: Any) -> str:
     return TEMPLATES.get_template("figure.html").module.figure(Figure(*arguments, **keywords))
 
@@ -225,8 +233,9 @@ def test_page_self_contained(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run", losses=[4.0, 3.0])
     add_report(folder)
     content = write_page(folder).read_text(encoding="utf-8")
-    for reference in ("http://", "https://", "src=", "url(", "@import", "<script", "<link", "href"):
+    for reference in ("http://", "https://", "src=", "url(", "@import", "<script", "<link"):
         assert reference not in content
+    assert all(address.startswith("#") for address in re.findall(r'href="([^"]*)', content))
     assert "default-src 'none'" in content and "prefers-color-scheme: dark" in content
 
 
@@ -235,6 +244,7 @@ def test_page_hostile_text(tmp_path: Path) -> None:
 
     def fill(folder: Path, words: str) -> Page:
         make_run(folder, losses=[4.0, 3.0], skipped=[0, 1])
+        add_norms(folder, {words: [0.5, 0.25], "blocks.0": [1.0, 0.5]})
         model = {"n_blocks": words, "d_model": words, "dtype": words}
         values = {"model": model, "training": {"device": words, words: [words]}}
         (folder / "config.yaml").write_text(json.dumps(values))
@@ -292,6 +302,37 @@ def test_page_nan_and_skipped(tmp_path: Path) -> None:
     marks = [(m["x1"], m["x2"]) for m in found.all("line", **{"class": "mark"})]
     assert marks == [("40.000%", "60.000%"), ("60.000%", "80.000%")]
     assert "10 skipped after step 20 until 30" in found.text and "skipped steps" in found.text
+
+
+def test_page_norms(tmp_path: Path) -> None:
+    """A line for each layer, colored by its depth; a norm that is not finite is a gap."""
+    folder = make_run(tmp_path / "run", losses=[4.0, 3.0, 2.0])
+    names = ["token_embedding", *(f"blocks.{i}" for i in range(40)), "final_norm"]
+    layers: dict[str, list[Any]] = {name: [4.0, 2.0, 1.0] for name in names}
+    layers["blocks.7"] = [4.0, math.inf, 1.0]
+    add_norms(folder, layers)
+    found = read(folder)
+    for title, n in (("Gradient-norm-by-layer", 42), ("Gradient-norm-by-kind-of-parameter", 1)):
+        lines = [path for path in found.all("path") if (path.get("id") or "").startswith(title)]
+        assert len(lines) == n
+        for copy in lines:
+            assert found.all("use", href=f"#{copy['id']}")
+    lines = found.all("path")[-43:-1]
+    assert lines[0]["class"] == "r0" and lines[21]["class"] == "r8" and lines[-1]["class"] == "r16"
+    assert lines[0]["d"] == "M33.333,0.000 66.667,50.000 100.000,100.000"
+    assert lines[8]["d"] == "", "blocks.7 has two points and a gap"
+    assert "blocks.7: 1 at step 30" in found.text
+    legend = found.all("li")
+    assert len(legend) == 18, "two of the loss, and of 42 layers 16"
+    assert "blocks.39: 1 at step 30" in found.text
+
+
+@pytest.mark.parametrize("odd", [None, 1, "x", [1], {"a": {}}, {"a": None}, {"a": "nan"}])
+def test_page_norms_wrong_types(tmp_path: Path, odd: Any) -> None:
+    folder = make_run(tmp_path, losses=[4.0, 3.0])
+    with RunLogger(folder, 10**6, tensorboard=False, quiet=True) as log:
+        log.log(20, grad_norm_by_layer=odd, grad_norm_by_kind=odd)
+    assert len(read(folder).all("figure")) == 4
 
 
 def test_page_report_of_another_step(tmp_path: Path) -> None:

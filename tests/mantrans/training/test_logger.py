@@ -183,13 +183,16 @@ def test_tensorboard_readable(tmp_path: Path) -> None:
 
     with logger(tmp_path, tensorboard=True) as log:
         for step in range(1, 6):
-            log.log(step, loss=float(step), status="ok")
+            log.log(step, loss=float(step), status="ok", norms={"blocks.0": step / 4, "no": None})
     with logger(tmp_path, 3, tensorboard=True) as log:
         log.log(4, loss=40.0)
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     seen = [(event.step, event.value) for event in events.Scalars("loss")]
     assert seen == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 40.0)]
+    seen = [(event.step, event.value) for event in events.Scalars("norms/blocks.0")]
+    assert seen == [(1, 0.25), (2, 0.5), (3, 0.75)]
+    assert set(events.Tags()["scalars"]) == {"loss", "norms/blocks.0"}
 
 
 def test_tensorboard_absent(tmp_path: Path, monkeypatch: Any) -> None:
