@@ -747,11 +747,19 @@ def _too_large_to_round(scores: Tensor) -> bool:
 
 
 def bias_gelu_forward(h: Tensor, bias: Tensor | None = None) -> Tensor:
-    """See `reference.bias_gelu_forward`."""
+    """See `reference.bias_gelu_forward`. ½ (1 + tanh z) = σ(2 z): one exponential takes half the
+    time of PyTorch's own GELU, and keeps the digits of small results."""
     x = (h if bias is None else h + bias).contiguous()
     y = torch.empty_like(x) if bias is None else x
-    for part, out in zip(_even_shares(x), _even_shares(y), strict=True):
-        aten.gelu.out(part, approximate="tanh", out=out)
+    rate = x.new_tensor(2 * reference.GELU_SCALE, dtype=wide_dtype(x.dtype))
+    size = max(1, x.numel() if x.is_cuda else CACHED_ELEMENTS)
+    memory = rate.new_empty(min(size, x.numel()))  # of all parts: fresh memory is in no cache
+    for part, out in zip(x.view(-1).split(size), y.view(-1).split(size), strict=True):
+        u, s = part.to(rate.dtype), memory[: len(part)]
+        torch.addcmul(rate, u, u, value=2 * reference.GELU_SCALE * reference.GELU_CUBIC, out=s)
+        for share in _even_shares(s.mul_(u), SHARE):
+            share.sigmoid_()
+        torch.mul(u, s, out=out)
     return y
 
 
