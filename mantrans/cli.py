@@ -1,5 +1,5 @@
-"""The command line: mantrans train | evaluate | summary | generate | chat | tokenizer | report |
-explain | export | verify | convert.
+"""The command line: mantrans train | evaluate | summary | generate | chat | tokenizer | prepare |
+report | explain | export | verify | convert.
 
 Each command parses its arguments, then imports and calls the module that does the work, so that
 `--help` does not import torch. Only `main` turns an error into a line and an exit status. train.py,
@@ -349,6 +349,40 @@ def tokenizer(arguments: list[str]) -> int:
     return 0
 
 
+def prepare(arguments: list[str]) -> int:
+    """turn a text into tokens before training on it"""
+    parser = Parser(
+        "mantrans prepare",
+        description="Turn the text of a configuration into the tokens that its runs train on. A "
+        "later run starts with them at once.",
+    )
+    add = parser.add_argument
+    add("--config", type=at_home, default=QUICKSTART, help=f"a YAML file (default: {QUICKSTART})")
+    add_overrides(parser)
+    add(
+        "--format", choices=("llmc", "nanogpt"),
+        help="write the tokens for that trainer too, as train.bin and val.bin",
+    )  # fmt: skip
+    add("--output", type=Path, metavar="FOLDER", help="where --format writes")
+    options = parser.parse_args(arguments)
+    if (options.format is None) != (options.output is None):
+        given, other = ("output", "format")[:: 1 if options.format is None else -1]
+        parser.error(f"--{given}: expected --{other} beside it, got none")
+    from mantrans.config import Config
+    from mantrans.data import prepare_tool
+    from mantrans.data.tokenizer import load_tokenizer
+
+    config = Config.load(options.config, options.overrides)
+    if config.training.init_from is None:
+        tokens = load_tokenizer(config.data.tokenizer)
+    else:
+        from mantrans.training.start import start
+
+        config, tokens, *_ = start(config, None)
+    prepare_tool.run(config.data, tokens, options.format, options.output)
+    return 0
+
+
 def report(arguments: list[str]) -> int:
     """show a run's curves and samples as a page"""
     parser = Parser("mantrans report", description="A run's curves and samples as an HTML page.")
@@ -450,8 +484,8 @@ def convert(arguments: list[str]) -> int:
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     command.__name__: command
     for command in (
-        train, evaluate, summary, generate, chat, tokenizer, report, explain, export, verify,
-        convert,
+        train, evaluate, summary, generate, chat, tokenizer, prepare, report, explain, export,
+        verify, convert,
     )
 }  # fmt: skip
 

@@ -191,7 +191,7 @@ class DataConfig(Section):
         None, "documents of the validation split to use; null: all"
     )
     path: FilePath | None = setting(
-        None, "dataset local only: a .txt, .jsonl or .parquet, or a folder"
+        None, "dataset local only: a .txt, .jsonl, .parquet or .bin (tokens), or a folder"
     )
     val_path: FilePath | None = setting(
         None, "dataset local only: the same, to validate on; null: validation_fraction is held out"

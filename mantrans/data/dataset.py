@@ -149,7 +149,7 @@ def tokenized(
             document_separator=separator,
             on_broken_lines=data_config.on_broken_lines,
         )
-        pieces, notes, size = source.open(report).train, source.notes, source.n_bytes
+        pieces, notes, size = source.open(report, tokenizer).train, source.notes, source.n_bytes
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "text.tokens"
         writer = TokenFileWriter(file, tokenizer.vocab_size, {})
@@ -222,7 +222,7 @@ def _write_splits(
     advance: Callable[[int], Any],
 ) -> None:
     """Tokenize the source into aside/train.tokens and aside/validation.tokens."""
-    splits = source.open(report)
+    splits = source.open(report, tokenizer)
     facts = {
         "source": source.name[:_LONGEST_NAME],
         "tokenizer": tokenizer.name[:_LONGEST_NAME],
@@ -233,7 +233,10 @@ def _write_splits(
     with train, validation:
         into_train = _Encoder(tokenizer, train, advance)
         into_validation = _Encoder(tokenizer, validation, advance)
-        texts, held = _counted(splits.train, report), _counted(splits.validation or (), report)
+        texts, held = (
+            _counted(pieces or (), report, tokenizer)
+            for pieces in (splits.train, splits.validation)
+        )
         if splits.validation is None:
             _share_out(texts, into_train, into_validation, plan)
         else:
@@ -247,12 +250,18 @@ def _write_splits(
         _split_by_tokens(aside, tokenizer, plan, facts | train.facts)
 
 
-def _counted(pieces: Iterable[Piece], report: ReadReport) -> Iterator[Piece]:
+def _counted(pieces: Iterable[Piece], report: ReadReport, tokenizer: Tokenizer) -> Iterator[Piece]:
     """The pieces, their documents and bytes counted in `report`."""
     for piece in pieces:
         report.documents += piece.is_last
-        report.bytes += len(piece.text.encode())
+        report.bytes += _text_bytes(piece, tokenizer)
         yield piece
+
+
+def _text_bytes(piece: Piece, tokenizer: Tokenizer) -> int:
+    if piece.tokens is None:
+        return len(piece.text.encode())
+    return int(tokenizer.token_bytes[piece.tokens].sum())
 
 
 def _record(
@@ -344,7 +353,10 @@ def _split_by_tokens(aside: Path, tokenizer: Tokenizer, plan: _Plan, facts: dict
             for first in range(start, stop, _COPY):
                 part = whole.read(first, min(first + _COPY, stop))
                 n_bytes = int(tokenizer.token_bytes[part].sum())
-                writer.write(part, n_bytes, int((part == tokenizer.eot_id).sum()))
+                n_documents = int((part == tokenizer.eot_id).sum())
+                if first + len(part) == len(whole):  # a file of tokens may lack the last end
+                    n_documents += int(part[-1] != tokenizer.eot_id)
+                writer.write(part, n_bytes, n_documents)
     for name in names:
         (aside / f"part-{name}").replace(aside / name)
 
@@ -361,22 +373,33 @@ class _Encoder:
 
     def add(self, piece: Piece) -> None:
         self._pieces.append(piece)
-        self._characters += len(piece.text)
+        self._characters += len(piece.text) if piece.tokens is None else len(piece.tokens)
         if self._characters >= _BATCH or len(self._pieces) >= _BATCH // 64:
             self.flush()
 
     def flush(self) -> None:
-        tokens: list[int] = []
-        encoded = self._tokenizer.encode_batch([piece.text for piece in self._pieces])
-        for ids, piece in zip(encoded, self._pieces, strict=True):
-            tokens += ids
-            if piece.is_last:
-                tokens.append(self._tokenizer.eot_id)
-        array = np.asarray(tokens, dtype=np.int64)
+        array = _encoded(self._tokenizer, self._pieces)
         n_bytes = int(self._tokenizer.token_bytes[array].sum())
         self._writer.write(array, n_bytes, sum(piece.is_last for piece in self._pieces))
         self._advance(n_bytes)
         self._pieces, self._characters = [], 0
+
+
+def _encoded(tokenizer: Tokenizer, pieces: list[Piece]) -> np.ndarray:
+    """The tokens of all pieces, int64. A text that ends a document is followed by end-of-text."""
+    given = [piece.tokens for piece in pieces if piece.tokens is not None]
+    if given and len(given) == len(pieces):
+        return np.concatenate(given).astype(np.int64)
+    texts = iter(tokenizer.encode_batch([p.text for p in pieces if p.tokens is None]))
+    tokens: list[int] = []
+    for piece in pieces:
+        if piece.tokens is not None:
+            tokens += piece.tokens.tolist()
+            continue
+        tokens += next(texts)
+        if piece.is_last:
+            tokens.append(tokenizer.eot_id)
+    return np.asarray(tokens, dtype=np.int64)
 
 
 def _open_folder(

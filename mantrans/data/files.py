@@ -1,4 +1,4 @@
-"""Which local files hold text, and how they are opened.
+"""Which local files hold text or tokens, and how they are opened.
 
 A `.txt` or `.jsonl` may be compressed: `.txt.gz`, `.jsonl.zst`. Files of other kinds, hidden ones
 and folders that were entered before are passed over, which is said.
@@ -19,9 +19,9 @@ from typing import IO, NamedTuple, cast
 from mantrans.data.foreign import SAMPLE, require_text
 from mantrans.errors import DataError, single_line
 
-KINDS = (".txt", ".jsonl", ".parquet")
+KINDS = (".txt", ".jsonl", ".parquet", ".bin")
 COMPRESSED = (".gz", ".zst")
-ACCEPTED = ".txt, .jsonl (also as .gz or .zst) or .parquet"
+ACCEPTED = ".txt, .jsonl (also as .gz or .zst), .parquet or .bin (tokens)"
 _SPECIAL = {
     stat.S_IFIFO: "a pipe",
     stat.S_IFCHR: "a device",

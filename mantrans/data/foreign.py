@@ -21,6 +21,7 @@ _FILES = (  # (first bytes, what they begin, what to do with {file})
     (b"%PDF-", "a PDF", "extract its text: pdftotext {file} {new}"),
     (b"{\\rtf", "an RTF document", "save it as plain text"),
     (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "an old Office document", "save it as plain text"),
+    (b"\x88\xd8\x34\x01", "tokens of llm.c", "rename it to {stem}.bin, which is read as it is"),
     (b"PAR1", "a Parquet file", "rename it to {stem}.parquet"),
 )
 _TAR = 257, b"ustar"

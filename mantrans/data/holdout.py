@@ -62,7 +62,7 @@ def _length_of_one_side(pieces: Iterable[Piece], fraction: float) -> int | None:
 
 def _part_of_text(pieces: Iterable[Piece], cut: int, held: bool) -> Iterator[Piece]:
     """What comes after the first `cut` characters, or before."""
-    for text, ends in pieces:
+    for text, ends, _ in pieces:
         part = text[max(cut, 0) :] if held else text[: max(cut, 0)]
         if part:
             yield Piece(part, ends and (held or len(text) <= cut))

@@ -18,6 +18,7 @@ from mantrans.config import DATASETS
 from mantrans.data import stories, text
 from mantrans.data.files import COMPRESSED, kind_of, local_files
 from mantrans.data.text import Piece, ReadReport
+from mantrans.data.tokenizer import Tokenizer
 from mantrans.errors import DataError, single_line
 
 DEFAULT_VALIDATION_STORIES = 500
@@ -56,14 +57,15 @@ class Source:
     """A source of documents.
 
     `identity`: everything that determines them, as plain data, except the content of `files`;
-    `n_bytes`: the size, if known; `open`: starts reading and counts what it skips in the report;
+    `n_bytes`: the size, if known; `open`: starts reading and counts what it skips in the report; it
+    takes the tokenizer of files that hold tokens, or None to accept only text;
     `notes`: which files were passed over.
     """
 
     name: str
     identity: dict[str, Any]
     n_bytes: int | None
-    open: Callable[[ReadReport], Splits]
+    open: Callable[[ReadReport, Tokenizer | None], Splits]
     files: tuple[Path, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -111,7 +113,7 @@ def _builtin(subset_size: int | None, val_subset_size: int | None) -> Source:
     if n_held + n_train > stories.COUNT:
         raise _too_many("subset_size", stories.COUNT - n_held, n_train)
 
-    def opened(report: ReadReport) -> Splits:
+    def opened(report: ReadReport, tokenizer: Tokenizer | None = None) -> Splits:
         pieces = [Piece(story, True) for story in stories.stories()]
         held, rest = pieces[:n_held], pieces[n_held : n_held + n_train]
         return Splits(iter(rest), iter(held), stories.COUNT)
@@ -177,9 +179,9 @@ def _local(chosen: _Chosen, name: str, text_field: str, separator: str, refuse: 
     if not any(file.suffix.lower() in COMPRESSED for file in files):
         size = sum(file.stat().st_size for file in files)
 
-    def opened(report: ReadReport) -> Splits:
+    def opened(report: ReadReport, tokenizer: Tokenizer | None = None) -> Splits:
         train, held = (
-            text.read_files(part or [], separator, text_field, refuse, report)
+            text.read_files(part or [], separator, text_field, refuse, report, tokenizer)
             for part in (chosen.train, chosen.validation)
         )
         return Splits(train, None if chosen.validation is None else held)
@@ -199,7 +201,7 @@ def _from_hub(name: str, text_field: str | None, refuse: bool) -> Source:
     chosen = HUB_SETS[name]
     columns = (text_field,) if text_field else chosen.columns
 
-    def opened(report: ReadReport) -> Splits:
+    def opened(report: ReadReport, tokenizer: Tokenizer | None = None) -> Splits:
         splits = _load_from_hub(name, chosen.repository)
         held = splits.get("validation", splits.get("test"))
         train, validation = (

@@ -22,10 +22,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
+import numpy as np
+
+from mantrans.data.bin_file import read_bin
 from mantrans.data.files import kind_of, opened
 from mantrans.data.foreign import not_utf8
 from mantrans.data.parquet import column_of
-from mantrans.data.tokenizer import END_OF_TEXT
+from mantrans.data.tokenizer import END_OF_TEXT, Tokenizer
 from mantrans.errors import DataError, single_line
 
 PIECE = 2**18  # characters: little memory, and few calls
@@ -43,10 +46,12 @@ _RARE_SPACE = "".join(c for c in map(chr, range(0x3001)) if c.isspace() and c no
 
 
 class Piece(NamedTuple):
-    """A part of a document; `is_last`: the document ends with it."""
+    """A part of a document; `is_last`: the document ends with it. `tokens`, in place of a text: as
+    a file of tokens has them, with the end of text if there is one."""
 
     text: str
     is_last: bool
+    tokens: np.ndarray | None = None
 
 
 @dataclass
@@ -110,18 +115,32 @@ def read_files(
     text_field: str,
     refuse_broken_lines: bool,
     report: ReadReport,
+    tokenizer: Tokenizer | None = None,
 ) -> Iterator[Piece]:
-    """The documents of all files, in order. DataError for a file that cannot be read as text."""
+    """The documents of all files, in order. DataError for a file that cannot be read as text.
+
+    tokenizer: that of the tokens in `.bin` files; None where only text will do.
+    """
     for file in files:
         try:
             if kind_of(file) == ".txt":
                 yield from read_txt(file, separator)
             elif kind_of(file) == ".jsonl":
                 yield from read_jsonl(file, text_field, refuse_broken_lines, report)
+            elif kind_of(file) == ".bin":
+                yield from _read_tokens(file, tokenizer)
             else:
                 yield from read_parquet(file, text_field, refuse_broken_lines, report)
         except OSError as error:
             raise DataError(f"{file}: cannot be read: {error.strerror or error}") from None
+
+
+def _read_tokens(file: Path, tokenizer: Tokenizer | None) -> Iterator[Piece]:
+    """The documents of a file of tokens."""
+    if tokenizer is None:
+        raise DataError(f"{file}: expected text, got a file of tokens (.bin)")
+    for tokens, is_last in read_bin(file, tokenizer):
+        yield Piece("", is_last, tokens)
 
 
 def read_txt(file: Path, separator: str = "eot") -> Iterator[Piece]:
@@ -232,7 +251,7 @@ def _safe_cut(text: str, start: int, stop: int) -> int:
 def _stripped(pieces: Iterable[Piece]) -> Iterator[Piece]:
     """Remove the white space around documents, and documents without other characters."""
     begun, held = False, ""
-    for text, ends in pieces:
+    for text, ends, _ in pieces:
         text = held + text if begun else text.lstrip()
         # Hold back white space at the end: dropped if the document ends, else kept before the rest.
         kept = text.rstrip()

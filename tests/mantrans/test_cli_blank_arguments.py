@@ -17,7 +17,7 @@ OPTIONS = (
     "chat --checkpoint c.pt --device",
     "report r --output", "report r --compare", "report r --compare other", "convert",
     "convert old.pt", "export --checkpoint", "export --checkpoint c.pt --output",
-    "verify --from 1 --steps 1",
+    "prepare --config", "prepare --set", "prepare --output", "verify --from 1 --steps 1",
     "tokenizer train --output", "tokenizer analyze --tokenizer", "tokenizer encode --tokenizer",
     "tokenizer analyze --tokenizer t --input",
 )  # fmt: skip

@@ -291,7 +291,7 @@ def test_folder_order(tmp_path: Path) -> None:
 def test_path_not_text(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("a")
     with pytest.raises(
-        DataError, match=r"expected a file \.txt, .* or \.parquet, or a folder, got .*\.csv"
+        DataError, match=r"expected a file \.txt, .* or \.bin \(tokens\), or a folder, got .*\.csv"
     ):
         local_files(tmp_path / "a.csv")
     with pytest.raises(DataError, match="expected a folder with"):
