@@ -131,6 +131,8 @@ def model_cases(B: int, T: int, C: int, H: int, F: int, V: int, dtype: str) -> I
         (described.AdamW(), s),
         (described.DecodeAttention(), s),
         (described.GradientNorms(), s),
+        (described.NesterovMomentum(), s),
+        (described.Orthogonalize(), s._replace(B=4)),
     ]
     for operation, shapes in sizes:
         yield from directions(operation, shapes, dtype)
@@ -160,6 +162,8 @@ def gpu_cases() -> Iterator[Case]:
         (described.Linear(), gpt2),
         (described.DecodeAttention(), gpt2._replace(B=64)),
         (described.GradientNorms(), gpt2),
+        (described.NesterovMomentum(), gpt2),
+        (described.Orthogonalize(), gpt2._replace(B=12)),
         (described.AddRmsNorm(), Shapes(N=16384, C=896)),  # Qwen2.5-0.5B's
         (described.SwiGLU(), Shapes(N=16384, F=4864)),
     ]

@@ -94,9 +94,11 @@ def cases(quick: bool) -> list[Case]:
             *(Case("GPT-2 124M", 16384 // T, T, candidates=few) for T in (8192, 256, 4096, 2048)),
         ]
     in_float32 = Case("seed-sized", 16, 256, 1, "float32", everybody)
+    narrow = Case("quickstart-sized", 12, 160, 1, "float32", few)
     if not machine.has_native_bfloat16():
         return [
             in_float32,
+            narrow,
             Case("Llama 4M", 16, 256, 1, "float32", few),
             Case("Llama 15M", 8, 256, 1, "float32", few),
             Case("seed-sized", 4, 1024, 1, "float32", few),
@@ -104,6 +106,7 @@ def cases(quick: bool) -> list[Case]:
     return [
         Case("seed-sized", 16, 256, candidates=everybody),
         in_float32,
+        narrow,
         Case("Llama 4M", 16, 256, candidates=few),
         Case("Llama 15M", 8, 256, candidates=few),
         Case("seed-sized", 2, 256, 8, candidates=everybody),

@@ -25,6 +25,7 @@ from mantrans.kernels.reference import (
     join_heads,
     merge_heads,
     partial_rows,
+    rotary_sizes,
     split_heads,
     sum_in_parts,
     sum_partials,
@@ -402,7 +403,7 @@ def norm_rotary_backward(
 
 def rotary_heads(qkv: Tensor, n_heads: int, n_kv_heads: int | None) -> tuple[Tensor, Tensor]:
     """Views of the heads that are rotated, (B, T, H + H_kv, D), and of those of v."""
-    H_kv, D = head_sizes(qkv.shape[-1], n_heads, n_kv_heads)
+    H_kv, D = rotary_sizes(qkv.shape[-1], n_heads, n_kv_heads)
     turned, rest = qkv.unflatten(-1, (-1, D)).split((n_heads + H_kv, H_kv), dim=2)
     return turned, rest
 
@@ -476,6 +477,14 @@ def attention_forward(
         p = _probabilities(q, k, rows, keys, n_heads, document_start)
         torch.bmm(p, v[:, keys], out=out[:, rows])
     return merge_heads(out.unflatten(0, (-1, n_heads))), qkv.new_empty(0)
+
+
+def empty_statistics(qkv: Tensor, n_heads: int, n_kv_heads: int | None = None) -> Tensor:
+    """Unwritten statistics as `attention_forward` gives for qkv, contiguous."""
+    B, T, _ = qkv.shape
+    if not qkv.numel() or not _flash_forward(qkv):
+        return qkv.new_empty(0)
+    return qkv.new_empty(B, n_heads, T, dtype=wide_dtype(qkv.dtype))
 
 
 def attention_backward(
@@ -738,11 +747,19 @@ def _too_large_to_round(scores: Tensor) -> bool:
 
 
 def bias_gelu_forward(h: Tensor, bias: Tensor | None = None) -> Tensor:
-    """See `reference.bias_gelu_forward`."""
+    """See `reference.bias_gelu_forward`. ½ (1 + tanh z) = σ(2 z): one exponential takes half the
+    time of PyTorch's own GELU, and keeps the digits of small results."""
     x = (h if bias is None else h + bias).contiguous()
     y = torch.empty_like(x) if bias is None else x
-    for part, out in zip(_even_shares(x), _even_shares(y), strict=True):
-        aten.gelu.out(part, approximate="tanh", out=out)
+    rate = x.new_tensor(2 * reference.GELU_SCALE, dtype=wide_dtype(x.dtype))
+    size = max(1, x.numel() if x.is_cuda else CACHED_ELEMENTS)
+    memory = rate.new_empty(min(size, x.numel()))  # of all parts: fresh memory is in no cache
+    for part, out in zip(x.view(-1).split(size), y.view(-1).split(size), strict=True):
+        u, s = part.to(rate.dtype), memory[: len(part)]
+        torch.addcmul(rate, u, u, value=2 * reference.GELU_SCALE * reference.GELU_CUBIC, out=s)
+        for share in _even_shares(s.mul_(u), SHARE):
+            share.sigmoid_()
+        torch.mul(u, s, out=out)
     return y
 
 

@@ -308,10 +308,19 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
+def rotary_sizes(width: int, n_heads: int, n_kv_heads: int | None) -> tuple[int, int]:
+    """`head_sizes`; n_kv_heads 0: all heads are queries, in `width` = H·D columns."""
+    if n_kv_heads != 0:
+        return head_sizes(width, n_heads, n_kv_heads)
+    if n_heads < 1 or width % n_heads:
+        raise ValueError(f"heads: expected a width of n_heads·D = {n_heads}·D, got {width}")
+    return 0, width // n_heads
+
+
 def rotary_heads(qkv: Tensor, n_heads: int, n_kv_heads: int | None) -> tuple[Tensor, Tensor]:
     """(B, T, (H + 2 H_kv)·D) -> the heads that are rotated, of q and k (B, T, H + H_kv, D), and the
     others, of v (B, T, H_kv, D); in the dtype in which they are computed with."""
-    H_kv, D = head_sizes(qkv.shape[-1], n_heads, n_kv_heads)
+    H_kv, D = rotary_sizes(qkv.shape[-1], n_heads, n_kv_heads)
     heads = widen(qkv).unflatten(-1, (n_heads + 2 * H_kv, D))
     turned, rest = heads.split((n_heads + H_kv, H_kv), dim=2)
     return turned, rest
@@ -336,8 +345,8 @@ def rotary_forward(
 
     qkv (B, T, (H + 2 H_kv)·D) as in `attention_forward`, in the layout of halves (`rotate`): it is
     that of transformers; the original has neighbors (x_2i, x_2i+1) as pairs. D is even.
-    cos, sin (T_max, D/2), float32 (float64 for a float64 model). positions (B, T) int64, the rows
-    of cos and sin to use; None: 0 .. T-1 in each row.
+    n_kv_heads 0: queries alone, (B, T, H·D). cos, sin (T_max, D/2), float32 (float64 for a float64
+    model). positions (B, T) int64, the rows of cos and sin to use; None: 0 .. T-1 in each row.
     Returns the rotated qkv. Backends may write it over `qkv`, which is not read again.
     """
     turned, v = rotary_heads(qkv, n_heads, n_kv_heads)
@@ -542,6 +551,13 @@ def attention_forward(
     log_sum = torch.exp(scores - largest).sum(-1, keepdim=True).log()
     p = torch.exp(scores - largest - log_sum)
     return merge_heads(p @ v).to(qkv.dtype), torch.stack((largest, log_sum))[..., 0]
+
+
+def empty_statistics(qkv: Tensor, n_heads: int, n_kv_heads: int | None = None) -> Tensor:
+    """Unwritten statistics of the shape, dtype and strides that this backend's `attention_forward`
+    gives for qkv; in `native` and `triton` also for one that has a shape but no memory."""
+    B, T, _ = qkv.shape
+    return qkv.new_empty(2, B, n_heads, T, dtype=wide_dtype(qkv.dtype))
 
 
 def attention_scale(q: Tensor) -> float:

@@ -240,6 +240,10 @@ def evaluate(arguments: list[str]) -> int:
     add("--checkpoint", type=Path, required=True, help="the model to measure")
     add("--config", type=Path, help="YAML file (default: the checkpoint's config)")
     add("--text", type=Path, metavar="FILE", help="measure on all of this text, not on the data")
+    add(
+        "--choices", type=Path, metavar="FILE",
+        help="answer multiple-choice questions (HellaSwag's .jsonl), on no data without --text",
+    )  # fmt: skip
     add("--generate", action="store_true", help="write samples, and measure their diversity")
     add("--max-batches", type=integer(1), metavar="N", help="stop after N batches of validation")
     add("--json", type=Path, metavar="FILE", help="also write the report there")

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = [
     "kernels.reference kernels.native kernels.triton kernels.backend "
     "kernels.operations kernels.selfcheck errors cores",
-    "layers parameters config runtime cuda_graph finite distributed assets terminal options",
+    "layers ops parameters config runtime cuda_graph finite distributed assets terminal options",
     "models optim checkpoint interop wrapper records recording",
     "training evaluation data inference report explain proof mantrans",
     "cli __main__",

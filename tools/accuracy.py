@@ -206,6 +206,7 @@ LOGITS = Shapes(N=32, V=1024, Vp=1024)
 PROJECTION = Shapes(N=64, C=64, V=500, Vp=512)
 TOKENS = Shapes(B=4, T=32, C=48, V=50, Vp=64)
 GELU = Shapes(N=64, F=192)
+MATRICES = Shapes(B=2, F=48, C=32)
 UPDATES = {
     "ordinary": Kind(Shapes(P=4099), gradient_sizes(1.0)),
     "1e-25 to 1e18": Kind(Shapes(P=4100), gradient_sizes(1e-25, 1e-6, 1e6, 1e18)),
@@ -308,6 +309,24 @@ CASES = [
     ),
     Case(described.AdamW(), UPDATES, dict.fromkeys(GRADIENTS, "element")),
     Case(Sgd(), UPDATES),
+    Case(
+        described.NesterovMomentum(),
+        {
+            "ordinary": Kind(Shapes(P=100_003)),
+            "huge": Kind(Shapes(P=100_003), scaled(1e18, "gradients", "exp_avg")),
+            "tiny": Kind(Shapes(P=100_003), scaled(1e-15, "gradients", "exp_avg")),
+        },
+    ),
+    Case(
+        described.Orthogonalize(),
+        {
+            "ordinary": Kind(MATRICES),
+            "wide rows": Kind(MATRICES._replace(F=16, C=512)),
+            "huge": Kind(MATRICES, scaled(1e18, "matrices")),
+            "tiny": Kind(MATRICES, scaled(1e-15, "matrices")),
+        },
+        {"matrices": "whole"},
+    ),
 ]
 
 # ------------------------------------------------------------------------------------- measurement

@@ -62,6 +62,7 @@ __all__ = [
     "document_starts",
     "embedding_backward",
     "embedding_forward",
+    "empty_statistics",
     "gradient_norms",
     "layer_norm_backward",
     "layer_norm_forward",
@@ -113,6 +114,11 @@ def attention_backward(
     """See `reference.attention_backward`."""
     ops = _attention_of(qkv, n_heads, n_kv_heads)
     return ops.attention_backward(dout, qkv, out, lse, n_heads, document_start, n_kv_heads)
+
+
+def empty_statistics(qkv: Tensor, n_heads: int, n_kv_heads: int | None = None) -> Tensor:
+    """Unwritten statistics as `attention_forward` gives for qkv."""
+    return _attention_of(qkv, n_heads, n_kv_heads).empty_statistics(qkv, n_heads, n_kv_heads)
 
 
 def _attention_of(qkv: Tensor, n_heads: int, n_kv_heads: int | None) -> ModuleType:

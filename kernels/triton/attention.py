@@ -53,6 +53,7 @@ from mantrans.kernels.triton.attention_tiles import (
     Problem,
     check_documents,
     empty_row_statistics,
+    empty_rows,
     problem_of,
     row_statistics,
     tiles_of,
@@ -609,6 +610,11 @@ def attention_forward(
         **problem.constants("forward", documents),
     )
     return out, statistics
+
+
+def empty_statistics(qkv: Tensor, n_heads: int, n_kv_heads: int | None = None) -> Tensor:
+    """Unwritten statistics as `attention_forward` makes them."""
+    return empty_rows(2, qkv.shape[0], n_heads, qkv.shape[1], qkv.device)
 
 
 def attention_backward(

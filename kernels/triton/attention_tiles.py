@@ -281,9 +281,14 @@ def problem_of(qkv: Tensor, n_heads: int, n_kv_heads: int | None) -> Problem:
 def accepted_head_sizes(width: int, n_heads: int, n_kv_heads: int | None) -> tuple[int, int]:
     """`reference.head_sizes`, and a ValueError too if D is not from 1 to 256."""
     H_kv, D = head_sizes(width, n_heads, n_kv_heads)
+    return H_kv, accepted_width(D)
+
+
+def accepted_width(D: int) -> int:
+    """D, if it is from 1 to 256; otherwise a ValueError."""
     if not 1 <= D <= MAX_HEAD_WIDTH:
         refuse("head width", D, f"1 to {MAX_HEAD_WIDTH}")
-    return H_kv, D
+    return D
 
 
 def padded(D: int) -> int:
@@ -316,11 +321,15 @@ def row_statistics(x: Tensor, problem: Problem, rows: int) -> Tensor | TensorDes
 
 
 def empty_row_statistics(n: int, like: Tensor, problem: Problem) -> Tensor:
+    """`empty_rows` of a problem."""
+    return empty_rows(n, problem.B, problem.H, problem.T, like.device)
+
+
+def empty_rows(n: int, B: int, H: int, T: int, device: torch.device) -> Tensor:
     """(n, B, H, T) float32, unwritten. Rows start on 64 bytes: the copy engine wants 16, and a
     stride that is a multiple of 16 elements whatever T is makes Triton compile once for all T."""
-    B, T, H = problem.B, problem.T, problem.H
     shape = (n, B, H, cdiv(T, 16) * 16)
-    return torch.empty(shape, dtype=torch.float32, device=like.device)[..., :T]
+    return torch.empty(shape, dtype=torch.float32, device=device)[..., :T]
 
 
 def check_documents(document_start: Tensor | None, problem: Problem, device: torch.device) -> None:

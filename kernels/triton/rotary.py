@@ -23,7 +23,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mantrans.kernels.triton.attention_tiles import accepted_head_sizes
+from mantrans.kernels.reference import rotary_sizes
+from mantrans.kernels.triton.attention_tiles import accepted_width
 from mantrans.kernels.triton.launch import cdiv, check_tensor, launch, next_power_of_two, refuse
 
 PAIRS = 1024  # (x_i, x_{i+D/2}) a program: of 16-bit numbers a lane loads 16 bytes of each half
@@ -116,8 +117,9 @@ def rotary_forward(
     """Turn the heads of q and k, each pair (x_i, x_{i+D/2}) by the angle of its position.
 
     qkv (B, T, (H + 2 H_kv)·D) float32, float16 or bfloat16, contiguous; D even, at most 256.
-    n_kv_heads: H_kv, which divides H; None for H. cos, sin (T_max, D/2) float32. positions (B, T)
-    int64, below T_max (not checked: that would wait for the GPU); None: 0 .. T-1, T <= T_max.
+    n_kv_heads: H_kv, which divides H; None for H; 0: queries alone, (B, T, H·D). cos, sin (T_max,
+    D/2) float32. positions (B, T) int64, below T_max (not checked: that would wait for the GPU);
+    None: 0 .. T-1, T <= T_max.
     Returns qkv, which is written over. ValueError, before any launch, names an argument whose
     device, dtype, shape or stride is wrong.
     """
@@ -174,8 +176,8 @@ def check_rotary(
 ) -> tuple[int, int]:
     """(H_kv, D). ValueError as `rotary_forward`."""
     check_tensor(argument, x, shape=(None, None, None))
-    H_kv, D = accepted_head_sizes(x.shape[2], n_heads, n_kv_heads)
-    if D % 2:
+    H_kv, D = rotary_sizes(x.shape[2], n_heads, n_kv_heads)
+    if accepted_width(D) % 2:
         refuse("head width", D, "an even number, to turn pairs")
     for name, table in (("cos", cos), ("sin", sin)):
         check_tensor(name, table, shape=(None, D // 2), dtype=torch.float32, device=x.device)

@@ -213,3 +213,16 @@ def test_attention_sliced_and_transposed(ops: ModuleType, dtype: torch.dtype) ->
             run(ops, qkv, dout, H), run(ops, qkv.contiguous(), dout, H), strict=True
         ):
             assert_close(got, want, TOLERANCE[dtype])
+
+
+@each_backend
+@pytest.mark.parametrize("T", [0, 1, 17])
+@pytest.mark.parametrize("H_kv", [1, 2])
+def test_attention_empty_statistics(ops: ModuleType, dtype: torch.dtype, T: int, H_kv: int) -> None:
+    """What is promised before a forward is what it gives."""
+    qkv = torch.ones(2, T, (4 + 2 * H_kv) * 16, dtype=dtype)
+    _, given = ops.attention_forward(qkv, 4, None, H_kv)
+    promised = ops.empty_statistics(qkv, 4, H_kv)
+    assert (promised.shape, promised.dtype) == (given.shape, given.dtype)
+    if ops is triton:
+        assert promised.stride() == given.stride()

@@ -184,6 +184,21 @@ def test_rotary_q_and_k_alone(ops: Any, dtype: torch.dtype) -> None:
 
 
 @each_backend
+def test_rotary_queries_alone(ops: Any, dtype: torch.dtype) -> None:
+    """Without keys and values the heads are the same bits as beside them."""
+    H, H_kv, D = 4, 2, 6
+    i = described.Rotary().inputs(Shapes(B=2, T=5, H=H, H_kv=H_kv, D=D), Draw(dtype, CPU))
+    q, tables = i["qkv"][..., : H * D].contiguous(), (i["cos"], i["sin"])
+    together = ops.rotary_forward(i["qkv"].clone(), *tables, H, H_kv)[..., : H * D]
+    alone = ops.rotary_forward(q.clone(), *tables, H, 0)
+    assert torch.equal(alone, together)
+    back = ops.rotary_backward(i["qkv"].clone(), *tables, H, H_kv)[..., : H * D]
+    assert torch.equal(ops.rotary_backward(q.clone(), *tables, H, 0), back)
+    with pytest.raises(ValueError, match="width"):
+        ops.rotary_forward(q[..., 1:].contiguous(), *tables, H, 0)
+
+
+@each_backend
 def test_rotary_backward_inverse(ops: Any, dtype: torch.dtype) -> None:
     """Rotary backward undoes the forward."""
     i = dict(described.Rotary().inputs(Shapes(B=2, T=40, H=3, H_kv=1, D=64), Draw(dtype, CPU)))

@@ -1,0 +1,123 @@
+"""What every operation here shares: its backend, how PyTorch learns of it, how inputs are refused.
+
+PyTorch differentiates an operation of ours by calling another one, our own backward. Both are
+opaque to it: `torch.compile` sees the shapes that a fake implementation gives, and calls them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import CustomOpDef, custom_op
+
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+BACKENDS = {"cpu": "native", "cuda": "triton"}  # for all but float64, which is native
+
+
+def backend_of(x: Tensor) -> ModuleType:
+    """The backend that serves x's device and dtype."""
+    served = x.dtype != torch.float64 and x.device.type in BACKENDS
+    return import_module(f"mantrans.kernels.{BACKENDS[x.device.type] if served else 'native'}")
+
+
+def operation(name: str, function: Callable[..., Any], fake: Callable[..., Any]) -> CustomOpDef:
+    """torch.ops.mantrans.NAME. Neither it nor its results share memory with its inputs.
+
+    function: its annotations are the schema. fake: the same with empty results.
+    """
+    registered = custom_op(f"mantrans::{name}", function, mutates_args=())
+    registered.register_fake(fake)
+    return registered
+
+
+def differentiate(
+    forward: CustomOpDef,
+    backward: Callable[..., Any],
+    keep: Callable[..., Sequence[Any]],
+    wiring: Sequence[int],
+    upstream: int = 1,
+) -> None:
+    """Let autograd call `backward` for `forward`.
+
+    keep(*inputs, *outputs): what is kept, the arguments of `backward` after the upstream gradients.
+    wiring: for each of the first inputs, which result of `backward` is its gradient.
+    upstream: how many of the first outputs have a gradient; it is None where nobody used one.
+    """
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        outputs = output if isinstance(output, tuple) else (output,)
+        kept = keep(*inputs, *outputs)
+        ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in kept))
+        ctx.numbers = [None if isinstance(x, Tensor) else x for x in kept]
+        ctx.given = [x is not None for x in inputs]
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*outputs[upstream:])
+
+    def gradients(ctx: Any, *of_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
+        pairs = zip(ctx.saved_tensors, ctx.numbers, strict=True)
+        kept = [number if tensor is None else tensor for tensor, number in pairs]
+        found = backward(*of_outputs[:upstream], *kept)
+        results = found if isinstance(found, tuple) else (found,)
+        wired = [results[i] for i in wiring] + [None] * (len(ctx.given) - len(wiring))
+        return tuple(x if given else None for x, given in zip(wired, ctx.given, strict=True))
+
+    forward.register_autograd(gradients, setup_context=setup_context)
+
+
+# --------------------------------------------------------------------------------------- inputs
+
+
+def expect(name: str, holds: bool, expected: object, got: object) -> None:
+    """ValueError "NAME: expected X, got Y" unless it holds."""
+    if not holds:
+        raise ValueError(f"{name}: expected {expected}, got {got}")
+
+
+def expect_floats(name: str, x: Any) -> None:
+    """ValueError unless x is a tensor of one of FLOATS."""
+    expect(name, isinstance(x, Tensor), "a torch.Tensor", type(x).__name__)
+    names = ", ".join(_name(dtype) for dtype in FLOATS)
+    expect(name, x.dtype in FLOATS, f"one of {names}", _name(x.dtype))
+
+
+def expect_like(name: str, x: Any, like: Tensor, shape: Sequence[int]) -> None:
+    """ValueError unless x has this shape, and the dtype and the device of `like`."""
+    expect_floats(name, x)
+    expect(name, x.dtype == like.dtype, _name(like.dtype), _name(x.dtype))
+    _expect_place(name, x, like, shape)
+
+
+def expect_vector(name: str, x: Any, like: Tensor, length: int) -> None:
+    """ValueError unless x is (length,), of any of FLOATS, on the device of `like`."""
+    expect_floats(name, x)
+    _expect_place(name, x, like, (length,))
+
+
+def expect_targets(targets: Any, like: Tensor, shape: Sequence[int]) -> None:
+    """ValueError unless targets are integers of this shape on the device of `like`."""
+    expect("targets", isinstance(targets, Tensor), "a torch.Tensor", type(targets).__name__)
+    expect("targets", targets.dtype in (torch.int64, torch.int32), "integers", _name(targets.dtype))
+    _expect_place("targets", targets, like, shape)
+
+
+def expect_inside(targets: Tensor, n: int, ignore_index: int) -> None:
+    """ValueError unless each target is below n, or ignored. Not asked on a GPU: that would wait."""
+    if targets.device.type == "cpu" and targets.numel():
+        outside = ((targets < 0) | (targets >= n)) & (targets != ignore_index)
+        if outside.any():
+            expected = f"0 to {n - 1}, or {ignore_index}"
+            raise ValueError(f"targets: expected {expected}, got {int(targets[outside][0])}")
+
+
+def _expect_place(name: str, x: Tensor, like: Tensor, shape: Sequence[int]) -> None:
+    expect(name, x.device == like.device, f"device {like.device}", x.device)
+    expect(name, tuple(x.shape) == tuple(shape), f"shape {tuple(shape)}", tuple(x.shape))
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

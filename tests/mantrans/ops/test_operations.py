@@ -1,0 +1,301 @@
+"""All operations of `mantrans.ops`: numbers beside PyTorch's, and what torch.library promises.
+
+Tolerances, relative RMS, in float64 against autograd through PyTorch's own functions: some hundred
+roundings of 2^-53, 1e-12; of 2^-24, 2e-6; in 16 bits ours round float32 results once, to 2^-9 and
+2^-12 at most each, the upstream gradients and the sums of attention twice.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.library import opcheck
+
+from mantrans import ops
+from tests.mantrans.ops.cases import (
+    CASES,
+    CU_SEQLENS,
+    Case,
+    each_case,
+    is_float,
+    on_triton,
+    outputs_and_gradients,
+)
+from tests.support.compare import assert_close
+
+TOLERANCE = {
+    torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.2e-2,
+}  # fmt: skip
+
+
+def assert_right(case: Case, dtype: torch.dtype) -> None:
+    """Outputs and gradients are those of PyTorch in float64, for the same rounded inputs."""
+    inputs = case.inputs(dtype)
+    exact = {n: x.double() if is_float(x) else x for n, x in inputs.items()}
+    expected = outputs_and_gradients(case.plain, exact, case)
+    found = outputs_and_gradients(case.ours, inputs, case)
+    assert len(found) == len(expected)
+    for i, (x, y) in enumerate(zip(found, expected, strict=True)):
+        assert_close(x, y, TOLERANCE[dtype], f"number {i}")
+    for name, gradient in zip(case.shapes, found[-len(case.shapes) :], strict=True):
+        assert gradient.dtype == dtype, name
+
+
+@each_case
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_ops_equal_pytorch(case: Case, dtype: torch.dtype) -> None:
+    assert_right(case, dtype)
+
+
+@each_case
+@pytest.mark.parametrize(
+    "dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.bfloat16], ids=str
+)
+def test_ops_triton_equal_pytorch(case: Case, dtype: torch.dtype, monkeypatch) -> None:
+    with on_triton(monkeypatch):
+        assert_right(case, dtype)
+
+
+def strided(x: Tensor) -> Tensor:
+    """The same numbers with gaps between them, and the axes in another order."""
+    wide = torch.full((*x.shape, 2), torch.nan, dtype=x.dtype)
+    wide[..., 1] = x
+    if x.dim() > 1:
+        wide = wide.movedim(0, -1).contiguous().movedim(-1, 0)
+    return wide[..., 1]
+
+
+@each_case
+def test_ops_strides(case: Case) -> None:
+    """Non-contiguous inputs give what contiguous ones do, to the bit."""
+    inputs = case.inputs(torch.float32)
+    gaps = {n: strided(x) if n in case.shapes else x for n, x in inputs.items()}
+    assert not any(gaps[n].is_contiguous() for n in case.shapes)
+    leaves = {n: gaps[n].requires_grad_() for n in case.shapes}
+    found = case.ours(**{**gaps, **leaves})
+    expected = case.ours(**inputs)
+    for x, y in zip(*(z if isinstance(z, tuple) else (z,) for z in (found, expected)), strict=True):
+        assert torch.equal(x, y)
+        weights = strided(torch.ones_like(x)) if x.dim() else torch.ones(())
+        x.backward(weights, retain_graph=True)
+    assert all(torch.isfinite(x.grad).all() for x in leaves.values())
+
+
+@pytest.mark.parametrize("lead", [(), (3,), (2, 1, 3)], ids=str)
+def test_ops_leading_shapes(lead: tuple[int, ...]) -> None:
+    """Any number of axes before those that an operation names."""
+    x, weight = torch.randn(*lead, 8, dtype=torch.float64), torch.randn(8, dtype=torch.float64)
+    rows = x.reshape(-1, 8)
+    targets = torch.arange(rows.shape[0]).view(lead) % 8
+    table = torch.randn(5, 8, dtype=torch.float64)
+    q = torch.randn(*lead, 4, 2, 6, dtype=torch.float64)
+    assert torch.equal(ops.layer_norm(x, weight).view(rows.shape), ops.layer_norm(rows, weight))
+    assert torch.equal(ops.rms_norm(x, weight).view(rows.shape), ops.rms_norm(rows, weight))
+    assert torch.equal(ops.swiglu(x).view(-1, 4), ops.swiglu(rows))
+    assert torch.equal(ops.bias_gelu(x, weight).view(rows.shape), ops.bias_gelu(rows, weight))
+    losses = ops.cross_entropy(x, targets, reduction="none")
+    assert losses.shape == lead
+    assert torch.equal(losses.sum(), ops.cross_entropy(rows, targets.flatten(), reduction="sum"))
+    loss = ops.linear_cross_entropy(x, table, targets % 5)
+    assert torch.equal(loss, ops.linear_cross_entropy(rows, table, targets.flatten() % 5))
+    out = ops.attention(q, q, q)
+    assert out.shape == q.shape
+    assert torch.equal(out.view(-1, 4, 2, 6), ops.attention(*3 * [q.reshape(-1, 4, 2, 6)]))
+
+
+@each_case
+def test_ops_no_rows(case: Case) -> None:
+    """Empty results, and gradients of zero for what the rows share."""
+    inputs = case.inputs(torch.float32)
+    empty = {n: x[:0] if isinstance(x, Tensor) and x.dim() > 1 else x for n, x in inputs.items()}
+    for name in {"weight", "cos", "sin", "cu_seqlens"} & inputs.keys():
+        empty[name] = inputs[name]
+    if "cu_seqlens" in inputs:
+        empty["cu_seqlens"] = torch.zeros_like(CU_SEQLENS)
+    for gradient in outputs_and_gradients(case.ours, empty, case)[-len(case.shapes) :]:
+        assert not gradient.nan_to_num(0).any()
+
+
+def test_add_norm_sum_alone() -> None:
+    """A gradient that comes around the norm alone, or through it alone."""
+    x, residual, weight = (torch.randn(s, requires_grad=True) for s in ((3, 8), (3, 8), (8,)))
+    y, total = ops.rms_norm(x, weight, residual=residual)
+    dx, dweight = torch.autograd.grad(total.sum(), (x, weight), retain_graph=True)
+    assert torch.equal(dx, torch.ones(3, 8)) and not dweight.any()
+    (alone,) = torch.autograd.grad(y.sum(), residual)
+    summed = (x + residual).detach().requires_grad_()
+    ops.rms_norm(summed, weight).sum().backward()
+    assert torch.equal(alone, summed.grad)
+
+
+def test_linear_cross_entropy_logits_absent() -> None:
+    """No tensor as large as all logits is made or kept, with gradients or without."""
+    N, width, vocabulary = 2100, 2, 1500
+    x, weight = torch.randn(N, width), torch.randn(vocabulary, width)
+    targets = torch.zeros(N, dtype=torch.int64)
+    for leaf in (x, x.clone().requires_grad_()):
+        with torch.profiler.profile(profile_memory=True) as seen:
+            loss = ops.linear_cross_entropy(leaf, weight, targets)
+            if leaf.requires_grad:
+                loss.backward()
+        largest = max(event.cpu_memory_usage for event in seen.events())
+        assert 0 < largest < 0.6 * N * vocabulary * 4
+
+
+def test_linear_cross_entropy_autocast() -> None:
+    """Products in autocast's dtype, as `F.linear` has them; the loss stays float32."""
+    x, weight = torch.randn(5, 8, requires_grad=True), torch.randn(7, 8, requires_grad=True)
+    targets = torch.arange(5)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = ops.linear_cross_entropy(x, weight, targets)
+    expected = ops.linear_cross_entropy(x.bfloat16(), weight.bfloat16(), targets)
+    assert loss.dtype == torch.float32 and torch.equal(loss, expected)
+    loss.backward()
+    assert x.grad.dtype == weight.grad.dtype == torch.float32
+
+
+# ---------------------------------------------------------------- torch.library and torch.compile
+
+
+def registered_calls(case: Case, monkeypatch) -> list[tuple[Any, tuple[Any, ...]]]:
+    """Each registered operation that forward and backward of a case call, with its arguments."""
+    calls: dict[str, tuple[Any, tuple[Any, ...]]] = {}
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function.namespace == "mantrans":
+                detached = [x.detach().clone() if isinstance(x, Tensor) else x for x in args]
+                calls[function.name()] = function, tuple(detached)
+            return function(*args, **(kwargs or {}))
+
+    with Watch():
+        outputs_and_gradients(case.ours, case.inputs(torch.float32), case)
+    assert len(calls) > 1, "forward and backward"
+    return list(calls.values())
+
+
+def with_gradients(function: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    if function.name().endswith("_backward"):
+        return args
+    return tuple(x.requires_grad_() if is_float(x) else x for x in args)
+
+
+@each_case
+@pytest.mark.parametrize(
+    "tests",
+    [("test_schema", "test_faketensor", "test_autograd_registration"),
+     pytest.param(("test_aot_dispatch_dynamic",), marks=pytest.mark.slow)],
+    ids=["schema, fake", "dynamic"],
+)  # fmt: skip
+def test_ops_opcheck(case: Case, tests: tuple[str, ...], monkeypatch) -> None:
+    for function, args in registered_calls(case, monkeypatch):
+        opcheck(function, with_gradients(function, args), test_utils=tests)
+
+
+@pytest.mark.slow
+@each_case
+def test_ops_opcheck_triton(case: Case, monkeypatch) -> None:
+    """Shapes and strides as the fakes promise, of the other backend too."""
+    with on_triton(monkeypatch):
+        for function, args in registered_calls(case, monkeypatch):
+            tests = ("test_schema", "test_faketensor")
+            opcheck(function, with_gradients(function, args), test_utils=tests)
+
+
+def everything(**inputs: Any) -> tuple[Tensor, ...]:
+    """All cases in one function, so that it is traced once."""
+    found: list[Tensor] = []
+    for name, case in CASES.items():
+        y = case.ours(**inputs[name])
+        found += y if isinstance(y, tuple) else (y,)
+    return tuple(found)
+
+
+def test_ops_compile_fullgraph() -> None:
+    """One graph, no breaks, and the same bits forward and backward."""
+    drawn = {name: case.inputs(torch.float32) for name, case in CASES.items()}
+    assert_compiled(everything, drawn, "aot_eager")
+
+
+@pytest.mark.slow
+@each_case
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_ops_compile_inductor(case: Case, dynamic: bool) -> None:
+    def one(**inputs: Any) -> tuple[Tensor, ...]:
+        y = case.ours(**inputs["one"])
+        return y if isinstance(y, tuple) else (y,)
+
+    torch._dynamo.reset()
+    assert_compiled(one, {"one": case.inputs(torch.float32)}, "inductor", dynamic, 1e-6)
+
+
+def assert_compiled(
+    call: Any, drawn: dict[str, Any], backend: str, dynamic: bool = False, tolerance: float = 0.0
+) -> None:
+    results = []
+    compiled = torch.compile(call, fullgraph=True, backend=backend, dynamic=dynamic)
+    for run in (call, compiled):
+        inputs = {
+            name: {n: x.clone().requires_grad_() if is_float(x) else x for n, x in values.items()}
+            for name, values in drawn.items()
+        }
+        outputs = run(**inputs)
+        sum(y.square().sum() for y in outputs).backward()
+        grads = [x.grad for v in inputs.values() for n, x in v.items() if is_float(x)]
+        results.append([*outputs, *(g for g in grads if g is not None)])
+    assert len(results[0]) == len(results[1])
+    for x, y in zip(*results, strict=True):
+        assert_close(y.detach(), x.detach(), tolerance)
+
+
+# ----------------------------------------------------------------------------------- bad inputs
+
+
+X = torch.zeros(2, 3, 8)
+Q = torch.zeros(2, 3, 4, 6)
+ROWS = torch.zeros(3, 4, 6)
+BAD: list[tuple[str, Any, str]] = [
+    ("ints", lambda: ops.rms_norm(X.long(), X[0, 0]), "x: expected one of float64"),
+    ("weight", lambda: ops.layer_norm(X, torch.zeros(7)), r"weight: expected shape \(8,\), got"),
+    ("bias", lambda: ops.layer_norm(X, X[0, 0], X[0, 0].half()), "bias: expected float32, got"),
+    ("residual", lambda: ops.rms_norm(X, X[0, 0], residual=X[:1]), "residual: expected shape"),
+    ("no axis", lambda: ops.layer_norm(X[0, 0, 0], X[0, 0]), "x: expected a last axis"),
+    ("gelu", lambda: ops.bias_gelu(X, torch.zeros(9)), r"bias: expected shape \(8,\), got \(9,\)"),
+    ("odd", lambda: ops.swiglu(X[..., :7]), "gate: expected an even last axis"),
+    ("up", lambda: ops.swiglu(X, X[..., :7]), r"up: expected shape \(2, 3, 8\)"),
+    ("odd heads", lambda: ops.rope(Q[..., :5], Q, X, X), "q: expected .*D even"),
+    ("cos", lambda: ops.rope(Q, Q, X, X), r"cos: expected shape \(3, 3\) or \(2, 3, 3\), got"),
+    ("targets", lambda: ops.cross_entropy(X, X[..., 0]), "targets: expected integers, got float32"),
+    ("shape", lambda: ops.cross_entropy(X, torch.ones(6, dtype=torch.long)), "targets: expected s"),
+    ("outside", lambda: ops.cross_entropy(X, torch.full((2, 3), 8)), "expected 0 to 7, or -100, g"),
+    ("far", lambda: ops.linear_cross_entropy(X, torch.zeros(5, 8), torch.full((2, 3), 5)), "to 4"),
+    ("sum", lambda: ops.cross_entropy(X, X[..., 0].long(), reduction="max"), "reduction: expected"),
+    ("none", lambda: ops.linear_cross_entropy(X, X[0], X[..., 0].long(), reduction="none"), "red"),
+    ("width", lambda: ops.linear_cross_entropy(X, X[0, :, :7], X[..., 0].long()), "weight: exp"),
+    ("axes", lambda: ops.attention(Q[0, 0], Q[0, 0], Q[0, 0]), "q: expected"),
+    ("groups", lambda: ops.attention(Q, Q[:, :, :3], Q[:, :, :3]), "expected a divisor of n_heads"),
+    ("v", lambda: ops.attention(Q, Q, Q[:, :2]), "v: expected shape"),
+    ("window", lambda: ops.attention(Q, Q, Q, window=0), "window: expected at least 1, got 0"),
+    ("packed", lambda: ops.packed_attention(X[..., :7], 2), "expected a width of"),
+    ("batch", lambda: ops.attention(Q, Q, Q, cu_seqlens=CU_SEQLENS), r"expected \(N, ...\), got 2"),
+    ("bounds", lambda: ops.attention(ROWS, ROWS, ROWS, cu_seqlens=torch.tensor([0, 2])),
+     r"cu_seqlens: expected bounds that rise from 0 to 3, got \[0, 2\]"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("call", "message"), [b[1:] for b in BAD], ids=[b[0] for b in BAD])
+def test_ops_refuse(call: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as refused:
+        call()
+    assert "\n" not in str(refused.value)
+
+
+def test_ops_complete() -> None:
+    """Every public operation has a case and says what it takes."""
+    tested = {name.partition(",")[0] for name in CASES} | {"packed_attention"}
+    assert tested == set(ops.__all__)
+    assert all(inspect.getdoc(getattr(ops, name)) for name in ops.__all__)
