@@ -240,6 +240,10 @@ def evaluate(arguments: list[str]) -> int:
     add("--checkpoint", type=Path, required=True, help="the model to measure")
     add("--config", type=Path, help="YAML file (default: the checkpoint's config)")
     add("--text", type=Path, metavar="FILE", help="measure on all of this text, not on the data")
+    add(
+        "--choices", type=Path, metavar="FILE",
+        help="answer multiple-choice questions (HellaSwag's .jsonl), on no data without --text",
+    )  # fmt: skip
     add("--generate", action="store_true", help="write samples, and measure their diversity")
     add("--max-batches", type=integer(1), metavar="N", help="stop after N batches of validation")
     add("--json", type=Path, metavar="FILE", help="also write the report there")
@@ -350,11 +354,15 @@ def prepare(arguments: list[str]) -> int:
     parser = Parser(
         "mantrans prepare",
         description="Turn the text of a configuration into the tokens that its runs train on. A "
-        "later run starts with them at once.",
+        "later run starts with them at once. After a kill the same command goes on.",
     )
     add = parser.add_argument
     add("--config", type=at_home, default=QUICKSTART, help=f"a YAML file (default: {QUICKSTART})")
     add_overrides(parser)
+    add(
+        "--processes", type=integer(1, 4096), metavar="N",
+        help="that tokenize (default: one for each core)",
+    )  # fmt: skip
     add(
         "--format", choices=("llmc", "nanogpt"),
         help="write the tokens for that trainer too, as train.bin and val.bin",
@@ -375,7 +383,7 @@ def prepare(arguments: list[str]) -> int:
         from mantrans.training.start import start
 
         config, tokens, *_ = start(config, None)
-    prepare_tool.run(config.data, tokens, options.format, options.output)
+    prepare_tool.run(config.data, tokens, options.processes, options.format, options.output)
     return 0
 
 

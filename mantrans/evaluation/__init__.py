@@ -1,4 +1,4 @@
 """Evaluation of a trained model: how well it predicts text, and how good its stories are.
 
-`evaluator` writes the report; `perplexity`, `diversity` and `coherence` are its three parts.
+`evaluator` writes the report; `perplexity`, `choices`, `diversity` and `coherence` are its parts.
 """

@@ -19,12 +19,14 @@ from mantrans.data.dataset import prepare, tokenized
 from mantrans.data.shards import TokenStream
 from mantrans.data.tokenizer import Tokenizer
 from mantrans.errors import ConfigError, DataError, MantransError
+from mantrans.evaluation.choices import measure_choices, read_questions
 from mantrans.evaluation.evaluator import as_json, as_text, evaluate
 from mantrans.inference.trained import load_model, load_trained
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Load, measure, print, and write the JSON file if requested."""
+    questions = read_questions(arguments.choices) if arguments.choices else []
     state = load_trained(arguments.checkpoint)
     config = choose_config(arguments, state)
     wrapper, tokenizer = load_model(arguments.checkpoint, state, config, arguments.device)
@@ -40,6 +42,16 @@ def run(arguments: argparse.Namespace) -> None:
             show_progress=True,
             say=lambda line: terminal.say(f"note: {line}"),
         )
+    if questions:
+        report["choices"] = {"file": str(arguments.choices)} | measure_choices(
+            wrapper.model,
+            tokenizer,
+            questions,
+            max_length=wrapper.config.max_seq_len,
+            batch_size=config.evaluation_batch,
+            device=wrapper.device,
+            show_progress=True,
+        )
     try:
         terminal.show(as_text(report))
     finally:  # even if standard output is closed
@@ -53,7 +65,8 @@ def run(arguments: argparse.Namespace) -> None:
 def validation(
     arguments: argparse.Namespace, config: Config, tokenizer: Tokenizer
 ) -> Iterator[TokenStream | None]:
-    """The tokens to measure on: of --text, or else of the config's validation data.
+    """The tokens to measure on: of --text, or else of the config's validation data; none where only
+    --choices are asked for.
 
     Without these data samples are still made: a line says why nothing is measured.
     """
@@ -62,6 +75,9 @@ def validation(
             yield own
         return
     stream: TokenStream | None = None
+    if arguments.choices:
+        yield stream
+        return
     try:
         stream = prepare(config.data, tokenizer, cache_dir=config.data.cache_dir).validation
     except DataError as missing:

@@ -176,6 +176,8 @@ def as_text(report: dict[str, Any]) -> str:
             "bits per byte": f"{report['bits_per_byte']:.4f}",
             "counted": f"{report['tokens']:,} tokens, {report['bytes']:,} bytes",
         }
+    if "choices" in report:
+        facts |= _answers(report["choices"])
     for name, value in report.get("diversity", {}).items():
         facts[name.replace("_", " ")] = "none" if value is None else f"{value:.3f}"
     if report.get("coherence"):
@@ -186,3 +188,14 @@ def as_text(report: dict[str, Any]) -> str:
     for sample in report.get("samples", []):
         lines += ["", printable(f"[{sample['prompt']}]{sample['continuation']}")]
     return "\n".join(lines)
+
+
+def _answers(report: dict[str, Any]) -> dict[str, str]:
+    """What `choices.measure_choices` has returned, for a terminal."""
+    rules = {"acc": "", "acc_norm": " by character", "acc_bytes": " by byte"}
+    rules["acc_tokens"] = " by token"
+    facts = {
+        name: f"{report[name]:.4f} ± {report[f'{name}_stderr']:.4f}, least loss{rule}"
+        for name, rule in rules.items()
+    }
+    return facts | {"questions": f"{report['questions']:,}; by chance {report['chance']:.4f}"}
