@@ -354,11 +354,15 @@ def prepare(arguments: list[str]) -> int:
     parser = Parser(
         "mantrans prepare",
         description="Turn the text of a configuration into the tokens that its runs train on. A "
-        "later run starts with them at once.",
+        "later run starts with them at once. After a kill the same command goes on.",
     )
     add = parser.add_argument
     add("--config", type=at_home, default=QUICKSTART, help=f"a YAML file (default: {QUICKSTART})")
     add_overrides(parser)
+    add(
+        "--processes", type=integer(1, 4096), metavar="N",
+        help="that tokenize (default: one for each core)",
+    )  # fmt: skip
     add(
         "--format", choices=("llmc", "nanogpt"),
         help="write the tokens for that trainer too, as train.bin and val.bin",
@@ -379,7 +383,7 @@ def prepare(arguments: list[str]) -> int:
         from mantrans.training.start import start
 
         config, tokens, *_ = start(config, None)
-    prepare_tool.run(config.data, tokens, options.format, options.output)
+    prepare_tool.run(config.data, tokens, options.processes, options.format, options.output)
     return 0
 
 

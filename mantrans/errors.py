@@ -17,6 +17,10 @@ class DataError(MantransError):
     """Text, a tokenizer or a token cache is missing, unreadable, or does not fit the model."""
 
 
+class UnfinishedError(DataError):
+    """Preparing a text was broken off; what is done is kept, and the same command goes on."""
+
+
 class CheckpointError(MantransError):
     """A checkpoint is missing, damaged, or of another model."""
 

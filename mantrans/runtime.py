@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from mantrans.cores import share_of_cores
 from mantrans.errors import ConfigError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
@@ -69,12 +70,6 @@ def set_threads(threads: int | None, local_ranks: int = 1) -> None:
         threads = share_of_cores(local_ranks)
     if threads is not None:
         torch.set_num_threads(threads)
-
-
-def share_of_cores(local_ranks: int = 1) -> int:
-    """The cores that this process may use, divided by the processes that use them."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(1, (cores or 1) // local_ranks)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

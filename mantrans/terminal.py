@@ -134,7 +134,8 @@ class Progress:
         stream: TextIO | None = None,
     ) -> None:
         self.stream = Lossy(stream or sys.stderr)
-        self.total, self.title, self.unit, self.done = total, title, unit, first
+        self.total, self.title, self.unit = total, title, unit
+        self.first = self.done = first
         self.plain = bool(title) and not quiet and not self.stream.isatty()
         self.quiet, self.keep = quiet, keep
         self.bar: Any = None
@@ -186,7 +187,7 @@ class Progress:
         self._said = time.monotonic()
         line = tqdm.format_meter(
             self.done, self.total or 0, self._said - self._begun, ncols=0, prefix=self.title,
-            unit=self.unit, unit_scale=self.unit == "B",
+            unit=self.unit, unit_scale=self.unit == "B", initial=self.first,
         )  # fmt: skip
         say(line, self.stream)
 

@@ -16,35 +16,30 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import filelock
-import numpy as np
 
 from mantrans import terminal
+from mantrans.data.encoding import JOURNAL, BatchWriter, OtherTextError, SplitWriter
 from mantrans.data.files import kind_of
-from mantrans.data.holdout import held_out
 from mantrans.data.known import KnownFiles, content_hash
-from mantrans.data.registry import Source, Splits, find_source
+from mantrans.data.registry import Source, find_source
 from mantrans.data.shards import TokenFileWriter, TokenStream
-from mantrans.data.text import Piece, ReadReport, read_txt
+from mantrans.data.splitting import Plan, write_splits
+from mantrans.data.text import ReadReport, read_txt
 from mantrans.data.tokenizer import Tokenizer
-from mantrans.errors import DataError, single_line
+from mantrans.errors import DataError, UnfinishedError, single_line
 
 if TYPE_CHECKING:
     from mantrans.config import DataConfig
 
 FORMAT = 2
 """Increased whenever the same text and settings would give other files."""
-_BATCH = 2**20  # characters tokenized in one call
-_COPY = 2**20  # tokens copied at once
-_LONGEST_NAME, _LONGEST_NOTE = 60, 160  # characters, so that a file's header has room for them
-_ROOM_FOR_NOTES = 2048  # bytes of its JSON
 
 
 @dataclass(frozen=True)
@@ -87,12 +82,16 @@ def prepare(
     tokenizer: Tokenizer,
     *,
     cache_dir: str | Path,
+    processes: int = 1,
     quiet: bool = False,
 ) -> TokenDataset:
     """The data set's tokens, from the cache or written now.
 
     They do not depend on the seed: all runs are validated on the same documents. Unless quiet, its
-    notes are printed. Raises DataError for text that cannot be used, or a cache that is damaged or
+    notes are printed. processes: that tokenize; with more than one the program that calls this
+    needs the line `if __name__ == "__main__":`, as for any use of `multiprocessing`. Raises
+    UnfinishedError if the work was broken off and can be continued by the same call, other
+    DataError for text that cannot be used, or a cache that is damaged or
     cannot be written.
     """
     source = find_source(
@@ -105,7 +104,7 @@ def prepare(
         subset_size=data_config.subset_size,
         val_subset_size=data_config.val_subset_size,
     )
-    plan = _Plan(data_config.share_held_out, data_config.subset_size, data_config.val_subset_size)
+    plan = Plan(data_config.share_held_out, data_config.subset_size, data_config.val_subset_size)
     known = KnownFiles(Path(cache_dir) / "known_files.json")
     folder = Path(cache_dir) / _folder_name(source, tokenizer, plan, known)
     try:
@@ -113,7 +112,9 @@ def prepare(
             folder.parent.mkdir(parents=True, exist_ok=True)
             with filelock.FileLock(folder.parent / f"{folder.name}.lock"):
                 if not folder.is_dir():
-                    _write_folder(folder, source, tokenizer, plan, quiet)
+                    _write_folder(folder, source, tokenizer, plan, processes, quiet)
+        with contextlib.suppress(OSError):  # the folder may be read-only
+            (folder / JOURNAL).unlink(missing_ok=True)
     except OSError as error:
         raise DataError(
             f"tokens cannot be written to {folder}: {error.strerror or error}; "
@@ -139,7 +140,7 @@ def tokenized(
     notes: tuple[str, ...] = ()
     size: int | None = None
     if path.is_file() and kind_of(path) is None:
-        pieces = read_txt(path, separator)
+        pieces, size = read_txt(path, separator, report), path.stat().st_size
     else:
         source = find_source(
             "local",
@@ -151,31 +152,27 @@ def tokenized(
         )
         pieces, notes, size = source.open(report, tokenizer).train, source.notes, source.n_bytes
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "text.tokens"
-        writer = TokenFileWriter(file, tokenizer.vocab_size, {})
-        with writer, terminal.Progress(size, f"tokenizing {path.name}", "B") as bar:
-            encoder = _Encoder(tokenizer, writer, bar.update)
+        writer = TokenFileWriter(Path(folder) / "text.tokens", tokenizer.vocab_size)
+        with (
+            writer,
+            BatchWriter(Path(folder), tokenizer, {"text": writer}) as batches,
+            terminal.Progress(size, f"tokenizing {path.name}", "B") as bar,
+        ):
+            batches.advance = bar.update
+            split = SplitWriter("text", batches, report)
             for piece in pieces:
-                encoder.add(piece)
-            encoder.flush()
+                split.add(piece)
+            split.flush()
+            batches.finish()
         for note in (*notes, *report.notes()):
             terminal.say(f"note: {note}")
-        stream = TokenStream(file)
+        stream = TokenStream(writer.path)
         if not len(stream):
             raise DataError(f"{name}: expected text, got none in {path}")
         yield stream
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """How documents are divided between the splits."""
-
-    fraction: float
-    train_size: int | None
-    validation_size: int | None
-
-
-def _folder_name(source: Source, tokenizer: Tokenizer, plan: _Plan, known: KnownFiles) -> str:
+def _folder_name(source: Source, tokenizer: Tokenizer, plan: Plan, known: KnownFiles) -> str:
     """Readable first, unique last."""
     try:
         contents = [known.hash(file, content_hash) for file in source.files]
@@ -194,212 +191,29 @@ def _folder_name(source: Source, tokenizer: Tokenizer, plan: _Plan, known: Known
 
 
 def _write_folder(
-    folder: Path, source: Source, tokenizer: Tokenizer, plan: _Plan, quiet: bool
+    folder: Path, source: Source, tokenizer: Tokenizer, plan: Plan, processes: int, quiet: bool
 ) -> None:
-    """Write both files to a temporary folder, then rename it. Called under the lock."""
+    """Write both files to a folder beside it, then rename that. Called under the lock.
+
+    What a process leaves there that was killed or broken off, the next one takes over.
+    """
     aside = folder.parent / f"{folder.name}.unfinished"
-    shutil.rmtree(aside, ignore_errors=True)  # left behind by a process that was killed
-    aside.mkdir()
+    aside.mkdir(exist_ok=True)
     try:
-        report = ReadReport()
-        title = f"tokenizing {source.name}"
-        with terminal.Progress(source.n_bytes, title, "B", quiet=quiet) as bar:
-            _write_splits(aside, source, tokenizer, plan, report, bar.update)
+        try:
+            write_splits(aside, source, tokenizer, plan, processes, quiet)
+        except OtherTextError:
+            shutil.rmtree(aside)
+            aside.mkdir()
+            write_splits(aside, source, tokenizer, plan, processes, quiet)
         _sync_folder(aside)
         aside.rename(folder)
         _sync_folder(folder.parent)
-    except BaseException:
+    except UnfinishedError:
+        raise
+    except Exception:
         shutil.rmtree(aside, ignore_errors=True)
         raise
-
-
-def _write_splits(
-    aside: Path,
-    source: Source,
-    tokenizer: Tokenizer,
-    plan: _Plan,
-    report: ReadReport,
-    advance: Callable[[int], Any],
-) -> None:
-    """Tokenize the source into aside/train.tokens and aside/validation.tokens."""
-    splits = source.open(report, tokenizer)
-    facts = {
-        "source": source.name[:_LONGEST_NAME],
-        "tokenizer": tokenizer.name[:_LONGEST_NAME],
-        "tokenizer_hash": tokenizer.hash,
-    }
-    train = TokenFileWriter(aside / "train.tokens", tokenizer.vocab_size, facts)
-    validation = TokenFileWriter(aside / "validation.tokens", tokenizer.vocab_size, facts)
-    with train, validation:
-        into_train = _Encoder(tokenizer, train, advance)
-        into_validation = _Encoder(tokenizer, validation, advance)
-        texts, held = (
-            _counted(pieces or (), report, tokenizer)
-            for pieces in (splits.train, splits.validation)
-        )
-        if splits.validation is None:
-            _share_out(texts, into_train, into_validation, plan)
-        else:
-            _take(held, into_validation, plan.validation_size)
-            _take(texts, into_train, plan.train_size)
-        into_train.flush()
-        into_validation.flush()
-        train.facts |= _record(report, splits.documents, chain(texts, held), advance)
-    _require_documents(source, splits, train, validation, report)
-    if splits.validation is None and 0 in (train.n_tokens, validation.n_tokens):
-        _split_by_tokens(aside, tokenizer, plan, facts | train.facts)
-
-
-def _counted(pieces: Iterable[Piece], report: ReadReport, tokenizer: Tokenizer) -> Iterator[Piece]:
-    """The pieces, their documents and bytes counted in `report`."""
-    for piece in pieces:
-        report.documents += piece.is_last
-        report.bytes += _text_bytes(piece, tokenizer)
-        yield piece
-
-
-def _text_bytes(piece: Piece, tokenizer: Tokenizer) -> int:
-    if piece.tokens is None:
-        return len(piece.text.encode())
-    return int(tokenizer.token_bytes[piece.tokens].sum())
-
-
-def _record(
-    report: ReadReport,
-    documents: int | None,
-    unused: Iterable[Piece],
-    advance: Callable[[int], Any],
-) -> dict[str, Any]:
-    """What the cache keeps of the reading: how much text there is, and what was skipped.
-
-    Text that is not used is read to count it, unless the number of documents is known without.
-    """
-    n_bytes: int | None = None
-    if documents is None:
-        with contextlib.suppress(DataError):  # it is not used: a fault in it leaves it uncounted
-            for piece in unused:
-                advance(len(piece.text))
-            documents, n_bytes = report.documents, report.bytes
-    notes = [note[:_LONGEST_NOTE] for note in report.notes()]
-    while len(json.dumps(notes)) > _ROOM_FOR_NOTES:
-        notes = [note[: len(note) // 2] for note in notes]
-    return {"documents": documents, "bytes": n_bytes, "notes": notes}
-
-
-def _require_documents(
-    source: Source,
-    splits: Splits,
-    train: TokenFileWriter,
-    validation: TokenFileWriter,
-    report: ReadReport,
-) -> None:
-    """DataError without any token, or in a split of its own without one."""
-    empty = [name for name, split in (("train", train), ("validate", validation))
-             if not split.n_tokens]  # fmt: skip
-    if len(empty) == 2 or (empty and splits.validation is not None):
-        where = source.name if len(empty) == 2 else f"{source.name}, to {empty[0]} on"
-        skipped = f" ({'; '.join(report.notes())})" if report.notes() else ""
-        raise DataError(
-            f"{where}: expected a document of at least one character, got none{skipped}"
-        )
-
-
-def _take(pieces: Iterable[Piece], encoder: _Encoder, size: int | None) -> None:
-    """The first `size` documents, or all."""
-    taken = 0
-    for piece in pieces:
-        if size is not None and taken >= size:
-            return
-        encoder.add(piece)
-        taken += piece.is_last
-
-
-def _share_out(pieces: Iterable[Piece], train: _Encoder, validation: _Encoder, plan: _Plan) -> None:
-    """Write each document to its split, until both have the requested size."""
-    sizes = {id(train): plan.train_size, id(validation): plan.validation_size}
-    taken = {id(train): 0, id(validation): 0}
-    index, encoder = 0, validation if held_out(0, plan.fraction) else train
-    for piece in pieces:
-        size = sizes[id(encoder)]
-        if size is None or taken[id(encoder)] < size:
-            encoder.add(piece)
-            taken[id(encoder)] += piece.is_last
-        if piece.is_last:
-            if _enough(taken[id(train)], taken[id(validation)], plan):
-                return
-            index += 1
-            encoder = validation if held_out(index, plan.fraction) else train
-
-
-def _enough(n_train: int, n_validation: int, plan: _Plan) -> bool:
-    """Whether both splits are full. Without a training size everything is read; without a
-    validation size validation has what was held out while training was filled."""
-    if plan.train_size is None or n_train < plan.train_size:
-        return False
-    return plan.validation_size is None or n_validation >= plan.validation_size
-
-
-def _split_by_tokens(aside: Path, tokenizer: Tokenizer, plan: _Plan, facts: dict[str, Any]) -> None:
-    """If one split got no document, hold out the last part of all tokens instead."""
-    names = ("train.tokens", "validation.tokens")
-    (whole,) = (stream for name in names if len(stream := TokenStream(aside / name)))
-    if len(whole) < 4:
-        raise DataError(
-            f"{facts['source']}: expected at least 4 tokens, got {len(whole)}; give more text"
-        )
-    cut = len(whole) - min(max(2, round(len(whole) * plan.fraction)), len(whole) - 2)
-    for name, start, stop in ((names[0], 0, cut), (names[1], cut, len(whole))):
-        with TokenFileWriter(aside / f"part-{name}", tokenizer.vocab_size, facts) as writer:
-            for first in range(start, stop, _COPY):
-                part = whole.read(first, min(first + _COPY, stop))
-                n_bytes = int(tokenizer.token_bytes[part].sum())
-                n_documents = int((part == tokenizer.eot_id).sum())
-                if first + len(part) == len(whole):  # a file of tokens may lack the last end
-                    n_documents += int(part[-1] != tokenizer.eot_id)
-                writer.write(part, n_bytes, n_documents)
-    for name in names:
-        (aside / f"part-{name}").replace(aside / name)
-
-
-class _Encoder:
-    """Collects pieces, tokenizes many at once, and ends each document with end-of-text."""
-
-    def __init__(
-        self, tokenizer: Tokenizer, writer: TokenFileWriter, advance: Callable[[int], Any]
-    ) -> None:
-        self._tokenizer, self._writer, self._advance = tokenizer, writer, advance
-        self._pieces: list[Piece] = []
-        self._characters = 0
-
-    def add(self, piece: Piece) -> None:
-        self._pieces.append(piece)
-        self._characters += len(piece.text) if piece.tokens is None else len(piece.tokens)
-        if self._characters >= _BATCH or len(self._pieces) >= _BATCH // 64:
-            self.flush()
-
-    def flush(self) -> None:
-        array = _encoded(self._tokenizer, self._pieces)
-        n_bytes = int(self._tokenizer.token_bytes[array].sum())
-        self._writer.write(array, n_bytes, sum(piece.is_last for piece in self._pieces))
-        self._advance(n_bytes)
-        self._pieces, self._characters = [], 0
-
-
-def _encoded(tokenizer: Tokenizer, pieces: list[Piece]) -> np.ndarray:
-    """The tokens of all pieces, int64. A text that ends a document is followed by end-of-text."""
-    given = [piece.tokens for piece in pieces if piece.tokens is not None]
-    if given and len(given) == len(pieces):
-        return np.concatenate(given).astype(np.int64)
-    texts = iter(tokenizer.encode_batch([p.text for p in pieces if p.tokens is None]))
-    tokens: list[int] = []
-    for piece in pieces:
-        if piece.tokens is not None:
-            tokens += piece.tokens.tolist()
-            continue
-        tokens += next(texts)
-        if piece.is_last:
-            tokens.append(tokenizer.eot_id)
-    return np.asarray(tokens, dtype=np.int64)
 
 
 def _open_folder(

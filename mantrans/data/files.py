@@ -11,10 +11,10 @@ import io
 import os
 import stat
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, NamedTuple, cast
+from typing import IO, Any, NamedTuple, cast
 
 from mantrans.data.foreign import SAMPLE, require_text
 from mantrans.errors import DataError, single_line
@@ -22,6 +22,7 @@ from mantrans.errors import DataError, single_line
 KINDS = (".txt", ".jsonl", ".parquet", ".bin")
 COMPRESSED = (".gz", ".zst")
 ACCEPTED = ".txt, .jsonl (also as .gz or .zst), .parquet or .bin (tokens)"
+_BUFFER = 2**18  # bytes read at once
 _SPECIAL = {
     stat.S_IFIFO: "a pipe",
     stat.S_IFCHR: "a device",
@@ -87,16 +88,30 @@ def local_files(path: str | Path, name: str = "data.path") -> LocalFiles:
     return LocalFiles(sorted(found), notes)
 
 
+class _Counting(io.FileIO):
+    """A file that calls `count` with the number of bytes that were read of it."""
+
+    def __init__(self, file: Path, count: Callable[[int], None]) -> None:
+        super().__init__(file, "rb")
+        self.count = count
+
+    def readinto(self, buffer: Any) -> int:
+        n_bytes = super().readinto(buffer) or 0
+        self.count(n_bytes)
+        return n_bytes
+
+
 @contextmanager
-def opened(file: Path) -> Iterator[IO[bytes]]:
+def opened(file: Path, count: Callable[[int], None] = lambda n: None) -> Iterator[IO[bytes]]:
     """The bytes of a text file, decompressed, after a look at what they are.
 
+    count: called with the number of bytes, compressed ones, that were read of the file.
     DataError for what is not UTF-8 text, OSError for what cannot be read.
     """
     try:
-        with _decompressed(file) as stream:
+        with _decompressed(file, lambda n: None) as stream:
             require_text(stream.read(SAMPLE), file)
-        with _decompressed(file) as stream:
+        with _decompressed(file, count) as stream:
             yield stream
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise DataError(
@@ -110,10 +125,11 @@ def opened(file: Path) -> Iterator[IO[bytes]]:
         raise
 
 
-def _decompressed(file: Path) -> IO[bytes]:
+def _decompressed(file: Path, count: Callable[[int], None]) -> IO[bytes]:
     suffix = file.suffix.lower()
+    raw = io.BufferedReader(_Counting(file, count), _BUFFER)
     if suffix == ".gz":
-        return cast(IO[bytes], gzip.open(file, "rb"))
+        return cast(IO[bytes], gzip.GzipFile(fileobj=raw))
     if suffix == ".zst":
         try:
             import pyarrow
@@ -121,8 +137,8 @@ def _decompressed(file: Path) -> IO[bytes]:
             raise DataError(
                 f"{file}: .zst needs the package pyarrow (pip install pyarrow); .gz needs none"
             ) from None
-        return io.BufferedReader(pyarrow.input_stream(str(file), compression="zstd"))
-    return file.open("rb")
+        return io.BufferedReader(pyarrow.input_stream(raw, compression="zstd"))
+    return raw
 
 
 def _folders(root: Path, links: list[Path]) -> Iterator[tuple[Path, list[str]]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,12 @@ from mantrans.errors import DataError, single_line
 _ROWS = 1024  # read at once
 
 
-def column_of(file: Path, column: str) -> Iterator[tuple[int, str | None, str]]:
+def column_of(
+    file: Path, column: str, count: Callable[[int], None] = lambda n: None
+) -> Iterator[tuple[int, str | None, str]]:
     """(number from 1, text, "") of each row, or (number, None, what is wrong with it).
 
+    count: called with the bytes of the file that the rows read so far stand for.
     DataError if this is no Parquet file, or has no such column of text.
     """
     try:
@@ -27,10 +30,12 @@ def column_of(file: Path, column: str) -> Iterator[tuple[int, str | None, str]]:
     try:
         with ParquetFile(file, pre_buffer=False) as table:
             _require_text(file, table.schema_arrow, column)
+            share = file.stat().st_size / max(1, table.metadata.num_rows)
             for batch in table.iter_batches(batch_size=_ROWS, columns=[column]):
                 for scalar in batch.column(column):
                     number += 1
                     yield number, *_text_of(scalar, column)
+                count(int(number * share) - int((number - len(batch)) * share))
     except DataError:
         raise
     except Exception as error:  # pyarrow raises many kinds for a damaged file

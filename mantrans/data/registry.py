@@ -175,9 +175,7 @@ def _place(file: Path) -> tuple[int, int]:
 def _local(chosen: _Chosen, name: str, text_field: str, separator: str, refuse: bool) -> Source:
     """The identity is the files' content and their kinds, which determine how they are read."""
     files = (*chosen.train, *(chosen.validation or ()))
-    size = None
-    if not any(file.suffix.lower() in COMPRESSED for file in files):
-        size = sum(file.stat().st_size for file in files)
+    size = sum(file.stat().st_size for file in files)
 
     def opened(report: ReadReport, tokenizer: Tokenizer | None = None) -> Splits:
         train, held = (

@@ -46,11 +46,16 @@ def token_dtype(vocab_size: int) -> np.dtype[Any]:
 class TokenFileWriter:
     """Writes one token file, which is complete after `close`.
 
-    Use as a context manager. `facts` (small, JSON) are kept in the header.
+    Use as a context manager. `facts` (small, JSON) are kept in the header. kept: what is in an
+    earlier, unfinished file can be taken over by `adopt`, before anything is written.
     """
 
     def __init__(
-        self, path: str | Path, vocab_size: int, facts: dict[str, Any] | None = None
+        self,
+        path: str | Path,
+        vocab_size: int,
+        facts: dict[str, Any] | None = None,
+        kept: bool = False,
     ) -> None:
         self.path = Path(path)
         self.vocab_size = vocab_size
@@ -59,24 +64,48 @@ class TokenFileWriter:
         self.n_tokens = self.n_documents = self.n_bytes = 0
         self.max_token = 0
         self._digest = hashlib.blake2b(digest_size=16)
-        self._file: BinaryIO = self.path.open("w+b")
+        is_kept = kept and self.path.is_file()
+        self._file: BinaryIO = self.path.open("r+b" if is_kept else "w+b")
         self._file.write(b"\0" * HEADER_BYTES)
 
-    def write(self, tokens: Sequence[int] | np.ndarray, n_bytes: int, n_documents: int) -> None:
-        """Append tokens that encode `n_bytes` bytes of text and end `n_documents` documents."""
+    def write(self, tokens: Sequence[int] | np.ndarray, n_bytes: int, n_documents: int) -> str:
+        """Append tokens that encode `n_bytes` bytes of text and end `n_documents` documents.
+
+        Returns a checksum of these tokens.
+        """
         array = np.asarray(tokens, dtype=np.int64)
         if not array.size:
-            return
+            return _checksum(b"")
         if array.min() < 0 or array.max() >= self.vocab_size:
             raise DataError(
                 f"{self.path}: expected tokens 0 to {self.vocab_size - 1}, got "
                 f"{array.min()} to {array.max()}"
             )
-        self.max_token = max(self.max_token, int(array.max()))
         packed = array.astype(self.dtype).tobytes()
-        self._digest.update(packed)
         self._file.write(packed)
-        self.n_tokens += array.size
+        self._count(packed, n_bytes, n_documents)
+        return _checksum(packed)
+
+    def adopt(self, n_tokens: int, n_bytes: int, n_documents: int, checksum: str) -> bool:
+        """Take over what an earlier process wrote here by a call of `write` that returned
+        `checksum`. False, and nothing is taken over, unless it is there unchanged."""
+        packed = self._file.read(n_tokens * self.dtype.itemsize)
+        if _checksum(packed) != checksum or len(packed) != n_tokens * self.dtype.itemsize:
+            self._file.seek(-len(packed), os.SEEK_CUR)
+            return False
+        self._count(packed, n_bytes, n_documents)
+        return True
+
+    def flush(self) -> None:
+        """Give what was written to the system, which has it even if this process is killed."""
+        self._file.flush()
+
+    def _count(self, packed: bytes, n_bytes: int, n_documents: int) -> None:
+        self._digest.update(packed)
+        if packed:
+            largest = int(np.frombuffer(packed, self.dtype).max())
+            self.max_token = max(self.max_token, largest)
+        self.n_tokens += len(packed) // self.dtype.itemsize
         self.n_bytes += n_bytes
         self.n_documents += n_documents
 
@@ -91,6 +120,7 @@ class TokenFileWriter:
             "checksum": self._digest.hexdigest(),
             "facts": self.facts,
         }
+        self._file.truncate()  # what an earlier process wrote and this one did not take over
         self._file.seek(0)
         self._file.write(_packed_header(header))
         self._file.flush()
@@ -164,6 +194,10 @@ class TokenStream:
         if n_tokens == 0:  # an empty range cannot be mapped
             return np.empty(0, dtype=self.dtype)
         return np.memmap(self.path, self.dtype, "r", HEADER_BYTES, (n_tokens,))
+
+
+def _checksum(packed: bytes) -> str:
+    return hashlib.blake2b(packed, digest_size=16).hexdigest()
 
 
 def _packed_header(header: dict[str, Any]) -> bytes:

@@ -17,7 +17,7 @@ import codecs
 import io
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -58,15 +58,21 @@ class Piece(NamedTuple):
 class ReadReport:
     """What the readers found and what they skipped, updated while they run.
 
-    `rows`: of `.jsonl` and `.parquet`; those `broken` were skipped, those `empty` hold no text.
+    `read`: bytes of the files, as they are on the disk. `rows`: of `.jsonl` and `.parquet`; those
+    `broken` were skipped, those `empty` hold no text.
     """
 
+    read: int = 0
     documents: int = 0
     bytes: int = 0
     rows: int = 0
     broken: int = 0
     first_broken: str = ""
     empty: int = 0
+
+    def count(self, n_bytes: int) -> None:
+        """More bytes were read."""
+        self.read += n_bytes
 
     def texts(
         self,
@@ -124,28 +130,31 @@ def read_files(
     for file in files:
         try:
             if kind_of(file) == ".txt":
-                yield from read_txt(file, separator)
+                yield from read_txt(file, separator, report)
             elif kind_of(file) == ".jsonl":
                 yield from read_jsonl(file, text_field, refuse_broken_lines, report)
             elif kind_of(file) == ".bin":
-                yield from _read_tokens(file, tokenizer)
+                yield from _read_tokens(file, tokenizer, report)
             else:
                 yield from read_parquet(file, text_field, refuse_broken_lines, report)
         except OSError as error:
             raise DataError(f"{file}: cannot be read: {error.strerror or error}") from None
 
 
-def _read_tokens(file: Path, tokenizer: Tokenizer | None) -> Iterator[Piece]:
+def _read_tokens(file: Path, tokenizer: Tokenizer | None, report: ReadReport) -> Iterator[Piece]:
     """The documents of a file of tokens."""
     if tokenizer is None:
         raise DataError(f"{file}: expected text, got a file of tokens (.bin)")
-    for tokens, is_last in read_bin(file, tokenizer):
+    for tokens, is_last in read_bin(file, tokenizer, report.count):
         yield Piece("", is_last, tokens)
 
 
-def read_txt(file: Path, separator: str = "eot") -> Iterator[Piece]:
+def read_txt(
+    file: Path, separator: str = "eot", report: ReadReport | None = None
+) -> Iterator[Piece]:
     """Documents of a text file, separated by `<|endoftext|>` ("eot") or by blank lines."""
-    return _stripped(_split(_characters(file), _SEPARATORS[separator]))
+    characters = _characters(file, (report or ReadReport()).count)
+    return _stripped(_split(characters, _SEPARATORS[separator]))
 
 
 def read_jsonl(
@@ -160,7 +169,7 @@ def read_jsonl(
     faults: list[str] = []
 
     def rows() -> Iterator[tuple[int, str | None, str]]:
-        for number, line in _lines(file):
+        for number, line in _lines(file, report.count):
             text, fault = _text_of_line(line, text_field)
             if fault and not faults:
                 faults.append(fault)
@@ -179,7 +188,9 @@ def read_parquet(
     file: Path, text_field: str, refuse_broken_lines: bool, report: ReadReport
 ) -> Iterator[Piece]:
     """The texts in the column `text_field` of a Parquet file. A row is broken if it has none."""
-    for text in report.texts(column_of(file, text_field), str(file), refuse_broken_lines):
+    for text in report.texts(
+        column_of(file, text_field, report.count), str(file), refuse_broken_lines
+    ):
         yield from pieces_of(text)
 
 
@@ -195,11 +206,11 @@ def pieces_of(document: str) -> Iterator[Piece]:
         yield Piece(text[start:], True)
 
 
-def _characters(file: Path) -> Iterator[str]:
+def _characters(file: Path, count: Callable[[int], None]) -> Iterator[str]:
     """The file's text in chunks, without a byte order mark and with CRLF as LF."""
     decoder = codecs.getincrementaldecoder("utf-8-sig")("strict")
     held, read = "", 0
-    with opened(file) as stream:
+    with opened(file, count) as stream:
         while True:
             raw = stream.read(_CHUNK)
             try:
@@ -265,12 +276,12 @@ def _stripped(pieces: Iterable[Piece]) -> Iterator[Piece]:
             begun, held = False, ""
 
 
-def _lines(file: Path) -> Iterator[tuple[int, bytes | None]]:
+def _lines(file: Path, count: Callable[[int], None]) -> Iterator[tuple[int, bytes | None]]:
     """(number, line) of lines that are not blank, without a byte order mark; None if too long.
 
     LF, CRLF or CR ends a line, because JSON text cannot hold any of them but between values.
     """
-    with opened(file) as raw:
+    with opened(file, count) as raw:
         # Latin-1 is bytes as characters: it brings readline with all line ends.
         stream = io.TextIOWrapper(cast(Any, raw), encoding="latin-1", newline=None)
         number = 0

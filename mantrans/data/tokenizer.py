@@ -76,6 +76,11 @@ class Tokenizer:
         _check_added(description, source, foreign)
         _check_lossless(self, description, source, foreign)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """In another process: the library's own state does not include this setting."""
+        vars(self).update(state)
+        self.library.encode_special_tokens = True
+
     def encode(self, text: str) -> list[int]:
         """The tokens of `text`, without special tokens."""
         return self.encode_batch([text])[0]

@@ -22,8 +22,8 @@ from typing import Any
 import torch
 
 from mantrans.config import Config
+from mantrans.cores import share_of_cores
 from mantrans.models.transformer import CustomTransformer
-from mantrans.runtime import share_of_cores
 from mantrans.terminal import Progress
 from mantrans.training import first_step
 from mantrans.training.first_step import Program

@@ -46,6 +46,7 @@ INTEGERS = {
     "generate --checkpoint none.pt --prompt a --seed": (0, 2**63 - 1),
     "generate --checkpoint none.pt --prompt a --count": (1, 10**6),
     "chat --checkpoint none.pt --max-tokens": (1, 2**20),
+    "prepare --config none.yaml --processes": (1, 4096),
     "verify none --steps 1 --from": (1, 10**12),
     "verify none --from 1 --steps": (1, 10**12),
     "tokenizer train --output none --input none.txt --vocab-size": (257, 2**24),

@@ -381,7 +381,7 @@ def test_cache_key_parts(tmp_path: Path, tokenizer: Tokenizer) -> None:
     tokenizer = SimpleNamespace(**vars(tokenizer))
     tokenizer.hash = "0" * 64
     source = find_source("local", path=file)
-    plan, known = dataset._Plan(0.05, None, None), KnownFiles(tmp_path / "known")
+    plan, known = dataset.Plan(0.05, None, None), KnownFiles(tmp_path / "known")
     folders.add(tmp_path / "cache" / dataset._folder_name(source, tokenizer, plan, known))
     file = file.rename(tmp_path / "sub" / "a.jsonl")  # read in another way
     source = find_source("local", path=file)
