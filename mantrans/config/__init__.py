@@ -347,6 +347,10 @@ class TrainingConfig(Section):
         ge=1,
         le=4096,
     )
+    tracker: Literal["trackio", "wandb"] | None = setting(
+        None, "send what is measured to trackio or Weights & Biases too, if it is installed"
+    )
+    tracker_project: Text | None = setting(None, "the project there; null: mantrans")
     output_dir: FilePath = setting("runs", "folder of metrics, logs and samples")
     checkpoint_dir: FilePath = setting("checkpoints", "folder of checkpoints")
 

@@ -5,6 +5,7 @@
     timings.jsonl    tokens per second, TFLOP/s, share of the device's peak: values that vary from
                      run to run
     tensorboard/     the same as TensorBoard event files, where tensorboard is installed
+    tracker.json     the run's name in training.tracker, if there is one
     config.yaml      the configuration with every default written out
     versions.json    of Python, the libraries and this project, and the machine
 
@@ -27,6 +28,7 @@ from mantrans.checkpoint.atomic import replacing, write_all
 from mantrans.config import Config, strict_yaml
 from mantrans.errors import MantransError
 from mantrans.records import JsonLines
+from mantrans.training import tracker
 from mantrans.training.console import Console
 
 _PACKAGES = ("torch", "triton", "numpy", "tokenizers", "mantrans")
@@ -77,6 +79,11 @@ class RunLogger:
         self._metrics = JsonLines(self.directory / "metrics.jsonl", resume_step)
         self._timings = JsonLines(self.directory / "timings.jsonl", resume_step)
         self._said: set[str] = set()
+        self._tracker = None
+        if config is not None:
+            self._tracker = tracker.start(
+                config, self.directory, resume_step is not None, self.message
+            )
         self._events: Any = None
         if tensorboard:
             self._events = _event_writer(self.directory / "tensorboard", resume_step)
@@ -121,6 +128,8 @@ class RunLogger:
         self._metrics.close()
         self._timings.close()
         self._to_events("close")
+        if self._tracker is not None:
+            self._tracker.close()
 
     def __enter__(self) -> RunLogger:
         return self
@@ -140,6 +149,8 @@ class RunLogger:
             self.message(f"warning: {lines.trouble}; the records wait in memory")
         for name, value in numbers(scalars):
             self._to_events("add_scalar", name, value, step)
+        if self._tracker is not None:
+            self._tracker.log(step, dict(numbers(scalars)))
 
     def _to_events(self, method: str, *arguments: Any) -> None:
         """Call the writer; if the disk fails, the event file ends and the run continues."""

@@ -26,7 +26,7 @@ from mantrans.training.lock import run_lock
 
 FILES = (
     "config.yaml", "versions.json", "metrics.jsonl", "timings.jsonl", "report.json", "report.html",
-    "profile.json",
+    "profile.json", "tracker.json",
 )  # fmt: skip
 LINKS = ("latest.pt", "best.pt")
 
