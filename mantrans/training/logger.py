@@ -79,7 +79,7 @@ class RunLogger:
         self._metrics = JsonLines(self.directory / "metrics.jsonl", resume_step)
         self._timings = JsonLines(self.directory / "timings.jsonl", resume_step)
         self._said: set[str] = set()
-        self._tracker = None
+        self._tracker: tracker.Tracker | None = None
         if config is not None:
             self._tracker = tracker.start(
                 config, self.directory, resume_step is not None, self.message
