@@ -21,8 +21,9 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from mantrans.checkpoint.atomic import open_regular, replacing, write_all
 from mantrans.config import Config
@@ -94,10 +95,11 @@ class Tracker:
         """Write what is logged to the process, until None; then see how it ends."""
         process = self._process
         assert process.stdin and process.stdout
+        stdin = cast(FileIO, process.stdin)  # bufsize=0
         with contextlib.suppress(OSError):  # it has ended, and says why
             while (record := self._records.get()) is not None:
-                write_all(process.stdin, json.dumps(record).encode() + b"\n")
-            process.stdin.close()
+                write_all(stdin, json.dumps(record).encode() + b"\n")
+            stdin.close()
         if why := process.stdout.read():
             self._failure = single_line(why.decode(errors="replace"))
         if status := process.wait():
