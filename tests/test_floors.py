@@ -14,7 +14,7 @@ FLOORS = [
     "kernels.reference kernels.native kernels.triton kernels.backend "
     "kernels.operations kernels.selfcheck errors cores",
     "layers ops parameters config runtime cuda_graph finite distributed assets terminal options",
-    "models optim checkpoint interop wrapper records recording",
+    "models optim checkpoint interop wrapper records recording patch",
     "training evaluation data inference report explain proof mantrans",
     "cli __main__",
 ]

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from mantrans.kernels.reference import check_window, head_sizes, window_starts
 from mantrans.ops.registration import (
+    autocast,
     backend_of,
     differentiate,
     expect,
@@ -31,9 +32,11 @@ def attention(
     window_size = (window - 1, 0)); None: all. cu_seqlens (n + 1,) integers, as FlashAttention's
     varlen functions have them: q is (N, H, D), sequence i its rows cu_seqlens[i] ..
     cu_seqlens[i + 1] - 1, the first bound is 0 and the last N (checked on a CPU alone).
+    Under autocast q, k and v are cast to its dtype, as those of PyTorch's SDPA are.
     Returns (..., T, H, D). Scores do not exist as a whole.
     """
     expect_floats("q", q)
+    q, k, v = autocast(q, k, v)
     expect("q", q.dim() >= 3, "(..., T, H, D)", tuple(q.shape))
     expect("k", isinstance(k, Tensor) and k.dim() == q.dim(), f"{q.dim()} axes", _shape(k))
     expect_like("k", k, q, (*q.shape[:-2], k.shape[-2], q.shape[-1]))
@@ -57,6 +60,7 @@ def packed_attention(
     H_kv, None for H. With cu_seqlens it is (N, (H + 2 H_kv)·D). Returns (..., T, H·D).
     """
     expect_floats("qkv", qkv)
+    (qkv,) = autocast(qkv)
     axes = "(N, ...)" if cu_seqlens is not None else "(..., T, ...)"
     fits = qkv.dim() == 2 or (qkv.dim() > 2 and cu_seqlens is None)
     expect("q, k and v", fits, axes, f"{qkv.dim() - 1} axes before the heads")

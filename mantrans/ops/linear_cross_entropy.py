@@ -13,6 +13,7 @@ from torch import Tensor
 from mantrans.kernels.reference import IGNORE_INDEX, sum_in_parts, wide_dtype
 from mantrans.ops.cross_entropy import check_reduction
 from mantrans.ops.registration import (
+    autocast,
     backend_of,
     differentiate,
     expect,
@@ -42,8 +43,7 @@ def linear_cross_entropy(
     expect_floats("x", x)
     expect("x", x.dim() > 0, "at least one axis", tuple(x.shape))
     expect_floats("weight", weight)
-    if torch.is_autocast_enabled(x.device.type):
-        x, weight = (z.to(torch.get_autocast_dtype(x.device.type)) for z in (x, weight))
+    x, weight = autocast(x, weight)
     expect_like("weight", weight, x, (*weight.shape[:1], x.shape[-1]))
     expect_targets(targets, x, x.shape[:-1])
     counted = targets != ignore_index

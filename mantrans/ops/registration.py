@@ -69,6 +69,15 @@ def differentiate(
     forward.register_autograd(gradients, setup_context=setup_context)
 
 
+def autocast(*tensors: Any) -> list[Any]:
+    """Tensors in the dtype of autocast where it is on; of float64, and what is none, as it is."""
+    first = tensors[0]
+    if not torch.is_autocast_enabled(first.device.type) or first.dtype == torch.float64:
+        return list(tensors)
+    dtype = torch.get_autocast_dtype(first.device.type)
+    return [x.to(dtype) if isinstance(x, Tensor) else x for x in tensors]
+
+
 # --------------------------------------------------------------------------------------- inputs
 
 

@@ -1,0 +1,373 @@
+"""Models of transformers with our operations inside, beside themselves without.
+
+Tolerances, relative RMS over each tensor: float64 1e-10, float32 1e-5, as for the whole models in
+tests/mantrans/models: a rounding grows through some hundred dependent operations.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mantrans import patch
+from tests.mantrans.models import test_against_transformers as our_gpt2
+from tests.support import families
+from tests.support.compare import assert_close, assert_same_bits
+
+transformers = pytest.importorskip("transformers", reason="its models are patched")
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
+B, T = 2, 21
+
+
+def gpt2(dtype: torch.dtype) -> nn.Module:
+    return our_gpt2.build(dtype, "native")[1]
+
+
+def family(case: str) -> Callable[[torch.dtype], nn.Module]:
+    def make(dtype: torch.dtype) -> nn.Module:
+        return families.theirs(families.ours(case, dtype, "native"), exact=dtype == torch.float64)
+
+    return make
+
+
+MODELS: dict[str, tuple[Callable[[torch.dtype], nn.Module], Callable[[Any], Any]]] = {
+    "gpt2": (gpt2, patch.patch_gpt2),
+    **{case: (family(case), patch.patch_llama) for case in families.CASES if "llama" in case},
+    **{case: (family(case), patch.patch_qwen3) for case in families.CASES if "qwen3" in case},
+}
+FEW = ["gpt2", "llama", "qwen3, window, biases"]
+each_model = pytest.mark.parametrize("name", MODELS)
+each_kind = pytest.mark.parametrize("name", FEW)
+
+
+def made(name: str, dtype: torch.dtype = torch.float32) -> tuple[Any, Callable[[Any], Any]]:
+    make, put = MODELS[name]
+    return make(dtype).train(), put
+
+
+def batch(model: Any) -> tuple[Tensor, Tensor]:
+    source = torch.Generator().manual_seed(1)
+    ids = torch.randint(0, model.config.vocab_size, (B, T), generator=source)
+    labels = ids.clone()
+    labels[0, :5] = labels[1, 15:] = -100  # no row without a key has a target, see `ragged`
+    return ids, labels
+
+
+def plain_loss(model: Any, ids: Tensor, labels: Tensor, **options: Any) -> Tensor:
+    """From the logits: the model's own loss rounds them to float32."""
+    logits = model(ids, **options).logits
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+
+
+def gradients(model: Any, loss: Tensor) -> dict[str, Tensor]:
+    model.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+def assert_same_gradients(
+    found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float
+) -> None:
+    """A bias of keys has no gradient: there rounding is measured beside the bias of queries."""
+    assert found.keys() == expected.keys()
+    for name, x in found.items():
+        y = expected[name]
+        if name.endswith("c_attn.bias"):
+            size = y.chunk(3)[0].norm()
+        else:
+            size = expected[name.replace("k_proj.bias", "q_proj.bias")].norm()
+        assert (x - y).norm() <= tolerance * size, f"{name}: {(x - y).norm() / size:.1e}"
+
+
+# ------------------------------------------------------------------------------- the same numbers
+
+
+@each_model
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_patch_gradients(name: str, dtype: torch.dtype) -> None:
+    """Loss and every gradient, with some labels ignored; afterwards the first bits again."""
+    model, put = made(name, dtype)
+    ids, labels = batch(model)
+    options = {"use_cache": False}
+    before = plain_loss(model, ids, labels, **options)
+    expected = gradients(model, before)
+    put(model)
+    outputs = model(ids, labels=labels, **options)
+    assert outputs.logits is None
+    assert_close(outputs.loss.detach(), before.detach(), TOLERANCE[dtype])
+    assert_same_gradients(gradients(model, outputs.loss), expected, TOLERANCE[dtype])
+    patch.unpatch(model)
+    assert_same_bits(gradients(model, plain_loss(model, ids, labels, **options)), expected)
+
+
+def ragged(ids: Tensor) -> dict[str, Tensor]:
+    mask = torch.ones_like(ids)
+    mask[0, :4] = mask[1, 15:] = 0
+    return {"attention_mask": mask}
+
+
+def packed(ids: Tensor) -> dict[str, Tensor]:
+    positions = torch.cat((torch.arange(8), torch.arange(T - 8)))
+    return {"position_ids": positions.expand(B, T), "use_cache": False}
+
+
+SITUATIONS: dict[str, Callable[[Tensor], dict[str, Any]]] = {
+    "cache": lambda ids: {"use_cache": True},
+    "mask of ones": lambda ids: {"attention_mask": torch.ones_like(ids), "use_cache": False},
+    "padding": ragged,
+    "packed": packed,
+    "positions of each row": lambda ids: {
+        "position_ids": torch.arange(T) + torch.tensor([[0], [9]]), "use_cache": False,
+        "attention_mask": torch.ones_like(ids),
+    },
+    "shift_labels": lambda ids: {"shift_labels": ids, "use_cache": False},
+    "num_items": lambda ids: {"num_items_in_batch": torch.tensor(7), "use_cache": False},
+    "hidden states": lambda ids: {"output_hidden_states": True},
+    "logits_to_keep": lambda ids: {"logits_to_keep": T},
+    "tuple": lambda ids: {"return_dict": False},
+}  # fmt: skip
+
+
+@each_kind
+@pytest.mark.parametrize("situation", SITUATIONS)
+def test_patch_situations(name: str, situation: str) -> None:
+    """Their own loss, float32: with what a caller may pass."""
+    model, put = made(name)
+    ids, labels = batch(model)
+    options = SITUATIONS[situation](ids)
+    results = []
+    for prepare in (lambda model: model, put):
+        prepare(model)
+        outputs = model(input_ids=ids, labels=labels, **options)
+        loss = outputs[0]
+        extra = getattr(outputs, "hidden_states", None) or ()
+        results.append((loss.detach(), extra, gradients(model, loss)))
+    (loss, extra, found), (loss_2, extra_2, found_2) = results
+    assert_close(loss_2, loss, 1e-5)
+    assert_same_gradients(found_2, found, 2e-5)
+    assert len(extra) == len(extra_2)
+    for x, y in zip(extra_2, extra, strict=True):
+        assert_close(x.detach(), y.detach(), 1e-5)
+
+
+@each_kind
+def test_patch_checkpointing(name: str) -> None:
+    """With gradient checkpointing the same bits as without."""
+    model, put = made(name)
+    ids, labels = batch(model)
+    put(model)
+    expected = gradients(model, model(ids, labels=labels, use_cache=False).loss)
+    model.gradient_checkpointing_enable()
+    found = gradients(model, model(ids, labels=labels, use_cache=False).loss)
+    assert_same_bits(found, expected)
+
+
+@each_kind
+def test_patch_autocast(name: str) -> None:
+    """Under autocast gradients are as near those of float32 as the unpatched model's."""
+    model, put = made(name)
+    ids, labels = batch(model)
+    exact = gradients(model, plain_loss(model, ids, labels, use_cache=False))
+    far = []
+    for prepare in (lambda model: model, put):
+        prepare(model)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(ids, labels=labels, use_cache=False).loss
+        found = gradients(model, loss)
+        assert all(g.dtype == torch.float32 for g in found.values())
+        far.append(torch.stack([(found[n] - g).norm() for n, g in exact.items()]).norm())
+    assert far[1] <= 1.5 * far[0]
+
+
+@each_kind
+@pytest.mark.parametrize("padded", [False, True], ids=["", "padded"])
+def test_patch_generate(name: str, padded: bool) -> None:
+    """Greedy tokens with a cache, and the logits of an evaluation with labels."""
+    model, put = made(name)
+    model.eval()
+    ids, labels = batch(model)
+    options = {"attention_mask": torch.ones_like(ids)}
+    if padded:
+        options["attention_mask"][0, :6] = 0
+    options |= {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    results = []
+    for prepare in (lambda model: model, put):
+        prepare(model)
+        with torch.no_grad():
+            results.append((model.generate(ids, **options), model(ids, labels=labels)))
+    (tokens, outputs), (tokens_2, outputs_2) = results
+    assert torch.equal(tokens, tokens_2) and tokens.shape[1] > T
+    assert_close(outputs_2.logits, outputs.logits, 1e-5)
+    assert_close(outputs_2.loss, outputs.loss, 1e-5)
+
+
+def test_patch_operations_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training calls each of them: no other code computes in their place."""
+    seen: set[str] = set()
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.add(function.name().removeprefix("mantrans::"))
+            return function(*args, **(kwargs or {}))
+
+    for name in FEW:
+        model, put = made(name)
+        ids, labels = batch(put(model))
+        with Watch():
+            model(ids, labels=labels, use_cache=False).loss.backward()
+    forward = {
+        "layer_norm", "add_layer_norm", "rms_norm", "add_rms_norm", "rope", "swiglu", "bias_gelu",
+        "attention", "linear_cross_entropy",
+    }  # fmt: skip
+    backward = {f"{n}_backward" for n in forward if not n.startswith("add_")}
+    assert forward | backward <= seen
+    others = ("softmax", "scaled_dot", "native_layer_norm", "aten::silu", "gelu", "nll_loss")
+    assert not [s for s in seen - forward - backward if any(other in s for other in others)]
+
+
+@pytest.mark.slow
+@each_kind
+def test_patch_compile_fullgraph(name: str) -> None:
+    """A step of a patched model is one graph, and has the same gradients."""
+    model, put = made(name)
+    ids, labels = batch(put(model))
+    expected = gradients(model, model(input_ids=ids, labels=labels, use_cache=False).loss)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="inductor")
+    loss = compiled(input_ids=ids, labels=labels, use_cache=False).loss
+    assert_same_gradients(gradients(model, loss), expected, 1e-5)
+
+
+# ------------------------------------------------------------------------------- in and out again
+
+
+def state_of(model: Any) -> dict[str, Any]:
+    """What a patch could leave behind: attributes of modules, and the config."""
+    attributes = {n: sorted(vars(m)) for n, m in model.named_modules()}
+    return {
+        **attributes,
+        "config": model.config.to_dict(),
+        "how": model.config._attn_implementation,
+    }
+
+
+@each_kind
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_unpatch_leaves_nothing(name: str, attention: str) -> None:
+    model, put = made(name)
+    model.set_attn_implementation(attention)
+    before, names = state_of(model), list(model.state_dict())
+    signature = inspect.signature(model.forward)
+    assert put(model) is model
+    assert state_of(model) != before and list(model.state_dict()) == names
+    assert inspect.signature(model.forward) == signature  # Trainer reads it
+    assert patch.unpatch(model) is model
+    assert state_of(model) == before
+
+
+def test_unpatch_own_forward_of_module() -> None:
+    """A forward that a module had of its own comes back."""
+    model, put = made("llama")
+    own = model.model.norm.forward = lambda x: 2 * x
+    put(model)
+    assert model.model.norm.forward is not own
+    patch.unpatch(model)
+    assert model.model.norm.forward is own
+
+
+def test_patch_copy_and_folder(tmp_path: Any) -> None:
+    """A copy computes with its own weights; a saved folder is a plain model."""
+    model, put = made("llama")
+    ids, labels = batch(put(model))
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        for p in twin.parameters():
+            p.zero_()
+    loss = twin(ids, labels=labels, use_cache=False).loss.item()
+    assert loss == pytest.approx(math.log(model.config.vocab_size))
+    assert not twin.model.layers[0].mlp(torch.ones(1, 48)).any()
+    patch.unpatch(twin)
+    model.save_pretrained(tmp_path)
+    found = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert found.config._attn_implementation == "sdpa"
+    assert_same_bits(dict(found.state_dict()), dict(model.state_dict()))
+
+
+# ------------------------------------------------------------------------------------- refusals
+
+
+def small(kind: str, **settings: Any) -> Any:
+    sizes = {
+        "gpt2": {"n_embd": 8, "n_layer": 1, "n_head": 2, "attn_pdrop": 0.0},
+        "llama": {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2,
+                  "intermediate_size": 8},
+    }[kind]  # fmt: skip
+    config = transformers.AutoConfig.for_model(kind, vocab_size=7, **{**sizes, **settings})
+    return transformers.AutoModelForCausalLM.from_config(config)
+
+
+def refusals() -> Iterator[tuple[str, Callable[[], Any], str]]:
+    for field, value, expected in [
+        ("attn_pdrop", 0.1, "0"), ("activation_function", "relu", "gelu_new or gelu_pytorch_tanh"),
+        ("scale_attn_weights", False, "True"), ("scale_attn_by_inverse_layer_idx", True, "False"),
+        ("reorder_and_upcast_attn", True, "False"), ("add_cross_attention", True, "False"),
+    ]:  # fmt: skip
+        message = f"config.{field}: expected {expected}, got {value}"
+        yield field, lambda f=field, v=value: patch.patch_gpt2(small("gpt2", **{f: v})), message
+    for field, value in [("hidden_act", "gelu"), ("attention_dropout", 0.2)]:
+        message = f"config.{field}: expected .*, got {value}"
+        yield field, lambda f=field, v=value: patch.patch_llama(small("llama", **{f: v})), message
+    message = "model: expected a GPT2LMHeadModel, got LlamaForCausalLM"
+    yield "kind", lambda: patch.patch_gpt2(small("llama")), message
+    yield "base", lambda: patch.patch_llama(small("llama").model), "ForCausalLM, got LlamaModel"
+    yield "nothing", lambda: patch.patch_qwen3(None), "a Qwen3ForCausalLM, got NoneType"
+    yield "twice", lambda: patch.patch_llama(patch.patch_llama(small("llama"))), "got a patched one"
+    yield "not in", lambda: patch.unpatch(small("llama")), "expected a patched model, got Llama"
+
+    def attentions() -> None:
+        model = patch.patch_llama(small("llama"))
+        model(torch.ones(1, 3, dtype=torch.long), output_attentions=True)
+
+    yield "attentions", attentions, "output_attentions: expected False for a patched model, got Tr"
+
+    def hooked() -> None:
+        model = small("llama")
+        model.lm_head._hf_hook = object()
+        patch.patch_llama(model)
+
+    yield "hooks", hooked, "expected one without accelerate's hooks, got one on lm_head"
+
+    def dropout() -> None:
+        model = patch.patch_llama(small("llama"))
+        model.model.layers[0].self_attn.attention_dropout = 0.1
+        model(torch.ones(1, 3, dtype=torch.long), use_cache=True)
+
+    yield "dropout later", dropout, "attention dropout: expected 0, got 0.1"
+
+
+REFUSALS = list(refusals())
+
+
+@pytest.mark.parametrize(
+    ("call", "message"), [r[1:] for r in REFUSALS], ids=[r[0] for r in REFUSALS]
+)
+def test_patch_refuses(call: Callable[[], Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message) as refused:
+        call()
+    assert "\n" not in str(refused.value)
+
+
+def test_patch_refused_untouched() -> None:
+    model = small("gpt2", attn_pdrop=0.1)
+    before = state_of(model)
+    with pytest.raises(ValueError, match="attn_pdrop"):
+        patch.patch_gpt2(model)
+    assert state_of(model) == before
