@@ -28,7 +28,7 @@ from mantrans.wrapper import CustomTransformerWrapper
 # name -> (C, blocks, H, F, V), and what is not GPT-2's
 LLAMA = {"norm": "rms_norm", "position": "rope", "mlp": "swiglu", "bias": False}
 MODELS: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
-    "quickstart-sized": ((160, 4, 4, 480, 4096), {}),
+    "160 wide": ((160, 4, 4, 480, 4096), {}),
     "seed-sized": ((256, 4, 4, 512, 4096), {}),
     "TinyStories 33M": ((768, 4, 16, 3072, 4096), {}),
     "GPT-2 124M": ((768, 12, 12, 3072, 50304), {}),

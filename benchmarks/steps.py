@@ -94,7 +94,7 @@ def cases(quick: bool) -> list[Case]:
             *(Case("GPT-2 124M", 16384 // T, T, candidates=few) for T in (8192, 256, 4096, 2048)),
         ]
     in_float32 = Case("seed-sized", 16, 256, 1, "float32", everybody)
-    narrow = Case("quickstart-sized", 12, 160, 1, "float32", few)
+    narrow = Case("160 wide", 12, 160, 1, "float32", few)
     if not machine.has_native_bfloat16():
         return [
             in_float32,

@@ -473,7 +473,7 @@ class CustomTransformerWrapper:
     @classmethod
     @checked(directory=FilePath)
     def from_pretrained(cls, directory: str | Path, **keywords: Any) -> CustomTransformerWrapper:
-        """The model in a folder of transformers: GPT-2, Llama, Qwen2 or Qwen3 (see
+        """The model in a folder of transformers: GPT-2, Llama, Qwen2, Qwen3 or StarCoder2 (see
         `mantrans.interop.huggingface`).
 
         keywords: dtype, device, backend, optimizer, ... as for the class: it trains with SGD unless

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, model_validator
 from typing_extensions import Self
@@ -42,6 +42,14 @@ Dataset = Literal[
     "local",
 ]
 DATASETS: tuple[str, ...] = get_args(Dataset)
+_NAMES = r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}"
+HubSet = Annotated[
+    str,
+    Field(
+        pattern=rf"^hub:{_NAMES}(?:/{_NAMES}){{0,8}}(?::.{{1,200}})?$",
+        json_schema_extra={"patternErrorMessage": "hub:NAME[:FIELD]"},
+    ),
+]
 # Each pair has two ways to set the same thing: one of them on the command line replaces the other
 # in the file.
 _PAIRS = [
@@ -178,7 +186,9 @@ class ModelConfig(Section):
 class DataConfig(Section):
     """The text and its conversion to tokens."""
 
-    dataset: Dataset = setting("builtin-stories", "the text to train on")
+    dataset: Dataset | HubSet = setting(
+        "builtin-stories", "the text to train on; hub: a data set of the Hugging Face hub"
+    )
     tokenizer: Text = setting(
         "tinystories_bpe_4096",
         "folder under assets/models/tokenizers/, any folder with a tokenizer, or gpt2",
@@ -229,6 +239,8 @@ class DataConfig(Section):
             raise clash(self, "dataset", "local, since {} is given", "path")
         if self.dataset != "local" and self.val_path is not None:
             raise clash(self, "dataset", "local, since {} is given", "val_path")
+        if self.dataset.startswith("hub:") and ":" in self.dataset[4:] and self.text_field:
+            raise clash(self, "text_field", "null, since {} names a field ({})", "dataset")
         if self.val_path is not None and self.validation_fraction is not None:
             raise clash(self, "validation_fraction", "null, since {} is given", "val_path")
         return self

@@ -96,7 +96,9 @@ _BOUNDS = {
 def accepted(schema: Mapping[str, Any]) -> str:
     """Describe what a field of a JSON schema accepts, such as "an integer at least 1"."""
     if "anyOf" in schema:
-        return f"{accepted(schema['anyOf'][0])}, or null"
+        return ", or ".join(accepted(part) for part in schema["anyOf"])
+    if schema.get("type") == "null":
+        return "null"
     if "enum" in schema:
         return "one of " + ", ".join(schema["enum"])
     if "patternErrorMessage" in schema:
@@ -185,5 +187,6 @@ def _known(kind: type[BaseModel], holder: type[BaseModel], section: str, name: A
 
 def _field(schema: Mapping[str, Any], got: Any) -> tuple[str, str]:
     """(expected, got) for the value of a field, with the most similar choice if there is one."""
-    close = difflib.get_close_matches(got, schema.get("enum", []), n=1) if type(got) is str else []
+    choices = [name for part in (schema, *schema.get("anyOf", [])) for name in part.get("enum", [])]
+    close = difflib.get_close_matches(got, choices, n=1) if type(got) is str else []
     return accepted(schema), show(got) + "".join(f"; did you mean {match!r}?" for match in close)

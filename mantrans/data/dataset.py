@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import filelock
 
 from mantrans import terminal
-from mantrans.data.encoding import JOURNAL, BatchWriter, OtherTextError, SplitWriter
+from mantrans.data.encoding import BatchWriter, OtherTextError, SplitWriter
 from mantrans.data.files import kind_of
 from mantrans.data.known import KnownFiles, content_hash
 from mantrans.data.registry import Source, find_source
@@ -113,8 +113,7 @@ def prepare(
             with filelock.FileLock(folder.parent / f"{folder.name}.lock"):
                 if not folder.is_dir():
                     _write_folder(folder, source, tokenizer, plan, processes, quiet)
-        with contextlib.suppress(OSError):  # the folder may be read-only
-            (folder / JOURNAL).unlink(missing_ok=True)
+        _remove_workings(folder)
     except OSError as error:
         raise DataError(
             f"tokens cannot be written to {folder}: {error.strerror or error}; "
@@ -150,7 +149,8 @@ def tokenized(
             document_separator=separator,
             on_broken_lines=data_config.on_broken_lines,
         )
-        pieces, notes, size = source.open(report, tokenizer).train, source.notes, source.n_bytes
+        splits, notes = source.open(report, tokenizer), source.notes
+        pieces, size = splits.train, splits.n_bytes
     with tempfile.TemporaryDirectory() as folder:
         writer = TokenFileWriter(Path(folder) / "text.tokens", tokenizer.vocab_size)
         with (
@@ -210,10 +210,21 @@ def _write_folder(
         aside.rename(folder)
         _sync_folder(folder.parent)
     except UnfinishedError:
+        with contextlib.suppress(OSError):
+            aside.rmdir()  # if there is nothing to keep
         raise
     except Exception:
         shutil.rmtree(aside, ignore_errors=True)
         raise
+
+
+def _remove_workings(folder: Path) -> None:
+    """What was needed to write the tokens, such as the journal, also of a process that was killed
+    just after it had renamed the folder."""
+    for path in folder.iterdir():
+        if path.suffix != ".tokens":
+            with contextlib.suppress(OSError):  # the folder may be read-only
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _open_folder(

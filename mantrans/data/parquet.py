@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,26 @@ def column_of(
     count: called with the bytes of the file that the rows read so far stand for.
     DataError if this is no Parquet file, or has no such column of text.
     """
+    number = 0
+    with _opened(file) as table:
+        _require_text(file, table.schema_arrow, column)
+        share = file.stat().st_size / max(1, table.metadata.num_rows)
+        for batch in table.iter_batches(batch_size=_ROWS, columns=[column]):
+            for scalar in batch.column(column):
+                number += 1
+                yield number, *_text_of(scalar, column)
+            count(int(number * share) - int((number - len(batch)) * share))
+
+
+def columns(file: Path) -> list[str]:
+    """The names of its columns. DataError if this is no Parquet file."""
+    with _opened(file) as table:
+        return list(table.schema_arrow.names)
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    """pyarrow's view of the file; in one line what it finds wrong there."""
     try:
         from pyarrow.parquet import ParquetFile
     except ImportError:
@@ -26,16 +47,9 @@ def column_of(
             f"{file}: .parquet needs the package pyarrow (pip install pyarrow); "
             ".txt and .jsonl need none"
         ) from None
-    number = 0
     try:
         with ParquetFile(file, pre_buffer=False) as table:
-            _require_text(file, table.schema_arrow, column)
-            share = file.stat().st_size / max(1, table.metadata.num_rows)
-            for batch in table.iter_batches(batch_size=_ROWS, columns=[column]):
-                for scalar in batch.column(column):
-                    number += 1
-                    yield number, *_text_of(scalar, column)
-                count(int(number * share) - int((number - len(batch)) * share))
+            yield table
     except DataError:
         raise
     except Exception as error:  # pyarrow raises many kinds for a damaged file

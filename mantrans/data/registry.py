@@ -8,15 +8,17 @@ Parquet and `.zst` files; built-in stories, `.txt` and `.jsonl` need no other pa
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from mantrans.config import DATASETS
 from mantrans.data import stories, text
 from mantrans.data.files import COMPRESSED, kind_of, local_files
+from mantrans.data.hub import HubFiles, HubName
+from mantrans.data.parquet import columns
 from mantrans.data.text import Piece, ReadReport
 from mantrans.data.tokenizer import Tokenizer
 from mantrans.errors import DataError, single_line
@@ -44,12 +46,28 @@ HUB_SETS = {
 class Splits:
     """An opened source; `validation` is None if the set has no such split.
 
-    `documents`: how many there are in all, or None where only reading them tells.
+    `documents`: how many there are in all, or None where only reading them tells. `n_bytes`: of the
+    files as they are on the disk, which `ReadReport.read` counts; None for a source without files.
+    `is_remote`: what is not used is not read either, to count it, since it would be downloaded.
     """
 
     train: Iterator[Piece]
     validation: Iterator[Piece] | None
     documents: int | None = None
+    n_bytes: int | None = None
+    is_remote: bool = False
+
+
+class Opener(Protocol):
+    """Starts reading a source; what it skips is counted in `report`.
+
+    tokenizer: that of files that hold tokens; None to accept only text. folder: where files may be
+    kept until all is read; None for a source that needs none.
+    """
+
+    def __call__(
+        self, report: ReadReport, tokenizer: Tokenizer | None = None, folder: Path | None = None
+    ) -> Splits: ...
 
 
 @dataclass(frozen=True)
@@ -57,15 +75,12 @@ class Source:
     """A source of documents.
 
     `identity`: everything that determines them, as plain data, except the content of `files`;
-    `n_bytes`: the size, if known; `open`: starts reading and counts what it skips in the report; it
-    takes the tokenizer of files that hold tokens, or None to accept only text;
-    `notes`: which files were passed over.
+    `open`: starts reading; `notes`: which files were passed over.
     """
 
     name: str
     identity: dict[str, Any]
-    n_bytes: int | None
-    open: Callable[[ReadReport, Tokenizer | None], Splits]
+    open: Opener
     files: tuple[Path, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -97,6 +112,8 @@ def find_source(
         return _local(chosen, Path(path).stem, text_field or "text", document_separator, refuse)
     if dataset in HUB_SETS:
         return _from_hub(dataset, text_field, refuse)
+    if dataset.startswith("hub:"):
+        return _streamed(HubName.of(dataset), text_field, refuse)
     close = get_close_matches(dataset, DATASETS, n=1)
     raise DataError(
         f"data.dataset: expected one of {', '.join(DATASETS)}, got {dataset!r}"
@@ -113,14 +130,16 @@ def _builtin(subset_size: int | None, val_subset_size: int | None) -> Source:
     if n_held + n_train > stories.COUNT:
         raise _too_many("subset_size", stories.COUNT - n_held, n_train)
 
-    def opened(report: ReadReport, tokenizer: Tokenizer | None = None) -> Splits:
+    def opened(
+        report: ReadReport, tokenizer: Tokenizer | None = None, folder: Path | None = None
+    ) -> Splits:
         pieces = [Piece(story, True) for story in stories.stories()]
         held, rest = pieces[:n_held], pieces[n_held : n_held + n_train]
         return Splits(iter(rest), iter(held), stories.COUNT)
 
     digest = hashlib.sha256(stories.FILE.read_bytes()).hexdigest()
     identity = {"stories": digest, "held_out": n_held, "train": n_train}
-    return Source("builtin-stories", identity, None, opened)
+    return Source("builtin-stories", identity, opened)
 
 
 def _too_many(field: str, most: int, found: int) -> DataError:
@@ -177,12 +196,14 @@ def _local(chosen: _Chosen, name: str, text_field: str, separator: str, refuse: 
     files = (*chosen.train, *(chosen.validation or ()))
     size = sum(file.stat().st_size for file in files)
 
-    def opened(report: ReadReport, tokenizer: Tokenizer | None = None) -> Splits:
+    def opened(
+        report: ReadReport, tokenizer: Tokenizer | None = None, folder: Path | None = None
+    ) -> Splits:
         train, held = (
             text.read_files(part or [], separator, text_field, refuse, report, tokenizer)
             for part in (chosen.train, chosen.validation)
         )
-        return Splits(train, None if chosen.validation is None else held)
+        return Splits(train, None if chosen.validation is None else held, n_bytes=size)
 
     identity = {
         "kinds": [[kind_of(file), file.suffix.lower() in COMPRESSED] for file in files],
@@ -191,7 +212,46 @@ def _local(chosen: _Chosen, name: str, text_field: str, separator: str, refuse: 
         "separator": separator,
         "refuse_broken_lines": refuse,
     }
-    return Source(f"local-{name or 'files'}", identity, size, opened, files, chosen.notes)
+    return Source(f"local-{name or 'files'}", identity, opened, files, chosen.notes)
+
+
+def _streamed(name: HubName, text_field: str | None, refuse: bool) -> Source:
+    """Any set of the hub, file by file; its `validation` or `test` split is used for validation."""
+    field = name.field or text_field or "text"
+
+    def opened(
+        report: ReadReport, tokenizer: Tokenizer | None = None, folder: Path | None = None
+    ) -> Splits:
+        if folder is None:
+            raise ValueError("expected a folder for the files")
+        found = HubFiles(name, folder)
+
+        def pieces(files: list[str]) -> Iterator[Piece]:
+            paths = _with_field(name, field, found.paths(files))
+            yield from text.read_files(paths, "eot", field, refuse, report)
+
+        held = None if found.validation is None else pieces(found.validation)
+        return Splits(pieces(found.train), held, n_bytes=found.n_bytes, is_remote=True)
+
+    identity = {"hub": name.repository, "folder": name.folder, "field": field}
+    return Source(
+        f"hub-{name.repository}-{name.folder}".rstrip("-"),
+        {**identity, "refuse_broken_lines": refuse},
+        opened,
+    )
+
+
+def _with_field(name: HubName, field: str, paths: Iterator[Path]) -> Iterator[Path]:
+    """The files, each of which must have that field."""
+    for path in paths:
+        fields = columns(path)
+        if field not in fields:
+            given = repr(field) if name.field else f"none, and there is no {field!r}"
+            raise DataError(
+                f"{name}: expected one of its fields {single_line(', '.join(fields))}, as "
+                f"hub:NAME:FIELD, got {given}"
+            )
+        yield path
 
 
 def _from_hub(name: str, text_field: str | None, refuse: bool) -> Source:
@@ -199,7 +259,9 @@ def _from_hub(name: str, text_field: str | None, refuse: bool) -> Source:
     chosen = HUB_SETS[name]
     columns = (text_field,) if text_field else chosen.columns
 
-    def opened(report: ReadReport, tokenizer: Tokenizer | None = None) -> Splits:
+    def opened(
+        report: ReadReport, tokenizer: Tokenizer | None = None, folder: Path | None = None
+    ) -> Splits:
         splits = _load_from_hub(name, chosen.repository)
         held = splits.get("validation", splits.get("test"))
         train, validation = (
@@ -212,7 +274,7 @@ def _from_hub(name: str, text_field: str | None, refuse: bool) -> Source:
     identity = {
         "repository": chosen.repository, "columns": list(columns), "refuse_broken_lines": refuse
     }  # fmt: skip
-    return Source(name, identity, None, opened)
+    return Source(name, identity, opened)
 
 
 def _load_from_hub(name: str, repository: str) -> Any:

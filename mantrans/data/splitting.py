@@ -49,7 +49,7 @@ def write_splits(
     earlier process read another text.
     """
     report = ReadReport()
-    splits = source.open(report, tokenizer)
+    splits = source.open(report, tokenizer, folder)
     facts = {
         "source": source.name[:_LONGEST_NAME],
         "tokenizer": tokenizer.name[:_LONGEST_NAME],
@@ -63,11 +63,11 @@ def write_splits(
     with train, validation, BatchWriter(folder, tokenizer, writers, processes) as batches:
         into_train, into_validation = (SplitWriter(name, batches, report) for name in NAMES)
         texts, held = (
-            _counted(pieces or (), report, tokenizer, source.n_bytes is None)
+            _counted(pieces or (), report, tokenizer, splits.n_bytes is None)
             for pieces in (splits.train, splits.validation)
         )
         title = f"tokenizing {source.name}"
-        with Progress(source.n_bytes, title, "B", first=batches.done, quiet=quiet) as bar:
+        with Progress(splits.n_bytes, title, "B", first=batches.done, quiet=quiet) as bar:
             batches.advance = bar.update
             if splits.validation is None:
                 _share_out(texts, into_train, into_validation, plan)
@@ -77,7 +77,9 @@ def write_splits(
             into_train.flush()
             into_validation.flush()
             batches.finish()
-            train.facts |= _record(report, splits.documents, chain(texts, held))
+            is_part = (plan.train_size, plan.validation_size) != (None, None)
+            unused = None if splits.is_remote and is_part else chain(texts, held)
+            train.facts |= _record(report, splits.documents, unused)
             bar.update(report.read - bar.done)
     _require_documents(source, splits, train, validation, report)
     if splits.validation is None and 0 in (train.n_tokens, validation.n_tokens):
@@ -106,14 +108,15 @@ def _text_bytes(piece: Piece, tokenizer: Tokenizer) -> int:
 def _record(
     report: ReadReport,
     documents: int | None,
-    unused: Iterable[Piece],
+    unused: Iterable[Piece] | None,
 ) -> dict[str, Any]:
     """What the cache keeps of the reading: how much text there is, and what was skipped.
 
-    Text that is not used is read to count it, unless the number of documents is known without.
+    Text that is not used is read to count it, unless the number of documents is known without, or
+    `unused` is None.
     """
     n_bytes: int | None = None
-    if documents is None:
+    if documents is None and unused is not None:
         with contextlib.suppress(DataError):  # it is not used: a fault in it leaves it uncounted
             for _ in unused:
                 pass

@@ -288,7 +288,7 @@ def _pieces(options: argparse.Namespace, fraction: float, held: bool) -> Iterato
     for name in options.dataset:
         source = find_source(name)
         report = ReadReport()
-        yield from _first(source.open(report, None).train, options.limit)
+        yield from _first(source.open(report).train, options.limit)
         for note in report.notes():
             _say(note, of=name)
 
@@ -296,7 +296,7 @@ def _pieces(options: argparse.Namespace, fraction: float, held: bool) -> Iterato
 def _train_split(source: Source, report: ReadReport) -> Iterable[Piece]:
     """Its text, read from the start; the report is of this reading alone."""
     vars(report).update(vars(ReadReport()))
-    return source.open(report, None).train
+    return source.open(report).train
 
 
 def _say(note: str, of: str = "") -> None:

@@ -11,8 +11,9 @@ from mantrans.models.family import Family
 from mantrans.models.gpt2 import GPT2
 from mantrans.models.llama import LLAMA, QWEN2, QWEN3
 from mantrans.models.network import Network
+from mantrans.models.starcoder2 import STARCODER2
 
-FAMILIES: tuple[Family, ...] = (GPT2, LLAMA, QWEN2, QWEN3)
+FAMILIES: tuple[Family, ...] = (GPT2, LLAMA, QWEN2, QWEN3, STARCODER2)
 
 
 def build(

@@ -1,8 +1,8 @@
 """Cross-entropy of an output projection, whose logits are never there as a whole.
 
-The forward makes a chunk of logits, the chunk's losses and the gradients of their sum, and keeps
-only those gradients, dx (N, C) and dweight (V, C) in float32. The backward multiplies them by the
-gradient of the loss. To form the logits twice would cost a fourth product.
+The forward makes a chunk of logits, the chunk's losses and their gradients, and keeps only those
+gradients, dx (N, C) and dweight (V, C) in float32. The backward multiplies them by the gradient of
+the loss, which mostly is 1. To form the logits twice would cost a fourth product.
 """
 
 from __future__ import annotations
@@ -31,10 +31,12 @@ def linear_cross_entropy(
     targets: Tensor,
     ignore_index: int = IGNORE_INDEX,
     reduction: str = "mean",
+    divisor: Tensor | int | None = None,
 ) -> Tensor:
     """`cross_entropy` of logits = x Wᵀ, some rows of logits at a time.
 
     x (..., C); weight W (V, C); targets (...), integers, not shifted. reduction: "mean" or "sum".
+    divisor: what the mean divides by, 0-d or a number; None: how many targets count.
     Under autocast x and W are cast to its dtype, as those of `F.linear` are.
     Returns 0-d, float32 (float64 for float64). Without gradients it costs the losses alone.
     """
@@ -49,25 +51,33 @@ def linear_cross_entropy(
     counted = targets != ignore_index
     rows = x.reshape(-1, x.shape[-1]), weight
     targets_1d = targets.long().where(counted, IGNORE_INDEX).reshape(-1)
-    if torch.is_grad_enabled():
-        loss, _, _ = _forward(*rows, targets_1d)
-    else:
-        loss = _loss(*rows, targets_1d)
-    return loss if reduction == "sum" else loss / counted.sum()
+    scale = x.new_ones((), dtype=wide_dtype(x.dtype))
+    if reduction == "mean":
+        scale = scale / (counted.sum() if divisor is None else divisor)
+    if not torch.is_grad_enabled():
+        return _loss(*rows, targets_1d) * scale
+    if x.dtype == torch.float16:  # in which gradients divided by many rows could vanish
+        loss, _, _ = _forward(*rows, targets_1d, torch.ones_like(scale))
+        return loss * scale
+    loss, _, _ = _forward(*rows, targets_1d, scale)
+    return loss
 
 
-def forward(x: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def forward(
+    x: Tensor, weight: Tensor, targets: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     expect_inside(targets, len(weight), IGNORE_INDEX)
-    one = x.new_ones((), dtype=wide_dtype(x.dtype))
-    dweight = x.new_empty(weight.shape, dtype=one.dtype)
+    dweight = x.new_empty(weight.shape, dtype=scale.dtype)
     dense = x.contiguous(), weight.contiguous(), targets.contiguous()
     loss, dx = backend_of(x).linear_cross_entropy_forward_backward(
-        *dense, one, dweight, len(weight), accumulate=False
+        *dense, scale, dweight, len(weight), accumulate=False
     )
     return loss, dx, dweight
 
 
-def fake_forward(x: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def fake_forward(
+    x: Tensor, weight: Tensor, targets: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     loss = fake_loss(x, weight, targets)
     return loss, x.new_empty(x.shape), x.new_empty(weight.shape, dtype=loss.dtype)
 
@@ -96,6 +106,6 @@ _backward = operation("linear_cross_entropy_backward", backward, fake_backward)
 differentiate(
     _forward,
     _backward,
-    keep=lambda x, weight, targets, loss, dx, dweight: (dx, dweight),
+    keep=lambda x, weight, targets, scale, loss, dx, dweight: (dx, dweight),
     wiring=(0, 1),
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mantrans.kernels.reference import IGNORE_INDEX
@@ -42,10 +42,9 @@ def causal_lm_forward(self: Any, *args: Any, labels: Any = None, **kwargs: Any) 
     if targets is None:
         targets = F.pad(labels, (0, 1), value=IGNORE_INDEX)[..., 1:]
     targets, weight = targets.to(hidden.device), self.lm_head.weight
-    if n_items is None:
-        loss = linear_cross_entropy(hidden, weight, targets)
-    else:
-        loss = linear_cross_entropy(hidden, weight, targets, reduction="sum") / n_items
+    if isinstance(n_items, Tensor):
+        n_items = n_items.to(hidden.device)
+    loss = linear_cross_entropy(hidden, weight, targets, divisor=n_items)
     return CausalLMOutputWithPast(loss=loss, logits=None, **base)
 
 

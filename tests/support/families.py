@@ -1,4 +1,4 @@
-"""transformers' Llama, Qwen2 and Qwen3 with our weights: the oracle of the whole model.
+"""transformers' Llama, Qwen2, Qwen3 and StarCoder2 with our weights: the oracle of the whole model.
 
 In float64 they round to float32 in four places: RMS norm, the rotary tables, eager softmax and the
 loss. `exact` puts float64 in place of the first two; the others are avoided by SDPA, and by forming
@@ -28,6 +28,7 @@ _SCALED = {
     "rope_theta": 500.0, "rope_scaling_factor": 8.0, "rope_low_freq_factor": 1.0,
     "rope_high_freq_factor": 4.0, "rope_original_length": 32,
 }  # fmt: skip
+_ROTARY_GPT = {"norm": "layer_norm", "mlp": "gelu", "bias": True}
 # Groups of 1, 2, 3 and H; head widths 12, 10 (not d_model / n_heads), 8 and 2; each family with its
 # biases, with and without a window.
 CASES: dict[str, dict[str, Any]] = {
@@ -43,6 +44,8 @@ CASES: dict[str, dict[str, Any]] = {
         "projection_bias": True, "tie_embeddings": True,
     },
     "qwen3, wide window": {"qk_norm": True, "n_kv_heads": 1, "attention_window": 39},
+    "starcoder2": {**_ROTARY_GPT, "n_kv_heads": 2, "head_dim": 10},
+    "starcoder2, scaled, tied": {**_ROTARY_GPT, **_SCALED, "tie_embeddings": True},
 }  # fmt: skip
 
 
@@ -67,7 +70,7 @@ def ours(case: str, dtype: torch.dtype, backend: str, **options: Any) -> CustomT
 def theirs(
     model: CustomTransformerWrapper, exact: bool = False, dtype: torch.dtype | None = None
 ) -> torch.nn.Module:
-    """{Llama,Qwen2,Qwen3}ForCausalLM of the same shape, device and weights, with SDPA.
+    """{Llama,Qwen2,Qwen3,Starcoder2}ForCausalLM of the same shape, device and weights, with SDPA.
 
     exact: float64 in place of float32. dtype: that of our model unless given.
     """

@@ -213,6 +213,36 @@ def test_prepare_killed(
     assert contents(data) == unbroken
 
 
+@pytest.mark.slow
+@pytest.mark.promise("prepared text survives kills")
+def test_prepare_killed_at_random(
+    tmp_path: Path, tokenizer: Tokenizer, record_property: Callable[[str, Any], None]
+) -> None:
+    """The command, killed again and again, at moments of which many are inside a write."""
+    rng = random.Random(11)
+    story = (ROOT / "tests" / "golden" / "stories.txt").read_text(encoding="utf-8")
+    parts = [f"{number} {story}" for number in range(150)]
+    (tmp_path / "a.txt").write_text("<|endoftext|>".join(parts), encoding="utf-8")
+    config = DataConfig(dataset="local", path=str(tmp_path / "a.txt"), validation_fraction=0.2)
+    whole = contents(prepare(config, tokenizer, cache_dir=tmp_path / "whole", quiet=True))
+    command = [sys.executable, "-m", "mantrans", "prepare", "--processes", "2"]
+    for name, value in (("path", "a.txt"), ("cache_dir", "new")):
+        command += ["--set", f"data.{name}={tmp_path / value}"]
+    command += ["--set", "data.dataset=local", "--set", "data.validation_fraction=0.2"]
+    kills = 0
+    while True:
+        process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.communicate(timeout=rng.uniform(0.5, 0.8 + 0.2 * kills))
+            break
+        process.kill()
+        process.communicate()
+        kills += 1
+    assert process.returncode == 0 and kills > 3
+    record_property("kills", kills)
+    assert contents(prepare(config, tokenizer, cache_dir=tmp_path / "new", quiet=True)) == whole
+
+
 def wait_until(happened: Callable[[], bool]) -> None:
     end = time.monotonic() + 60
     while not happened():

@@ -297,7 +297,10 @@ def test_function_changed(fields, changes, expected, got) -> None:
 
 UNWRITABLE = [
     ({"norm": "rms_norm"}, "norm: expected layer_norm (text), as GPT2LMHeadModel has"),
-    ({"position": "rope"}, "position: expected learned (text), as GPT2LMHeadModel has"),
+    (
+        {"position": "rope", "qk_norm": True},
+        "qk_norm: expected false, as Starcoder2ForCausalLM has",
+    ),
     ({"attention_window": 8}, "attention_window: expected null, as GPT2LMHeadModel"),
     ({"n_kv_heads": 2}, "n_kv_heads: expected 4, as GPT2LMHeadModel"),
 ]
@@ -333,6 +336,8 @@ WRITABLE = [
     ({**LLAMA, "qk_norm": True, "n_heads": 3, "head_dim": 8}, "Qwen3ForCausalLM"),
     ({**LLAMA, "qk_norm": True, "attention_window": 1}, "Qwen3ForCausalLM"),
     ({**LLAMA, "rope_scaling_factor": 8.0, "rope_original_length": 64}, "LlamaForCausalLM"),
+    ({"position": "rope"}, "Starcoder2ForCausalLM"),
+    ({"position": "rope", "bias": False, "n_kv_heads": 2}, "Starcoder2ForCausalLM"),
 ]
 
 
@@ -343,7 +348,10 @@ def test_family_first_fitting(shape, architecture) -> None:
     family = config_json.family_of(config)
     assert family.architecture == architecture
     again, expected = resolved(config_json.write(family, config)), config.resolved()
-    if architecture == "GPT2LMHeadModel":  # whose biases are written as zeros
+    if architecture in (
+        "GPT2LMHeadModel",
+        "Starcoder2ForCausalLM",
+    ):  # whose biases are written as zeros
         expected |= {"bias": True, "qkv_bias": True, "projection_bias": True, "mlp_bias": True}
     expected["dtype"] = again["dtype"]
     assert again == expected

@@ -71,6 +71,7 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         ("llama, one head", True),
         ("qwen2", True),
         ("qwen3", False),
+        ("starcoder2", True),
     ],
 )
 def test_gguf_transformers_computes_the_same(tmp_path, case, tied) -> None:

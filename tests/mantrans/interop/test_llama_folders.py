@@ -1,4 +1,4 @@
-"""Folders of transformers' Llama, Qwen2 and Qwen3: what one side saves, the other loads.
+"""Folders of transformers' Llama, Qwen2, Qwen3 and StarCoder2: what one side saves the other loads.
 
 Weights are compared bit by bit. The logits of float32 agree to 1e-5; in float64 transformers rounds
 to float32 inside, so that 1e-5 is asked there too (tests/mantrans/models has the exact oracle).
@@ -46,7 +46,13 @@ def logits_of(model: torch.nn.Module) -> Tensor:
 
 # ------------------------------------------------------------------------------ there and back
 
-FAST = ("llama, scaled, tied", "llama, biases", "qwen2, window", "qwen3, window, biases")
+FAST = (
+    "llama, scaled, tied",
+    "llama, biases",
+    "qwen2, window",
+    "qwen3, window, biases",
+    "starcoder2",
+)
 CASES = [
     case if case in FAST else pytest.param(case, marks=pytest.mark.slow) for case in families.CASES
 ]

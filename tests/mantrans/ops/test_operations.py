@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.library import opcheck
+from torch.nn import functional as F
 
 from mantrans import ops
 from tests.mantrans.ops.cases import (
@@ -144,6 +145,23 @@ def test_linear_cross_entropy_logits_absent() -> None:
                 loss.backward()
         largest = max(event.cpu_memory_usage for event in seen.events())
         assert 0 < largest < 0.6 * N * vocabulary * 4
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_linear_cross_entropy_divisor(dtype: torch.dtype) -> None:
+    """Loss and gradients are those of the sum, divided, whatever the loss is multiplied by; half
+    precision keeps gradients that a division by many rows would round to 0."""
+    x, weight = (torch.randn(s, dtype=dtype, requires_grad=True) for s in ((6, 8), (7, 8)))
+    targets, divisor = torch.arange(6), torch.tensor(2.0**15)
+    loss = ops.linear_cross_entropy(x, weight, targets, divisor=divisor)
+    found = torch.autograd.grad(loss * 2.0**15, (x, weight))
+    exact = (y.detach().double().requires_grad_() for y in (x, weight))
+    exact_x, exact_weight = exact
+    total = F.cross_entropy(exact_x @ exact_weight.T, targets, reduction="sum")
+    assert_close(loss.detach().double(), total.detach() / divisor.double(), TOLERANCE[dtype])
+    expected = torch.autograd.grad(total, (exact_x, exact_weight))
+    for y, z in zip(found, expected, strict=True):
+        assert_close(y, z, TOLERANCE[dtype])
 
 
 def test_linear_cross_entropy_autocast() -> None:
