@@ -33,6 +33,8 @@ class Run:
     def write(self, what, values):
         if os.environ.get("FAKE_BREAKS") == what:
             raise SystemExit("the server said no")
+        if os.environ.get("FAKE_ENDS") == what:
+            os._exit(3)
         while os.environ.get("FAKE_HANGS") == what:
             time.sleep(0.01)
         with open(os.environ["FAKE_FILE"], "a") as file:
@@ -118,7 +120,7 @@ def test_tracker_is_given_all_numbers(
 
 
 @pytest.mark.parametrize("where", ["init", "log", "finish"])
-@pytest.mark.parametrize("how", ["FAKE_BREAKS", "FAKE_HANGS"])
+@pytest.mark.parametrize("how", ["FAKE_BREAKS", "FAKE_ENDS", "FAKE_HANGS"])
 def test_tracker_dead(
     how: str, where: str, sent: Callable[[], list[Any]], tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
@@ -132,7 +134,11 @@ def test_tracker_dead(
             log.log(step, loss=1.0)
             log.log_timing(step, tokens_per_second=1.0)
     said = capsys.readouterr().err.splitlines()
-    why = "SystemExit: the server said no" if how == "FAKE_BREAKS" else "it did not end within 0.2"
+    why = {
+        "FAKE_BREAKS": "SystemExit: the server said no",
+        "FAKE_ENDS": "its process has ended with status 3",
+        "FAKE_HANGS": "it did not end within 0.2",
+    }[how]
     assert len(said) == 1 and why in said[0] and said[0].endswith("metrics.jsonl only"), said
     assert [r["step"] for r in read_records(tmp_path / "metrics.jsonl")] == list(range(1, 30))
 
