@@ -30,7 +30,6 @@ tile is only another way to read shared memory. And a product whose left side li
 (p, ds) is waited for at once, see `wait_for_product`.
 
 With documents, a program visits only the blocks that some of its rows can see, in both directions.
-
 A GROUP of neighboring heads of queries may share one head of keys and of values (Ainslie et al.
 2023). One program of the dk/dv kernel then goes through the queries of the whole group, in each
 block of positions head after head, so that nothing changes in what is said above.
