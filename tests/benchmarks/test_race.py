@@ -27,6 +27,7 @@ pytestmark = pytest.mark.skipif(machine.device().type != "cpu", reason="a CPU's 
 def text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "tiny.yaml").write_text(CONFIG)
     monkeypatch.setattr(race, "CONFIG", tmp_path / "tiny.yaml")
+    monkeypatch.setattr(race, "SHAPE", ())
     monkeypatch.setattr(race, "VOCABULARY", 300)
     monkeypatch.setattr(machine, "has_native_bfloat16", lambda: False)
     path = tmp_path / "stories.txt"

@@ -19,8 +19,8 @@ from mantrans.training import agreement, saving
 
 SOURCES = Path(finite.__file__).parent
 # The places of few numbers: 0-d, a row's, a page's.
-FEW = {"finite.py", "optim/guards.py", "optim/optimizer.py", "models/sampling.py",
-       "models/transformer.py", "explain/arrays.py", "wrapper.py"}  # fmt: skip
+FEW = {"finite.py", "optim/guards.py", "optim/optimizer.py", "models/sampling.py", "wrapper.py",
+       "models/transformer.py", "explain/arrays.py", "evaluation/choices.py"}  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)

@@ -297,7 +297,7 @@ HOSTILE: list[tuple[str, Callable[[Path], Any], str]] = [
     (
         "another model",
         lambda f: spoil(f, "config.json", lambda c: c.update(model_type="bert\n")),
-        "model_type: expected one of gpt2, llama, qwen2, qwen3, got bert\\n",
+        "model_type: expected one of gpt2, llama, qwen2, qwen3, starcoder2, got bert\\n",
     ),
     (
         "no tokenizer",
