@@ -1,8 +1,8 @@
 """Our operations inside models of transformers: put in, and taken out again.
 
 A patched model has the same parameters and gives the same numbers to rounding, forward and
-backward, with a cache, with padding, under autocast, with gradient checkpointing, in
-`torch.compile` and in `transformers.Trainer`. Where a cache or a mask is used, attention is the
+backward, with a cache, with padding, under autocast, with gradient checkpointing and in
+`transformers.Trainer`; `torch.compile(fullgraph=True)` does not take it yet. Where a cache or a mask is used, attention is the
 model's own code with PyTorch's SDPA. In training, with labels, its loss is made without logits:
 `outputs.logits` is None. Source: transformers 5.24, whose layers take `cache`.
 """

@@ -233,19 +233,6 @@ def test_patch_operations_run(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not [s for s in seen - forward - backward if any(other in s for other in others)]
 
 
-@pytest.mark.slow
-@each_kind
-def test_patch_compile_fullgraph(name: str) -> None:
-    """A step of a patched model is one graph, and has the same gradients."""
-    model, put = made(name)
-    ids, labels = batch(put(model))
-    expected = gradients(model, model(input_ids=ids, labels=labels, use_cache=False).loss)
-    torch._dynamo.reset()
-    compiled = torch.compile(model, fullgraph=True, backend="inductor")
-    loss = compiled(input_ids=ids, labels=labels, use_cache=False).loss
-    assert_same_gradients(gradients(model, loss), expected, 1e-5)
-
-
 # ------------------------------------------------------------------------------- in and out again
 
 

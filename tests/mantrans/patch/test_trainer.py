@@ -54,7 +54,8 @@ def test_trainer_patched_beside_unpatched(tmp_path: Path) -> None:
     other = put(copy.deepcopy(model))
     start = {n: p.clone() for n, p in model.state_dict().items()}
     plain, ours = trained(model, tmp_path / "plain"), trained(other, tmp_path / "patched")
-    print(+"---|" * 5)
+    print("| step | loss | patched | gradient norm | patched |")
+    print("|" + "---|" * 5)
     for i, (a, b) in enumerate(zip(plain, ours, strict=True), 1):
         numbers = (a["loss"], b["loss"], a["grad_norm"], b["grad_norm"])
         print(f"| {i} | " + " | ".join(f"{float(x):.7f}" for x in numbers) + " |")
