@@ -2,9 +2,10 @@
 
 A patched model has the same parameters and gives the same numbers to rounding, forward and
 backward, with a cache, with padding, under autocast, with gradient checkpointing and in
-`transformers.Trainer`; `torch.compile(fullgraph=True)` does not take it yet. Where a cache or a mask is used, attention is the
-model's own code with PyTorch's SDPA. In training, with labels, its loss is made without logits:
-`outputs.logits` is None. Source: transformers 5.24, whose layers take `cache`.
+`transformers.Trainer`; `torch.compile(fullgraph=True)` does not take it yet. Where a cache or a
+mask is used, attention is the model's own code with PyTorch's SDPA. In training, with labels, its
+loss is made without logits: `outputs.logits` is None. Source: transformers 5.24, whose layers take
+`cache`.
 """
 
 from __future__ import annotations
