@@ -11,7 +11,7 @@ from dataclasses import replace
 from mantrans.models.family import Family
 
 _BIASES = {"qkv_bias": "attention_bias", "projection_bias": "attention_bias"}
-_FIELDS = {
+FIELDS = {
     "vocab_size": "vocab_size",
     "max_seq_len": "max_position_embeddings",
     "d_model": "hidden_size",
@@ -51,7 +51,7 @@ LLAMA = Family(
         "mlp.gate_up": ("mlp.gate_proj", "mlp.up_proj"),
         "mlp.down": ("mlp.down_proj",),
     },
-    fields=_FIELDS | _BIASES | {"mlp_bias": "mlp_bias"},
+    fields=FIELDS | _BIASES | {"mlp_bias": "mlp_bias"},
     rope={
         "rope_theta": "rope_theta",
         "rope_scaling_factor": "factor",
@@ -72,7 +72,7 @@ QWEN2 = replace(
     model_type="qwen2",
     architecture="Qwen2ForCausalLM",
     window=True,
-    fields=_FIELDS,
+    fields=FIELDS,
     defaults=_DEFAULTS | {"n_kv_heads": 32},
     fixed=_FIXED
     | {"qk_norm": False, "qkv_bias": True, "projection_bias": False, "mlp_bias": False},
@@ -85,7 +85,7 @@ QWEN3 = replace(
     QWEN2,
     model_type="qwen3",
     architecture="Qwen3ForCausalLM",
-    fields=_FIELDS | _BIASES,
+    fields=FIELDS | _BIASES,
     defaults=_DEFAULTS
     | {"n_kv_heads": 32, "head_dim": 128, "qkv_bias": False, "projection_bias": False},
     fixed=_FIXED | {"qk_norm": True, "mlp_bias": False},

@@ -6,7 +6,7 @@ Source: Starcoder2ForCausalLM and Starcoder2Config of transformers 5.24.
 """
 
 from mantrans.models.family import Family
-from mantrans.models.llama import LLAMA
+from mantrans.models.llama import FIELDS, LLAMA
 
 STARCODER2 = Family(
     model_type="starcoder2",
@@ -21,19 +21,7 @@ STARCODER2 = Family(
         "mlp.up": ("mlp.c_fc",),
         "mlp.down": ("mlp.c_proj",),
     },
-    fields={
-        "vocab_size": "vocab_size",
-        "max_seq_len": "max_position_embeddings",
-        "d_model": "hidden_size",
-        "n_blocks": "num_hidden_layers",
-        "n_heads": "num_attention_heads",
-        "n_kv_heads": "num_key_value_heads",
-        "head_dim": "head_dim",
-        "d_ffn": "intermediate_size",
-        "layer_norm_epsilon": "norm_epsilon",
-        "initializer_range": "initializer_range",
-        "tie_embeddings": "tie_word_embeddings",
-    },
+    fields=FIELDS | {"layer_norm_epsilon": "norm_epsilon"},
     rope=LLAMA.rope,
     defaults={
         "n_kv_heads": 2,
