@@ -325,8 +325,9 @@ class PeakMemory:
 def peak_on_cpu(resident: Iterable[Tensor], call: Callable[[], object]) -> int:
     """Bytes at the peak of one call: what lived before it, and the most it had allocated itself.
 
-    PyTorch counts no peak on a CPU. Its profiler notes every allocation with the running total.
-    What libraries allocate by themselves (oneDNN's scratch space) is not seen.
+    PyTorch counts no peak on a CPU. Its profiler notes every allocation with the running total,
+    which goes on from profile to profile: what an earlier one saw allocated and not freed is still
+    in it. What libraries allocate by themselves (oneDNN's scratch space) is not seen.
     """
     before = bytes_of(resident)
     activity = [torch.profiler.ProfilerActivity.CPU]
@@ -337,8 +338,10 @@ def peak_on_cpu(resident: Iterable[Tensor], call: Callable[[], object]) -> int:
         path = Path(folder) / "trace.json"
         profile.export_chrome_trace(str(path))
         events = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
-    totals = [e["args"]["Total Allocated"] for e in events if e.get("name") == "[memory]"]
-    return before + max(totals, default=0)
+    notes = sorted((e for e in events if e.get("name") == "[memory]"), key=lambda e: e["ts"])
+    totals = [note["args"]["Total Allocated"] for note in notes]
+    start = totals[0] - notes[0]["args"]["Bytes"] if notes else 0
+    return before + max([start, *totals]) - start
 
 
 def bytes_of(tensors: Iterable[Tensor]) -> int:

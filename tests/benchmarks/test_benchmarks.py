@@ -368,3 +368,11 @@ def test_peak_memory_cpu() -> None:
         (b + 1).sum()  # 4 MiB again, when a is gone
 
     assert peak_on_cpu([kept], step) / 2**20 == pytest.approx(9, abs=0.1)
+
+
+def test_peak_memory_cpu_alone() -> None:
+    """What an earlier measurement left allocated, or is freed during this one, does not count."""
+    left: list[torch.Tensor] = []
+    assert peak_on_cpu([], lambda: left.append(torch.empty(1000))) == 4000
+    assert peak_on_cpu([], lambda: torch.empty(10)) == 40
+    assert peak_on_cpu([], left.clear) == 0
