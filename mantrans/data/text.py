@@ -139,9 +139,7 @@ def read_files(
             else:
                 yield from read_parquet(file, text_field, refuse_broken_lines, report)
         except OSError as error:
-            raise UnfinishedError(
-                f"{file}: cannot be read: {error.strerror or error}"
-            ) from None
+            raise UnfinishedError(f"{file}: cannot be read: {error.strerror or error}") from None
 
 
 def _read_tokens(file: Path, tokenizer: Tokenizer | None, report: ReadReport) -> Iterator[Piece]:

@@ -312,9 +312,7 @@ def _pieces(options: argparse.Namespace, fraction: float, held: bool) -> Iterato
             _say(note, of=name)
 
 
-def _train_split(
-    source: Source, report: ReadReport, folder: Path | None = None
-) -> Iterable[Piece]:
+def _train_split(source: Source, report: ReadReport, folder: Path | None = None) -> Iterable[Piece]:
     """Its text, read from the start; the report is of this reading alone."""
     vars(report).update(vars(ReadReport()))
     return source.open(report, folder=folder).train

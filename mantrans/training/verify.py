@@ -65,7 +65,11 @@ def verify(run: str, start: int, steps: int, defaults: str) -> Verdict:
         state_file.verify(path)
     with tempfile.TemporaryDirectory() as scratch:
         again = _Again(_config(record, first, Path(scratch)), resume=str(first.path), quiet=True)
-        found = _compared(again, record, start, steps, later)
+        try:
+            found = _compared(again, record, start, steps, later)
+        finally:
+            again.logger.close()
+            again.folders.close()
     if not found:
         return Verdict(True, _praise(record, start, steps, later))
     return Verdict(False, f"{found}; {_causes(record, first, later)}")
@@ -135,13 +139,9 @@ class _Again(Trainer):
     def steps(self, count: int) -> Iterator[int]:
         """Run them; yields the number of each when it is done."""
         self._timer = time.perf_counter(), self.progress.step
-        try:
-            for _ in range(count):
-                self._advance()
-                yield self.progress.step
-        finally:
-            self.logger.close()
-            self.folders.close()
+        for _ in range(count):
+            self._advance()
+            yield self.progress.step
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint of the last step would hold."""

@@ -225,5 +225,7 @@ def test_prepare_command_cannot_write(
         command += ["--set", f"data.{name}={value}"]
     assert main(command) == 2
     line = capsys.readouterr().err.splitlines()[-1]
-    assert line.startswith(f"error: --output: expected a folder that can be written, got {output}: ")
+    assert line.startswith(
+        f"error: --output: expected a folder that can be written, got {output}: "
+    )
     assert not list(tmp_path.glob("new/*"))

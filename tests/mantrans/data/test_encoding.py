@@ -410,7 +410,9 @@ def test_prepare_process_ends(
                 os.kill(number, signal.SIGKILL)
 
     monkeypatch.setattr(BatchWriter, "_write", and_kill)
-    with pytest.raises(UnfinishedError, match=r"has ended, .*; what is done is kept in .*: run the same"):
+    with pytest.raises(
+        UnfinishedError, match=r"has ended, .*; what is done is kept in .*: run the same"
+    ):
         prepare(config, tokenizer, cache_dir=tmp_path / "new", processes=2, quiet=True)
     monkeypatch.undo()
     [folder] = (tmp_path / "new").glob("*.unfinished")

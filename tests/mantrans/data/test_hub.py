@@ -241,9 +241,7 @@ def test_hub_revision_gone(tmp_path: Path, hub: Hub, tokenizer: Tokenizer) -> No
 
 
 @pytest.mark.parametrize("sizes", [(40, 5), (39, 4), (41, 1)])
-def test_hub_part(
-    tmp_path: Path, hub: Hub, tokenizer: Tokenizer, sizes: tuple[int, int]
-) -> None:
+def test_hub_part(tmp_path: Path, hub: Hub, tokenizer: Tokenizer, sizes: tuple[int, int]) -> None:
     """A part that ends with a file does not need the next one."""
     sizes_by_name = {"subset_size": sizes[0], "val_subset_size": sizes[1]}
     data = prepared("hub:owner/split", tmp_path, tokenizer, **sizes_by_name)
@@ -341,6 +339,8 @@ def test_hub_tokenizer(
     hub.down = True
     assert main([*command, "hub:owner/plain"]) == 2
     line = capsys.readouterr().err
-    assert line.startswith("error: hub:owner/plain: the hub does not answer (") and "kept" not in line
+    assert (
+        line.startswith("error: hub:owner/plain: the hub does not answer (") and "kept" not in line
+    )
     assert main([*command, "hub:../x"]) == 2
     assert "--dataset: expected one of builtin-stories, " in capsys.readouterr().err

@@ -145,7 +145,9 @@ def test_choices_long_context(wrapper: CustomTransformerWrapper, tokenizer: Toke
     assert x.shape == (2, 48) and len(rows) == 1
     assert y[rows[0]].tolist() == [IGNORE_INDEX] * (48 - counted) + ids[-counted:]
     long = Question("a", ["b", "the dog " * 60], 0, "FILE: line 3")
-    with pytest.raises(DataError, match=r"^FILE: line 3: endings\[1\]: expected 1 to 48 tokens after"):
+    with pytest.raises(
+        DataError, match=r"^FILE: line 3: endings\[1\]: expected 1 to 48 tokens after"
+    ):
         measure(wrapper.model, tokenizer, [long], 2, 48)
 
 

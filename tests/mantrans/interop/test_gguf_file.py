@@ -314,7 +314,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         {**STARCODER2, "n_heads": 3, "head_dim": 84},  # 256 / 3 is no integer
         "head_dim: expected d_model / n_heads (85.3333), since llama.cpp",
     ),
-    ({**STARCODER2, "rope_scaling_factor": 2.0}, "rope_scaling_factor: expected null, since llama."),
+    (
+        {**STARCODER2, "rope_scaling_factor": 2.0},
+        "rope_scaling_factor: expected null, since llama.",
+    ),
 ]
 
 

@@ -32,7 +32,7 @@ p.model.path, p.n_ctx, p.n_parallel, p.n_gpu_layers, p.warmup = path, 64, 1, 0, 
 p.cpuparams.n_threads = p.cpuparams_batch.n_threads = 1
 p.cache_type_k = p.cache_type_v = x.ggml_type.GGML_TYPE_F32
 p.flash_attn_type = x.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
-p.fit_params, p.verbosity = False, 0
+p.fit_params, p.verbosity = False, 1  # errors alone
 server = x.Server(p)
 common = {"temperature": -1.0, "cache_prompt": False, "return_tokens": True}
 def answer(**asked):
