@@ -920,8 +920,8 @@ def _write_gradient(
 ) -> Tensor:
     """Overwrite the logits (N, Vp) with p · factor, and the target's column with -rest · factor.
 
-    p (N, V or Vp) is overwritten too, and may be the logits' memory; target, rest (N, 1); factor 0-d or
-    (N, 1); counted (N,).
+    p (N, V or Vp) is overwritten too, and may be the logits' memory; target, rest (N, 1); factor
+    0-d or (N, 1); counted (N,).
     """
     V = p.shape[1]
     p.scatter_(1, target, -rest).mul_(factor)
