@@ -22,6 +22,8 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from functools import cached_property
 from operator import index
 from pathlib import Path
 from types import TracebackType
@@ -45,24 +47,48 @@ class OtherTextError(Exception):
     """The text is not the one of the journal: all has to be tokenized anew."""
 
 
-class Batch(NamedTuple):
+@dataclass(frozen=True)
+class Batch:
     """Pieces of one split. `read`: bytes of the source that were read until then."""
 
     split: str
     pieces: list[Piece]
     read: int
 
+    @cached_property
+    def texts(self) -> Texts:
+        return Texts.of(self.pieces)
+
     def digest(self) -> str:
         """Of all that its tokens depend on, besides the tokenizer."""
-        parts = [piece.text if piece.tokens is None else piece.tokens for piece in self.pieces]
         digest = hashlib.blake2b(digest_size=16)
-        digest.update(bytes(piece.is_last for piece in self.pieces))
-        digest.update(np.array([len(part) for part in parts], dtype="<i8").tobytes())
-        digest.update("".join(part for part in parts if isinstance(part, str)).encode())
-        for part in parts:
-            if not isinstance(part, str):
-                digest.update(part.tobytes())
+        for part in self.texts:
+            digest.update(part)
+        for piece in self.pieces:
+            if piece.tokens is not None:
+                digest.update(piece.tokens.tobytes())
         return digest.hexdigest()
+
+
+class Texts(NamedTuple):
+    """The texts of pieces, quick to hash and to send: which of them end a document, their lengths,
+    and all of them in UTF-8, one after the other. Of a piece of tokens the length alone."""
+
+    ends: bytes
+    lengths: bytes  # int64
+    text: bytes
+
+    @classmethod
+    def of(cls, pieces: list[Piece]) -> Texts:
+        lengths = [len(p.text if p.tokens is None else p.tokens) for p in pieces]
+        ends, text = bytes([p.is_last for p in pieces]), "".join([p.text for p in pieces])
+        return cls(ends, np.array(lengths, dtype="<i8").tobytes(), text.encode())
+
+    def pieces(self) -> list[Piece]:
+        """These, if they are all texts."""
+        text, stops = self.text.decode(), np.frombuffer(self.lengths, dtype="<i8").cumsum().tolist()
+        cuts = zip([0, *stops], stops, self.ends, strict=False)
+        return [Piece(text[start:stop], bool(end)) for start, stop, end in cuts]
 
 
 class BatchWriter:
@@ -105,8 +131,8 @@ class BatchWriter:
             self._write(batch, text, encoded(self.tokenizer, batch.pieces))
         else:
             with _explained(), _interrupts_later():
-                plain = [(piece.text, piece.is_last) for piece in batch.pieces]
-                self._waiting.append((batch, text, self._pool.submit(_encoded_here, plain)))
+                future = self._pool.submit(_encoded_here, batch.texts)
+                self._waiting.append((batch, text, future))
             if len(self._waiting) >= self._most:
                 self._write_oldest()
 
@@ -153,16 +179,25 @@ class BatchWriter:
 
 
 class SplitWriter:
-    """Collects the pieces of one split, which `report` counts, in batches."""
+    """Collects the pieces of one split, which `report` counts, in batches.
 
-    def __init__(self, split: str, batches: BatchWriter, report: ReadReport) -> None:
-        self.split, self.batches, self.report = split, batches, report
+    size: of documents, with which it `is_full`; None for as many as there are.
+    """
+
+    def __init__(
+        self, split: str, batches: BatchWriter, report: ReadReport, size: int | None = None
+    ) -> None:
+        self.split, self.batches, self.report, self.size = split, batches, report, size
+        self.documents, self.is_full = 0, False
         self._pieces: list[Piece] = []
         self._length = 0
 
     def add(self, piece: Piece) -> None:
         self._pieces.append(piece)
         self._length += len(piece.text) if piece.tokens is None else len(piece.tokens)
+        if piece.is_last:
+            self.documents += 1
+            self.is_full = self.documents == self.size
         if self._length >= BATCH or len(self._pieces) >= BATCH // _SHORTEST:
             self.flush()
 
@@ -236,10 +271,10 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _encoded_here(pieces: list[tuple[str, bool]]) -> np.ndarray:
-    """In such a process: the tokens of (text, is_last) of each piece."""
+def _encoded_here(texts: Texts) -> np.ndarray:
+    """In such a process."""
     assert _tokenizer is not None
-    return encoded(_tokenizer, [Piece(*piece) for piece in pieces])
+    return encoded(_tokenizer, texts.pieces())
 
 
 @contextlib.contextmanager

@@ -61,7 +61,10 @@ def write_splits(
     )
     writers = dict(zip(NAMES, (train, validation), strict=True))
     with train, validation, BatchWriter(folder, tokenizer, writers, processes) as batches:
-        into_train, into_validation = (SplitWriter(name, batches, report) for name in NAMES)
+        into_train, into_validation = (
+            SplitWriter(name, batches, report, size)
+            for name, size in zip(NAMES, (plan.train_size, plan.validation_size), strict=True)
+        )
         texts, held = (
             _counted(pieces or (), report, tokenizer, splits.n_bytes is None)
             for pieces in (splits.train, splits.validation)
@@ -70,10 +73,10 @@ def write_splits(
         with Progress(splits.n_bytes, title, "B", first=batches.done, quiet=quiet) as bar:
             batches.advance = bar.update
             if splits.validation is None:
-                _share_out(texts, into_train, into_validation, plan)
+                _share_out(texts, into_train, into_validation, plan.fraction)
             else:
-                _take(held, into_validation, plan.validation_size)
-                _take(texts, into_train, plan.train_size)
+                _take(held, into_validation)
+                _take(texts, into_train)
             into_train.flush()
             into_validation.flush()
             batches.finish()
@@ -100,9 +103,9 @@ def _counted(
 
 
 def _text_bytes(piece: Piece, tokenizer: Tokenizer) -> int:
-    if piece.tokens is None:
-        return len(piece.text.encode())
-    return int(tokenizer.token_bytes[piece.tokens].sum())
+    if piece.tokens is not None:
+        return int(tokenizer.token_bytes[piece.tokens].sum())
+    return len(piece.text if piece.text.isascii() else piece.text.encode())
 
 
 def _record(
@@ -145,41 +148,28 @@ def _require_documents(
         )
 
 
-def _take(pieces: Iterable[Piece], encoder: SplitWriter, size: int | None) -> None:
-    """The first `size` documents, or all."""
-    taken = 0
+def _take(pieces: Iterable[Piece], split: SplitWriter) -> None:
+    """The first documents, until the split is full; what comes after may have to be downloaded."""
     for piece in pieces:
-        encoder.add(piece)
-        taken += piece.is_last
-        if taken == size:  # before the next is read: it may have to be downloaded
+        split.add(piece)
+        if split.is_full:
             return
 
 
 def _share_out(
-    pieces: Iterable[Piece], train: SplitWriter, validation: SplitWriter, plan: Plan
+    pieces: Iterable[Piece], train: SplitWriter, validation: SplitWriter, fraction: float
 ) -> None:
-    """Write each document to its split, until both have the requested size."""
-    sizes = {id(train): plan.train_size, id(validation): plan.validation_size}
-    taken = {id(train): 0, id(validation): 0}
-    index, encoder = 0, validation if held_out(0, plan.fraction) else train
+    """Write each document to its split, until both are full. Without a training size everything is
+    read; without a validation size validation has what was held out while training was filled."""
+    index, split = 0, validation if held_out(0, fraction) else train
     for piece in pieces:
-        size = sizes[id(encoder)]
-        if size is None or taken[id(encoder)] < size:
-            encoder.add(piece)
-            taken[id(encoder)] += piece.is_last
+        if not split.is_full:
+            split.add(piece)
         if piece.is_last:
-            if _enough(taken[id(train)], taken[id(validation)], plan):
+            if train.is_full and (validation.is_full or validation.size is None):
                 return
             index += 1
-            encoder = validation if held_out(index, plan.fraction) else train
-
-
-def _enough(n_train: int, n_validation: int, plan: Plan) -> bool:
-    """Whether both splits are full. Without a training size everything is read; without a
-    validation size validation has what was held out while training was filled."""
-    if plan.train_size is None or n_train < plan.train_size:
-        return False
-    return plan.validation_size is None or n_validation >= plan.validation_size
+            split = validation if held_out(index, fraction) else train
 
 
 def _split_by_tokens(aside: Path, tokenizer: Tokenizer, plan: Plan, facts: dict[str, Any]) -> None:

@@ -264,6 +264,10 @@ def _stripped(pieces: Iterable[Piece]) -> Iterator[Piece]:
     """Remove the white space around documents, and documents without other characters."""
     begun, held = False, ""
     for text, ends, _ in pieces:
+        if ends and not begun:  # a document in one piece, as most are
+            if kept := text.strip():
+                yield Piece(kept, True)
+            continue
         text = held + text if begun else text.lstrip()
         # Hold back white space at the end: dropped if the document ends, else kept before the rest.
         kept = text.rstrip()
