@@ -128,7 +128,7 @@ def _layout(file: Path) -> _Layout:
     if found != version:
         raise DataError(f"{file}: expected version {version} in llm.c's header, got {found}")
     expected = len(head) + n_tokens * dtype.itemsize
-    if n_tokens < 0 or size != expected:
+    if size != expected:
         raise DataError(
             f"{file}: expected {expected:,} bytes for the {n_tokens:,} tokens of {dtype.name} in "
             f"its header, got {size:,}"

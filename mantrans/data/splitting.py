@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
@@ -22,7 +21,6 @@ from mantrans.terminal import Progress
 NAMES = ("train", "validation")
 _COPY = 2**20  # tokens copied at once
 _LONGEST_NAME, _LONGEST_NOTE = 60, 160  # characters, so that a file's header has room for them
-_ROOM_FOR_NOTES = 2048  # bytes of its JSON
 
 
 @dataclass(frozen=True)
@@ -125,8 +123,6 @@ def _record(
                 pass
             documents, n_bytes = report.documents, report.bytes
     notes = [note[:_LONGEST_NOTE] for note in report.notes()]
-    while len(json.dumps(notes)) > _ROOM_FOR_NOTES:
-        notes = [note[: len(note) // 2] for note in notes]
     return {"documents": documents, "bytes": n_bytes, "notes": notes}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -75,6 +76,36 @@ def test_prepare_bin(
     assert data.usage().startswith(f"all {data.documents:,} documents")
     with tokenized(tmp_path / "train.bin", config, tokenizer, name="--text") as stream:
         assert np.array_equal(stream.tokens, splits["train"])
+    counted: list[int] = []
+    for _ in read_bin(tmp_path / "train.bin", tokenizer, counted.append):
+        pass
+    assert sum(counted) == (tmp_path / "train.bin").stat().st_size and len(counted) > 5
+
+
+def test_bin_cut_while_it_is_read(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bin_file, "_CHUNK", 50)
+    file = tmp_path / "a.bin"
+    file.write_bytes(FORMS["llmc"](some_tokens(200)))
+    parts = read_bin(file, tokenizer)
+    next(parts)
+    os.truncate(file, 1024 + 2 * 120)
+    with pytest.raises(DataError, match=r"a\.bin: expected 200 tokens, got 120$"):
+        list(parts)
+
+
+def test_prepare_bin_processes(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There is nothing to tokenize: no other process is asked."""
+    pool = SimpleNamespace(shutdown=lambda **_: None)
+    monkeypatch.setattr("mantrans.data.encoding._pool", lambda *_: pool)
+    tokens = some_tokens(1000)
+    (tmp_path / "a.bin").write_bytes(FORMS["nanogpt"](tokens))
+    config = DataConfig(dataset="local", path=str(tmp_path / "a.bin"))
+    data = prepare(config, tokenizer, cache_dir=tmp_path / "cache", processes=2, quiet=True)
+    assert len(data.train) + len(data.validation) == len(tokens)
 
 
 def test_prepare_bin_one_document(tmp_path: Path, tokenizer: Tokenizer) -> None:

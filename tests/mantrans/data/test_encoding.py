@@ -27,7 +27,7 @@ from mantrans import terminal
 from mantrans.config import DataConfig
 from mantrans.data import encoding, files, text
 from mantrans.data.dataset import TokenDataset, prepare
-from mantrans.data.encoding import JOURNAL, Batch, BatchWriter, SplitWriter
+from mantrans.data.encoding import JOURNAL, Batch, BatchWriter, OtherTextError, SplitWriter
 from mantrans.data.shards import TokenFileWriter
 from mantrans.data.text import Piece, ReadReport
 from mantrans.data.tokenizer import Tokenizer, load_tokenizer
@@ -296,6 +296,22 @@ def test_prepare_resumed_other_text(
     assert contents(data) == unbroken
 
 
+def test_batches_fewer_than_before(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """A text that ends earlier than the journal's is another one, even if all of it is there."""
+
+    def write(count: int) -> None:
+        writer = TokenFileWriter(tmp_path / "train.tokens", tokenizer.vocab_size, kept=True)
+        with writer, BatchWriter(tmp_path, tokenizer, {"train": writer}) as batches:
+            for _ in range(count):
+                batches.submit(Batch("train", [Piece("one", True)], 0))
+            batches.finish()
+
+    write(2)
+    write(2)
+    with pytest.raises(OtherTextError):
+        write(1)
+
+
 STOPPED = """
     import os, signal, sys
     from mantrans.config import DataConfig
@@ -439,7 +455,16 @@ def test_prepare_progress(
     if begun:
         left_after(begun, "tokens", config, tokenizer, tmp_path / "new")
     capsys.readouterr()
+    firsts: list[int] = []
+    begin = terminal.Progress.__init__
+
+    def noted(self: terminal.Progress, *arguments: Any, first: int, **options: Any) -> None:
+        firsts.append(first)
+        begin(self, *arguments, first=first, **options)
+
+    monkeypatch.setattr(terminal.Progress, "__init__", noted)
     prepare(config, tokenizer, cache_dir=tmp_path / "new")
+    assert (firsts[0] > 10_000) == (begun > 0)
     lines = capsys.readouterr().err.splitlines()
     assert all(re.search(r"tokenizing local-a: .*\[\d\d:\d\d<.*B/s\]", line) for line in lines)
     shares = [int(found[1]) for line in lines if (found := re.search(r" (\d+)%", line))]

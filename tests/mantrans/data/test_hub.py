@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -53,6 +54,15 @@ SETS = {
     },
     "owner/two": {
         "main": {"de/train/0.parquet": table(0, 9), "en/train/0.parquet": table(100, 9)}
+    },
+    "owner/with-test": {
+        "main": {"data/train-0.parquet": table(0, 9), "data/test-0.parquet": table(9, 3)}
+    },
+    "owner/default": {
+        "main": {"default/train-0.parquet": table(0, 9), "more/train-0.parquet": table(100, 9)}
+    },
+    "owner/mixed": {
+        "main": {"train/val-0.parquet": table(9, 3), "train/train-0.parquet": table(0, 9)}
     },
     "owner/no-parquet": {"main": {"x.csv": b"a"}},
     "owner/only-test": {"main": {"test.parquet": table(0, 9)}},
@@ -127,6 +137,36 @@ def test_hub_converted(tmp_path: Path, hub: Hub, tokenizer: Tokenizer) -> None:
     """Of a set without Parquet files those that the hub has made."""
     data = prepared("hub:old", tmp_path, tokenizer, validation_fraction=0.4)
     assert sorted(chain(*stories(data, tokenizer))) == numbered(0, 9)
+
+
+@pytest.mark.parametrize("name", ["with-test", "mixed"])
+def test_hub_split_names(tmp_path: Path, hub: Hub, tokenizer: Tokenizer, name: str) -> None:
+    """Without a validation split the test split is taken; a file's own name comes first."""
+    data = prepared(f"hub:owner/{name}", tmp_path, tokenizer)
+    assert stories(data, tokenizer) == [numbered(0, 9), numbered(9, 3)]
+
+
+def test_hub_default_subset(tmp_path: Path, hub: Hub, tokenizer: Tokenizer) -> None:
+    data = prepared("hub:owner/default", tmp_path, tokenizer, validation_fraction=0.4)
+    assert sorted(chain(*stories(data, tokenizer))) == numbered(0, 9)
+
+
+def test_hub_own_bars(
+    tmp_path: Path, hub: Hub, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The library's own bars are off, and on again after it."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.utils import are_progress_bars_disabled
+
+    found: list[bool] = []
+
+    def noted(*arguments: Any, **options: Any) -> str:
+        found.append(are_progress_bars_disabled())
+        return hf_hub_download(*arguments, **options)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", noted)
+    prepared("hub:owner/with-test", tmp_path, tokenizer)
+    assert found == [True, True] and not are_progress_bars_disabled()
 
 
 def test_hub_subset(tmp_path: Path, hub: Hub, tokenizer: Tokenizer) -> None:

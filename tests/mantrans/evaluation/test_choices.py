@@ -124,13 +124,39 @@ def test_choices_losses_any_batch(wrapper: CustomTransformerWrapper, tokenizer: 
 
 def test_choices_same_ending_twice(tokenizer: Tokenizer) -> None:
     """Of equals the first is taken, whatever a batch's rounding is: they are computed once."""
+    rows: list[int] = []
 
     class Noisy:
         def losses(self, tokens: Tensor, targets: Tensor, document_start: Tensor | None = None):
+            rows.append(len(tokens))
             return torch.rand(targets.numel(), dtype=torch.float64) * (targets.flatten() >= 0)
 
     questions = [Question("A dog", ["ran."] * 3, label % 3, "") for label in range(30)]
-    assert measure(Noisy(), tokenizer, questions, 2)["acc"] == 1 / 3
+    assert measure(Noisy(), tokenizer, questions, 2)["acc"] == 1 / 3 and rows == [1]
+
+
+def test_choices_characters_and_bytes(tokenizer: Tokenizer) -> None:
+    """Of equal losses the ending with the most characters, or bytes, is taken."""
+
+    class Equal:
+        def losses(self, tokens: Tensor, targets: Tensor, document_start: Tensor | None = None):
+            counted = (targets >= 0).double()
+            return (counted / counted.sum(1, keepdim=True)).flatten()
+
+    found = measure(Equal(), tokenizer, [Question("A dog", ["éé", "abc"], 0, "")], 2)
+    assert (found["acc_norm"], found["acc_bytes"]) == (0.0, 1.0)
+
+
+def test_choices_space_after_context(
+    wrapper: CustomTransformerWrapper, tokenizer: Tokenizer
+) -> None:
+    """It counts as the ending's, as in lm_eval."""
+    model = Recorded(wrapper.model, [])
+    measure(model, tokenizer, [Question("The dog  ", ["ran home", "sat"], 0, "")], 2)
+    ((_, y),) = model.asked
+    context = len(tokenizer.encode("The dog"))
+    expected = {len(tokenizer.encode(f"The dog   {end}")) - context for end in ("ran home", "sat")}
+    assert set((y >= 0).sum(1).tolist()) == expected
 
 
 def test_choices_long_context(wrapper: CustomTransformerWrapper, tokenizer: Tokenizer) -> None:

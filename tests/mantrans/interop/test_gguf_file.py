@@ -311,8 +311,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"qkv_bias": True, "head_dim": 32}, "head_dim: expected d_model / n_heads (64), since llama."),
     ({**STARCODER2, "head_dim": 32}, "head_dim: expected d_model / n_heads (64), since llama."),
     (
-        {**STARCODER2, "n_heads": 3, "head_dim": 84},  # 256 / 3 is no integer
-        "head_dim: expected d_model / n_heads (85.3333), since llama.cpp",
+        {**STARCODER2, "d_model": 260, "n_heads": 3, "head_dim": 86},
+        "head_dim: expected d_model / n_heads (86.6667), since llama.cpp",
     ),
     (
         {**STARCODER2, "rope_scaling_factor": 2.0},

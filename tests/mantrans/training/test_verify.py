@@ -16,6 +16,7 @@ import torch
 from mantrans.checkpoint import state_file
 from mantrans.cli import main
 from mantrans.records import read_records
+from mantrans.training import saving, verify
 from tests.support.damage import damaged
 from tests.support.runs import checkpoints, finish, metrics_file, small
 
@@ -78,8 +79,11 @@ def contents(run: Path) -> dict[str, tuple[str, int]]:
 
 
 @pytest.mark.promise("verified on demand")
-def test_verify_good_run(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_verify_good_run(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The whole stretch, a stretch between two lines, and one without a checkpoint."""
+    monkeypatch.setattr(saving, "save", lambda *_, **__: pytest.fail("saved"))
     before = contents(run)
     expected = "0 8 steps, every bit equal: 5 lines of metrics and all of "
     assert verified(run, 4, 8, capsys) == expected + (
@@ -118,8 +122,11 @@ def test_verify_counter_altered(run: Path, capsys: pytest.CaptureFixture[str]) -
 
 
 @pytest.mark.promise("verified on demand")
-def test_verify_checkpoint_damaged(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_verify_checkpoint_damaged(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The checksum finds it before anything is computed, at either end."""
+    monkeypatch.setattr(verify, "_compared", lambda *_: pytest.fail("computed"))
     file = checkpoints(run) / "step_00000008.pt"
     whole = file.read_bytes()
     file.unlink()  # the other names of the file keep theirs
