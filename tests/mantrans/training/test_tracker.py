@@ -143,6 +143,21 @@ def test_tracker_dead(
     assert [r["step"] for r in read_records(tmp_path / "metrics.jsonl")] == list(range(1, 30))
 
 
+def test_tracker_dead_said_once(
+    sent: Callable[[], list[Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However often it is asked to log after its end."""
+    monkeypatch.setenv("FAKE_BREAKS", "init")
+    said: list[str] = []
+    dead = tracker.start(config_with("trackio"), tmp_path, False, said.append)
+    assert dead is not None
+    dead._thread.join(60)
+    for step in range(3):
+        dead.log(step, {"loss": 1.0})
+    dead.close()
+    assert len(said) == 1 and "the server said no" in said[0]
+
+
 def test_tracker_slow(
     sent: Callable[[], list[Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
