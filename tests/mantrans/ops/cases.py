@@ -80,6 +80,8 @@ _document = torch.bucketize(_position, torch.tensor(BOUNDS[1:]), right=True)
 _DOCUMENTS = _causal & (_document == _document[:, None])
 _angle = torch.randn(T, D // 2, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
 ANGLES = {"cos": _angle.cos(), "sin": _angle.sin()}
+_angles = _angle * torch.tensor([1.0, -2.0])[:, None, None]
+EACH_ROW = {"cos": _angles.cos(), "sin": _angles.sin()}
 CU_SEQLENS = torch.tensor(BOUNDS, dtype=torch.int32)
 _x, _norm = {"x": (B, T, C)}, {"x": (B, T, C), "weight": (C,)}
 _qkv = {"q": (B, T, H, D), "k": (B, T, H_KV, D), "v": (B, T, H_KV, D)}
@@ -108,6 +110,11 @@ CASES = {
         _residual,
     ),
     "rope": Case(ops.rope, plain_rope, {n: _qkv[n] for n in "qk"}, ANGLES),
+    "rope, tables of each row": Case(
+        ops.rope,
+        lambda q, k, cos, sin: plain_rope(q, k, *(x[..., : D // 2] for x in (cos, sin))),
+        {n: _qkv[n] for n in "qk"}, {name: torch.cat((x, x), -1) for name, x in EACH_ROW.items()},
+    ),
     "swiglu": Case(
         ops.swiglu, lambda gate, up: F.silu(gate) * up, {"gate": (B, T, C), "up": (B, T, C)}
     ),
