@@ -877,15 +877,17 @@ def cross_entropy_forward_backward(
     ignore_index: int = IGNORE_INDEX,
 ) -> Tensor:
     """See `reference.cross_entropy_forward_backward`. The probabilities are computed once, a few
-    rows at a time."""
+    rows at a time, in the logits' memory if that is wide."""
     losses = torch.empty(len(logits), dtype=wide_dtype(logits.dtype), device=logits.device)
     counted = targets != ignore_index
     target = targets.where(counted, 0)[:, None]
     for rows in row_chunks(len(logits), softmax_rows(logits.shape[1])):
-        z = logits[rows, :vocab_size].to(losses.dtype, copy=True)
+        z = logits[rows].to(losses.dtype)
+        z[:, vocab_size:] = -torch.inf
         row = _softmax_of_others(z, target[rows], z)
         losses[rows] = row.losses
         _write_gradient(logits[rows], row.p, target[rows], row.rest, scale, counted[rows])
+    logits[:, vocab_size:] = 0  # NaN in a row of NaN
     return losses.masked_fill_(~counted, 0)
 
 
@@ -918,10 +920,13 @@ def _write_gradient(
 ) -> Tensor:
     """Overwrite the logits (N, Vp) with p · factor, and the target's column with -rest · factor.
 
-    p (N, V) is overwritten too; target, rest (N, 1); factor 0-d or (N, 1); counted (N,).
+    p (N, V or Vp) is overwritten too, and may be the logits' memory; target, rest (N, 1); factor
+    0-d or (N, 1); counted (N,).
     """
     V = p.shape[1]
-    logits[:, :V] = p.scatter_(1, target, -rest).mul_(factor)
+    p.scatter_(1, target, -rest).mul_(factor)
+    if p.data_ptr() != logits.data_ptr():
+        logits[:, :V] = p
     logits[:, V:] = 0
     return clear_rows(logits, ~counted)
 

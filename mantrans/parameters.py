@@ -192,6 +192,7 @@ class Parameters:
         for p in parameters:
             p.value = self.stored(self.weights, p.name)
         self.partials: Partials | None = None
+        self._written = self.weights.new_empty(0)  # where the backward writes
         if training:
             self.write_gradients_to(self.gradients)
             self.partials = Partials(self, partial_rows) if partial_rows else None
@@ -211,6 +212,8 @@ class Parameters:
 
     def write_gradients_to(self, flat: Tensor) -> None:
         """Let the backward write to `flat`, laid out as `gradients`."""
+        if flat is self._written:
+            return
         self._written = flat
         for p in self.by_name.values():
             if p.group != "vectors" or self.partials is None:  # else it is written to rows

@@ -43,12 +43,9 @@ Dataset = Literal[
 ]
 DATASETS: tuple[str, ...] = get_args(Dataset)
 _NAMES = r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}"
+HUB_SET = rf"^hub:{_NAMES}(?:/{_NAMES}){{0,8}}(?::.{{1,200}})?$"
 HubSet = Annotated[
-    str,
-    Field(
-        pattern=rf"^hub:{_NAMES}(?:/{_NAMES}){{0,8}}(?::.{{1,200}})?$",
-        json_schema_extra={"patternErrorMessage": "hub:NAME[:FIELD]"},
-    ),
+    str, Field(pattern=HUB_SET, json_schema_extra={"patternErrorMessage": "hub:NAME[:FIELD]"})
 ]
 # Each pair has two ways to set the same thing: one of them on the command line replaces the other
 # in the file.

@@ -73,7 +73,8 @@ def write_bin(stream: TokenStream, folder: Path, name: str, form: str) -> list[P
 
     Raises DataError where nanoGPT's uint16 does not hold the tokens, OSError as for any file.
     """
-    if form == NANOGPT and stream.dtype.itemsize > 2:
+    dtype = np.dtype("<u2") if form == NANOGPT else stream.dtype
+    if stream.max_token > np.iinfo(dtype).max:
         raise DataError(
             f"--format: expected {LLMC}, whose tokens may be uint32, since nanoGPT's are uint16 "
             f"and {stream.path.name} has tokens up to {stream.max_token:,}, got {NANOGPT}"
@@ -87,7 +88,8 @@ def write_bin(stream: TokenStream, folder: Path, name: str, form: str) -> list[P
         with replacing(file) as raw:
             write_all(raw, _header(stream.dtype, stop - start) if form == LLMC else b"")
             for first in range(start, stop, _CHUNK):
-                write_all(raw, stream.read(first, min(first + _CHUNK, stop)).tobytes())
+                tokens = stream.read(first, min(first + _CHUNK, stop))
+                write_all(raw, tokens.astype(dtype).tobytes())
     return files
 
 
@@ -104,7 +106,9 @@ def _layout(file: Path) -> _Layout:
     with open_regular(file) as raw:
         head = raw.read(4 * _HEADER)
         size = file.stat().st_size
-    magic = int.from_bytes(head[:4], "little") if len(head) >= 4 else 0
+    magic, swapped = (int.from_bytes(head[:4], order) for order in ("little", "big"))
+    if swapped in _VERSIONS:
+        raise DataError(f"{file}: expected llm.c's tokens, little-endian, got big-endian")
     if magic not in _DATES:
         if size % 2:
             raise DataError(

@@ -25,8 +25,9 @@ from typing import TYPE_CHECKING, Any
 import filelock
 
 from mantrans import terminal
-from mantrans.data.encoding import BatchWriter, OtherTextError, SplitWriter
+from mantrans.data.encoding import JOURNAL, BatchWriter, OtherTextError, SplitWriter
 from mantrans.data.files import kind_of
+from mantrans.data.hub import LIST
 from mantrans.data.known import KnownFiles, content_hash
 from mantrans.data.registry import Source, find_source
 from mantrans.data.shards import TokenFileWriter, TokenStream
@@ -90,9 +91,9 @@ def prepare(
     They do not depend on the seed: all runs are validated on the same documents. Unless quiet, its
     notes are printed. processes: that tokenize; with more than one the program that calls this
     needs the line `if __name__ == "__main__":`, as for any use of `multiprocessing`. Raises
-    UnfinishedError if the work was broken off and can be continued by the same call, other
-    DataError for text that cannot be used, or a cache that is damaged or
-    cannot be written.
+    UnfinishedError if the work was broken off, by the hub, the disk or a lack of memory, which the
+    same call goes on with; other DataError for text that cannot be used, or a cache that is damaged
+    or cannot be written.
     """
     source = find_source(
         data_config.dataset,
@@ -110,15 +111,12 @@ def prepare(
     try:
         if not folder.is_dir():
             folder.parent.mkdir(parents=True, exist_ok=True)
-            with filelock.FileLock(folder.parent / f"{folder.name}.lock"):
+            with _locked(folder, quiet):
                 if not folder.is_dir():
                     _write_folder(folder, source, tokenizer, plan, processes, quiet)
         _remove_workings(folder)
-    except OSError as error:
-        raise DataError(
-            f"tokens cannot be written to {folder}: {error.strerror or error}; "
-            "free the disk, or set data.cache_dir to a folder that can be written"
-        ) from None
+    except (OSError, UnfinishedError) as error:
+        raise _unfinished(folder, error) from None
     opened = _open_folder(folder, tokenizer, known, source.notes)
     known.save()
     for note in () if quiet else opened.notes:
@@ -190,6 +188,22 @@ def _folder_name(source: Source, tokenizer: Tokenizer, plan: Plan, known: KnownF
     return f"{names}-{digest}"
 
 
+@contextmanager
+def _locked(folder: Path, quiet: bool) -> Iterator[None]:
+    """Hold the lock of the process that writes the folder; whoever waits for it says so."""
+    lock = filelock.FileLock(folder.parent / f"{folder.name}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        if not quiet:
+            terminal.say(f"waiting for another process, which writes {folder}")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def _write_folder(
     folder: Path, source: Source, tokenizer: Tokenizer, plan: Plan, processes: int, quiet: bool
 ) -> None:
@@ -197,7 +211,7 @@ def _write_folder(
 
     What a process leaves there that was killed or broken off, the next one takes over.
     """
-    aside = folder.parent / f"{folder.name}.unfinished"
+    aside = _aside(folder)
     aside.mkdir(exist_ok=True)
     try:
         try:
@@ -209,13 +223,33 @@ def _write_folder(
         _sync_folder(aside)
         aside.rename(folder)
         _sync_folder(folder.parent)
-    except UnfinishedError:
-        with contextlib.suppress(OSError):
-            aside.rmdir()  # if there is nothing to keep
+    except Exception as error:
+        cannot_go_on = isinstance(error, DataError) and not isinstance(error, UnfinishedError)
+        if cannot_go_on or not _is_begun(aside):
+            shutil.rmtree(aside, ignore_errors=True)
         raise
-    except Exception:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
+
+
+def _aside(folder: Path) -> Path:
+    return folder.parent / f"{folder.name}.unfinished"
+
+
+def _is_begun(aside: Path) -> bool:
+    """Whether there is something that the next process takes over."""
+    files = (aside / name for name in (JOURNAL, LIST))
+    return any(file.is_file() and file.stat().st_size > 0 for file in files)
+
+
+def _unfinished(folder: Path, error: OSError | UnfinishedError) -> DataError:
+    """The error of tokens that are not written, and what to do."""
+    aside, again = _aside(folder), "run the same command again"
+    kept = f"what is done is kept in {aside}" if aside.is_dir() else ""
+    if isinstance(error, UnfinishedError):
+        return UnfinishedError(f"{error}; {kept}: {again}" if kept else str(error))
+    what = f"tokens cannot be written to {folder}: {error.strerror or error}; "
+    if kept:
+        return UnfinishedError(f"{what}{kept}: free the disk and {again}")
+    return DataError(f"{what}free the disk, or set data.cache_dir to a folder that can be written")
 
 
 def _remove_workings(folder: Path) -> None:

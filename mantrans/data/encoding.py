@@ -3,23 +3,26 @@
 The pieces of a split are collected in batches. Each is tokenized, here or in another process, and
 written, in the order in which they were collected; then a line of the journal says so. After a
 kill, the text is read and divided again, which is fast, and a batch whose text is the journal's is
-not tokenized again: its tokens are in the file, and have the checksum that the journal gives them.
-So the files are the same however often the work was broken off, and nothing needs to reach the disk
-in any order.
+not tokenized again: its tokens are in the file, and have the checksum that the journal gives them;
+so has each line of the journal. So the files are the same however often the work was broken off,
+and nothing needs to reach the disk in any order.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import multiprocessing
 import os
 import signal
 import threading
+from array import array
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from operator import index
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -101,7 +104,7 @@ class BatchWriter:
             self.finish()
             self._write(batch, text, encoded(self.tokenizer, batch.pieces))
         else:
-            with _explained():
+            with _explained(), _interrupts_later():
                 plain = [(piece.text, piece.is_last) for piece in batch.pieces]
                 self._waiting.append((batch, text, self._pool.submit(_encoded_here, plain)))
             if len(self._waiting) >= self._most:
@@ -127,10 +130,11 @@ class BatchWriter:
         checksum = writer.write(tokens, n_bytes, n_documents)
         writer.flush()
         self._written += 1
-        self._journal.append({
+        line = {
             "step": self._written, "split": batch.split, "text": text, "tokens": tokens.size,
             "bytes": n_bytes, "documents": n_documents, "checksum": checksum, "read": batch.read,
-        })  # fmt: skip
+        }  # fmt: skip
+        self._journal.append({**line, "seal": _seal(line)})
         self.advance(batch.read - self.done)
         self.done = batch.read
 
@@ -171,19 +175,16 @@ class SplitWriter:
 
 def encoded(tokenizer: Tokenizer, pieces: list[Piece]) -> np.ndarray:
     """The tokens of all pieces, uint32. A text that ends a document is followed by end-of-text."""
-    given = [piece.tokens for piece in pieces if piece.tokens is not None]
-    if given and len(given) == len(pieces):
-        return np.concatenate(given).astype(np.uint32)
     texts = iter(tokenizer.encode_batch([p.text for p in pieces if p.tokens is None]))
-    tokens: list[int] = []
+    tokens = array("I")  # numpy reads a list of integers more slowly
     for piece in pieces:
         if piece.tokens is not None:
-            tokens += piece.tokens.tolist()
+            tokens.frombytes(piece.tokens.astype(np.uintc).tobytes())
             continue
-        tokens += next(texts)
+        tokens.fromlist(next(texts))
         if piece.is_last:
             tokens.append(tokenizer.eot_id)
-    return np.asarray(tokens, dtype=np.uint32)
+    return np.array(tokens, dtype=np.uint32)
 
 
 def _verified(journal: Path, writers: dict[str, TokenFileWriter]) -> list[dict[str, Any]]:
@@ -191,17 +192,21 @@ def _verified(journal: Path, writers: dict[str, TokenFileWriter]) -> list[dict[s
     lines: list[dict[str, Any]] = []
     with contextlib.suppress(FileNotFoundError, LookupError, TypeError, ValueError):
         for line in read_records(journal):
-            counts = tokens, n_bytes, documents, _ = [
-                line[name] for name in ("tokens", "bytes", "documents", "read")
-            ]
-            is_next = line["step"] == len(lines) + 1 and isinstance(line["text"], str)
-            if not is_next or not all(type(count) is int and count >= 0 for count in counts):
+            if line.pop("seal") != _seal(line) or line["step"] != len(lines) + 1:
                 break
-            writer = writers[line["split"]]
-            if not writer.adopt(tokens, n_bytes, documents, line["checksum"]):
+            tokens, n_bytes, documents, _ = (
+                index(line[name]) for name in ("tokens", "bytes", "documents", "read")
+            )
+            if not writers[line["split"]].adopt(tokens, n_bytes, documents, line["checksum"]):
                 break
             lines.append(line)
     return lines
+
+
+def _seal(line: dict[str, Any]) -> str:
+    """Of a line of the journal, so that any change in it is noticed."""
+    text = json.dumps(line, sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 # ------------------------------------------------------------------------------ other processes
@@ -217,10 +222,9 @@ def _pool(tokenizer: Tokenizer, processes: int) -> ProcessPoolExecutor:
 
 
 def _begin(tokenizer: Tokenizer) -> None:
-    """In a new process: one thread, which leaves Ctrl-C to the first process and ends with it."""
+    """In a new process: one thread, and an end with the first process."""
     global _tokenizer
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _tokenizer = tokenizer
 
@@ -239,11 +243,21 @@ def _encoded_here(pieces: list[tuple[str, bool]]) -> np.ndarray:
 
 
 @contextlib.contextmanager
+def _interrupts_later() -> Iterator[None]:
+    """Ctrl-C comes after this; to the processes that are started here, which inherit it, never."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextlib.contextmanager
 def _explained() -> Iterator[None]:
     try:
         yield
     except BrokenProcessPool:
         raise UnfinishedError(
-            "a process that tokenizes has ended, perhaps for lack of memory; what is done is kept: "
-            "run the same command again, or with fewer --processes"
+            "a process that tokenizes has ended, perhaps for lack of memory, of which fewer "
+            "--processes need less"
         ) from None

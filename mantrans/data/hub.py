@@ -24,7 +24,8 @@ from mantrans.checkpoint.atomic import replacing, write_all
 from mantrans.errors import DataError, UnfinishedError, single_line
 
 CONVERTED = "refs/convert/parquet"
-_LIST, _FILES = "hub.json", "hub"
+LIST, _FILES = "hub.json", "hub"
+_UNKNOWN = 0  # size of a file whose size the hub does not say
 _SPLITS = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val", "dev"),
@@ -51,7 +52,7 @@ class HubName(NamedTuple):
         return cls("/".join(parts[:2]), "/".join(parts[2:]), field or None)
 
     def __str__(self) -> str:
-        return f"data.dataset hub:{'/'.join(filter(None, self[:2]))}"
+        return f"hub:{'/'.join(filter(None, self[:2]))}"
 
 
 class HubFiles:
@@ -63,28 +64,24 @@ class HubFiles:
 
     def __init__(self, name: HubName, folder: Path) -> None:
         self.name, self.folder = name, folder
-        try:
-            listed: Any = json.loads((folder / _LIST).read_bytes())
-        except (OSError, ValueError):
-            listed = self._ask()
-            with replacing(folder / _LIST) as file:
-                write_all(file, json.dumps(listed).encode())
-        self.revision: str = listed["revision"]
-        sizes: dict[str, int] = listed["files"]
-        chosen = _subset(name, [file for file in sizes if file.startswith(_prefix(name))])
+        self.revision, self.sizes = _kept(folder / LIST) or self._ask()
+        with replacing(folder / LIST) as kept:
+            write_all(kept, json.dumps([self.revision, self.sizes]).encode())
+        chosen = _subset(name, [file for file in self.sizes if file.startswith(_prefix(name))])
         self.train = chosen.get("train") or chosen.get("", [])
         self.validation = chosen.get("validation", chosen.get("test"))
         if not self.train:
             raise DataError(f"{name}: expected files to train on, got only {', '.join(chosen)}")
-        self.n_bytes = sum(sizes[file] for file in [*self.train, *(self.validation or [])])
+        self.n_bytes = sum(self.sizes[file] for file in [*self.train, *(self.validation or [])])
 
     def paths(self, files: list[str]) -> Iterator[Path]:
-        """Where each file is, once it is there."""
+        """Where each file is, once it is there, whole."""
         from huggingface_hub import hf_hub_download
 
         for file in files:
             path = self.folder / _FILES / file
-            if not path.is_file():
+            if not (path.is_file() and self.sizes[file] in (path.stat().st_size, _UNKNOWN)):
+                path.unlink(missing_ok=True)
                 download = partial(
                     hf_hub_download, self.name.repository, file, repo_type="dataset",
                     revision=self.revision, local_dir=self.folder / _FILES, endpoint=_endpoint(),
@@ -93,7 +90,7 @@ class HubFiles:
                     _answer(self.name, download)
             yield path
 
-    def _ask(self) -> dict[str, Any]:
+    def _ask(self) -> tuple[str, dict[str, int]]:
         """The revision and the sizes of the set's Parquet files."""
         from huggingface_hub import HfApi
 
@@ -103,16 +100,27 @@ class HubFiles:
                     HfApi(_endpoint()).dataset_info, self.name.repository, files_metadata=True
                 )
                 found = _answer(self.name, partial(ask, revision=branch))
-            except _NoSuchBranchError:
+            except _NoSuchRevisionError:
                 break
-            files = {s.rfilename: s.size or 0 for s in found.siblings or [] if _is_parquet(s)}
+            files = {
+                s.rfilename: s.size or _UNKNOWN for s in found.siblings or [] if _is_parquet(s)
+            }
             if files:
-                return {"revision": found.sha or branch or "main", "files": files}
+                return found.sha or branch or "main", files
         raise DataError(f"{self.name}: expected Parquet files, got a set that has none on the hub")
 
 
-class _NoSuchBranchError(Exception):
-    pass
+class _NoSuchRevisionError(DataError):
+    """A branch that the set does not have, or a revision that is gone: history can be rewritten."""
+
+
+def _kept(file: Path) -> tuple[str, dict[str, int]] | None:
+    """The list that an earlier process has kept; None if it is not there, or damaged."""
+    with contextlib.suppress(OSError, ValueError, TypeError, AttributeError, RecursionError):
+        revision, sizes = json.loads(file.read_bytes())
+        if isinstance(revision, str) and all(type(size) is int for size in sizes.values()):
+            return revision, sizes
+    return None
 
 
 def _answer(name: HubName, ask: Callable[[], Answer]) -> Answer:
@@ -121,8 +129,15 @@ def _answer(name: HubName, ask: Callable[[], Answer]) -> Answer:
 
     try:
         return ask()
+    except errors.HFValidationError as error:
+        raise DataError(
+            f"{name}: expected a name that the hub accepts, got another: {single_line(str(error))}"
+        ) from None
     except errors.RevisionNotFoundError:
-        raise _NoSuchBranchError from None
+        raise _NoSuchRevisionError(
+            f"{name}: expected the revision that was listed before, got none on the hub; run the "
+            "same command again to begin anew"
+        ) from None
     except errors.GatedRepoError:
         raise DataError(
             f"{name}: expected a set that may be read, got one whose terms are not accepted: "
@@ -139,10 +154,7 @@ def _answer(name: HubName, ask: Callable[[], Answer]) -> Answer:
             raise _no_such_set(name) from None
         if isinstance(error, OSError) and error.errno in _OF_THE_DISK:
             raise
-        raise UnfinishedError(
-            f"{name}: the hub does not answer ({reason}); what is done is kept: run the same "
-            "command again"
-        ) from None
+        raise UnfinishedError(f"{name}: the hub does not answer ({reason})") from None
 
 
 def _endpoint() -> str | None:

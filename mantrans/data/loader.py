@@ -26,6 +26,7 @@ There is no state: a resumed run simply asks for the next step.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -143,6 +144,7 @@ def shuffled(places: np.ndarray, count: int, seed: int, epoch: int) -> np.ndarra
     return values.astype(np.int64)
 
 
+@functools.lru_cache(maxsize=64)  # each step asks for the same ones
 def _key(seed: int, epoch: int, use: int) -> np.uint64:
     """A key for each (seed, epoch, use)."""
     key = np.uint64(seed & 0xFFFF_FFFF_FFFF_FFFF)

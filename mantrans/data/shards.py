@@ -89,9 +89,12 @@ class TokenFileWriter:
     def adopt(self, n_tokens: int, n_bytes: int, n_documents: int, checksum: str) -> bool:
         """Take over what an earlier process wrote here by a call of `write` that returned
         `checksum`. False, and nothing is taken over, unless it is there unchanged."""
-        packed = self._file.read(n_tokens * self.dtype.itemsize)
-        if _checksum(packed) != checksum or len(packed) != n_tokens * self.dtype.itemsize:
-            self._file.seek(-len(packed), os.SEEK_CUR)
+        start, size = self._file.tell(), n_tokens * self.dtype.itemsize
+        if not 0 <= size <= os.fstat(self._file.fileno()).st_size - start:
+            return False
+        packed = self._file.read(size)
+        if _checksum(packed) != checksum:
+            self._file.seek(start)
             return False
         self._count(packed, n_bytes, n_documents)
         return True

@@ -149,10 +149,10 @@ def _take(pieces: Iterable[Piece], encoder: SplitWriter, size: int | None) -> No
     """The first `size` documents, or all."""
     taken = 0
     for piece in pieces:
-        if size is not None and taken >= size:
-            return
         encoder.add(piece)
         taken += piece.is_last
+        if taken == size:  # before the next is read: it may have to be downloaded
+            return
 
 
 def _share_out(

@@ -29,7 +29,7 @@ from mantrans.data.files import kind_of, opened
 from mantrans.data.foreign import not_utf8
 from mantrans.data.parquet import column_of
 from mantrans.data.tokenizer import END_OF_TEXT, Tokenizer
-from mantrans.errors import DataError, single_line
+from mantrans.errors import DataError, UnfinishedError, single_line
 
 PIECE = 2**18  # characters: little memory, and few calls
 _CHUNK = 2**18  # bytes read at once
@@ -123,7 +123,8 @@ def read_files(
     report: ReadReport,
     tokenizer: Tokenizer | None = None,
 ) -> Iterator[Piece]:
-    """The documents of all files, in order. DataError for a file that cannot be read as text.
+    """The documents of all files, in order. DataError for a file that is no text, UnfinishedError
+    for one that the system does not give.
 
     tokenizer: that of the tokens in `.bin` files; None where only text will do.
     """
@@ -138,7 +139,7 @@ def read_files(
             else:
                 yield from read_parquet(file, text_field, refuse_broken_lines, report)
         except OSError as error:
-            raise DataError(f"{file}: cannot be read: {error.strerror or error}") from None
+            raise UnfinishedError(f"{file}: cannot be read: {error.strerror or error}") from None
 
 
 def _read_tokens(file: Path, tokenizer: Tokenizer | None, report: ReadReport) -> Iterator[Piece]:

@@ -6,6 +6,7 @@
         --held-out 0.1
     mantrans tokenizer encode --tokenizer NAME "Once upon a time"
 
+`--dataset hub:NAME[:FIELD]` is any set of the Hugging Face hub, as in data.dataset.
 `--hold-out` leaves out the same documents that `data.validation_fraction` of the same size holds
 out of training, so that neither tokenizer nor model has seen them; `analyze --held-out` counts only
 these (`holdout`, also for a text of one document).
@@ -18,6 +19,7 @@ import json
 import re
 import shutil
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -29,7 +31,7 @@ from typing import Any
 import numpy as np
 import tokenizers
 
-from mantrans.config import DATASETS
+from mantrans.config import DATASETS, HUB_SET
 from mantrans.data.files import ACCEPTED
 from mantrans.data.holdout import part_of
 from mantrans.data.registry import Source, find_source
@@ -47,6 +49,7 @@ from mantrans.terminal import say, show
 
 SMALLEST_VOCABULARY = 257  # the bytes and the end of text
 LARGEST_VOCABULARY = 2**24  # as model.vocab_size
+_NAMES = f"{', '.join(DATASETS[:-1])}, or hub:NAME[:FIELD]"  # all but local, which is --input
 _BATCH = 1000  # pieces tokenized in one call
 _LONGEST_WORD = 128  # characters; learning takes time by the square of a word's length
 _TOO_LONG = re.compile(rf"\S{{{_LONGEST_WORD}}}(?=\S)|\s{{{_LONGEST_WORD}}}(?=\s)")
@@ -162,7 +165,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = argparse.ArgumentParser(add_help=False)
     add = text.add_argument
     add("--input", action="append", default=[], help=f"{ACCEPTED}, or a folder; may be repeated")
-    add("--dataset", action="append", default=[], choices=DATASETS[:-1], help="may be repeated")
+    add(
+        "--dataset", action="append", default=[], type=_dataset, metavar="NAME",
+        help=f"{_NAMES}; may be repeated",
+    )  # fmt: skip
     add("--limit", type=integer(1), help="documents of each --dataset (default: all)")
     add("--text-field", help="of .jsonl and .parquet (default: text)")
     add(
@@ -185,7 +191,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=share,
         default=0.0,
         metavar="SHARE",
-        help="of each --input: leave out what data.validation_fraction holds out (default: 0)",
+        help="of each --input, and --dataset without a split to validate on: leave out what "
+        "data.validation_fraction holds out (default: 0)",
     )
     train_command.set_defaults(run=_run_train)
 
@@ -196,7 +203,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=share,
         default=0.0,
         metavar="SHARE",
-        help="of each --input: count only what this share holds out (default: 0, count all)",
+        help="of the same: count only what this share holds out (default: 0, count all)",
     )
     analyze_command.add_argument("--json", action="store_true", help="print all as JSON")
     analyze_command.set_defaults(run=_run_analyze)
@@ -205,6 +212,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     encode_command.add_argument("--tokenizer", required=True, help="a name, or its folder")
     encode_command.add_argument("text", nargs="?", type=str, help="default: standard input")
     encode_command.set_defaults(run=_run_encode)
+
+
+def _dataset(text: str) -> str:
+    """argparse's type of --dataset."""
+    if text not in DATASETS[:-1] and not re.fullmatch(HUB_SET, text):
+        raise argparse.ArgumentTypeError(f"expected one of {_NAMES}, got {single_line(text)!r}")
+    return text
 
 
 def _run_train(options: argparse.Namespace) -> None:
@@ -286,17 +300,22 @@ def _pieces(options: argparse.Namespace, fraction: float, held: bool) -> Iterato
         for note in report.notes():
             _say(note, of=path)
     for name in options.dataset:
-        source = find_source(name)
-        report = ReadReport()
-        yield from _first(source.open(report).train, options.limit)
+        source, report = find_source(name), ReadReport()
+        with tempfile.TemporaryDirectory() as folder:  # for the files of the hub
+            splits = source.open(report, folder=Path(folder))
+            pieces: Iterable[Piece] = splits.train
+            if fraction and splits.validation is None:
+                read = partial(_train_split, source, report, Path(folder))
+                pieces = part_of(read, fraction, held, partial(_say, of=name))
+            yield from _first(pieces, options.limit)
         for note in report.notes():
             _say(note, of=name)
 
 
-def _train_split(source: Source, report: ReadReport) -> Iterable[Piece]:
+def _train_split(source: Source, report: ReadReport, folder: Path | None = None) -> Iterable[Piece]:
     """Its text, read from the start; the report is of this reading alone."""
     vars(report).update(vars(ReadReport()))
-    return source.open(report).train
+    return source.open(report, folder=folder).train
 
 
 def _say(note: str, of: str = "") -> None:
@@ -306,10 +325,10 @@ def _say(note: str, of: str = "") -> None:
 def _first(pieces: Iterable[Piece], documents: int | None) -> Iterator[Piece]:
     taken = 0
     for piece in pieces:
-        if documents is not None and taken >= documents:
-            return
         yield piece
         taken += piece.is_last
+        if taken == documents:  # before the next is read: it may have to be downloaded
+            return
 
 
 def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:

@@ -127,8 +127,11 @@ def measure_choices(
     choices in a batch; results do not depend on it, but for the rounding of the model's dtype.
 
     Returns {"questions", "chance", "acc", "acc_stderr", "acc_norm", ..., "acc_tokens_stderr"}.
-    Raises DataError for an ending longer than max_length, ModelError for a loss that is not finite.
+    Raises DataError for an ending without a token or longer than max_length, ModelError for a loss
+    that is not finite, ValueError for no question.
     """
+    if not questions:
+        raise ValueError("questions: expected at least 1, got 0")
     choices = [_choices_of(question, tokenizer, max_length) for question in questions]
     losses = _losses(
         model, {choice for few in choices for choice in few}, tokenizer.eot_id,
@@ -165,11 +168,11 @@ def _choices_of(question: Question, tokenizer: Tokenizer, max_length: int) -> li
     )
     choices = []
     for i, tokens in enumerate(whole):
-        counted = max(1, len(tokens) - len(context))
-        if counted > max_length:
+        counted = len(tokens) - len(context)
+        if not 0 < counted <= max_length:
             raise DataError(
-                f"{question.where}: endings[{i}]: expected at most the {max_length} tokens that "
-                f"the model can read, got {counted}"
+                f"{question.where}: endings[{i}]: expected 1 to {max_length} tokens after ctx, as "
+                f"many as the model can read, got {counted}"
             )
         choices.append(Choice(tuple(tokens[-(max_length + 1) :]), counted))
     return choices

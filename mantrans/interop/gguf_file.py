@@ -106,6 +106,11 @@ def _require_known(family: Family, config: ModelConfig) -> None:
                 f"{name}: expected {show(value)}, since llama.cpp computes no other "
                 f"{family.model_type}, got {show(own[name])}"
             )
+    if family.square_in_llama_cpp and config.n_heads * config.head_width != config.d_model:
+        raise ConfigError(
+            f"head_dim: expected d_model / n_heads ({config.d_model / config.n_heads:g}), since "
+            f"llama.cpp computes no other {family.model_type}, got {config.head_width}"
+        )
 
 
 # --------------------------------------------------------------------------------------- tensors

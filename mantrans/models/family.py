@@ -29,6 +29,7 @@ class Family:
     repeated: their field -> ours, which has another name for us too; only written.
     whole_heads: d_model must be a multiple of n_heads, even if head_dim is given.
     llama_cpp: our field -> the only value with which llama.cpp computes the family.
+    square_in_llama_cpp: llama.cpp takes head_dim to be d_model / n_heads.
     interleaved_in_gguf: llama.cpp's RoPE turns pairs (2i, 2i + 1) of it, not (i, i + D/2).
     """
 
@@ -48,6 +49,7 @@ class Family:
     repeated: Mapping[str, str] = field(default_factory=dict)
     whole_heads: bool = False
     llama_cpp: Mapping[str, Any] = field(default_factory=dict)
+    square_in_llama_cpp: bool = False
     interleaved_in_gguf: bool = False
 
     def describes(self, config: ModelConfig) -> bool:

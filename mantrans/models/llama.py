@@ -80,6 +80,7 @@ QWEN2 = replace(
     whole_heads=False,
     interleaved_in_gguf=False,
     llama_cpp={"attention_window": None, "rope_scaling_factor": None},
+    square_in_llama_cpp=True,
 )
 QWEN3 = replace(
     QWEN2,
@@ -90,4 +91,5 @@ QWEN3 = replace(
     | {"n_kv_heads": 32, "head_dim": 128, "qkv_bias": False, "projection_bias": False},
     fixed=_FIXED | {"qk_norm": True, "mlp_bias": False},
     llama_cpp={"attention_window": None, "rope_scaling_factor": None, "qkv_bias": False},
+    square_in_llama_cpp=False,
 )

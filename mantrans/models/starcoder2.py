@@ -41,4 +41,5 @@ STARCODER2 = Family(
     accepted={"hidden_act": ("gelu_pytorch_tanh", "gelu_new"), "use_bias": (True,)},
     written={"attention_dropout": 0.0, "residual_dropout": 0.0, "embedding_dropout": 0.0},
     llama_cpp={"rope_scaling_factor": None},
+    square_in_llama_cpp=True,
 )

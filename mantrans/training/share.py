@@ -37,7 +37,8 @@ def share_of(training: TrainingConfig, world: World) -> Share:
         for part in range(parts)
     ]
     rows = [number * size + row for number in numbers for row in range(size)]
-    return Share(rows, parts, _notes(training, world, parts, size))
+    reason = dependence(training, ranks)
+    return Share(rows, parts, [f"note: {reason}"] if reason else [])
 
 
 def micro_batches(training: TrainingConfig, ranks: int) -> tuple[int, int]:
@@ -53,29 +54,25 @@ def micro_batches(training: TrainingConfig, ranks: int) -> tuple[int, int]:
     return parts, mine // parts  # B if A is a multiple of the ranks
 
 
-def _notes(training: TrainingConfig, world: World, parts: int, size: int) -> list[str]:
-    """What the last bits depend on, other than with one process."""
-    A, B, ranks = training.gradient_accumulation_steps, training.batch_size, world.size
-    if not world.is_power_of_two:
-        return [
-            f"note: the last bits depend on the number of processes, since {ranks} is not a power "
-            "of two"
-        ]
+def dependence(training: TrainingConfig, ranks: int) -> str | None:
+    """Why so many ranks compute other last bits than one process; None if they do not."""
+    A, B = training.gradient_accumulation_steps, training.batch_size
+    parts, size = micro_batches(training, ranks)
+    depend = "the last bits depend on the number of processes, since"
+    if ranks & (ranks - 1):
+        return f"{depend} {ranks} is not a power of two"
     if A % ranks:
-        return [
-            f"note: micro-batches of {size} sequences instead of {B}, since training."
+        return (
+            f"micro-batches of {size} sequences instead of {B}, since training."
             f"gradient_accumulation_steps ({A}) is not a multiple of the {ranks} processes: the "
             "last bits depend on their number; they would not with training.batch_size "
             f"{size} and gradient_accumulation_steps {ranks * parts}"
-        ]
+        )
     if training.gradient_sum == "running" and ranks > 1:
-        return [
-            "note: the last bits depend on the number of processes, since training.gradient_sum is "
-            "running"
-        ]
+        return f"{depend} training.gradient_sum is running"
     if training.shard == "gradients" and ranks > 1 and parts & (parts - 1):
-        return [
-            "note: the last bits depend on the number of processes, since training.shard is "
-            f"gradients and gradient_accumulation_steps ({A}) not a power of two"
-        ]
-    return []
+        return (
+            f"{depend} training.shard is gradients and gradient_accumulation_steps ({A}) not a "
+            "power of two"
+        )
+    return None

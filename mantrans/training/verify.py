@@ -9,6 +9,7 @@ is in it: weights, moments, counters.
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 import time
 from collections.abc import Iterator
@@ -21,12 +22,13 @@ from torch import Tensor
 from mantrans import terminal
 from mantrans.checkpoint import plain, state_file
 from mantrans.checkpoint.folder import by_step
-from mantrans.config import Config
+from mantrans.config import Config, TrainingConfig
 from mantrans.errors import CheckpointError, MantransError, single_line
 from mantrans.records import read_records
 from mantrans.training import saving
 from mantrans.training.logger import versions
 from mantrans.training.resume import PLACES, Checkpoint, changed_settings, own_config
+from mantrans.training.share import dependence
 from mantrans.training.trainer import Trainer
 
 _TENSORS = ("parameters", "optimizer_state", "guard")
@@ -48,8 +50,14 @@ def verify(run: str, start: int, steps: int, defaults: str) -> Verdict:
 
     run: its name or one of its folders. defaults: the config file that says where runs are.
     Raises MantransError (one line): no such run or checkpoint, a damaged one, nothing on record
-    that could be compared.
+    that could be compared; several processes now, or then, if the bits depend on their number.
     """
+    ranks = os.environ.get("WORLD_SIZE", "1").strip()
+    if ranks not in ("", "1"):
+        raise MantransError(
+            "WORLD_SIZE: expected 1, since one process computes what several have trained, got "
+            f"{single_line(ranks)}; run it without torchrun"
+        )
     record = Record.read(run, defaults)
     first = Checkpoint.load(record.checkpoint(start))
     later = record.stretch(start, start + steps)
@@ -57,7 +65,11 @@ def verify(run: str, start: int, steps: int, defaults: str) -> Verdict:
         state_file.verify(path)
     with tempfile.TemporaryDirectory() as scratch:
         again = _Again(_config(record, first, Path(scratch)), resume=str(first.path), quiet=True)
-        found = _compared(again, record, start, steps, later)
+        try:
+            found = _compared(again, record, start, steps, later)
+        finally:
+            again.logger.close()
+            again.folders.close()
     if not found:
         return Verdict(True, _praise(record, start, steps, later))
     return Verdict(False, f"{found}; {_causes(record, first, later)}")
@@ -127,13 +139,9 @@ class _Again(Trainer):
     def steps(self, count: int) -> Iterator[int]:
         """Run them; yields the number of each when it is done."""
         self._timer = time.perf_counter(), self.progress.step
-        try:
-            for _ in range(count):
-                self._advance()
-                yield self.progress.step
-        finally:
-            self.logger.close()
-            self.folders.close()
+        for _ in range(count):
+            self._advance()
+            yield self.progress.step
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint of the last step would hold."""
@@ -157,8 +165,22 @@ def _config(record: Record, first: Checkpoint, scratch: Path) -> Config:
     threads = str(record.versions.get("threads"))
     if training["threads"] is None and threads.isdecimal() and len(threads) < 10:
         training["threads"] = int(threads)
+    training["tracker"] = None  # nothing is sent again
     training["output_dir"], training["checkpoint_dir"] = str(scratch / "runs"), str(scratch / "all")
-    return Config.from_dict(values, str(record.folder / "versions.json"))
+    config = Config.from_dict(values, str(record.folder / "versions.json"))
+    _require_one_process(record, config.training)
+    return config
+
+
+def _require_one_process(record: Record, training: TrainingConfig) -> None:
+    """MantransError if the run had so many processes that one would compute other bits."""
+    found = str(record.versions.get("processes"))
+    ranks = int(found) if found.isdecimal() and len(found) < 7 else 1
+    if reason := dependence(training, max(ranks, 1)):
+        raise MantransError(
+            f"{record.folder / 'versions.json'}: processes: expected a run that one process can "
+            f"compute again, got {ranks}: {reason}"
+        )
 
 
 def _compared(

@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 
+from mantrans.cli import QUICKSTART
 from mantrans.distributed.watcher import ENDED_BY_ANOTHER
+from mantrans.training.verify import verify
 from tests.support.broken_rank import BREAK, BROKEN
 from tests.support.compare import assert_same_bits
 from tests.support.processes import Processes
@@ -143,6 +145,15 @@ def test_ranks_prepare_data_once(tmp_path: Path, processes: Processes) -> None:
     assert said.count("tokenizing") == 1 and "4 processes" in said
     versions = json.loads((tmp_path / "run" / "runs" / "small" / "versions.json").read_text())
     assert versions["processes"] == "4"
+
+
+@pytest.mark.promise("verified on demand")
+@pytest.mark.slow
+def test_ranks_verified(tmp_path: Path, tokens: Path, processes: Processes) -> None:
+    """One process verifies what two have trained, whose bits are the same."""
+    finished(begin(processes, tmp_path, tokens, 2, shard="gradients"))
+    verdict = verify(str(tmp_path / "runs" / "small"), 4, 4, QUICKSTART)
+    assert verdict.equal and "all of step_00000008.pt" in verdict.line
 
 
 def refused(ranks: Ranks, folder: Path) -> str:

@@ -17,7 +17,9 @@ COMMIT = "0123456789" * 4
 
 class Hub(ThreadingHTTPServer):
     """`sets`: {repository: {branch: {file: content}}}; `asked`: the files that were downloaded;
-    `breaks`: {file: bytes after which its next download breaks off}; `down`: nothing is answered.
+    `breaks`: {file: bytes after which its next download breaks off}; `down`: nothing is answered;
+    `rewritten`: the revision that was listed is gone; `refusal`: (status, code) of all answers;
+    `lists`: how often the files were asked for.
     """
 
     daemon_threads = True
@@ -27,7 +29,9 @@ class Hub(ThreadingHTTPServer):
         self.sets = sets
         self.asked: list[str] = []
         self.breaks: dict[str, int] = {}
-        self.down = False
+        self.down = self.rewritten = False
+        self.refusal: tuple[int, str] | None = None
+        self.lists = 0
 
     @property
     def address(self) -> str:
@@ -49,6 +53,9 @@ class _Handler(BaseHTTPRequestHandler):
         if self.server.down:
             self.close_connection = True
             return
+        if self.server.refusal:
+            status, code = self.server.refusal
+            return self.send(status, b"{}", {"X-Error-Code": code})
         listed = re.fullmatch(r"/api/datasets/(.+?)(?:/revision/(.+))?", path)
         file = re.fullmatch(r"/datasets/(.+)/resolve/([0-9]{40})/(.+)", path)
         found = listed or file
@@ -56,12 +63,15 @@ class _Handler(BaseHTTPRequestHandler):
         branches = self.server.sets.get(name or "")
         if branches is None:
             return self.send(404, b"{}", {"X-Error-Code": "RepoNotFound"})
+        if branch == COMMIT and self.server.rewritten:
+            return self.send(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
         if branch == COMMIT:  # the branch that was listed
             branch = CONVERTED if CONVERTED in branches else "main"
         files = branches.get(branch or "main")
         if files is None:
             return self.send(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
         if listed:
+            self.server.lists += 1
             siblings = [{"rfilename": f, "size": len(c)} for f, c in files.items()]
             card = {"id": name, "sha": COMMIT, "siblings": siblings}
             return self.send(200, json.dumps(card).encode(), {"Content-Type": "application/json"})

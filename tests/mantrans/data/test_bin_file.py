@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 
 import numpy as np
@@ -108,6 +110,10 @@ REFUSED = {
     "version": (llmc(TEN, 20240520, 2, "<u2"), "expected version 1 in llm.c's header, got 2"),
     "version 32": (llmc(TEN, 20240801, 1, "<u4"), "expected version 7 in llm.c's header, got 1"),
     "cut": (llmc(TEN, 20240520, 1, "<u2")[:-3], "1,044 bytes for the 10 tokens of uint16"),
+    "big-endian": (
+        np.array([20240520, 1, 10], dtype=">i4").tobytes() + bytes(1032),
+        "expected llm.c's tokens, little-endian, got big-endian",
+    ),
     "longer": (llmc(TEN, 20240520, 1, "<u2", count=9), "1,042 bytes for the 9 tokens of uint16"),
     "negative": (llmc(TEN, 20240520, 1, "<u2", count=-1), "-1 tokens of uint16 in its header"),
     "header cut": (llmc(TEN, 20240520, 1, "<u2")[:100], "header of 1,024 bytes, got 100"),
@@ -130,7 +136,8 @@ def test_bin_refused(tmp_path: Path, tokenizer: Tokenizer, content: bytes, messa
 
 
 @pytest.mark.parametrize(
-    ("vocab_size", "form"), [(4096, "nanogpt"), (4096, "llmc"), (10**5, "llmc")]
+    ("vocab_size", "form"),
+    [(4096, "nanogpt"), (4096, "llmc"), (10**5, "llmc"), (10**5, "nanogpt")],
 )
 def test_write_bin(
     tmp_path: Path,
@@ -147,7 +154,8 @@ def test_write_bin(
     stream = TokenStream(tmp_path / "a.tokens")
     [file] = write_bin(stream, tmp_path, "train", form)
     assert file.name == "train.bin"
-    assert file.read_bytes() == FORMS[form + "-uint32" * (vocab_size > 2**16)](tokens)
+    is_wide = form == "llmc" and vocab_size > 2**16
+    assert file.read_bytes() == FORMS[form + "-uint32" * is_wide](tokens)
     assert np.array_equal(np.concatenate([part for part, _ in read_bin(file, tokenizer)]), tokens)
     monkeypatch.setattr(bin_file, "_MOST", 300)
     files = write_bin(stream, tmp_path, "train", form)
@@ -193,3 +201,31 @@ def test_write_bin_too_large(tmp_path: Path) -> None:
         writer.write([70_000], 1, 1)
     with pytest.raises(DataError, match=r"--format: expected llmc, .* up to 70,000, got nanogpt"):
         write_bin(TokenStream(tmp_path / "a.tokens"), tmp_path, "train", "nanogpt")
+
+
+@pytest.mark.parametrize("where", ["a file", "below a file", "full"])
+def test_prepare_command_cannot_write(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    where: str,
+) -> None:
+    """One line that names the folder, and no half file."""
+    (tmp_path / "a.txt").write_text("<|endoftext|>".join(f"story number {i}" for i in range(99)))
+    output = tmp_path / {"a file": "a.txt", "below a file": "a.txt/x", "full": "new"}[where]
+    if where == "full":
+
+        def full(*_: object) -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        monkeypatch.setattr(bin_file, "write_all", full)
+    settings = {"cache_dir": tmp_path / "cache", "dataset": "local", "path": tmp_path / "a.txt"}
+    command = ["prepare", "--format", "llmc", "--output", str(output)]
+    for name, value in settings.items():
+        command += ["--set", f"data.{name}={value}"]
+    assert main(command) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith(
+        f"error: --output: expected a folder that can be written, got {output}: "
+    )
+    assert not list(tmp_path.glob("new/*"))

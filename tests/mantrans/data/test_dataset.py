@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,9 +16,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import filelock
 import numpy as np
 import pytest
 
+from mantrans import terminal
 from mantrans.config import DataConfig
 from mantrans.data import dataset, registry, shards, stories
 from mantrans.data.dataset import TokenDataset, prepare
@@ -572,6 +575,26 @@ def test_cache_two_processes(tmp_path: Path) -> None:
     assert [process.returncode for process in both] == [0, 0]
     assert checksums[0] == checksums[1] != ""
     assert sum(path.is_dir() for path in cache.iterdir()) == 1
+
+
+def test_cache_waiting_is_said(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever waits for another process to write the tokens says so."""
+    config = local(numbered(tmp_path / "a.txt", 100))
+    folder = prepare(config, tokenizer, cache_dir=tmp_path / "cache", quiet=True).train.path.parent
+    shutil.rmtree(folder)
+    lock = filelock.FileLock(f"{folder}.lock")
+    lock.acquire()
+    said: list[str] = []
+
+    def say(line: str, stream: Any = None) -> None:
+        said.append(line)
+        lock.release()
+
+    monkeypatch.setattr(terminal, "say", say)
+    prepare(config, tokenizer, cache_dir=tmp_path / "cache")
+    assert said[0] == f"waiting for another process, which writes {folder}"
 
 
 # --- named sets --------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import random
 import re
@@ -12,10 +13,13 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 
@@ -23,7 +27,9 @@ from mantrans import terminal
 from mantrans.config import DataConfig
 from mantrans.data import encoding, files, text
 from mantrans.data.dataset import TokenDataset, prepare
-from mantrans.data.encoding import JOURNAL, BatchWriter
+from mantrans.data.encoding import JOURNAL, Batch, BatchWriter, SplitWriter
+from mantrans.data.shards import TokenFileWriter
+from mantrans.data.text import Piece, ReadReport
 from mantrans.data.tokenizer import Tokenizer, load_tokenizer
 from mantrans.errors import UnfinishedError
 from tests.support.damage import damaged
@@ -65,6 +71,34 @@ def test_prepare_processes(
 ) -> None:
     several = prepare(config, tokenizer, cache_dir=tmp_path / "new", processes=2, quiet=True)
     assert contents(several) == unbroken
+
+
+def test_batch_digest() -> None:
+    """Another one for all that the tokens depend on: texts, their cuts, which of them end."""
+    tokens = np.array([1, 2, 3], dtype=np.uint16)
+    batches = [
+        [Piece("ab", True), Piece("c", True)],
+        [Piece("a", True), Piece("bc", True)],
+        [Piece("ab", False), Piece("c", True)],
+        [Piece("ad", True), Piece("c", True)],
+        [Piece("abc", True)],
+        [Piece("", True, tokens)],
+        [Piece("", False, tokens)],
+        [Piece("", True, tokens + np.uint16(1))],
+        [Piece("", True, tokens[:2])],
+    ]
+    assert len({Batch("train", pieces, 0).digest() for pieces in batches}) == len(batches)
+
+
+def test_batch_pieces_limited(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However short they are, so that a batch of them takes little memory."""
+    found: list[Batch] = []
+    monkeypatch.setattr(encoding, "BATCH", 6400)
+    split = SplitWriter("train", SimpleNamespace(submit=found.append), ReadReport())
+    for _ in range(250):
+        split.add(Piece("a", True))
+    split.flush()
+    assert [len(batch.pieces) for batch in found] == [100, 100, 50]
 
 
 def left_after(
@@ -154,6 +188,98 @@ def test_prepare_resumed_damaged(
         assert contents(prepare(config, tokenizer, cache_dir=cache, quiet=True)) == unbroken
 
 
+@pytest.mark.promise("prepared text survives kills")
+def test_journal_any_bit(tmp_path: Path, config: DataConfig, tokenizer: Tokenizer) -> None:
+    """A line with a flipped bit is not used, whatever it says there; the one before it is."""
+    folder = left_after(3, "tokens", config, tokenizer, tmp_path / "new")
+    first, second, third = (folder / JOURNAL).read_bytes().splitlines(keepends=True)
+    rng = random.Random(3)
+    for place in range(len(second)):
+        (folder / JOURNAL).write_bytes(first + damaged(second, rng, place) + third)
+        writers = {
+            name: TokenFileWriter(folder / f"{name}.tokens", tokenizer.vocab_size, kept=True)
+            for name in ("train", "validation")
+        }
+        assert [line["step"] for line in encoding._verified(folder / JOURNAL, writers)] == [1]
+        for writer in writers.values():
+            writer._file.close()
+
+
+def goes_on(
+    after: int,
+    tmp_path: Path,
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    unbroken: list[bytes],
+    tokenized: list[int],
+) -> None:
+    """The same call does what `after` batches are not, and leaves the same bytes."""
+    tokenized.clear()
+    assert contents(prepare(config, tokenizer, cache_dir=tmp_path / "new", quiet=True)) == unbroken
+    again = len(tokenized)
+    prepare(config, tokenizer, cache_dir=tmp_path / "third", quiet=True)
+    assert again == len(tokenized) - again - after
+
+
+@pytest.mark.promise("full disk")
+@pytest.mark.parametrize("method", ["write", "flush"])
+def test_prepare_disk_full(
+    tmp_path: Path,
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    unbroken: list[bytes],
+    tokenized: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+    method: str,
+) -> None:
+    """What is done is kept, which is said."""
+    whole, calls = getattr(TokenFileWriter, method), []
+
+    def until_full(self: TokenFileWriter, *arguments: Any) -> Any:
+        calls.append(method)
+        if len(calls) > 9:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return whole(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TokenFileWriter, method, until_full)
+        with pytest.raises(UnfinishedError) as error:
+            prepare(config, tokenizer, cache_dir=tmp_path / "new", quiet=True)
+    [folder] = (tmp_path / "new").glob("*.unfinished")
+    assert str(error.value).startswith("tokens cannot be written to ")
+    assert str(error.value).endswith(
+        f": No space left on device; what is done is kept in {folder}: free the disk and run the "
+        "same command again"
+    )
+    goes_on(9, tmp_path, config, tokenizer, unbroken, tokenized)
+
+
+@pytest.mark.promise("prepared text survives kills")
+def test_prepare_text_unreadable(
+    tmp_path: Path,
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    unbroken: list[bytes],
+    tokenized: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """For a moment, as on a network's disk: what is done is kept."""
+    read = text.read_txt
+
+    def failing(*arguments: Any) -> Iterator[Piece]:
+        yield from islice(read(*arguments), 300)
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(text, "read_txt", failing)
+        with pytest.raises(UnfinishedError, match=r"a\.txt: cannot be read: Input/output error; "):
+            prepare(config, tokenizer, cache_dir=tmp_path / "new", quiet=True)
+    [journal] = (tmp_path / "new").glob(f"*.unfinished/{JOURNAL}")
+    done = len(journal.read_bytes().splitlines())
+    assert done > 5
+    goes_on(done, tmp_path, config, tokenizer, unbroken, tokenized)
+
+
 def test_prepare_resumed_other_text(
     tmp_path: Path, config: DataConfig, tokenizer: Tokenizer, unbroken: list[bytes]
 ) -> None:
@@ -170,7 +296,7 @@ def test_prepare_resumed_other_text(
     assert contents(data) == unbroken
 
 
-KILLED = """
+STOPPED = """
     import os, signal, sys
     from mantrans.config import DataConfig
     from mantrans.data import encoding
@@ -185,7 +311,10 @@ KILLED = """
             write(self, *arguments)
             if self._written == 9:
                 print(*self._pool._processes, flush=True)
-                os.kill(os.getpid(), signal.SIGKILL)
+                if sys.argv[3] == "Ctrl-C":  # as a terminal does
+                    os.killpg(0, signal.SIGINT)
+                else:
+                    os.kill(os.getpid(), signal.SIGKILL)
 
         encoding.BatchWriter._write = and_die
         config = DataConfig(dataset="local", path=sys.argv[1], validation_fraction=0.2)
@@ -194,19 +323,24 @@ KILLED = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.promise("prepared text survives kills")
-def test_prepare_killed(
-    tmp_path: Path, config: DataConfig, tokenizer: Tokenizer, unbroken: list[bytes]
+@pytest.mark.parametrize("how", ["kill -9", "Ctrl-C"])
+def test_prepare_stopped(
+    tmp_path: Path, config: DataConfig, tokenizer: Tokenizer, unbroken: list[bytes], how: str
 ) -> None:
-    """kill -9: the processes that tokenize end too; the next one goes on."""
+    """The processes that tokenize end too, and say nothing; the next one goes on."""
     script = tmp_path / "killed.py"
-    script.write_text(textwrap.dedent(KILLED))
-    command = [sys.executable, str(script), str(config.path), str(tmp_path / "new")]
-    killed = subprocess.run(
-        command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
-    )
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
-    numbers = [int(word) for word in killed.stdout.split()]
+    script.write_text(textwrap.dedent(STOPPED))
+    command = [sys.executable, str(script), str(config.path), str(tmp_path / "new"), how]
+    stopped = subprocess.run(
+        command, capture_output=True, text=True, start_new_session=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    signaled = signal.SIGKILL if how == "kill -9" else signal.SIGINT
+    assert stopped.returncode == -signaled, stopped.stderr
+    assert "SpawnProcess" not in stopped.stderr, stopped.stderr
+    numbers = [int(word) for word in stopped.stdout.split()]
     assert len(numbers) == 2
     wait_until(lambda: not any(map(is_running, numbers)))
     data = prepare(config, tokenizer, cache_dir=tmp_path / "new", quiet=True)
@@ -276,7 +410,9 @@ def test_prepare_process_ends(
                 os.kill(number, signal.SIGKILL)
 
     monkeypatch.setattr(BatchWriter, "_write", and_kill)
-    with pytest.raises(UnfinishedError, match=r"has ended, .*; what is done is kept: run the same"):
+    with pytest.raises(
+        UnfinishedError, match=r"has ended, .*; what is done is kept in .*: run the same"
+    ):
         prepare(config, tokenizer, cache_dir=tmp_path / "new", processes=2, quiet=True)
     monkeypatch.undo()
     [folder] = (tmp_path / "new").glob("*.unfinished")
@@ -309,3 +445,42 @@ def test_prepare_progress(
     shares = [int(found[1]) for line in lines if (found := re.search(r" (\d+)%", line))]
     assert shares == sorted(shares) and shares[-1] == 100
     assert (shares[0] > 30) == (begun > 0) and len(shares) > 4
+
+
+MEASURED = """
+    import resource, sys
+    from pathlib import Path
+    from mantrans.config import DataConfig
+    from mantrans.data.dataset import prepare
+    from mantrans.data.tokenizer import load_tokenizer
+
+    if __name__ == "__main__":
+        config = DataConfig(dataset="local", path=sys.argv[1])
+        tokenizer = load_tokenizer("tinystories_bpe_4096")
+        prepare(config, tokenizer, cache_dir=sys.argv[2], processes=2, quiet=True)
+        status = Path("/proc/self/status").read_text()
+        print(status.partition("VmHWM:")[2].split()[0])
+        print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="it is read there")
+def test_prepare_memory(tmp_path: Path, record_property: Callable[[str, Any], None]) -> None:
+    """Of this process and of those that tokenize: the same for four times as long a text."""
+    script = tmp_path / "measured.py"
+    script.write_text(textwrap.dedent(MEASURED))
+    story = (ROOT / "tests" / "golden" / "stories.txt").read_text(encoding="utf-8")
+    peaks = []  # MB, of both
+    for size in (2**23, 2**25):
+        whole = "<|endoftext|>".join([story] * (size // len(story)))
+        (tmp_path / "a.txt").write_text(whole, encoding="utf-8")
+        command = [sys.executable, str(script), str(tmp_path / "a.txt"), str(tmp_path / str(size))]
+        done = subprocess.run(
+            command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
+        )
+        assert done.returncode == 0, done.stderr
+        peaks.append([int(word) / 1024 for word in done.stdout.split()])
+    record_property("peaks", peaks)
+    for short, long in zip(*peaks, strict=True):
+        assert long < short + 8, peaks  # the text is 24 MB longer

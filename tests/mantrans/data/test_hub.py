@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
 
 import pytest
 
+from mantrans.cli import main
 from mantrans.config import Config, DataConfig
+from mantrans.data import tokenizer_tool
 from mantrans.data.dataset import TokenDataset, prepare
+from mantrans.data.holdout import held_out
+from mantrans.data.text import Piece
 from mantrans.data.tokenizer import Tokenizer, load_tokenizer
 from mantrans.errors import ConfigError, DataError, UnfinishedError
 from tests.support.hub import CONVERTED, Hub, serving
@@ -140,6 +145,7 @@ REFUSED = {
     "hub:owner/leads-out": "expected names of files, got ../../x.parquet",
     "hub:owner/gone": "expected the files that it lists, got 404",
     "hub:owner/damaged": "expected a Parquet file, got",
+    "hub:owner/a--b": "expected a name that the hub accepts, got another: ",
 }
 
 
@@ -176,17 +182,114 @@ def test_hub_dead(tmp_path: Path, hub: Hub, tokenizer: Tokenizer, after: int) ->
     hub.breaks[name] = after
     with pytest.raises(UnfinishedError) as error:
         prepared("hub:owner/split", tmp_path / "new", tokenizer)
-    assert str(error.value).startswith("data.dataset hub:owner/split: the hub does not answer (")
+    assert str(error.value).startswith("hub:owner/split: the hub does not answer (")
     assert str(error.value).isprintable() and "what is done is kept" in str(error.value)
     with pytest.raises(UnfinishedError):  # still dead
         prepared("hub:owner/split", tmp_path / "new", tokenizer)
     hub.down = False
     hub.asked.clear()
     data = prepared("hub:owner/split", tmp_path / "new", tokenizer)
-    assert hub.asked == [name]
+    assert hub.asked == [name] and hub.lists == 1  # the same revision, whatever is newer
     whole = prepared("hub:owner/split", tmp_path / "whole", tokenizer)
     for ours, theirs in ((data.train, whole.train), (data.validation, whole.validation)):
         assert ours.path.read_bytes() == theirs.path.read_bytes()
+
+
+def broken_off(hub: Hub, cache: Path, tokenizer: Tokenizer) -> Path:
+    """The folder of a set whose second file did not come."""
+    hub.breaks["data/train-00001-of-00002.parquet"] = 0
+    with pytest.raises(UnfinishedError):
+        prepared("hub:owner/split", cache, tokenizer)
+    hub.down = False
+    hub.asked.clear()
+    [folder] = cache.glob("*.unfinished")
+    return folder
+
+
+@pytest.mark.promise("prepared text survives kills")
+@pytest.mark.parametrize("content", ["", "[]", "{}", "[1, {}]", '["a", {"b": "c"}]', '["a", []]'])
+def test_hub_list_damaged(tmp_path: Path, hub: Hub, tokenizer: Tokenizer, content: str) -> None:
+    """The hub is asked again; the files are there."""
+    folder = broken_off(hub, tmp_path, tokenizer)
+    (folder / "hub.json").write_text(content)
+    data = prepared("hub:owner/split", tmp_path, tokenizer)
+    assert stories(data, tokenizer) == [numbered(0, 70), numbered(70, 5)]
+    assert hub.asked == ["data/train-00001-of-00002.parquet"]
+
+
+@pytest.mark.promise("prepared text survives kills")
+def test_hub_file_cut(tmp_path: Path, hub: Hub, tokenizer: Tokenizer) -> None:
+    """As by a lack of power: it is downloaded again."""
+    name = "data/train-00000-of-00002.parquet"
+    file = broken_off(hub, tmp_path, tokenizer) / "hub" / name
+    file.write_bytes(file.read_bytes()[:-9])
+    data = prepared("hub:owner/split", tmp_path, tokenizer)
+    assert stories(data, tokenizer) == [numbered(0, 70), numbered(70, 5)]
+    assert hub.asked[0] == name
+
+
+def test_hub_revision_gone(tmp_path: Path, hub: Hub, tokenizer: Tokenizer) -> None:
+    """What was begun is of no use; the next call begins anew."""
+    broken_off(hub, tmp_path, tokenizer)
+    hub.rewritten = True
+    with pytest.raises(DataError, match=r"expected the revision that was listed before, got none"):
+        prepared("hub:owner/split", tmp_path, tokenizer)
+    assert not list(tmp_path.glob("*.unfinished"))
+    hub.rewritten = False
+    data = prepared("hub:owner/split", tmp_path, tokenizer)
+    assert stories(data, tokenizer) == [numbered(0, 70), numbered(70, 5)]
+
+
+@pytest.mark.parametrize("sizes", [(40, 5), (39, 4), (41, 1)])
+def test_hub_part(tmp_path: Path, hub: Hub, tokenizer: Tokenizer, sizes: tuple[int, int]) -> None:
+    """A part that ends with a file does not need the next one."""
+    sizes_by_name = {"subset_size": sizes[0], "val_subset_size": sizes[1]}
+    data = prepared("hub:owner/split", tmp_path, tokenizer, **sizes_by_name)
+    assert stories(data, tokenizer) == [numbered(0, sizes[0]), numbered(70, sizes[1])]
+    assert len(hub.asked) == 2 + (sizes[0] > 40)
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "kind", "message"),
+    [
+        (403, "GatedRepo", DataError, "expected a set that may be read, got one whose terms are"),
+        (403, "", DataError, "expected a data set on the hub, got no such set, or one that needs"),
+        (404, "", DataError, "expected a data set on the hub, got no such set, or one that needs"),
+        (500, "", UnfinishedError, "the hub does not answer ("),
+    ],
+)
+def test_hub_refuses(
+    tmp_path: Path,
+    hub: Hub,
+    tokenizer: Tokenizer,
+    status: int,
+    code: str,
+    kind: type[DataError],
+    message: str,
+) -> None:
+    """Only what may be better later is said to be unfinished."""
+    hub.refusal = status, code
+    with pytest.raises(DataError) as error:
+        prepared("hub:owner/split", tmp_path, tokenizer)
+    assert str(error.value).startswith(f"hub:owner/split: {message}")
+    assert type(error.value) is kind and str(error.value).isprintable()
+
+
+@pytest.mark.promise("full disk")
+def test_hub_disk_full(
+    tmp_path: Path, hub: Hub, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is not the hub that is blamed, and what is done is kept."""
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("huggingface_hub.hf_hub_download", full)
+        with pytest.raises(UnfinishedError, match=r"^tokens cannot .*: No space left.*is kept in"):
+            prepared("hub:owner/split", tmp_path, tokenizer)
+    data = prepared("hub:owner/split", tmp_path, tokenizer)
+    assert stories(data, tokenizer) == [numbered(0, 70), numbered(70, 5)] and hub.lists == 1
 
 
 def test_hub_never_there(tmp_path: Path, hub: Hub, tokenizer: Tokenizer) -> None:
@@ -197,6 +300,7 @@ def test_hub_never_there(tmp_path: Path, hub: Hub, tokenizer: Tokenizer) -> None
     assert not [path for path in tmp_path.iterdir() if path.is_dir()]
 
 
+@pytest.mark.slow
 def test_hub_command(tmp_path: Path, hub: Hub) -> None:
     """Through HF_ENDPOINT, as a user sets it."""
     command = [sys.executable, "-m", "mantrans", "prepare", "--processes", "1"]
@@ -208,3 +312,35 @@ def test_hub_command(tmp_path: Path, hub: Hub) -> None:
     assert done.returncode == 0, done.stderr
     assert "75 documents" in done.stdout and "100%" in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_hub_tokenizer(
+    tmp_path: Path, hub: Hub, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is learned from what is trained on: the split, or all but what is held out of all."""
+    learned: list[list[str]] = []
+
+    def train(pieces: Iterable[Piece], *_: object, **__: object) -> Tokenizer:
+        learned.append([piece.text for piece in pieces])
+        raise DataError("enough")
+
+    monkeypatch.setattr(tokenizer_tool, "train", train)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    command = ["tokenizer", "train", "--output", str(tmp_path / "new"), "--dataset"]
+    assert main([*command, "hub:owner/split", "--hold-out", "0.3"]) == 2
+    assert main([*command, "hub:owner/plain:text", "--hold-out", "0.3"]) == 2
+    kept = [f"story {i}" for i in range(60) if not held_out(i, 0.3)]
+    assert learned == [numbered(0, 70), kept] and 30 < len(kept) < 60
+    hub.asked.clear()
+    assert main([*command, "hub:owner/plain", "--limit", "30"]) == 2
+    assert learned[2] == numbered(0, 30) and hub.asked == ["a.parquet"]
+    assert not list(tmp_path.iterdir())
+    capsys.readouterr()
+    hub.down = True
+    assert main([*command, "hub:owner/plain"]) == 2
+    line = capsys.readouterr().err
+    assert (
+        line.startswith("error: hub:owner/plain: the hub does not answer (") and "kept" not in line
+    )
+    assert main([*command, "hub:../x"]) == 2
+    assert "--dataset: expected one of builtin-stories, " in capsys.readouterr().err

@@ -151,3 +151,17 @@ def test_token_file_unfinished(tmp_path: Path) -> None:
 def test_token_file_missing(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"a\.tokens cannot be read: No such file"):
         TokenStream(tmp_path / "a.tokens")
+
+
+@pytest.mark.promise("claims of a file")
+@pytest.mark.parametrize("n_tokens", [11, 2**33, 2**60, 2**80, -1])
+def test_token_file_adopt_claim(tmp_path: Path, n_tokens: int) -> None:
+    """What is claimed of an unfinished file beyond its end is not read, nor taken over."""
+    path = tmp_path / "a.tokens"
+    with pytest.raises(KeyboardInterrupt), TokenFileWriter(path, 4096) as writer:
+        checksum = writer.write(range(10), n_bytes=30, n_documents=1)
+        raise KeyboardInterrupt
+    with TokenFileWriter(path, 4096, kept=True) as writer:
+        assert not writer.adopt(n_tokens, 30, 1, checksum)
+        assert writer.adopt(10, 30, 1, checksum)
+    assert TokenStream(path).tokens.tolist() == list(range(10))

@@ -305,7 +305,7 @@ def test_path_not_text(tmp_path: Path) -> None:
 # --- memory ------------------------------------------------------------------------------------
 
 MEASURE = """
-    import resource, sys
+    import sys
     from pathlib import Path
     from types import SimpleNamespace
     from mantrans.data.dataset import prepare
@@ -318,7 +318,8 @@ MEASURE = """
     )
     tokenizer = load_tokenizer("tinystories_bpe_4096")
     tokenizer.encode("warm up " * 1000)
-    peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    # not ru_maxrss, which counts the process that started this one
+    peak = lambda: int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024
     before = peak()
     data = prepare(config, tokenizer, cache_dir=sys.argv[2], quiet=True)
     print(before, peak(), data.train.n_bytes + data.validation.n_bytes)

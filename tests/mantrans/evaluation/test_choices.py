@@ -7,6 +7,7 @@ import math
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -144,7 +145,9 @@ def test_choices_long_context(wrapper: CustomTransformerWrapper, tokenizer: Toke
     assert x.shape == (2, 48) and len(rows) == 1
     assert y[rows[0]].tolist() == [IGNORE_INDEX] * (48 - counted) + ids[-counted:]
     long = Question("a", ["b", "the dog " * 60], 0, "FILE: line 3")
-    with pytest.raises(DataError, match=r"^FILE: line 3: endings\[1\]: expected at most the 48"):
+    with pytest.raises(
+        DataError, match=r"^FILE: line 3: endings\[1\]: expected 1 to 48 tokens after"
+    ):
         measure(wrapper.model, tokenizer, [long], 2, 48)
 
 
@@ -155,6 +158,19 @@ def test_choices_not_finite(tokenizer: Tokenizer) -> None:
 
     with pytest.raises(ModelError, match=r"stories\.jsonl: line 1: expected finite losses, got"):
         measure(Broken(), tokenizer, read_questions(STORIES), 8)
+
+
+def test_choices_no_token_of_its_own() -> None:
+    """As with a tokenizer whose tokens reach over spaces."""
+    joining = SimpleNamespace(encode_batch=lambda texts: [[7] for _ in texts], eot_id=0)
+    question = Question("a", ["b", "c"], 0, "FILE: line 3")
+    with pytest.raises(DataError, match=r"^FILE: line 3: endings\[0\]: expected 1 to 96 .* got 0$"):
+        measure(None, joining, [question], 8)
+
+
+def test_choices_none(tokenizer: Tokenizer) -> None:
+    with pytest.raises(ValueError, match=r"^questions: expected at least 1, got 0"):
+        measure(None, tokenizer, [], 8)
 
 
 GOOD = {"ctx": "A dog", "endings": ["ran.", "sat."], "label": 1, "ind": 24, "source_id": "x"}

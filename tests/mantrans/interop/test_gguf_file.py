@@ -302,11 +302,22 @@ def test_gguf_pre_tokenizer_other(tmp_path, name) -> None:
 
 # -------------------------------------------------------------------------------------- refusals
 
+STARCODER2 = {"norm": "layer_norm", "mlp": "gelu", "bias": True}
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"qkv_bias": True, "attention_window": 4}, "attention_window: expected null, since llama.cpp"),
     ({"qk_norm": True, "qkv_bias": True, "projection_bias": True}, "qkv_bias: expected false, sin"),
     ({"qk_norm": True, "rope_scaling_factor": 2.0}, "rope_scaling_factor: expected null, since"),
     ({"mlp": "gelu"}, "mlp: expected swiglu (text), as LlamaForCausalLM has"),
+    ({"qkv_bias": True, "head_dim": 32}, "head_dim: expected d_model / n_heads (64), since llama."),
+    ({**STARCODER2, "head_dim": 32}, "head_dim: expected d_model / n_heads (64), since llama."),
+    (
+        {**STARCODER2, "n_heads": 3, "head_dim": 84},  # 256 / 3 is no integer
+        "head_dim: expected d_model / n_heads (85.3333), since llama.cpp",
+    ),
+    (
+        {**STARCODER2, "rope_scaling_factor": 2.0},
+        "rope_scaling_factor: expected null, since llama.",
+    ),
 ]
 
 

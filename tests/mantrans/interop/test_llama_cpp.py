@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from mantrans.data.tokenizer import load_tokenizer
+from mantrans.interop import gguf_file
 from tests.mantrans.interop.test_gguf_file import build
 
 pytest.importorskip("xllamacpp", reason="it has llama.cpp")
@@ -31,7 +32,7 @@ p.model.path, p.n_ctx, p.n_parallel, p.n_gpu_layers, p.warmup = path, 64, 1, 0, 
 p.cpuparams.n_threads = p.cpuparams_batch.n_threads = 1
 p.cache_type_k = p.cache_type_v = x.ggml_type.GGML_TYPE_F32
 p.flash_attn_type = x.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
-p.fit_params, p.verbosity = False, 0
+p.fit_params, p.verbosity = False, 1  # errors alone
 server = x.Server(p)
 common = {"temperature": -1.0, "cache_prompt": False, "return_tokens": True}
 def answer(**asked):
@@ -45,6 +46,15 @@ print("RESULT", json.dumps([[(t["id"], t["logprob"]) for t in likely],
 """
 
 
+def asked(file: Path, ids: list[int]) -> tuple[str, Any]:
+    """What llama.cpp says, and its answers: None if it does not read the file."""
+    given = json.dumps([str(file), ids, TEXT, TOKENIZER.vocab_size])
+    done = subprocess.run([sys.executable, "-c", PROGRAM, given], capture_output=True, text=True)
+    line = next((x for x in done.stdout.splitlines() if x.startswith("RESULT ")), None)
+    said = done.stdout[-2000:] + done.stderr[-2000:]
+    return said, line and json.loads(line.removeprefix("RESULT "))
+
+
 @pytest.mark.parametrize(
     ("case", "shape", "tolerance"),
     [
@@ -55,6 +65,7 @@ print("RESULT", json.dumps([[(t["id"], t["logprob"]) for t in likely],
         ("llama, scaled, tied", {"n_kv_heads": 2}, 1e-4),  # with 1 it ends at once
         ("qwen2", {}, 1e-4),
         ("qwen3", {"head_dim": 20}, 1e-4),
+        ("starcoder2", {"head_dim": None}, 2e-3),
     ],
 )
 def test_llama_cpp_computes_the_same(
@@ -65,13 +76,9 @@ def test_llama_cpp_computes_the_same(
     model = build(case, **shape)
     model.save_gguf(tmp_path / "model.gguf", TOKENIZER)
     ids = TOKENIZER.encode(TEXT)
-    asked = [str(tmp_path / "model.gguf"), ids, TEXT, TOKENIZER.vocab_size]
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, json.dumps(asked)], capture_output=True, text=True,
-    )  # fmt: skip
-    line = next((x for x in done.stdout.splitlines() if x.startswith("RESULT ")), "")
-    assert line, done.stdout[-2000:] + done.stderr[-2000:]
-    likely, text = json.loads(line.removeprefix("RESULT "))
+    said, found = asked(tmp_path / "model.gguf", ids)
+    assert found, said
+    likely, text = found
     expected = model.forward(torch.tensor([ids]))["logits"][0, -1].log_softmax(-1)
     assert len({token for token, _ in likely}) > 4000
     assert max(abs(expected[token].item() - value) for token, value in likely) < tolerance
@@ -79,3 +86,15 @@ def test_llama_cpp_computes_the_same(
         [ids], max_length=len(ids) + 6, temperature=0, eos_token_id=TOKENIZER.eot_id
     )[0]
     assert text == TOKENIZER.decode(greedy[len(ids) :].tolist())
+
+
+@pytest.mark.parametrize("case", ["qwen2", "starcoder2"])
+def test_llama_cpp_reads_no_other_head_width(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    """Why such a model is refused. If this fails, llama.cpp has learned it."""
+    monkeypatch.setattr(gguf_file, "_require_known", lambda family, config: None)
+    model = build(case, head_dim=10, max_seq_len=64, vocab_size=TOKENIZER.vocab_size)
+    model.save_gguf(tmp_path / "model.gguf", TOKENIZER)
+    said, found = asked(tmp_path / "model.gguf", TOKENIZER.encode(TEXT))
+    assert found is None and "attn_q.weight' has wrong shape" in said, said

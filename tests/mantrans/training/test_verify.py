@@ -6,7 +6,9 @@ import hashlib
 import json
 import random
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -49,15 +51,23 @@ def verified(run: Path, start: int, steps: int, capsys: pytest.CaptureFixture[st
     return f"{status} {line}"
 
 
-def altered(path: Path, name: str, place: tuple[int, ...], part: str = "parameters") -> None:
-    """Save the checkpoint again, with valid checksums and the last bit of one element flipped."""
-    state = state_file.load(path)
-    tensor = (state["optimizer_state"]["exp_avg"] if part == "moments" else state[part])[name]
-    tensor.view(torch.int32)[place] ^= 1
-    saves = state_file.order(path)
+def changed(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Save the checkpoint again after `change(state)`, with valid checksums."""
+    state, saves = state_file.load(path), state_file.order(path)
     assert saves is not None
+    change(state)
     path.unlink()
     state_file.save(path, state, saves=saves.saves)
+
+
+def altered(path: Path, name: str, place: tuple[int, ...], part: str = "parameters") -> None:
+    """The last bit of one element is flipped."""
+
+    def flip(state: dict[str, Any]) -> None:
+        tensor = (state["optimizer_state"]["exp_avg"] if part == "moments" else state[part])[name]
+        tensor.view(torch.int32)[place] ^= 1
+
+    changed(path, flip)
 
 
 def contents(run: Path) -> dict[str, tuple[str, int]]:
@@ -94,6 +104,17 @@ def test_verify_weight_altered(
     recorded, recomputed = (int(words.split(")")[0], 16) for words in found.split("(0x")[1:3])
     assert recorded ^ recomputed == 1
     assert "(step_00000008.pt)" in found and found.endswith("computed wrongly")
+
+
+@pytest.mark.promise("verified on demand")
+def test_verify_counter_altered(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of the run, and of the guard, which is a tensor."""
+    file = checkpoints(run) / "step_00000008.pt"
+    changed(file, lambda state: state["progress"].update(best_step=7))
+    found = verified(run, 6, 2, capsys)
+    assert found.startswith("1 step 8: best_step: recorded 7, recomputed 6 (step_00000008.pt)")
+    changed(file, lambda state: state["guard"]["count"].add_(1))
+    assert verified(run, 6, 2, capsys).startswith("1 step 8: guard.count[]: recorded 9 (0x0")
 
 
 @pytest.mark.promise("verified on demand")
@@ -146,11 +167,91 @@ def test_verify_changed_since(run: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert verified(run, 6, 2, capsys).endswith(f"{end} here")
 
 
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
+def test_verify_settings_changed(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A run that went on with other settings: they are named, and cannot lead beyond its end."""
+    file = checkpoints(run) / "step_00000006.pt"
+    changed(file, lambda state: state["config"]["training"].update(learning_rate=0.1))
+    found = verified(run, 6, 2, capsys)
+    assert found.startswith("1 step 8: ") and found.endswith(
+        "likely cause: the run was resumed with training.learning_rate 0.1 → 0.005"
+    )
+    changed(file, lambda state: state["config"]["training"].update(max_steps=7))
+    expected = (
+        "2 error: --steps: expected at most 1, since the configuration of the checkpoint ends"
+    )
+    assert verified(run, 6, 2, capsys).startswith(f"{expected} at step 7, got 2")
+
+
+def test_verify_without_its_gpu(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A run of a GPU is not computed on a CPU, whose bits are others."""
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    file = run / "runs" / "small" / "versions.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"device": "H100"}))
+    for device in ("cuda", "auto"):
+        changed(
+            checkpoints(run) / "step_00000006.pt",
+            lambda state, device=device: state["config"]["training"].update(device=device),
+        )
+        expected = "2 error: device: expected H100, which the run was recorded on, got no GPU"
+        assert verified(run, 6, 2, capsys).startswith(expected)
+
+
 def test_verify_threads_recorded(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The run's number of threads is used, not this process's."""
     torch.set_num_threads(2)
     assert verified(run, 6, 2, capsys).startswith("0 2 steps, every bit equal")
     assert torch.get_num_threads() == 1
+
+
+def test_verify_sends_nothing(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that was sent to a tracker is not sent again."""
+    changed(
+        checkpoints(run) / "step_00000006.pt",
+        lambda state: state["config"]["training"].update(tracker="wandb"),
+    )
+    asked: list[str | None] = []
+    monkeypatch.setattr(
+        "mantrans.training.tracker.start", lambda config, *_: asked.append(config.training.tracker)
+    )
+    assert verified(run, 6, 2, capsys).startswith("0 2 steps, every bit equal")
+    assert asked == [None]
+
+
+@pytest.mark.parametrize(
+    ("processes", "message"),
+    [
+        ("2", "got 2: micro-batches of 2 sequences instead of 4, since"),
+        ("0", "0 2 steps, every bit equal"),
+        ("²", "0 2 steps, every bit equal"),
+    ],
+)
+def test_verify_processes(
+    run: Path, capsys: pytest.CaptureFixture[str], processes: str, message: str
+) -> None:
+    """A run of so many that one computes other bits is refused; it is not called damaged."""
+    file = run / "runs" / "small" / "versions.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"processes": processes}))
+    found = verified(run, 6, 2, capsys)
+    if message[0] != "0":
+        expected = "processes: expected a run that one process can compute again, "
+        message = f"2 error: {file}: {expected}{message}"
+    assert found.startswith(message)
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_verify_under_torchrun(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, rank: str
+) -> None:
+    """One line, of the first process."""
+    for name, value in (("WORLD_SIZE", "2"), ("RANK", rank), ("LOCAL_RANK", rank)):
+        monkeypatch.setenv(name, value)
+    assert main(["verify", str(run / "runs" / "small"), "--from", "6", "--steps", "2"]) == 2
+    said = "error: WORLD_SIZE: expected 1, since one process computes what several have trained, "
+    assert capsys.readouterr().err == (said + "got 2; run it without torchrun\n") * (rank == "0")
 
 
 REFUSED = {
