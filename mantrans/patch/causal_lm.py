@@ -58,12 +58,19 @@ def _output_of(base: Any) -> Any:
 
 def _serves(model: Any, args: tuple[Any, ...], given: dict[str, Any]) -> bool:
     """Whether the loss without logits is what the model's own code would make."""
-    from transformers.loss.loss_utils import ForCausalLMLoss
-
     head = model.lm_head
     return (
         type(head) is nn.Linear and head.bias is None and is_bare(head)
-        and model.loss_function is ForCausalLMLoss and len(args) < 2
+        and _has_plain_loss(model) and len(args) < 2
         and all(name in SERVED for name in given)
         and given.get("return_dict", model.config.return_dict)
     )  # fmt: skip
+
+
+def _has_plain_loss(model: Any) -> bool:
+    """Whether `model.loss_function` is transformers' for language models. That property logs, which
+    `torch.compile` refuses."""
+    from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
+
+    chosen = LOSS_MAPPING.get(getattr(model, "loss_type", None), ForCausalLMLoss)
+    return getattr(model, "_loss_function", chosen) is ForCausalLMLoss

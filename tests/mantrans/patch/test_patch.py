@@ -28,6 +28,7 @@ from tests.support.compare import assert_close, assert_same_bits
 
 transformers = pytest.importorskip("transformers", reason="its models are patched")
 from transformers.integrations.sdpa_attention import sdpa_attention_forward  # noqa: E402
+from transformers.loss.loss_utils import ForCausalLMLoss  # noqa: E402
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 B, T = 2, 21
@@ -227,7 +228,9 @@ def doubled_attention(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
 
 
 @each_of_two
-@pytest.mark.parametrize("changed", ["hooks", "forwards", "scaling", "activation", "attention"])
+@pytest.mark.parametrize(
+    "changed", ["hooks", "forwards", "scaling", "activation", "attention", "loss"]
+)
 def test_patch_changed_afterwards(name: str, changed: str) -> None:
     """What is done to a patched model does to its numbers what it does to those of an unpatched
     one: hooks run, and ours is not taken for what it does not serve."""
@@ -247,6 +250,10 @@ def test_patch_changed_afterwards(name: str, changed: str) -> None:
         elif changed == "forwards":
             for module in watched:
                 module.forward = lambda x, own=module.forward: 1.1 * own(x) + 0.1
+        elif changed == "loss":
+            model.loss_function = lambda logits, labels, **rest: (
+                3 * ForCausalLMLoss(logits, labels, logits.shape[-1])
+            )
         elif changed == "scaling":
             attention.scaling *= 2
         elif changed == "activation":
