@@ -91,6 +91,7 @@ def sequence_starts(cu_seqlens: Tensor, n_rows: int) -> Tensor:
         shown = given if len(given) <= 16 else f"{given[:8]} ... {given[-8:]}"
         expect("cu_seqlens", rises, f"bounds that rise from 0 to {n_rows}", shown)
     position = torch.arange(n_rows, device=bounds.device)
+    # a GPU's bounds may be wrong: no kernel must read outside the rows because of them
     sequence = torch.searchsorted(bounds, position, right=True) - 1
     return bounds[sequence.clamp(min=0)].minimum(position).int()[None]
 
@@ -112,7 +113,7 @@ def forward(
         return fake_forward(qkv, n_heads, n_kv_heads, document_start)
     qkv = qkv.contiguous()
     out, statistics = backend_of(qkv).attention_forward(qkv, n_heads, document_start, n_kv_heads)
-    return out.contiguous(), as_made(statistics, qkv, n_heads, n_kv_heads)
+    return out, as_made(statistics, qkv, n_heads, n_kv_heads)
 
 
 def fake_forward(
@@ -135,10 +136,9 @@ def backward(
     qkv = qkv.contiguous()
     statistics = as_made(statistics, qkv, n_heads, n_kv_heads)
     dense = dout.contiguous(), qkv, out.contiguous()
-    dqkv = backend_of(qkv).attention_backward(
+    return backend_of(qkv).attention_backward(
         *dense, statistics, n_heads, document_start, n_kv_heads
     )
-    return dqkv.contiguous()
 
 
 def fake_backward(

@@ -157,7 +157,7 @@ CASES = {
         lambda q, k, v, cu_seqlens: ops.attention(q, k, v, window=3, cu_seqlens=cu_seqlens),
         lambda q, k, v, cu_seqlens: plain_attention(
             q[None], k[None], v[None], _DOCUMENTS & _WINDOW)[0],
-        _varlen, {"cu_seqlens": CU_SEQLENS},
+        _varlen, {"cu_seqlens": CU_SEQLENS.long()},
     ),
     "attention, packed": Case(
         lambda qkv: ops.packed_attention(qkv, H, H_KV),
@@ -166,6 +166,12 @@ CASES = {
     ),
 }  # fmt: skip
 each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+# The interpreter takes longest for attention, whose kernels have fast tests of their own.
+each_case_interpreted = pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, id=n, marks=pytest.mark.slow if n.startswith("attention, ") else ())
+     for n, case in CASES.items()],
+)  # fmt: skip
 
 
 def outputs_and_gradients(call: Callable[..., Any], inputs: Inputs, case: Case) -> list[Tensor]:

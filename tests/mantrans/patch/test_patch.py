@@ -227,9 +227,15 @@ def doubled_attention(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
     return 2 * out, None
 
 
+class Doubled(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
 @each_of_two
 @pytest.mark.parametrize(
-    "changed", ["hooks", "forwards", "scaling", "activation", "attention", "loss"]
+    "changed",
+    ["hooks", "forwards", "scaling", "activation", "attention", "loss", "product", "modules"],
 )
 def test_patch_changed_afterwards(name: str, changed: str) -> None:
     """What is done to a patched model does to its numbers what it does to those of an unpatched
@@ -254,6 +260,13 @@ def test_patch_changed_afterwards(name: str, changed: str) -> None:
             model.loss_function = lambda logits, labels, **rest: (
                 3 * ForCausalLMLoss(logits, labels, logits.shape[-1])
             )
+        elif changed == "product":
+            product = layer.mlp.c_fc if name == "gpt2" else layer.mlp.gate_proj
+            product.register_forward_hook(lambda m, x, y: 1.1 * y)
+        elif changed == "modules":  # as an adapter puts them
+            first = "c_fc" if name == "gpt2" else "gate_proj"
+            setattr(layer.mlp, first, nn.Sequential(getattr(layer.mlp, first)))
+            model.lm_head.__class__ = Doubled
         elif changed == "scaling":
             attention.scaling *= 2
         elif changed == "activation":
@@ -266,6 +279,44 @@ def test_patch_changed_afterwards(name: str, changed: str) -> None:
     (loss, expected), (found_loss, found) = results
     assert_close(found_loss, loss, 1e-5)
     assert_same_gradients(found, expected, 2e-5)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_patch_float32_norms(name: str) -> None:
+    """Norms in float32 in a bfloat16 model, as adapters have them: every product sees the dtype
+    that it sees in the unpatched one."""
+    seen: list[list[torch.dtype]] = []
+    for patched in (False, True):
+        model, put = made(name)
+        ids, _ = batch(put(model) if patched else model)
+        model.bfloat16()
+        seen.append([])
+        for module in model.modules():
+            if type(module).__name__.endswith("Norm"):
+                module.float()
+            elif type(module).__name__.endswith(("MLP", "Attention")):
+                module.register_forward_pre_hook(
+                    lambda m, args, kwargs, kinds=seen[-1]: kinds.append(
+                        (*args, *kwargs.values())[0].dtype
+                    ),
+                    with_kwargs=True,
+                )
+        with torch.autocast("cpu", torch.bfloat16):
+            base = getattr(model, model.base_model_prefix)(ids, use_cache=False)
+            seen[-1].append(base.last_hidden_state.dtype)
+    assert seen[0] == seen[1] and len(seen[0]) > 4
+
+
+def test_patch_outputs_without_labels_or_training() -> None:
+    """Logits where the model's own code runs; arguments by position are its own matter."""
+    model, put = made("llama")
+    ids, labels = batch(put(model))
+    assert model(ids, labels=labels, use_cache=False).logits is None
+    assert model(ids, labels=labels, logits_to_keep=T).logits is not None
+    assert model(ids, None, None, None, None, labels).logits is not None
+    with pytest.raises(TypeError, match="multiple values for argument 'labels'"):
+        model(ids, None, None, None, None, labels, labels=labels)
+    assert model.eval()(ids, labels=labels).logits is not None
 
 
 def test_patch_layer_twice() -> None:
