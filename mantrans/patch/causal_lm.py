@@ -72,5 +72,5 @@ def _has_plain_loss(model: Any) -> bool:
     `torch.compile` refuses."""
     from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
-    chosen = LOSS_MAPPING.get(getattr(model, "loss_type", None), ForCausalLMLoss)
+    chosen = LOSS_MAPPING.get(getattr(model, "loss_type", None) or "", ForCausalLMLoss)
     return getattr(model, "_loss_function", chosen) is ForCausalLMLoss
