@@ -111,10 +111,17 @@ def expect(name: str, holds: bool, expected: object, got: object) -> None:
 
 
 def expect_floats(name: str, x: Any) -> None:
-    """ValueError unless x is a tensor of one of FLOATS."""
+    """ValueError unless x is a tensor of one of FLOATS, without a derivative in forward mode: that
+    of a result would be taken for 0."""
     _expect_tensor(name, x)
     names = ", ".join(_name(dtype) for dtype in FLOATS)
     expect(name, x.dtype in FLOATS, f"one of {names}", _name(x.dtype))
+    if not torch.compiler.is_compiling():
+        example = x
+        while torch._C._functorch.is_batchedtensor(example):
+            example = torch._C._functorch.get_unwrapped(example)
+        _, tangent = torch._VF._unpack_dual(example, level=0)  # type: ignore[attr-defined]
+        expect(name, tangent is None, "no derivative in forward mode", "one")
 
 
 def expect_like(name: str, x: Any, like: Tensor, shape: Sequence[int]) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.library import opcheck
 from torch.nn import functional as F
 
@@ -154,6 +155,36 @@ def test_ops_vectors_of_another_dtype(
     assert [x.dtype for x in found] == [dtype, *(x.dtype for x in inputs.values())]
     for x, y in zip(found, expected, strict=True):
         assert_close(x, y, TOLERANCE[torch.bfloat16])
+
+
+@each_case
+def test_ops_transforms(case: Case) -> None:
+    """Forward mode is refused, in both of PyTorch's forms, and `torch.func`'s gradients are."""
+    inputs = case.inputs(torch.float32)
+    for name in case.shapes:
+
+        def call(x: Tensor, name: str = name) -> Tensor:
+            return tensors(case.ours(**{**inputs, name: x}))[0].sum()
+
+        x = inputs[name]
+        with pytest.raises(ValueError, match="expected no derivative in forward mode, got one"):
+            torch.func.jvp(call, (x,), (x,))
+        with forward_ad.dual_level(), pytest.raises(ValueError, match="in forward mode, got one"):
+            call(forward_ad.make_dual(x, x))
+    with pytest.raises(RuntimeError, match="functorch transforms"):
+        torch.func.grad(call)(x)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_ops_vmap() -> None:
+    """One example after the other, with gradients."""
+    x, weight = torch.randn(3, 4, 8, requires_grad=True), torch.randn(8)
+    found = torch.vmap(lambda x: ops.rms_norm(x, weight))(x)
+    expected = ops.rms_norm(x, weight)
+    assert_same_bits(found.detach(), expected.detach())
+    assert_same_bits(*(torch.autograd.grad(y.square().sum(), x) for y in (found, expected)))
+    with pytest.raises(ValueError, match="in forward mode, got one"):
+        torch.func.jvp(torch.vmap(lambda x: ops.rms_norm(x, weight)), (x,), (x,))
 
 
 def test_ops_statistics_without_gradient() -> None:
