@@ -13,6 +13,7 @@ import pickle
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import MethodType
 from typing import Any
 
 import pytest
@@ -451,6 +452,18 @@ def test_unpatch_leaves_nothing(name: str, attention: str) -> None:
     assert inspect.signature(model.forward) == signature  # Trainer reads it
     assert patch.unpatch(model) is model
     assert state_of(model) == before
+
+
+def test_unpatch_wrapped_forward() -> None:
+    """As accelerate wraps a model's forward for mixed precision: it runs the model's own then."""
+    model, put = made("llama")
+    ids, labels = batch(model)
+    expected = model(ids, labels=labels, use_cache=False)
+    inner = put(model).forward.__func__
+    model.forward = MethodType(lambda self, *args, **kwargs: inner(self, *args, **kwargs), model)
+    assert model(ids, labels=labels, use_cache=False).logits is None
+    found = patch.unpatch(model)(ids, labels=labels, use_cache=False)
+    assert_same_bits(found.logits.detach(), expected.logits.detach())
 
 
 def test_patch_copy_and_folder(tmp_path: Any) -> None:
