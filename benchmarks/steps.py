@@ -16,6 +16,7 @@ from __future__ import annotations
 import gc
 import itertools
 import math
+import sys
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
@@ -200,6 +201,7 @@ def _prepare(
         if name != JUDGE and time.monotonic() + BUILD_SECONDS.get(name, 0) > end:
             failures[name] = "not built: it would not have been ready before the time was over"
             continue
+        print(f"{case.title} {name}: building", file=sys.stderr, flush=True)
         try:
             trainer, losses, peak = run_in_common(name, case, config, batches)
         except Exception as failure:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from collections.abc import Callable, Iterator
 from importlib import import_module
 from typing import Any, NamedTuple
@@ -27,6 +28,10 @@ from tests.support.compare import relative_error
 
 DTYPES = (torch.float32, torch.bfloat16)
 RIVALS = ("ours", "Liger", "fla", "PyTorch")
+OPERATIONS = (
+    "layer norm", "RMS norm", "SwiGLU", "cross-entropy", "linear cross-entropy", "RoPE",
+    "attention",
+)  # fmt: skip
 N, C, V, EPS = 96, 256, 1000, 1e-6
 B, T, H, H_KV, D = 1, 160, 4, 2, 64
 Inputs = dict[str, Any]
@@ -106,7 +111,7 @@ def rows() -> dict[str, Row]:
     others = {"ours": ours, "PyTorch": pytorch, "Liger": liger(), "fla": fla()}
     return {
         name: Row(*shapes[name], {who: ways[name] for who, ways in others.items() if name in ways})
-        for name in shapes
+        for name in OPERATIONS
     }
 
 
@@ -174,7 +179,7 @@ def missing_everywhere(missing: ImportError) -> dict[str, Callable[..., Any]]:
     def fail(*args: Any, **kwargs: Any) -> Any:
         raise missing
 
-    return {"layer norm": fail}
+    return dict.fromkeys(OPERATIONS, fail)
 
 
 # ----------------------------------------------------------------------------------- the errors
@@ -194,8 +199,8 @@ def results_of(row: Row, way: Callable[..., Any], inputs: Inputs) -> dict[str, T
     return {name: x.detach() for name, x in named.items()}
 
 
-def errors(row: Row, dtype: torch.dtype, failed: Callable[[str, str], None]) -> Iterator[Any]:
-    """(result, {who: error}) of one operation."""
+def errors(row: Row, dtype: torch.dtype, failed: dict[str, str]) -> Iterator[Any]:
+    """(result, {who: error}) of one operation. failed: gets who cannot run it, and why."""
     source = torch.Generator().manual_seed(1)
     inputs = {
         name: (torch.randn(shape, generator=source) * (shape[-1] ** -0.5 if len(shape) == 2 and
@@ -211,7 +216,7 @@ def errors(row: Row, dtype: torch.dtype, failed: Callable[[str, str], None]) -> 
             found[who] = results_of(row, way, inputs)
         except Exception as failure:  # of others' code, whatever it raises
             lines = str(failure).strip().splitlines() or [""]
-            failed(who, f"{type(failure).__name__}: {lines[-1]}")
+            failed[who] = f"{type(failure).__name__}: {lines[-1]}"
     for name, value in exact.items():
         yield name, {who: relative_error(x[name], value) for who, x in found.items()}
 
@@ -265,6 +270,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default="", help="part of an operation's name")
     only = parser.parse_args().only
+    if not any(only in name for name in OPERATIONS):
+        sys.exit(f"--only: expected part of one of {', '.join(OPERATIONS)}, got {only}")
     interpreter.start()
     float_arguments()
     lost_zeros()
@@ -272,22 +279,24 @@ def main() -> None:
     from mantrans.ops import registration
 
     registration.BACKENDS["cpu"] = "triton"
-    failures: dict[tuple[str, str], str] = {}
+    failures: dict[tuple[str, str], list[str]] = {}
     print("| operation | dtype | result | " + " | ".join(RIVALS) + " |")
     print("|---" * (3 + len(RIVALS)) + "|")
     for operation, row in rows().items():
         if only not in operation:
             continue
+        failed: dict[str, str] = {}
         for dtype in DTYPES:
             kind = str(dtype).removeprefix("torch.")
-            remember = lambda who, why, o=operation: failures.__setitem__((o, who), why)  # noqa: E731
-            for result, by in errors(row, dtype, remember):
+            for result, by in errors(row, dtype, failed):
                 cells = (f"{by[who]:.1e}" if who in by else "-" for who in RIVALS)
                 print(
                     f"| {operation} | {kind} | {result} | " + " | ".join(cells) + " |", flush=True
                 )
-    for (operation, who), why in failures.items():
-        print(f"\n{who}, {operation}: {why}")
+        for who_and_why in failed.items():
+            failures.setdefault(who_and_why, []).append(operation)
+    for (who, why), names in failures.items():
+        print(f"\n{who}, {', '.join(names)}: {why}")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
 Each is registered with `torch.library`, in torch.ops.mantrans; its gradient is our explicit
 backward. On CUDA the Triton kernels compute, elsewhere and in float64 PyTorch's own primitives.
 Inputs may have any leading shape and any strides; wrong ones are a ValueError that names them.
-float64, float32, bfloat16 and float16; sums are float32 at least. No gradient of a gradient.
+float64, float32, bfloat16 and float16; sums are float32 at least. Refused: gradients of gradients,
+derivatives in forward mode, `torch.func.grad`. `torch.vmap` takes one example after the other.
 """
 
 from mantrans.ops.attention import attention, packed_attention

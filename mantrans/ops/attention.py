@@ -12,8 +12,10 @@ from mantrans.ops.registration import (
     differentiate,
     expect,
     expect_floats,
+    expect_integers,
     expect_like,
     operation,
+    shape_of,
 )
 
 
@@ -38,7 +40,7 @@ def attention(
     expect_floats("q", q)
     q, k, v = autocast(q, k, v)
     expect("q", q.dim() >= 3, "(..., T, H, D)", tuple(q.shape))
-    expect("k", isinstance(k, Tensor) and k.dim() == q.dim(), f"{q.dim()} axes", _shape(k))
+    expect("k", isinstance(k, Tensor) and k.dim() == q.dim(), f"{q.dim()} axes", shape_of(k))
     expect_like("k", k, q, (*q.shape[:-2], k.shape[-2], q.shape[-1]))
     expect_like("v", v, q, k.shape)
     heads = q.shape[-2], k.shape[-2]
@@ -65,27 +67,31 @@ def packed_attention(
     fits = qkv.dim() == 2 or (qkv.dim() > 2 and cu_seqlens is None)
     expect("q, k and v", fits, axes, f"{qkv.dim() - 1} axes before the heads")
     H_kv, D = head_sizes(qkv.shape[-1], n_heads, n_kv_heads)
+    expect("q, k and v", D > 0, "heads of at least 1", D)
+    whole = window is None or isinstance(window, int)
+    expect("window", whole, "an integer or None", window)
     check_window(window)
     rows = qkv[None] if qkv.dim() == 2 else qkv.flatten(0, -3)
-    starts = None if cu_seqlens is None else _starts(cu_seqlens, qkv.shape[0])
+    starts = None
+    if cu_seqlens is not None:
+        expect_integers("cu_seqlens", cu_seqlens, qkv)
+        starts = _starts(cu_seqlens, qkv.shape[0])
     if window is not None and window < rows.shape[1]:
         starts = window_starts(rows[..., 0], window, starts)
     out, _ = _forward(rows, n_heads, H_kv, starts)
     return out.view(*qkv.shape[:-1], n_heads * D)
 
 
-def _shape(x: object) -> object:
-    return tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
-
-
 def sequence_starts(cu_seqlens: Tensor, n_rows: int) -> Tensor:
     """Where the sequence of each row begins, (1, N) int32."""
     bounds = cu_seqlens.long()
     if bounds.device.type == "cpu":
-        given = bounds.tolist() if bounds.dim() == 1 else []
+        given = bounds.tolist()
         rises = given == sorted(given) and given[:1] == [0] and given[-1:] == [n_rows]
-        expect("cu_seqlens", rises, f"bounds that rise from 0 to {n_rows}", cu_seqlens.tolist())
+        shown = given if len(given) <= 16 else f"{given[:8]} ... {given[-8:]}"
+        expect("cu_seqlens", rises, f"bounds that rise from 0 to {n_rows}", shown)
     position = torch.arange(n_rows, device=bounds.device)
+    # a GPU's bounds may be wrong: no kernel must read outside the rows because of them
     sequence = torch.searchsorted(bounds, position, right=True) - 1
     return bounds[sequence.clamp(min=0)].minimum(position).int()[None]
 
@@ -107,7 +113,7 @@ def forward(
         return fake_forward(qkv, n_heads, n_kv_heads, document_start)
     qkv = qkv.contiguous()
     out, statistics = backend_of(qkv).attention_forward(qkv, n_heads, document_start, n_kv_heads)
-    return out.contiguous(), as_made(statistics, qkv, n_heads, n_kv_heads)
+    return out, as_made(statistics, qkv, n_heads, n_kv_heads)
 
 
 def fake_forward(
@@ -130,10 +136,9 @@ def backward(
     qkv = qkv.contiguous()
     statistics = as_made(statistics, qkv, n_heads, n_kv_heads)
     dense = dout.contiguous(), qkv, out.contiguous()
-    dqkv = backend_of(qkv).attention_backward(
+    return backend_of(qkv).attention_backward(
         *dense, statistics, n_heads, document_start, n_kv_heads
     )
-    return dqkv.contiguous()
 
 
 def fake_backward(

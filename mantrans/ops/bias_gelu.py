@@ -22,10 +22,11 @@ def bias_gelu(h: Tensor, bias: Tensor | None = None) -> Tensor:
     h (..., F): a matrix product before its bias; bias (F,), read in h's dtype. Returns (..., F).
     """
     expect_floats("h", h)
-    expect("h", h.dim() > 0, "at least one axis", tuple(h.shape))
+    some = h.dim() > 0 and h.shape[-1] > 0
+    expect("h", some, "a last axis of at least 1", tuple(h.shape))
     if bias is not None:
         expect_vector("bias", bias, h, h.shape[-1])
-        bias = bias.to(h.dtype)
+        bias = bias.to(h.dtype).contiguous()
     return _forward(h, bias)
 
 

@@ -12,7 +12,7 @@ from mantrans.ops.registration import (
     expect,
     expect_floats,
     expect_inside,
-    expect_targets,
+    expect_integers,
     operation,
 )
 
@@ -32,7 +32,7 @@ def cross_entropy(
     expect_floats("logits", logits)
     some = logits.dim() > 0 and logits.shape[-1] > 0
     expect("logits", some, "a last axis of at least 1", tuple(logits.shape))
-    expect_targets(targets, logits, logits.shape[:-1])
+    expect_integers("targets", targets, logits, logits.shape[:-1])
     rows, targets_1d = logits.reshape(-1, logits.shape[-1]), targets.reshape(-1).long()
     loss, _ = _forward(rows, targets_1d, ignore_index, reduction != "none")
     if reduction == "none":
@@ -67,14 +67,17 @@ def fake_forward(
 def backward(
     dloss: Tensor, logits: Tensor, targets: Tensor, normalizer: Tensor, ignore_index: int
 ) -> Tensor:
-    dlogits = logits.clone(memory_format=torch.contiguous_format)  # which is written over
     one = dloss.dim() == 0
+    dtype = logits.dtype if one else normalizer.dtype  # is multiplied once more, and then rounded
+    dlogits = logits.to(dtype, copy=True, memory_format=torch.contiguous_format)  # written over
     scale = dloss if one else dloss.new_ones(())
-    targets = targets.contiguous()
     backend_of(logits).cross_entropy_backward(
-        dlogits, targets, normalizer, scale, logits.shape[1], ignore_index
+        dlogits, targets.contiguous(), normalizer, scale, logits.shape[1], ignore_index
     )
-    return dlogits if one else dlogits.mul_(dloss[:, None])
+    if one:
+        return dlogits
+    of_rows = dloss.where(targets != ignore_index, 0)  # an ignored one may be infinite: 0 · inf
+    return dlogits.mul_(of_rows[:, None]).to(logits.dtype)
 
 
 def fake_backward(

@@ -29,7 +29,7 @@ def layer_norm(
     x (..., C); weight γ, bias β (C,) of one dtype. Returns y (..., C) in x's dtype.
     residual (..., C), of x's dtype: x + residual is normalized; returns y and that sum.
     """
-    check_norm(x, weight, residual)
+    check_norm(x, weight, eps, residual)
     if bias is not None:
         expect_like("bias", bias, weight, weight.shape)
     if residual is None:
@@ -39,20 +39,21 @@ def layer_norm(
     return y, total
 
 
-def check_norm(x: Tensor, weight: Tensor, residual: Tensor | None) -> None:
+def check_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> None:
     """ValueError unless they fit together."""
     expect_floats("x", x)
     expect("x", x.dim() > 0 and x.shape[-1] > 0, "a last axis of at least 1", tuple(x.shape))
     expect_vector("weight", weight, x, x.shape[-1])
+    expect("eps", isinstance(eps, int | float) and eps >= 0, "a number of at least 0", eps)
     if residual is not None:
         expect_like("residual", residual, x, x.shape)
 
 
 def readable(x: Tensor, vector: Tensor | None) -> Tensor | None:
-    """A gain or bias in a dtype in which every backend reads it beside x."""
+    """A gain or bias in a dtype in which every backend reads it beside x, without gaps."""
     if vector is None or vector.dtype == x.dtype:
-        return vector
-    return vector.to(wide_dtype(x.dtype))
+        return None if vector is None else vector.contiguous()
+    return vector.to(wide_dtype(x.dtype)).contiguous()
 
 
 def empty_rows(x: Tensor, dtype: torch.dtype) -> Tensor:

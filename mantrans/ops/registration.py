@@ -6,6 +6,7 @@ opaque to it: `torch.compile` sees the shapes that a fake implementation gives, 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from types import ModuleType
@@ -26,13 +27,31 @@ def backend_of(x: Tensor) -> ModuleType:
 
 
 def operation(name: str, function: Callable[..., Any], fake: Callable[..., Any]) -> CustomOpDef:
-    """torch.ops.mantrans.NAME. Neither it nor its results share memory with its inputs.
+    """torch.ops.mantrans.NAME. Its results share no memory with its inputs.
 
-    function: its annotations are the schema. fake: the same with empty results.
+    function: its annotations are the schema; under autocast it computes as it does without. fake:
+    the same with empty results.
     """
-    registered = custom_op(f"mantrans::{name}", function, mutates_args=())
+
+    @functools.wraps(function)
+    def as_written(*args: Any) -> Any:
+        device = next(x.device.type for x in args if isinstance(x, Tensor))
+        if not torch.is_autocast_enabled(device):
+            return _no_views(function(*args))
+        with torch.autocast(device, enabled=False):
+            return _no_views(function(*args))
+
+    registered = custom_op(f"mantrans::{name}", as_written, mutates_args=())
     registered.register_fake(fake)
     return registered
+
+
+def _no_views(found: Any) -> Any:
+    """The same results, in tensors of their own: PyTorch lets nobody change a view in place that
+    was made inside an operation."""
+    if isinstance(found, tuple):
+        return tuple(map(_no_views, found))
+    return found.new_empty(0).set_(found) if found._is_view() else found
 
 
 def differentiate(
@@ -59,6 +78,8 @@ def differentiate(
         ctx.mark_non_differentiable(*outputs[upstream:])
 
     def gradients(ctx: Any, *of_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
+        if all(x is None for x in of_outputs[:upstream]):
+            return (None,) * len(ctx.given)
         pairs = zip(ctx.saved_tensors, ctx.numbers, strict=True)
         kept = [number if tensor is None else tensor for tensor, number in pairs]
         found = backward(*of_outputs[:upstream], *kept)
@@ -72,7 +93,9 @@ def differentiate(
 def autocast(*tensors: Any) -> list[Any]:
     """Tensors in the dtype of autocast where it is on; of float64, and what is none, as it is."""
     first = tensors[0]
-    if not torch.is_autocast_enabled(first.device.type) or first.dtype == torch.float64:
+    if first.is_meta or first.dtype == torch.float64:
+        return list(tensors)
+    if not torch.is_autocast_enabled(first.device.type):
         return list(tensors)
     dtype = torch.get_autocast_dtype(first.device.type)
     return [x.to(dtype) if isinstance(x, Tensor) else x for x in tensors]
@@ -88,10 +111,17 @@ def expect(name: str, holds: bool, expected: object, got: object) -> None:
 
 
 def expect_floats(name: str, x: Any) -> None:
-    """ValueError unless x is a tensor of one of FLOATS."""
-    expect(name, isinstance(x, Tensor), "a torch.Tensor", type(x).__name__)
+    """ValueError unless x is a tensor of one of FLOATS, without a derivative in forward mode: that
+    of a result would be taken for 0."""
+    _expect_tensor(name, x)
     names = ", ".join(_name(dtype) for dtype in FLOATS)
     expect(name, x.dtype in FLOATS, f"one of {names}", _name(x.dtype))
+    if not torch.compiler.is_compiling():
+        example = x
+        while torch._C._functorch.is_batchedtensor(example):
+            example = torch._C._functorch.get_unwrapped(example)
+        _, tangent = torch._VF._unpack_dual(example, level=0)  # type: ignore[attr-defined]
+        expect(name, tangent is None, "no derivative in forward mode", "one")
 
 
 def expect_like(name: str, x: Any, like: Tensor, shape: Sequence[int]) -> None:
@@ -107,11 +137,24 @@ def expect_vector(name: str, x: Any, like: Tensor, length: int) -> None:
     _expect_place(name, x, like, (length,))
 
 
-def expect_targets(targets: Any, like: Tensor, shape: Sequence[int]) -> None:
-    """ValueError unless targets are integers of this shape on the device of `like`."""
-    expect("targets", isinstance(targets, Tensor), "a torch.Tensor", type(targets).__name__)
-    expect("targets", targets.dtype in (torch.int64, torch.int32), "integers", _name(targets.dtype))
-    _expect_place("targets", targets, like, shape)
+def expect_integers(name: str, x: Any, like: Tensor, shape: Sequence[int] | None = None) -> None:
+    """ValueError unless x is int64 or int32, of this shape (None: of one axis), on the device of
+    `like`."""
+    _expect_tensor(name, x)
+    expect(name, x.dtype in (torch.int64, torch.int32), "int64 or int32", _name(x.dtype))
+    expect(name, shape is not None or x.dim() == 1, "one axis", tuple(x.shape))
+    _expect_place(name, x, like, x.shape if shape is None else shape)
+
+
+def expect_number(name: str, x: Any) -> None:
+    """ValueError unless x is a Python number or a 0-d tensor."""
+    number = x.dim() == 0 if isinstance(x, Tensor) else isinstance(x, int | float)
+    expect(name, number, "a number or a 0-d tensor", shape_of(x))
+
+
+def shape_of(x: Any) -> object:
+    """How an error names what should be a tensor of another shape."""
+    return tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
 
 
 def expect_inside(targets: Tensor, n: int, ignore_index: int) -> None:
@@ -121,6 +164,10 @@ def expect_inside(targets: Tensor, n: int, ignore_index: int) -> None:
         if outside.any():
             expected = f"0 to {n - 1}, or {ignore_index}"
             raise ValueError(f"targets: expected {expected}, got {int(targets[outside][0])}")
+
+
+def _expect_tensor(name: str, x: Any) -> None:
+    expect(name, isinstance(x, Tensor), "a torch.Tensor", type(x).__name__)
 
 
 def _expect_place(name: str, x: Tensor, like: Tensor, shape: Sequence[int]) -> None:

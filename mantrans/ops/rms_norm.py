@@ -18,7 +18,7 @@ def rms_norm(
     x (..., C); weight γ (C,). Returns y (..., C) in x's dtype.
     residual (..., C), of x's dtype: x + residual is normalized; returns y and that sum.
     """
-    check_norm(x, weight, residual)
+    check_norm(x, weight, eps, residual)
     if residual is None:
         y, _ = _forward(x, weight, eps)
         return y

@@ -23,7 +23,8 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor
 def turned(name: str, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """One of the two, (B, T, H, D)."""
     expect_floats(name, x)
-    expect(name, x.dim() == 4 and x.shape[3] % 2 == 0, "(B, T, H, D), D even", tuple(x.shape))
+    pairs = x.dim() == 4 and x.shape[3] > 0 and x.shape[3] % 2 == 0
+    expect(name, pairs, "(B, T, H, D), D even", tuple(x.shape))
     B, T, H, D = x.shape
     tables = [table_of(n, t, x) for n, t in (("cos", cos), ("sin", sin))]
     expect("sin", tables[0].shape == tables[1].shape, f"the shape of cos, {tuple(cos.shape)}",
@@ -35,12 +36,14 @@ def turned(name: str, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def table_of(name: str, table: Tensor, x: Tensor) -> Tensor:
     """cos or sin (T, D/2) or (B, T, D/2) in the dtype in which x is rotated."""
     expect_floats(name, table)
+    expect(name, table.device == x.device, f"device {x.device}", table.device)
     B, T, _, D = x.shape
+    expect(name, table.dim() in (2, 3), "(T, D/2) or (B, T, D/2)", tuple(table.shape))
     table = table[..., : D // 2] if table.shape[-1] == D else table
     table = table[0] if table.dim() == 3 and len(table) == 1 else table
     fits = tuple(table.shape) in ((T, D // 2), (B, T, D // 2))
     expect(name, fits, f"shape {(T, D // 2)} or {(B, T, D // 2)}", tuple(table.shape))
-    return table.to(x.device, wide_dtype(x.dtype))
+    return table.to(wide_dtype(x.dtype))
 
 
 def forward(x: Tensor, cos: Tensor, sin: Tensor, n_heads: int) -> Tensor:

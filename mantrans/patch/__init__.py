@@ -1,11 +1,10 @@
 """Our operations inside models of transformers: put in, and taken out again.
 
 A patched model has the same parameters and gives the same numbers to rounding, forward and
-backward, with a cache, with padding, under autocast, with gradient checkpointing and in
-`transformers.Trainer`; `torch.compile(fullgraph=True)` does not take it yet. Where a cache or a
-mask is used, attention is the model's own code with PyTorch's SDPA. In training, with labels, its
-loss is made without logits: `outputs.logits` is None. Source: transformers 5.24, whose layers take
-`cache`.
+backward, with a cache, with padding, under autocast, with gradient checkpointing, in
+`torch.compile(fullgraph=True)` and in `transformers.Trainer`. Where a cache or a mask is used,
+attention is the model's own code with PyTorch's SDPA. In training, with labels, its loss is made
+without logits: `outputs.logits` is None. Source: transformers 5.24, whose layers take `cache`.
 """
 
 from __future__ import annotations
@@ -14,10 +13,11 @@ import inspect
 from types import ModuleType
 from typing import Any
 
+from torch import nn
+
 from mantrans.ops.registration import expect
 from mantrans.patch import attention, gpt2, llama
-from mantrans.patch.causal_lm import base_forward, causal_lm_forward
-from mantrans.patch.replace import put, take_out
+from mantrans.patch.replace import OWN, Part, is_put, put, take_out
 
 __all__ = ["patch_gpt2", "patch_llama", "patch_qwen3", "unpatch"]
 
@@ -27,7 +27,8 @@ ATTENTION = "_attention_before_patch"
 def patch_gpt2(model: Any) -> Any:
     """Put our layer norm, attention, GELU and loss into a GPT2LMHeadModel; returns the model.
 
-    ValueError that names the setting of its config that our operations do not serve.
+    ValueError that names the setting of its config that our operations do not serve, or the module
+    whose forward is not that of its class in transformers. Then the model is as it was.
     """
     from transformers import GPT2LMHeadModel
 
@@ -53,7 +54,11 @@ def patch_qwen3(model: Any) -> Any:
 
 def unpatch(model: Any) -> Any:
     """Take our operations out again. Returns the model, which is as it was before."""
-    expect("model", hasattr(model, ATTENTION), "a patched model", type(model).__name__)
+    patched = isinstance(model, nn.Module) and ATTENTION in vars(model)
+    expect("model", patched, "a patched model", type(model).__name__)
+    for name, module in model.named_modules():
+        covered = hasattr(type(module), OWN) and not is_put(module)
+        expect("model", not covered, "no class around a patched one", f"one in {name or 'it'}")
     for module in model.modules():
         take_out(module)
     model.set_attn_implementation(vars(model).pop(ATTENTION))
@@ -67,14 +72,25 @@ def _patched(model: Any, kind: type[Any], family: ModuleType) -> Any:
         hooked = hasattr(module, "_hf_hook")
         expect("model", not hooked, "one without accelerate's hooks", f"one on {name or 'it'}")
     _check(model.config, family.SETTINGS)
-    attention.register()
+    parts = list(family.parts(model, kind))
+    _expect_own_code(model, parts)
     before = model.config._attn_implementation
+    expect("config", before != attention.NAME, "the model's own", "that of a patched one")
+    attention.register()
     model.set_attn_implementation(attention.NAME)
     setattr(model, ATTENTION, before)
-    family.patch_layers(model)
-    put(getattr(model, model.base_model_prefix), base_forward)
-    put(model, causal_lm_forward)
+    for module, _, forward in parts:
+        if not is_put(module):  # a layer may be there twice
+            put(module, forward)
     return model
+
+
+def _expect_own_code(model: Any, parts: list[Part]) -> None:
+    """ValueError for the first module that does not compute what ours would replace."""
+    names = {module: name for name, module in model.named_modules()}
+    for module, kind, _ in parts:
+        own = type(module).forward is kind.forward and "forward" not in vars(module)
+        expect(names[module] or "model", own, f"{kind.__name__}'s own forward", "another one")
 
 
 def _check(config: Any, settings: dict[str, tuple[Any, ...]]) -> None:

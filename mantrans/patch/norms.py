@@ -8,18 +8,20 @@ import torch
 from torch import Tensor, nn
 
 from mantrans import ops
-from mantrans.patch.replace import own_forward
+from mantrans.patch.replace import runs
 
 
-def norm_forward(self: nn.Module, x: Tensor) -> Tensor:
+def norm_forward(self: Any, x: Tensor) -> Tensor:
     """A module's own code where gains and inputs differ in dtype: results are of both then."""
-    return own_forward(self)(x) if self.weight.dtype != x.dtype else _normalized(self, x, None)
+    if self.weight.dtype != x.dtype:
+        return self.forward_before_patch(x)
+    return _normalized(self, x, None)
 
 
 def add_norm(norm: nn.Module, branch: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
     """norm(branch + residual), and the sum, in the wider dtype of the two."""
     dtype = torch.promote_types(branch.dtype, residual.dtype)
-    if norm.weight.dtype != dtype:
+    if not runs(norm, norm_forward) or norm.weight.dtype != dtype:
         total = branch + residual
         return norm(total), total
     return _normalized(norm, branch.to(dtype), residual.to(dtype))

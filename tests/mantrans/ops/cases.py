@@ -80,6 +80,8 @@ _document = torch.bucketize(_position, torch.tensor(BOUNDS[1:]), right=True)
 _DOCUMENTS = _causal & (_document == _document[:, None])
 _angle = torch.randn(T, D // 2, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
 ANGLES = {"cos": _angle.cos(), "sin": _angle.sin()}
+_angles = _angle * torch.tensor([1.0, -2.0])[:, None, None]
+EACH_ROW = {"cos": _angles.cos(), "sin": _angles.sin()}
 CU_SEQLENS = torch.tensor(BOUNDS, dtype=torch.int32)
 _x, _norm = {"x": (B, T, C)}, {"x": (B, T, C), "weight": (C,)}
 _qkv = {"q": (B, T, H, D), "k": (B, T, H_KV, D), "v": (B, T, H_KV, D)}
@@ -108,6 +110,11 @@ CASES = {
         _residual,
     ),
     "rope": Case(ops.rope, plain_rope, {n: _qkv[n] for n in "qk"}, ANGLES),
+    "rope, tables of each row": Case(
+        ops.rope,
+        lambda q, k, cos, sin: plain_rope(q, k, *(x[..., : D // 2] for x in (cos, sin))),
+        {n: _qkv[n] for n in "qk"}, {name: torch.cat((x, x), -1) for name, x in EACH_ROW.items()},
+    ),
     "swiglu": Case(
         ops.swiglu, lambda gate, up: F.silu(gate) * up, {"gate": (B, T, C), "up": (B, T, C)}
     ),
@@ -150,7 +157,7 @@ CASES = {
         lambda q, k, v, cu_seqlens: ops.attention(q, k, v, window=3, cu_seqlens=cu_seqlens),
         lambda q, k, v, cu_seqlens: plain_attention(
             q[None], k[None], v[None], _DOCUMENTS & _WINDOW)[0],
-        _varlen, {"cu_seqlens": CU_SEQLENS},
+        _varlen, {"cu_seqlens": CU_SEQLENS.long()},
     ),
     "attention, packed": Case(
         lambda qkv: ops.packed_attention(qkv, H, H_KV),
@@ -159,6 +166,12 @@ CASES = {
     ),
 }  # fmt: skip
 each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+# The interpreter takes longest for attention, whose kernels have fast tests of their own.
+each_case_interpreted = pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, id=n, marks=pytest.mark.slow if n.startswith("attention, ") else ())
+     for n, case in CASES.items()],
+)  # fmt: skip
 
 
 def outputs_and_gradients(call: Callable[..., Any], inputs: Inputs, case: Case) -> list[Tensor]:
