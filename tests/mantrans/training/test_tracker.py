@@ -151,8 +151,10 @@ def test_tracker_dead_said_once(
     said: list[str] = []
     dead = tracker.start(config_with("trackio"), tmp_path, False, said.append)
     assert dead is not None
+    dead._process.wait(60)
+    dead.log(0, {"loss": 1.0})  # which finds it gone
     dead._thread.join(60)
-    for step in range(3):
+    for step in range(1, 4):
         dead.log(step, {"loss": 1.0})
     dead.close()
     assert len(said) == 1 and "the server said no" in said[0]
